@@ -1,0 +1,266 @@
+"""What ranks say to the coordinator, and what it answers. Every request may arrive late, twice or out of order.
+
+A rank's life: OpenRun once; then for each save Join, Describe if asked, AwaitPlan if it has no valid plan, Receipt once
+its shards have landed (or Fail); for each collective restore RestoreRound until it is done. The answers to AwaitPlan,
+Receipt and RestoreRound come when there is something to say; a rank that hears nothing simply asks again.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from distckpt.errors import DistckptError
+from distckpt.format.log import CheckpointRecord
+
+
+@dataclass(frozen=True, slots=True)
+class Retention:
+    """What to keep. ``max_to_keep`` None keeps all; hours may be fractional; 0 or None preserves none by age."""
+
+    max_to_keep: int | None = 5
+    keep_checkpoint_every_n_hours: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class OpenRun:
+    """A process of the incarnation ``token`` reports. The first one to come starts a new run; the rest join it."""
+
+    token: str
+    rank: int
+    world_size: int
+    host: str
+    name: str
+    retention: Retention
+    save_timeout: float
+
+
+@dataclass(frozen=True, slots=True)
+class RunOpened:
+    """The run's number, larger than that of every run before it, and what is on storage now."""
+
+    run: int
+    epoch: int
+    checkpoints: tuple[CheckpointRecord, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Join:
+    """``rank`` takes part in saving ``number`` (None: it only prepares). ``ask`` makes a repeat recognizable.
+
+    ``digest`` names its description. ``staged`` says that it has already copied what plan ``plan`` assigned to it.
+    ``attempt`` is the attempt it was part of before the coordinator was replaced, else ''.
+    ``skip_if_busy`` asks for Skipped if a save is in flight; the first rank's answer is everyone's.
+    """
+
+    run: int
+    rank: int
+    ask: str
+    number: int | None
+    digest: str
+    plan: str = ""
+    staged: bool = False
+    attempt: str = ""
+    skip_if_busy: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Joined:
+    """The attempt to write for. ``describe`` asks for the description, which the coordinator does not have."""
+
+    attempt: str
+    describe: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Skipped:
+    """A save is in flight, and all ranks skip this one."""
+
+
+@dataclass(frozen=True, slots=True)
+class Describe:
+    """What a rank holds (an Arrow table) and, if it has staged already, which rows of it (int32, little endian)."""
+
+    run: int
+    rank: int
+    attempt: str
+    digest: str
+    description: bytes = field(repr=False)
+    staged: bytes | None = field(default=None, repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Accepted:
+    """Heard."""
+
+
+@dataclass(frozen=True, slots=True)
+class AwaitPlan:
+    """``rank`` needs to know which of its chunks it writes."""
+
+    run: int
+    rank: int
+    attempt: str
+
+
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """Rows of the rank's description that it writes (int32, little endian), in order; ``plan`` names the plan."""
+
+    plan: str
+    rows: bytes = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class ShardReceipt:
+    """One shard that has landed: its size and CRC32C, and for each of its rows, in order, where the bytes are.
+
+    ``rows`` counts them. ``positions`` and ``sizes`` are int64, ``block_sizes`` int64, ``blocks`` the uint32 running
+    CRC32C of every row at each of its block ends; all little endian. A row of n bytes has max(1, ceil(n / block size))
+    blocks, and the last running value is the row's CRC32C.
+    """
+
+    shard: int
+    size: int
+    crc32c: int
+    rows: int
+    positions: bytes = field(repr=False)
+    sizes: bytes = field(repr=False)
+    block_sizes: bytes = field(repr=False)
+    blocks: bytes = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Receipt:
+    """All shards of ``rank`` have landed; together their rows are exactly those assigned to it, in order."""
+
+    run: int
+    rank: int
+    attempt: str
+    shards: tuple[ShardReceipt, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Committed:
+    """The checkpoint is in the log, durable and visible."""
+
+    record: CheckpointRecord
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """Every rank of a prepare has its plan."""
+
+
+@dataclass(frozen=True, slots=True)
+class Fail:
+    """``rank`` cannot do its part; the save fails for all. ``reason`` is its error's text."""
+
+    run: int
+    rank: int
+    attempt: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class RestoreRound:
+    """``rank`` wants to restore together with all others.
+
+    ``which`` is a number, or None for the newest; all ranks must ask for the same. ``tried`` is the attempt that the
+    last answer named ('' at first), ``refused`` why this rank could not use it ('' if it restored it).
+    """
+
+    run: int
+    rank: int
+    ask: str
+    which: int | None
+    tried: str = ""
+    refused: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class RestoreFrom:
+    """Restore this one and report. ``refused`` pairs the paths given up so far with the reasons."""
+
+    record: CheckpointRecord
+    refused: tuple[tuple[str, str], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Restored:
+    """Every rank restored ``record``; None: there is no checkpoint, so every rank initializes."""
+
+    record: CheckpointRecord | None
+    refused: tuple[tuple[str, str], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Pin:
+    """Keep (or stop keeping) a checkpoint from retention, whoever asks."""
+
+    number: int
+    pinned: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Heartbeat:
+    """The rank lives; its run stays current and the coordinator does not go idle."""
+
+    run: int
+    rank: int
+
+
+@dataclass(frozen=True, slots=True)
+class Leave:
+    """The rank is done with the run."""
+
+    run: int
+    rank: int
+
+
+@dataclass(frozen=True, slots=True)
+class Status:
+    """Anyone asks what is going on."""
+
+
+@dataclass(frozen=True, slots=True)
+class StatusReply:
+    """Epoch and log position, the state's checkpoints, and for each attempt in flight the ranks still awaited."""
+
+    epoch: int
+    seq: int
+    run: int
+    checkpoints: tuple[CheckpointRecord, ...]
+    preserved: tuple[CheckpointRecord, ...]
+    retiring: tuple[CheckpointRecord, ...]
+    waiting: dict[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """The request failed for this rank; ``error`` says why."""
+
+    error: DistckptError
+
+
+@dataclass(frozen=True, slots=True)
+class Unknown:
+    """The coordinator does not know that run or attempt (it was replaced): OpenRun and Join again."""
+
+
+Request = (
+    OpenRun | Join | Describe | AwaitPlan | Receipt | Fail | RestoreRound | Pin | Heartbeat | Leave | Status
+)
+Reply = (
+    RunOpened
+    | Joined
+    | Skipped
+    | Accepted
+    | Planned
+    | Committed
+    | Prepared
+    | RestoreFrom
+    | Restored
+    | StatusReply
+    | Refused
+    | Unknown
+)

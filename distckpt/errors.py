@@ -1,0 +1,280 @@
+"""Every error that distckpt raises on purpose.
+
+- DistckptError
+  - StorageError                  a store refused or failed an operation on one object
+    - AlreadyExistsError          put-if-absent lost: the name is taken
+    - ObjectNotFoundError         also a FileNotFoundError
+    - StorageFullError            no space left, or a quota
+    - StoreOutcomeUnknownError    the store answered neither yes nor no; the write may have happened
+    - StoreUnsuitableError        the probe found that the store cannot keep our promises
+  - DamagedError                  bytes on storage are not what was written: truncated, flipped, missing, forged
+    - UnsupportedFormatError      a format version that this release does not read
+  - CheckpointNotFoundError       also a FileNotFoundError: no committed checkpoint answers to that name
+  - SaveError                     one save failed on every rank; the previous checkpoint stands
+    - EncodeError                 also a TypeError: a value that cannot be stored without pickle
+    - PlanError                   a hole, an overlap, or ranks that disagree
+    - MissingRanksError           ranks that did not come, or fell silent, before the deadline
+    - RankFailedError             a rank reported that its part failed
+    - NotSharedError              shards that the coordinator cannot see: the directory is not shared
+    - NumberMismatchError         ranks that save different numbers
+    - CommitUnknownError          the log entry may or may not be on storage; it is being retried
+  - CoordinatorError
+    - FencedError                 a newer coordinator owns the directory; this one has stopped for ever
+    - StaleRunError               a newer incarnation of the job has started
+    - CoordinatorUnavailableError no answer from the coordinator in time
+  - RestoreError
+    - MismatchError               keys missing, unexpected or of another shape
+    - ResizeError                 per-rank state, another world size, and no rule that says what to do
+    - NoGoodCheckpointError       every candidate was refused; carries the reason for each
+
+All of them survive pickling between processes with their fields.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+
+def _ranks_at_hosts(ranks: Sequence[int], hosts: Mapping[int, str]) -> str:
+    shown = [f"rank {rank} ({hosts[rank]})" if hosts.get(rank) else f"rank {rank}" for rank in list(ranks)[:16]]
+    more = len(ranks) - len(shown)
+    return ", ".join(shown) + (f" and {more} more" if more > 0 else "")
+
+
+class DistckptError(Exception):
+    """Base of every error that distckpt raises on purpose."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (_rebuild, (type(self), self.args, self.__dict__))
+
+
+def _rebuild(kind: type[DistckptError], args: tuple[Any, ...], fields: dict[str, Any]) -> DistckptError:
+    error = kind.__new__(kind)
+    error.args = args
+    error.__dict__.update(fields)
+    return error
+
+
+class StorageError(DistckptError):
+    """A store refused or failed an operation on the object at ``path``."""
+
+    def __init__(self, path: str, message: str) -> None:
+        super().__init__(f"{path}: {message}")
+        self.path = path
+
+
+class AlreadyExistsError(StorageError):
+    """Put-if-absent found the name taken; nothing was written."""
+
+    def __init__(self, path: str, message: str = "exists already; nothing was written") -> None:
+        super().__init__(path, message)
+
+
+class ObjectNotFoundError(StorageError, FileNotFoundError):
+    """There is no object at ``path``."""
+
+    def __init__(self, path: str, message: str = "there is no such object") -> None:
+        super().__init__(path, message)
+
+
+class StorageFullError(StorageError):
+    """The store has no room left for ``path``; what was written of it will be collected later."""
+
+
+class StoreOutcomeUnknownError(StorageError):
+    """The store answered neither yes nor no: the write to ``path`` may have happened or may still happen."""
+
+
+class StoreUnsuitableError(StorageError):
+    """The probe found that this store cannot keep the promises that a commit rests on."""
+
+
+class DamagedError(DistckptError):
+    """The bytes at ``path`` are not what was written. ``key`` names the tensor or value, if it is known."""
+
+    def __init__(self, path: str, reason: str, key: str | None = None) -> None:
+        where = f"{path}, key {key!r}" if key is not None else path
+        super().__init__(f"{where}: {reason}")
+        self.path = path
+        self.key = key
+        self.reason = reason
+
+
+class UnsupportedFormatError(DamagedError):
+    """``path`` has a format version that this release does not read; a newer distckpt may."""
+
+
+class CheckpointNotFoundError(DistckptError, FileNotFoundError):
+    """No committed checkpoint answers to ``path``."""
+
+    def __init__(self, path: str, message: str) -> None:
+        super().__init__(f"{path}: {message}")
+        self.path = path
+
+
+class SaveError(DistckptError):
+    """The save of checkpoint ``number`` failed on every rank. The previous checkpoint stands."""
+
+    def __init__(self, number: int | None, message: str) -> None:
+        what = f"checkpoint {number} was not saved" if number is not None else "the save was not prepared"
+        super().__init__(f"{what}: {message}")
+        self.number = number
+
+
+class EncodeError(SaveError, TypeError):
+    """The value at ``key`` cannot be stored without pickle, so it is refused before anything is written."""
+
+    def __init__(self, key: str, message: str) -> None:
+        super().__init__(None, f"{key}: {message}")
+        self.key = key
+
+
+class PlanError(SaveError):
+    """What the ranks hold does not add up to whole tensors. ``key`` and ``ranks`` say where."""
+
+    def __init__(self, number: int | None, key: str, ranks: Sequence[int], message: str) -> None:
+        who = ", ".join(map(str, list(ranks)[:16]))
+        super().__init__(number, f"{key} (ranks {who}): {message}")
+        self.key = key
+        self.ranks = tuple(ranks)
+
+
+class MissingRanksError(SaveError):
+    """``ranks`` did not come, or did not report their shards, within ``timeout`` seconds."""
+
+    def __init__(
+        self, number: int | None, ranks: Sequence[int], hosts: Mapping[int, str], timeout: float, stage: str
+    ) -> None:
+        super().__init__(
+            number,
+            f"waited {timeout:g} s for {_ranks_at_hosts(ranks, hosts)} {stage}. "
+            "Nothing was committed; training may go on and the next save starts afresh",
+        )
+        self.ranks = tuple(ranks)
+        self.hosts = dict(hosts)
+        self.timeout = timeout
+        self.stage = stage
+
+
+class RankFailedError(SaveError):
+    """``rank`` on ``host`` reported that its own part of the save failed; ``reason`` is its own error's text."""
+
+    def __init__(self, number: int | None, rank: int, host: str, reason: str) -> None:
+        super().__init__(number, f"{_ranks_at_hosts([rank], {rank: host})} failed: {reason}")
+        self.rank = rank
+        self.host = host
+        self.reason = reason
+
+
+class NotSharedError(SaveError):
+    """Shards that ranks wrote cannot be seen by the coordinator: the directory is not shared between the hosts."""
+
+    def __init__(self, number: int | None, directory: str, ranks: Sequence[int], hosts: Mapping[int, str]) -> None:
+        super().__init__(
+            number,
+            f"shards of {_ranks_at_hosts(ranks, hosts)} are not to be seen in {directory} from the coordinator. "
+            "Use a directory that all hosts share, or an object store",
+        )
+        self.directory = directory
+        self.ranks = tuple(ranks)
+        self.hosts = dict(hosts)
+
+
+class NumberMismatchError(SaveError):
+    """Ranks save different checkpoint numbers at the same time; ``numbers`` maps rank to number."""
+
+    def __init__(self, number: int | None, numbers: Mapping[int, int]) -> None:
+        shown = ", ".join(f"rank {rank} saves {value}" for rank, value in sorted(numbers.items())[:16])
+        super().__init__(number, f"all ranks must save the same number, but {shown}")
+        self.numbers = dict(numbers)
+
+
+class CommitUnknownError(SaveError):
+    """The store has not said whether the log entry was written. The coordinator goes on asking; delete nothing."""
+
+
+class CoordinatorError(DistckptError):
+    """The coordinator of a directory cannot serve this rank."""
+
+
+class FencedError(CoordinatorError):
+    """A coordinator of epoch ``newer`` owns ``directory``; the one of ``epoch`` has stopped for ever, harmlessly."""
+
+    def __init__(self, directory: str, epoch: int, newer: int) -> None:
+        super().__init__(
+            f"{directory}: the coordinator of epoch {epoch} was replaced by epoch {newer}. "
+            "Another manager saves to this directory now; this one must stop"
+        )
+        self.directory = directory
+        self.epoch = epoch
+        self.newer = newer
+
+
+class StaleRunError(CoordinatorError):
+    """This rank belongs to incarnation ``run`` of the job, and ``newer`` has started since."""
+
+    def __init__(self, directory: str, run: int, newer: int) -> None:
+        super().__init__(
+            f"{directory}: this process belongs to run {run} of the job, and run {newer} has started since. "
+            "It can neither save nor retire anything any more; let it end"
+        )
+        self.directory = directory
+        self.run = run
+        self.newer = newer
+
+
+class CoordinatorUnavailableError(CoordinatorError):
+    """No answer from the coordinator in time. What it had committed is on storage; nothing is lost."""
+
+
+class RestoreError(DistckptError):
+    """A restore could not be done."""
+
+
+class MismatchError(RestoreError):
+    """The checkpoint at ``path`` and the objects do not hold the same keys, or not of the same shapes."""
+
+    def __init__(
+        self, path: str, missing: Sequence[str], unexpected: Sequence[str], misshaped: Mapping[str, str]
+    ) -> None:
+        parts = []
+        if missing:
+            parts.append(f"not in the checkpoint: {_some(missing)}")
+        if unexpected:
+            parts.append(f"in the checkpoint, but in no object: {_some(unexpected)}")
+        if misshaped:
+            parts.append("of another shape: " + _some([f"{key} ({text})" for key, text in misshaped.items()]))
+        super().__init__(f"{path}: " + "; ".join(parts))
+        self.path = path
+        self.missing = tuple(missing)
+        self.unexpected = tuple(unexpected)
+        self.misshaped = dict(misshaped)
+
+
+def _some(names: Sequence[str], most: int = 8) -> str:
+    more = len(names) - most
+    return ", ".join(list(names)[:most]) + (f" and {more} more" if more > 0 else "")
+
+
+class ResizeError(RestoreError):
+    """``key`` holds one value a rank, ``saved`` ranks wrote it, ``now`` ranks run, and on_resize is "error"."""
+
+    def __init__(self, key: str, saved: int, now: int) -> None:
+        super().__init__(
+            f"{key}: per-rank state of {saved} ranks cannot be restored on {now} ranks. "
+            'Say what to do with PerRank(..., on_resize="drop") or a callable'
+        )
+        self.key = key
+        self.saved = saved
+        self.now = now
+
+
+class NoGoodCheckpointError(RestoreError):
+    """Every candidate in ``directory`` was refused; ``refused`` pairs each path with the reason."""
+
+    def __init__(self, directory: str, refused: Sequence[tuple[str, str]]) -> None:
+        listing = "; ".join(f"{path}: {reason}" for path, reason in refused)
+        super().__init__(f"{directory}: no checkpoint could be restored. {listing}")
+        self.directory = directory
+        self.refused = tuple(refused)

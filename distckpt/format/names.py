@@ -1,0 +1,68 @@
+"""Where things are. Every path is derived here from numbers and checked names, never read from a file's content."""
+
+from __future__ import annotations
+
+import re
+
+LOG = "_log"
+LEASES = "_leases"
+STATE_FILE = "checkpoint"
+MANIFEST = "manifest.json"
+INDEX = "index.arrow"
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+_ATTEMPT = re.compile(r"e([0-9]{1,18})-[0-9a-f]{32}")
+_ENTRY = re.compile(r"([0-9]{20})\.json")
+_CHECKPOINT = re.compile(r"(.+)-([0-9]{1,18})")
+
+
+def is_name(text: str) -> bool:
+    """Whether ``text`` can be a checkpoint name or a lease id: one path part, nothing that climbs or hides."""
+    return _NAME.fullmatch(text) is not None
+
+
+def is_attempt(text: str) -> bool:
+    """Whether ``text`` is an attempt id, ``e<epoch>-<32 hex digits>``."""
+    return _ATTEMPT.fullmatch(text) is not None
+
+
+def attempt_epoch(attempt: str) -> int:
+    """The epoch in which an attempt began."""
+    match = _ATTEMPT.fullmatch(attempt)
+    if match is None:
+        raise ValueError(f"not an attempt id: {attempt!r}")
+    return int(match[1])
+
+
+def entry_path(seq: int) -> str:
+    """The log entry with that sequence number."""
+    return f"{LOG}/{seq:020d}.json"
+
+
+def entry_seq(path: str) -> int | None:
+    """The sequence number of a log entry's path, or None for any other object."""
+    match = _ENTRY.fullmatch(path.rpartition("/")[2])
+    return int(match[1]) if match else None
+
+
+def checkpoint_folder(name: str, number: int) -> str:
+    """The folder of a checkpoint, ``ckpt-42``."""
+    return f"{name}-{number}"
+
+
+def parse_checkpoint(folder: str) -> tuple[str, int] | None:
+    """Name and number of a checkpoint folder, or None if it is none."""
+    match = _CHECKPOINT.fullmatch(folder)
+    if match is None or not is_name(match[1]):
+        return None
+    return match[1], int(match[2])
+
+
+def attempt_folder(name: str, number: int, attempt: str) -> str:
+    """The folder of one attempt at a checkpoint."""
+    return f"{name}-{number}/{attempt}"
+
+
+def shard_name(rank: int, shard: int) -> str:
+    """The file name of a shard inside its attempt."""
+    return f"{rank:05d}-{shard}.arrow"

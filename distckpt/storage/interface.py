@@ -1,0 +1,83 @@
+"""What distckpt asks of a store. Paths are relative to the store's root, with ``/`` between parts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+
+@dataclass(frozen=True, slots=True)
+class ObjectInfo:
+    """One object as the store sees it: ``size`` in bytes, ``modified`` in epoch seconds of the store's clock.
+
+    ``crc32c`` is the store's own checksum of the content, where it keeps one, else None.
+    """
+
+    path: str
+    size: int
+    modified: float
+    crc32c: int | None = None
+
+
+@runtime_checkable
+class Source(Protocol):
+    """An object open for reading. Safe to use from several threads at once."""
+
+    @property
+    def size(self) -> int:
+        """The object's size in bytes."""
+
+    def read_into(self, position: int, target: memoryview) -> None:
+        """Fill ``target`` with the bytes from ``position`` on. DamagedError if the object ends before that."""
+
+    def close(self) -> None:
+        """Let go of the object. Closing twice does no harm."""
+
+
+@runtime_checkable
+class Store(Protocol):
+    """Objects under one root. No rename, no append, no unconditional overwrite of anything that matters.
+
+    Every method raises StorageError (or one of its kinds), never a bare OSError.
+    """
+
+    @property
+    def url(self) -> str:
+        """The canonical root: an absolute local path, or a URL without a slash at its end."""
+
+    def put_if_absent(self, path: str, data: bytes) -> None:
+        """Create ``path`` with ``data``, whole and durable, unless it exists: exactly one of many callers wins.
+
+        Raises AlreadyExistsError when the name is taken, StoreOutcomeUnknownError when the store answered neither
+        yes nor no. A lost acknowledgement may surface as either, so callers read back and compare.
+        """
+
+    def put_unique(self, path: str, size: int, sections: Iterable[memoryview]) -> ObjectInfo:
+        """Write a large object under a name that nobody else uses; durable on return.
+
+        ``sections`` are consecutive and sum to ``size`` bytes; each but the last is a multiple of 1 MiB long, and may
+        be produced while the one before it is being written. An object that already exists is never touched:
+        AlreadyExistsError.
+        """
+
+    def replace(self, path: str, data: bytes) -> None:
+        """Write ``path`` whole, over what may be there. Only for derived or expiring objects (``checkpoint``, leases)."""
+
+    def read(self, path: str, max_bytes: int) -> bytes:
+        """The whole content. ObjectNotFoundError if there is none, DamagedError if it is longer than ``max_bytes``."""
+
+    def open(self, path: str) -> Source:
+        """Open an object for ranged reads. ObjectNotFoundError if there is none."""
+
+    def stat(self, path: str) -> ObjectInfo | None:
+        """What is at ``path`` now, or None. Never from a cache."""
+
+    def list(self, folder: str) -> Iterator[ObjectInfo]:
+        """Every object below ``folder``, at any depth, in no particular order. Never from a cache. Empty if none."""
+
+    def folders(self, folder: str) -> Iterator[str]:
+        """Names of the folders directly below ``folder`` ('' is the root). Never from a cache."""
+
+    def delete(self, path: str) -> None:
+        """Remove an object; no error if it is gone already."""
