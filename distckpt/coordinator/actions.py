@@ -211,12 +211,18 @@ class Delete:
 
 @dataclass(frozen=True, slots=True)
 class CollectGarbage:
-    """Delete attempts of this name that ``state`` does not know, that are not in ``live``, and that are old enough."""
+    """Delete attempts of this name that came to nothing and are old enough. Nothing follows.
+
+    Of epochs before ``epoch``: all that are not ``known``; of ``epoch`` itself: only those in ``failed``, which have
+    no manifest and never will; of later epochs: none. These rules hold however late the action is performed: what it
+    deletes can never be committed. ``live`` are attempts in work.
+    """
 
     name: str
     known: frozenset[str]
     live: frozenset[str]
     epoch: int
+    failed: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)

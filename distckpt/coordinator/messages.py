@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 from distckpt.errors import DistckptError
 from distckpt.format.log import CheckpointRecord
+from distckpt.format.receipt import ShardReceipt
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +24,11 @@ class Retention:
 
 @dataclass(frozen=True, slots=True)
 class OpenRun:
-    """A process of the incarnation ``token`` reports. The first one to come starts a new run; the rest join it."""
+    """A process of the incarnation ``token`` reports. The first one to come starts a new run; the rest join it.
+
+    ``run`` is 0 at first; a process that opens its run again, because the coordinator was replaced, gives the number
+    it had. So a coordinator never takes a directory over on behalf of a run that has been superseded.
+    """
 
     token: str
     rank: int
@@ -32,6 +37,7 @@ class OpenRun:
     name: str
     retention: Retention
     save_timeout: float
+    run: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,25 +114,6 @@ class Planned:
 
     plan: str
     rows: bytes = field(repr=False)
-
-
-@dataclass(frozen=True, slots=True)
-class ShardReceipt:
-    """One shard that has landed: its size and CRC32C, and for each of its rows, in order, where the bytes are.
-
-    ``rows`` counts them. ``positions`` and ``sizes`` are int64, ``block_sizes`` int64, ``blocks`` the uint32 running
-    CRC32C of every row at each of its block ends; all little endian. A row of n bytes has max(1, ceil(n / block size))
-    blocks, and the last running value is the row's CRC32C.
-    """
-
-    shard: int
-    size: int
-    crc32c: int
-    rows: int
-    positions: bytes = field(repr=False)
-    sizes: bytes = field(repr=False)
-    block_sizes: bytes = field(repr=False)
-    blocks: bytes = field(repr=False)
 
 
 @dataclass(frozen=True, slots=True)

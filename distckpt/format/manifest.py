@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
+
 import msgspec
+
+from distckpt.errors import DamagedError
+from distckpt.format.limits import MAX_BYTES, MAX_CRC32C, MAX_NUMBER, MAX_SHARDS_OF_RANK, MAX_WORLD, shown
+from distckpt.format.names import is_attempt, is_name
 
 FORMAT = 1
 MAX_MANIFEST_BYTES = 64 << 20
@@ -30,3 +37,44 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     index_size: int
     index_crc32c: int
     shards: tuple[ShardRecord, ...]
+
+
+def check_manifest(manifest: Manifest, path: str) -> None:
+    """Whether a decoded manifest makes sense, whoever wrote it. DamagedError with the first reason why not."""
+    for problem in _problems(manifest):
+        raise DamagedError(path, problem)
+
+
+def _problems(manifest: Manifest) -> Iterator[str]:
+    if manifest.format != FORMAT:
+        yield f"format version {manifest.format} inside version {FORMAT}"
+    if not is_name(manifest.name):
+        yield f"{shown(manifest.name)} is not a checkpoint name"
+    if not is_attempt(manifest.attempt):
+        yield f"{shown(manifest.attempt)} is not an attempt id"
+    if not 1 <= manifest.world_size <= MAX_WORLD:
+        yield f"world size {manifest.world_size} is out of bounds"
+    if not (0 <= manifest.number <= MAX_NUMBER and 0 <= manifest.epoch <= MAX_NUMBER):
+        yield f"number {manifest.number} or epoch {manifest.epoch} is out of bounds"
+    if not math.isfinite(manifest.time):
+        yield "its time is not a number"
+    if not (0 <= manifest.index_size <= MAX_BYTES and 0 <= manifest.index_crc32c <= MAX_CRC32C):
+        yield f"index size {manifest.index_size} or CRC32C {manifest.index_crc32c} is out of bounds"
+    yield from _shard_problems(manifest.shards, manifest.world_size)
+
+
+def _shard_problems(shards: tuple[ShardRecord, ...], world_size: int) -> Iterator[str]:
+    last = (-1, -1)
+    total = 0
+    for record in shards:
+        here = (record.rank, record.shard)
+        if not (0 <= record.rank < world_size and 0 <= record.shard < MAX_SHARDS_OF_RANK):
+            yield f"shard {record.shard} of rank {record.rank} cannot be in a world of {world_size}"
+        if here <= last:
+            yield f"shard {record.shard} of rank {record.rank} is listed twice or out of order"
+        if not (0 <= record.size <= MAX_BYTES and 0 <= record.crc32c <= MAX_CRC32C):
+            yield f"size or CRC32C of shard {record.shard} of rank {record.rank} is out of bounds"
+        last = here
+        total += record.size
+    if total > MAX_BYTES:
+        yield "its shards add up to more bytes than can exist"

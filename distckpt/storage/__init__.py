@@ -1,0 +1,20 @@
+"""Stores: where objects are kept, and what is asked of the place."""
+
+from distckpt.storage.interface import ObjectInfo, Source, Store
+from distckpt.storage.local import LocalStore
+from distckpt.storage.location import canonical, join, open_store, split_path
+from distckpt.storage.memory import MemoryStore
+from distckpt.storage.probe import probe
+
+__all__ = [
+    "LocalStore",
+    "MemoryStore",
+    "ObjectInfo",
+    "Source",
+    "Store",
+    "canonical",
+    "join",
+    "open_store",
+    "probe",
+    "split_path",
+]

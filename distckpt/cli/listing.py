@@ -1,0 +1,98 @@
+"""``distckpt ls``: which checkpoints a directory has. Reads the log and nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import click
+import msgspec
+from rich.text import Text
+
+from distckpt.cli import options, text
+from distckpt.errors import CheckpointNotFoundError
+from distckpt.format import names
+from distckpt.format.log import CheckpointRecord, State
+from distckpt.storage import open_store
+from distckpt.transfer.log import read_tail
+
+_STYLES = {"newest": "bold green", "preserved": "cyan", "retiring": "dim"}
+
+
+@dataclass(frozen=True, slots=True)
+class Listed:
+    """A checkpoint and the words that say how it stands: newest, active, preserved, retiring, pinned."""
+
+    record: CheckpointRecord
+    marks: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        """``ckpt-42``."""
+        return names.checkpoint_folder(self.record.name, self.record.number)
+
+
+@click.command("ls")
+@click.argument("directory", metavar="DIR")
+@options.as_json
+@options.storage_options
+def list_checkpoints(directory: str, as_json: bool, storage_options: Mapping[str, Any]) -> None:
+    """List the checkpoints of a directory, oldest first, the newest one last.
+
+    Active ones take part in retention, preserved ones are kept for good, retiring ones are being deleted.
+    """
+    store = open_store(directory, storage_options)
+    listed = in_order(read_tail(store).state)
+    if not listed:
+        raise CheckpointNotFoundError(store.url, "no checkpoint has been committed here")
+    if as_json:
+        text.print_json({"directory": store.url, "checkpoints": [_as_json(one) for one in listed]})
+    else:
+        _print(listed)
+
+
+def in_order(state: State) -> list[Listed]:
+    """Every checkpoint of the log once: retiring ones first, then the others in the order in which they were saved."""
+    active = {record.attempt for record in state.active}
+    preserved = {record.attempt: record for record in state.preserved}
+    older = sorted((record for record in preserved.values() if record.attempt not in active), key=_time)
+    newest = (state.active or tuple(older))[-1:]
+    listed = [Listed(record, ("retiring",)) for record in state.retiring]
+    for record in (*older, *state.active):
+        marks = ("newest",) if record in newest else ("active",) if record.attempt in active else ()
+        marks += ("preserved",) if record.attempt in preserved else ()
+        marks += ("pinned",) if record.pinned else ()
+        listed.append(Listed(record, marks))
+    return listed
+
+
+def _time(record: CheckpointRecord) -> float:
+    return record.time
+
+
+def _as_json(listed: Listed) -> dict[str, Any]:
+    record: dict[str, Any] = msgspec.to_builtins(listed.record)
+    return {"checkpoint": listed.name, "state": list(listed.marks), **record}
+
+
+def _print(listed: Iterable[Listed]) -> None:
+    columns = ["checkpoint", "state", "saved", "size", "ranks", "attempt"]
+    metrics = any(one.record.metrics for one in listed)
+    table = text.table([*columns, "metrics"] if metrics else columns, right=["size", "ranks"])
+    for one in listed:
+        record = one.record
+        cells = [
+            one.name,
+            Text(", ".join(one.marks), style=_STYLES.get(one.marks[0], "")),
+            text.local_time(record.time),
+            text.human_bytes(record.nbytes),
+            str(record.world_size),
+            record.attempt[: record.attempt.index("-") + 9],
+        ]
+        table.add_row(*cells, *([_metrics(record)] if metrics else []))
+    text.console().print(table)
+
+
+def _metrics(record: CheckpointRecord) -> str:
+    return ", ".join(f"{name}={value:.5g}" for name, value in record.metrics.items())

@@ -1,0 +1,188 @@
+"""``distckpt show``: what is in one checkpoint. Reads its manifest and index, and no tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import click
+import msgspec
+
+from distckpt.cli import options, text
+from distckpt.format import names
+from distckpt.format.dtypes import VALUE
+from distckpt.format.tree import Rank, Step, decode_path
+from distckpt.transfer.catalog import Located, locate, read_index
+
+if TYPE_CHECKING:
+    from distckpt.format.index import Index, KeyInfo
+
+MOST_RANKS = 16
+
+
+@click.command("show")
+@click.argument("path")
+@options.as_json
+@options.storage_options
+def show_checkpoint(path: str, as_json: bool, storage_options: Mapping[str, Any]) -> None:
+    """Show what a checkpoint holds: its keys with shape, type and size, and which rank wrote what."""
+    where = locate(path, storage_options)
+    index = read_index(where)
+    if as_json:
+        text.print_json(_as_json(where, index))
+    else:
+        _print(where, index)
+
+
+# ---- for people ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class _Branch:
+    """A place in the tree, with what is below it added up."""
+
+    label: str
+    info: KeyInfo | None = None
+    nbytes: int = 0
+    ranks: set[int] = field(default_factory=set)
+    children: dict[Step, _Branch] = field(default_factory=dict)
+
+
+def _print(where: Located, index: Index) -> None:
+    console = text.console()
+    manifest = where.manifest
+    tensors = sum(dtype != VALUE for dtype in index.dtypes)
+    stored = sum(shard.size for shard in manifest.shards)
+    console.print(where.path, style="bold")
+    console.print(
+        f"saved {text.local_time(manifest.time)} by {text.counted(manifest.world_size, 'rank')}, "
+        f"attempt {manifest.attempt}"
+    )
+    console.print(
+        f"{text.counted(tensors, 'tensor')} and {text.counted(len(index.names) - tensors, 'value')} "
+        f"in {text.counted(len(index), 'chunk')}, {text.counted(len(manifest.shards), 'shard')}, "
+        f"{text.human_bytes(stored)}\n"
+    )
+    table = text.table(["key", "shape", "type", "size", "written by"], right=["size"])
+    for guide, branch in _lines(_tree(where, index)):
+        info = branch.info
+        shape = _shape(info.shape) if info is not None and info.dtype != VALUE else ""
+        dtype = ("value" if info.dtype == VALUE else info.dtype) if info is not None else ""
+        ranks = _written_by(branch, manifest.world_size)
+        table.add_row(
+            guide + branch.label,
+            shape,
+            dtype,
+            text.human_bytes(branch.nbytes),
+            ranks,
+            style=None if info is not None else "bold",
+        )
+    console.print(table)
+    console.print()
+    _print_ranks(where, index)
+
+
+def _tree(where: Located, index: Index) -> _Branch:
+    root = _Branch("")
+    for key in index.names:
+        info = index.info(key)
+        branch = root
+        for step in decode_path(info.path, where.path):
+            branch = branch.children.setdefault(step, _Branch(_label(step)))
+            branch.nbytes += info.nbytes
+            branch.ranks.update(info.ranks)
+        branch.info = info
+    return root
+
+
+def _lines(root: _Branch) -> Iterator[tuple[str, _Branch]]:
+    """Every place below the root with the lines that lead to it, drawn from top to bottom."""
+    waiting = [("", "", branch) for branch in reversed(root.children.values())]
+    while waiting:
+        here, below, branch = waiting.pop()
+        yield here, branch
+        children = list(branch.children.values())
+        lines = [(f"{below}├─ ", f"{below}│  ", child) for child in children[:-1]]
+        lines += [(f"{below}└─ ", f"{below}   ", child) for child in children[-1:]]
+        waiting.extend(reversed(lines))
+
+
+def _label(step: Step) -> str:
+    shown = f"@{step.rank}" if isinstance(step, Rank) else str(step)
+    return "".join(character if character.isprintable() else "?" for character in shown)
+
+
+def _shape(shape: tuple[int, ...]) -> str:
+    return " × ".join(map(str, shape)) if shape else "scalar"  # noqa: RUF001  the sign is meant
+
+
+def _written_by(branch: _Branch, world_size: int) -> str:
+    if len(branch.ranks) == world_size > 1:
+        return "all"
+    ranks = sorted(branch.ranks)
+    shown = text.number_ranges(ranks)
+    return shown if len(shown) <= 20 else f"{len(ranks)} ranks"
+
+
+def _print_ranks(where: Located, index: Index) -> None:
+    table = text.table(["rank", "shards", "chunks", "size"], right=["rank", "shards", "chunks", "size"])
+    chunks = _count(index.rank.tolist())
+    shards = _count(shard.rank for shard in where.manifest.shards)
+    sizes: dict[int, int] = {}
+    for shard in where.manifest.shards:
+        sizes[shard.rank] = sizes.get(shard.rank, 0) + shard.size
+    for rank in list(shards)[:MOST_RANKS]:
+        table.add_row(f"{rank}", f"{shards[rank]}", f"{chunks.get(rank, 0):,}", text.human_bytes(sizes[rank]))
+    if len(shards) > MOST_RANKS:
+        table.caption = f"and {text.counted(len(shards) - MOST_RANKS, 'more rank')}; --json shows them all"
+    text.console().print(table)
+
+
+def _count(ranks: Any) -> dict[int, int]:
+    counts: dict[int, int] = {}
+    for rank in ranks:
+        counts[rank] = counts.get(rank, 0) + 1
+    return counts
+
+
+# ---- for programs -------------------------------------------------------------------------------------------------
+
+
+def _as_json(where: Located, index: Index) -> dict[str, Any]:
+    manifest = msgspec.to_builtins(where.manifest)
+    for shard in manifest["shards"]:
+        shard["file"] = names.shard_name(shard["rank"], shard["shard"])
+    return {
+        "path": where.path,
+        "nbytes": sum(shard.size for shard in where.manifest.shards),
+        **manifest,
+        "keys": [{**_key_as_json(index.info(key)), "chunks": _chunks_as_json(index, key)} for key in index.names],
+    }
+
+
+def _key_as_json(info: KeyInfo) -> dict[str, Any]:
+    return {
+        "key": info.key,
+        "path": msgspec.json.decode(info.path),
+        "dtype": info.dtype,
+        "shape": info.shape,
+        "nbytes": info.nbytes,
+        "ranks": info.ranks,
+    }
+
+
+def _chunks_as_json(index: Index, key: str) -> list[dict[str, Any]]:
+    ndim = int(index.ndims[index.ids[key]])
+    return [
+        {
+            "rank": int(index.rank[row]),
+            "shard": int(index.shard[row]),
+            "position": int(index.position[row]),
+            "size": int(index.size[row]),
+            "crc32c": int(index.blocks[index.starts[row + 1] - 1]),
+            "offset": index.offset[row, :ndim].tolist(),
+            "length": index.length[row, :ndim].tolist(),
+        }
+        for row in index.rows(key).tolist()
+    ]

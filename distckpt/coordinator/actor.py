@@ -1,0 +1,174 @@
+"""The coordinator as a Ray actor: a thin, named, detached, restarting shell around the machine."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import logging
+import os
+import subprocess
+import sys
+import time
+from typing import Any
+
+import ray
+
+from distckpt.coordinator.messages import Refused, Reply, Request
+from distckpt.coordinator.shell import Settings, Shell
+from distckpt.errors import CoordinatorUnavailableError, DistckptError
+from distckpt.storage import open_store
+from distckpt.world import World
+
+logger = logging.getLogger(__name__)
+
+NAMESPACE = "distckpt"
+LOCAL_OBJECT_STORE_BYTES = 100 << 20
+FOLLOW_SECONDS = 120.0
+
+
+def actor_name(directory: str) -> str:
+    """The name under which the coordinator of a canonical directory is found in its namespace."""
+    return f"coordinator-{hashlib.sha256(directory.encode()).hexdigest()[:24]}"
+
+
+class CoordinatorActor:
+    """Answers requests. A restart begins from storage: nothing that matters is only in its memory."""
+
+    def __init__(self, directory: str, storage_options: dict[str, Any] | None, settings: Settings) -> None:
+        self._directory = directory
+        self._storage_options = storage_options
+        self._settings = settings
+        self._shell: Shell | None = None
+
+    async def ask(self, request: Request, wait: float) -> Reply | None:
+        """The answer to a request, or None when there is none within ``wait`` seconds: then ask again."""
+        try:
+            shell = self._started()
+        except DistckptError as error:
+            return Refused(error)
+        try:
+            return await asyncio.wait_for(asyncio.wrap_future(shell.ask(request)), wait)
+        except asyncio.TimeoutError:
+            return None
+
+    def _started(self) -> Shell:
+        # Not in __init__: an actor that dies while it is made tells its callers much less than an answer does.
+        if self._shell is None:
+            shell = Shell(open_store(self._directory, self._storage_options), self._settings, self._stopped)
+            shell.start()
+            self._shell = shell
+        return self._shell
+
+    async def describe(self) -> tuple[str, int]:
+        """The directory that this actor serves and its process id."""
+        return self._directory, os.getpid()
+
+    def _stopped(self, reason: str) -> None:
+        logger.info("the coordinator of %s stops: %s", self._directory, reason)
+        # Killing itself is the one exit that Ray neither restarts nor reports as a failure of the job.
+        ray.kill(ray.get_runtime_context().current_actor, no_restart=True)
+
+
+def join_cluster(world: World) -> None:
+    """Connect this rank to the Ray cluster in which the coordinator lives. A collective where ranks share.
+
+    Rank 0 keeps the connection it has, or joins the cluster that RAY_ADDRESS or ``ray start`` names, or starts one
+    that lives as long as its process. The others follow it; one on a host without Ray starts Ray's node there.
+    """
+    if world.share is None:
+        if not ray.is_initialized():
+            _connect(_running_cluster() or "auto")
+        return
+    if world.rank == 0 and not ray.is_initialized():
+        _connect_or_start()
+    address = world.share(ray.get_runtime_context().gcs_address if world.rank == 0 else "")
+    if not ray.is_initialized():
+        _follow(address, world)
+
+
+def _connect_or_start() -> None:
+    running = _running_cluster()
+    if running is None:
+        _start_local()
+        return
+    try:
+        _connect(running)
+    except ConnectionError as error:
+        if os.environ.get("RAY_ADDRESS"):
+            raise CoordinatorUnavailableError(f"no Ray cluster answers at RAY_ADDRESS={running}: {error}") from error
+        logger.warning("the Ray cluster that was started here does not answer any more; starting a local one")
+        _start_local()
+
+
+def _running_cluster() -> str | None:
+    """The cluster that the user means: RAY_ADDRESS, else the one that ``ray start`` left a note of on this host."""
+    from ray._private.utils import read_ray_address  # the note has no public reader but ray.init itself
+
+    address: str | None = os.environ.get("RAY_ADDRESS") or read_ray_address()
+    return address
+
+
+def _connect(address: str) -> None:
+    ray.init(address=address, namespace=NAMESPACE, log_to_driver=False, logging_level=logging.WARNING)
+
+
+def _start_local() -> None:
+    ray.init(
+        address="local",
+        num_cpus=1,
+        object_store_memory=LOCAL_OBJECT_STORE_BYTES,
+        include_dashboard=False,
+        namespace=NAMESPACE,
+        log_to_driver=False,
+        logging_level=logging.WARNING,
+    )
+
+
+def _follow(address: str, world: World) -> None:
+    """Connect to rank 0's cluster. A host of its own needs a Ray node first, which its first rank starts."""
+    deadline = time.monotonic() + FOLLOW_SECONDS
+    started = False
+    while True:
+        try:
+            _connect(address)
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            if time.monotonic() > deadline:
+                raise CoordinatorUnavailableError(f"rank {world.rank} cannot join Ray at {address}: {error}") from error
+            if world.local_rank == 0 and not started:
+                _start_node(address)
+                started = True
+            time.sleep(1.0)
+        else:
+            return
+
+
+def _start_node(address: str) -> None:
+    command = [sys.executable, "-m", "ray.scripts.scripts", "start", f"--address={address}", "--num-cpus=1"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        logger.warning("starting a Ray node on this host failed: %s", (done.stderr or done.stdout).strip()[-500:])
+
+
+def find_or_start(
+    directory: str, storage_options: dict[str, Any] | None, settings: Settings
+) -> ray.actor.ActorHandle[CoordinatorActor]:
+    """The running coordinator of ``directory``, or a new one on this node; answers once before it is returned."""
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    node = ray.get_runtime_context().get_node_id()
+    actor = (
+        ray.remote(CoordinatorActor)
+        .options(
+            name=actor_name(directory),
+            namespace=NAMESPACE,
+            lifetime="detached",
+            get_if_exists=True,
+            max_restarts=-1,
+            max_concurrency=100_000,
+            num_cpus=0,
+            scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=True),
+        )
+        .remote(directory, storage_options, settings)
+    )
+    ray.get(actor.describe.remote())
+    return actor

@@ -1,0 +1,214 @@
+"""A rank's line to the coordinator: in this process, or a Ray actor that may die and come back."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import logging
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import TimeoutError as FutureTimeoutError
+from typing import TYPE_CHECKING, Any, Protocol
+
+from distckpt.coordinator.messages import OpenRun, Refused, Reply, Request, RunOpened, Unknown
+from distckpt.coordinator.shell import Settings, Shell
+from distckpt.errors import CoordinatorUnavailableError, DistckptError, FencedError
+from distckpt.storage import Store
+from distckpt.world import World, new_token
+
+if TYPE_CHECKING:
+    import ray
+
+    from distckpt.coordinator.actor import CoordinatorActor
+
+logger = logging.getLogger(__name__)
+
+POLL_SECONDS = 20.0
+"""How long one question waits at the coordinator before it is asked again."""
+
+GRACE_SECONDS = 60.0
+"""How long a rank waits for a coordinator that does not answer at all (it may be restarting)."""
+
+
+class Line(Protocol):
+    """Carries requests to the coordinator and answers back. Safe to use from several threads."""
+
+    def ask(self, request: Request, timeout: float) -> Reply:
+        """The answer. CoordinatorUnavailableError when there is none within ``timeout`` seconds."""
+
+    def close(self) -> None:
+        """Hang up."""
+
+
+class LocalLine:
+    """The coordinator lives in this process, for a world of one: no Ray is needed."""
+
+    def __init__(self, shell: Shell) -> None:
+        self._shell = shell
+
+    def ask(self, request: Request, timeout: float) -> Reply:
+        """See Line.ask."""
+        future = self._shell.ask(request)
+        try:
+            return future.result(timeout)
+        except FutureTimeoutError:
+            future.cancel()
+            raise CoordinatorUnavailableError(
+                f"no answer to {type(request).__name__} within {timeout:g} s: the store may be slow or unreachable"
+            ) from None
+
+    def close(self) -> None:
+        """Stop the coordinator once it has finished what it is doing."""
+        self._shell.close()
+
+
+class RayLine:
+    """The coordinator is a named actor. Lost calls are repeated; a dead actor is looked up, or started, again."""
+
+    def __init__(self, directory: str, storage_options: dict[str, Any] | None, settings: Settings) -> None:
+        self._directory = directory
+        self._storage_options = storage_options
+        self._settings = settings
+        self._lock = threading.Lock()
+        self._actor: ray.actor.ActorHandle[CoordinatorActor] | None = None
+
+    def ask(self, request: Request, timeout: float) -> Reply:
+        """See Line.ask."""
+        import ray.exceptions
+
+        deadline = time.monotonic() + timeout
+        silent_since: float | None = None
+        while True:
+            left = deadline - time.monotonic()
+            if left <= 0:
+                raise CoordinatorUnavailableError(
+                    f"{self._directory}: no answer to {type(request).__name__} within {timeout:g} s"
+                )
+            wait = min(POLL_SECONDS, left)
+            try:
+                actor = self._find()
+                reply: Reply | None = ray.get(actor.ask.remote(request, wait), timeout=wait + POLL_SECONDS)
+            except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError) as error:
+                silent_since = silent_since or time.monotonic()
+                self._lost(error, silent_since)
+                continue
+            silent_since = None
+            if reply is not None:
+                return reply
+
+    def replace(self) -> None:
+        """Put a fresh coordinator in the place of one that has stopped for ever."""
+        import ray
+
+        with self._lock:
+            actor, self._actor = self._actor, None
+        if actor is not None:
+            ray.kill(actor, no_restart=True)
+
+    def close(self) -> None:
+        """The actor goes on without us, and exits by itself when it is idle."""
+
+    def _find(self) -> ray.actor.ActorHandle[CoordinatorActor]:
+        from distckpt.coordinator.actor import find_or_start
+
+        with self._lock:
+            if self._actor is None:
+                self._actor = find_or_start(self._directory, self._storage_options, self._settings)
+            return self._actor
+
+    def _lost(self, error: Exception, since: float) -> None:
+        logger.warning("the coordinator of %s does not answer, asking again: %s", self._directory, error)
+        if time.monotonic() - since > GRACE_SECONDS:
+            raise CoordinatorUnavailableError(
+                f"{self._directory}: the coordinator has not answered for {GRACE_SECONDS:g} s: {error}"
+            ) from error
+        with self._lock:
+            self._actor = None
+        time.sleep(0.2)
+
+
+class Session:
+    """One rank's standing in one run. Opens the run again whenever the coordinator has been replaced."""
+
+    def __init__(self, line: Line, opening: OpenRun) -> None:
+        self._line = line
+        self._opening = opening
+        self._lock = threading.Lock()
+        self._opened: RunOpened | None = None
+
+    def open(self) -> RunOpened:
+        """Report to the coordinator. Raises what it refuses with: StaleRunError, FencedError, StorageError ..."""
+        with self._lock:
+            if self._opened is None:
+                self._opened = self._open(0)
+            return self._opened
+
+    def ask(self, question: Callable[[int], Request], timeout: float) -> Reply:
+        """Ask ``question(run)``; an Unknown answer, after the run was opened again, is left to the caller.
+
+        Raises the error of a Refused answer, and CoordinatorUnavailableError.
+        """
+        run = self.open().run
+        reply = self._line.ask(question(run), timeout)
+        if isinstance(reply, Unknown):
+            with self._lock:
+                self._opened = self._open(run)
+        return _raised(reply)
+
+    def close(self) -> None:
+        """Hang up. What was asked and not yet answered stays unanswered."""
+        self._line.close()
+
+    def _open(self, run: int) -> RunOpened:
+        opening = dataclasses.replace(self._opening, run=run)
+        reply = _raised(self._line.ask(opening, max(GRACE_SECONDS, self._opening.save_timeout)))
+        if not isinstance(reply, RunOpened):
+            raise CoordinatorUnavailableError(f"unexpected answer to OpenRun: {reply!r}")
+        return reply
+
+
+def open_session(
+    store: Store, storage_options: dict[str, Any] | None, world: World, opening: OpenRun, settings: Settings
+) -> Session:
+    """Find or start the coordinator of the store's directory and report to it. A collective where ranks share.
+
+    A world of one has its coordinator in the process; more ranks meet at a Ray actor, for which rank 0 joins the
+    running Ray cluster or starts one on its host.
+    """
+    token = world.token
+    if token is None:
+        if world.share is None:
+            raise ValueError("give run_id: these ranks have no other way to know which incarnation of the job they are")
+        token = world.share(new_token())
+    opening = dataclasses.replace(opening, token=token)
+    if world.size == 1:
+        shell = Shell(store, dataclasses.replace(settings, idle_timeout=None))
+        shell.start()
+        return _opened(Session(LocalLine(shell), opening))
+    from distckpt.coordinator.actor import join_cluster
+
+    join_cluster(world)
+    line = RayLine(store.url, storage_options, settings)
+    try:
+        return _opened(Session(line, opening))
+    except FencedError:
+        # The actor served a run that another cluster took over from; ours is newer than both.
+        line.replace()
+        return _opened(Session(line, opening))
+
+
+def _opened(session: Session) -> Session:
+    session.open()
+    return session
+
+
+def _raised(reply: Reply) -> Reply:
+    if isinstance(reply, Refused):
+        raise _copy(reply.error)
+    return reply
+
+
+def _copy(error: DistckptError) -> DistckptError:
+    # Several futures may hold the same instance; raising it twice would knot their tracebacks together.
+    return copy.copy(error)

@@ -1,0 +1,74 @@
+"""The last stretch of a save: sealing, then the log entry that makes it a checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from distckpt.coordinator.actions import Publish, Seal, Sealed
+from distckpt.coordinator.desk import Desk
+from distckpt.coordinator.ledger import Ledger
+from distckpt.coordinator.messages import Committed, Refused
+from distckpt.coordinator.records import committed
+from distckpt.coordinator.rounds import SaveRound
+from distckpt.coordinator.runs import Run
+from distckpt.errors import CommitUnknownError
+from distckpt.format.log import CheckpointRecord, Entry, State
+
+
+class Commits:
+    """Seals rounds and commits them. ``on_committed`` gets the round and what to answer its ranks."""
+
+    def __init__(self, desk: Desk, ledger: Ledger, on_committed: Callable[[SaveRound, Committed], None]) -> None:
+        self._desk = desk
+        self._ledger = ledger
+        self._on_committed = on_committed
+
+    def seal(self, round: SaveRound, run: Run) -> None:
+        """Have everything checked and the manifest written. From here on no deadline abandons the round."""
+        assert round.plan is not None
+        assert round.number is not None
+        round.sealing = True
+        round.deadline = None
+        round.time = self._desk.now
+        self._desk.emit(
+            Seal(
+                attempt=round.attempt,
+                name=run.name,
+                number=round.number,
+                epoch=self._ledger.epoch,
+                time=round.time,
+                plan=round.plan,
+                receipts=round.receipts,
+                hosts=dict(run.hosts),
+            )
+        )
+
+    def commit(self, round: SaveRound, name: str, sealed: Sealed) -> None:
+        """Append the entry that commits a sealed round."""
+        assert round.number is not None
+        record = CheckpointRecord(
+            name=name,
+            number=round.number,
+            attempt=round.attempt,
+            manifest_size=sealed.manifest_size,
+            manifest_crc32c=sealed.manifest_crc32c,
+            time=round.time,
+            world_size=round.world_size,
+            nbytes=sealed.nbytes,
+        )
+        round.record = record
+
+        def change(state: State) -> State | None:
+            return committed(state, record) if round.outcome is None else None
+
+        def counted(entry: Entry) -> None:
+            self._on_committed(round, Committed(record))
+            self._desk.emit(Publish(entry))
+
+        self._ledger.intend("commit", change, counted)
+
+    def overdue(self, round: SaveRound, timeout: float) -> None:
+        """Tell who waits that the store does not say what became of the log entry. It is retried all the same."""
+        if self._ledger.unsure:
+            reason = f"the store has not said within {timeout:g} s whether its log entry was written; it is retried"
+            self._desk.answer_shelf(round.awaiting_end, Refused(CommitUnknownError(round.number, reason)))

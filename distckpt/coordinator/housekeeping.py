@@ -1,0 +1,76 @@
+"""What retention and clean-up do to a store. Deletes only what nothing committed refers to."""
+
+from __future__ import annotations
+
+import logging
+import time
+
+from distckpt.coordinator.actions import CollectGarbage, Deleted, LeasesRead
+from distckpt.errors import DamagedError, ObjectNotFoundError, StorageError
+from distckpt.format import names
+from distckpt.format.lease import MAX_LEASE_BYTES, Lease
+from distckpt.format.log import CheckpointRecord
+from distckpt.format.sealed import unseal
+from distckpt.storage import Store
+
+logger = logging.getLogger(__name__)
+
+
+def delete_checkpoints(store: Store, records: tuple[CheckpointRecord, ...]) -> Deleted:
+    """Delete the objects of retired checkpoints, manifest first; what cannot be deleted now is left for later."""
+    done = []
+    for record in records:
+        folder = names.attempt_folder(record.name, record.number, record.attempt)
+        try:
+            _delete_attempt(store, folder)
+        except StorageError as error:
+            logger.warning("%s could not be deleted and stays in the log as retiring: %s", folder, error)
+        else:
+            done.append(record.attempt)
+    return Deleted(tuple(done))
+
+
+def _delete_attempt(store: Store, folder: str) -> None:
+    store.delete(f"{folder}/{names.MANIFEST}")
+    for info in list(store.list(folder)):
+        store.delete(info.path)
+
+
+def read_leases(store: Store) -> LeasesRead:
+    """Attempts that somebody is reading now. A lease that cannot be read or parsed counts against deleting anything."""
+    attempts = set()
+    now = time.time()
+    for info in store.list(names.LEASES):
+        try:
+            lease = unseal(store.read(info.path, MAX_LEASE_BYTES), Lease, info.path, MAX_LEASE_BYTES)
+        except ObjectNotFoundError:
+            continue  # released between listing and reading
+        except (DamagedError, StorageError) as error:
+            return LeasesRead(frozenset(), f"lease {info.path}: {error}")
+        if lease.expires > now:
+            attempts.add(lease.attempt)
+        else:
+            store.delete(info.path)
+    return LeasesRead(frozenset(attempts))
+
+
+def collect_garbage(store: Store, action: CollectGarbage, min_age: float) -> int:
+    """Delete attempts that came to nothing: unknown to the log, not in work, untouched for ``min_age`` seconds.
+
+    Returns how many went. An attempt of a later epoch than the action's belongs to somebody newer and is left alone.
+    """
+    gone = 0
+    for folder in store.folders(""):
+        if names.parse_checkpoint(folder) is None:
+            continue
+        for attempt in store.folders(folder):
+            spared = attempt in action.known or attempt in action.live
+            if not names.is_attempt(attempt) or spared or names.attempt_epoch(attempt) > action.epoch:
+                continue
+            objects = list(store.list(f"{folder}/{attempt}"))
+            if all(info.modified < time.time() - min_age for info in objects):
+                logger.info("collecting the unfinished attempt %s/%s", folder, attempt)
+                _delete_attempt(store, f"{folder}/{attempt}")
+                gone += 1
+    return gone
+

@@ -1,0 +1,151 @@
+"""Retention and clean-up at work: leases are read, the log says what retires, and only then are objects deleted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from distckpt.coordinator.actions import CollectGarbage, Delete, Deleted, LeasesRead, Publish, ReadLeases
+from distckpt.coordinator.desk import Desk
+from distckpt.coordinator.ledger import Ledger
+from distckpt.coordinator.records import forgotten, known_attempts, retired
+from distckpt.coordinator.retention import Sweep, sweep
+from distckpt.coordinator.runs import Run
+from distckpt.format.log import Entry, State
+
+LOOK_AGAIN = 30.0
+GARBAGE_EVERY = 600.0
+
+
+class Keeping:
+    """Applies retention to what is committed.
+
+    A reader writes its lease, then makes sure that the checkpoint is not retiring; we retire, then read the leases,
+    then delete. So either the reader sees the retirement or we see its lease. ``protected`` are the attempts that are
+    being restored; ``live`` and ``failed`` those of unfinished and of failed saves.
+    """
+
+    def __init__(
+        self,
+        desk: Desk,
+        ledger: Ledger,
+        protected: Callable[[], frozenset[str]],
+        live: Callable[[], frozenset[str]],
+        failed: Callable[[], frozenset[str]],
+    ) -> None:
+        self._desk = desk
+        self._ledger = ledger
+        self._protected = protected
+        self._live = live
+        self._failed = failed
+        self._run: Run | None = None
+        self._look_wanted = False
+        self._look_at: float | None = None
+        self._looking: frozenset[str] | None = None
+        self._deleting: frozenset[str] = frozenset()
+        self._garbage_wanted = False
+        self._garbage_at: float | None = None
+
+    @property
+    def busy(self) -> bool:
+        """Whether leases are being read or objects deleted."""
+        return self._looking is not None or bool(self._deleting)
+
+    def deadlines(self) -> Iterator[float]:
+        """When to look again, in monotonic seconds."""
+        return (at for at in (self._look_at, self._garbage_at) if at is not None)
+
+    def begin_run(self, run: Run) -> None:
+        """Apply this run's settings from now on."""
+        self._run = run
+        self.collect()
+
+    def look(self) -> None:
+        """See what is due, at the end of this step."""
+        self._look_wanted = True
+
+    def collect(self) -> None:
+        """Collect garbage, at the end of this step."""
+        self._garbage_wanted = True
+
+    def leases_read(self, event: LeasesRead) -> None:
+        """Retire what is due and free; delete what was retiring before the leases were read and is free."""
+        if self._looking is None:
+            return
+        retiring, self._looking = self._looking, None
+        self._look_at = None
+        if event.failed:
+            self._look_at = self._desk.mono + LOOK_AGAIN
+            return
+        self._retire(event.attempts)
+        self._delete(retiring, event.attempts)
+
+    def deleted(self, event: Deleted) -> None:
+        """Forget what is gone. The rest is tried again later."""
+        gone = frozenset(event.attempts) & self._deleting
+        if gone != self._deleting:
+            self._look_later()
+        self._deleting = frozenset()
+        if gone:
+            self._ledger.intend("forget", lambda state: forgotten(state, gone), lambda _: None)
+
+    def tick(self) -> None:
+        """Look and collect if it is time or if it was asked for."""
+        if self._look_at is not None and self._look_at <= self._desk.mono:
+            self._look_at = None
+            self._look_wanted = True
+        if self._garbage_at is not None and self._garbage_at <= self._desk.mono:
+            self._garbage_wanted = True
+        if self._look_wanted and not self.busy:
+            self._look_wanted = False
+            self._looking = frozenset(record.attempt for record in self._ledger.state.retiring)
+            self._desk.emit(ReadLeases())
+        if self._garbage_wanted and self._run is not None:
+            self._collect(self._run)
+
+    def _look_later(self) -> None:
+        self._look_at = self._desk.mono + LOOK_AGAIN
+
+    def _sweep(self, state: State, leased: frozenset[str]) -> Sweep | None:
+        """What would change, or None if nothing."""
+        if self._run is None:
+            return None
+        swept = sweep(state.active, self._run.retention, state.last_preserved_timestamp, leased)
+        return swept if swept.retire or swept.preserved else None
+
+    def _retire(self, leased: frozenset[str]) -> None:
+        state = self._ledger.state
+        protected = leased | self._protected()
+        free, all_due = self._sweep(state, protected), self._sweep(state, frozenset())
+        if all_due is not None and (free is None or len(free.active) > len(all_due.active)):
+            self._look_later()
+        if free is None:
+            return
+
+        def change(state: State) -> State | None:
+            now = self._sweep(state, leased | self._protected())
+            if now is None:
+                return None
+            return retired(state, now.active, now.preserved, now.retire, now.last_preserved)
+
+        self._ledger.intend("retire", change, self._retired)
+
+    def _retired(self, entry: Entry) -> None:
+        self._desk.emit(Publish(entry))
+        self.look()
+
+    def _delete(self, retiring: frozenset[str], leased: frozenset[str]) -> None:
+        spared = leased | self._protected()
+        records = [record for record in self._ledger.state.retiring if record.attempt in retiring]
+        free = tuple(record for record in records if record.attempt not in spared)
+        if len(free) < len(records):
+            self._look_later()
+        if free:
+            self._deleting = frozenset(record.attempt for record in free)
+            self._desk.emit(Delete(free))
+
+    def _collect(self, run: Run) -> None:
+        self._garbage_wanted = False
+        self._garbage_at = self._desk.mono + GARBAGE_EVERY
+        if self._ledger.whole:
+            known = known_attempts(self._ledger.state)
+            self._desk.emit(CollectGarbage(run.name, known, self._live(), self._ledger.epoch, self._failed()))

@@ -1,0 +1,119 @@
+"""Questions to a checkpoint state, and the changes that log entries make to it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import msgspec
+
+from distckpt.format.log import CheckpointRecord, Entry, State
+from distckpt.format.names import attempt_epoch, checkpoint_folder
+
+Records = tuple[CheckpointRecord, ...]
+
+
+def known_attempts(state: State) -> frozenset[str]:
+    """Every attempt that the state names, retiring ones too."""
+    return frozenset(record.attempt for record in (*state.active, *state.preserved, *state.retiring))
+
+
+def find_attempt(state: State, attempt: str) -> CheckpointRecord | None:
+    """The committed record of an attempt, retiring ones too, or None."""
+    everything = (*reversed(state.active), *reversed(state.preserved), *state.retiring)
+    return next((record for record in everything if record.attempt == attempt), None)
+
+
+def newest_first(state: State) -> Records:
+    """What may be restored, best first: active ones against save order, then preserved ones by time."""
+    return (*reversed(state.active), *sorted(state.preserved, key=lambda record: record.time, reverse=True))
+
+
+def find_number(state: State, number: int, name: str) -> CheckpointRecord | None:
+    """The newest committed record of ``number``, one called ``name`` if there is one, or None."""
+    found = [record for record in newest_first(state) if record.number == number]
+    return next((record for record in found if record.name == name), found[0] if found else None)
+
+
+def record_path(directory: str, record: CheckpointRecord) -> str:
+    """What people call a checkpoint: ``<directory>/<name>-<number>``."""
+    return f"{directory}/{checkpoint_folder(record.name, record.number)}"
+
+
+def committed(state: State, record: CheckpointRecord) -> State:
+    """``record`` becomes the newest. An active one of the same name and number makes room for it.
+
+    The replaced one retires, unless somebody pinned it: then it is preserved.
+    """
+    same = [old for old in state.active if (old.name, old.number) == (record.name, record.number)]
+    return msgspec.structs.replace(
+        state,
+        active=(*(old for old in state.active if old not in same), record),
+        preserved=(*state.preserved, *(old for old in same if old.pinned)),
+        retiring=(*state.retiring, *(old for old in same if not old.pinned)),
+    )
+
+
+def rolled_forward(state: State, newest: Entry, complete: Iterable[CheckpointRecord]) -> State:
+    """Commit what a dead coordinator had sealed but not committed, oldest first.
+
+    ``state`` is what was recovered from ``newest``, the newest entry. One that was passed over, because a later save
+    was committed or another run began, failed for the ranks and does not come back.
+    """
+    known = known_attempts(newest.state)
+    for record in complete:
+        if record.attempt not in known and not _passed_over(newest, record):
+            state = committed(state, record)
+    return state
+
+
+def _passed_over(newest: Entry, record: CheckpointRecord) -> bool:
+    if newest.kind == "run" and newest.time >= record.time:
+        return True
+    last = newest.state.active[-1] if newest.state.active else None
+    return (
+        last is not None and attempt_epoch(last.attempt) >= attempt_epoch(record.attempt) and last.time >= record.time
+    )
+
+
+def retired(state: State, active: Records, preserved: Records, retire: Records, last_preserved: float) -> State:
+    """A sweep's outcome: ``preserved`` are kept for ever, ``retire`` may not be opened any more."""
+    return msgspec.structs.replace(
+        state,
+        active=active,
+        preserved=state.preserved + preserved,
+        retiring=state.retiring + retire,
+        last_preserved_timestamp=last_preserved,
+    )
+
+
+def forgotten(state: State, attempts: frozenset[str]) -> State | None:
+    """Nothing is left of those retiring attempts. None if there is nothing to change."""
+    left = tuple(record for record in state.retiring if record.attempt not in attempts)
+    return msgspec.structs.replace(state, retiring=left) if len(left) < len(state.retiring) else None
+
+
+def pinned(state: State, number: int, name: str) -> State | None:
+    """The newest record of ``number`` is pinned. None if there is no such record or it is pinned already."""
+    record = find_number(state, number, name)
+    return None if record is None or record.pinned else _repinned(state, {record.attempt}, pinned=True)
+
+
+def unpinned(state: State, number: int) -> State | None:
+    """No record of ``number`` is pinned. None if that is so already."""
+    attempts = {record.attempt for record in _alive(state) if record.number == number and record.pinned}
+    return _repinned(state, attempts, pinned=False) if attempts else None
+
+
+def _alive(state: State) -> Iterator[CheckpointRecord]:
+    yield from state.active
+    yield from state.preserved
+
+
+def _repinned(state: State, attempts: set[str], *, pinned: bool) -> State:
+    def changed(records: Records) -> Records:
+        return tuple(
+            msgspec.structs.replace(record, pinned=pinned) if record.attempt in attempts else record
+            for record in records
+        )
+
+    return msgspec.structs.replace(state, active=changed(state.active), preserved=changed(state.preserved))

@@ -1,0 +1,414 @@
+"""One rank's side of a save: collect, stage, and in the background write, report and wait for the commit."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import TimeoutError as FutureTimeoutError
+from dataclasses import dataclass, field
+
+import crc32c
+import numpy as np
+
+from distckpt.collecting import Collector, Holding
+from distckpt.coordinator.client import Session
+from distckpt.coordinator.messages import (
+    AwaitPlan,
+    Committed,
+    Describe,
+    Fail,
+    Join,
+    Joined,
+    Planned,
+    Receipt,
+    Reply,
+    Request,
+    ShardReceipt,
+    Skipped,
+    Unknown,
+)
+from distckpt.errors import CoordinatorUnavailableError, DamagedError, DistckptError, SaveError
+from distckpt.format import names
+from distckpt.format.log import CheckpointRecord
+from distckpt.format.shard import Chunk
+from distckpt.storage import Store
+from distckpt.transfer.log import read_tail
+from distckpt.transfer.staging import StagedCopy, Staging
+from distckpt.transfer.writer import write_shard
+
+logger = logging.getLogger(__name__)
+
+MAX_SHARD_BYTES = 8 << 30
+READ_BACK_BYTES = 8 << 20
+
+
+class PendingSave:
+    """A save under way. ``str()`` and ``os.fspath()`` give the path that it will have once it is committed."""
+
+    def __init__(self, path: str, number: int) -> None:
+        self.path = path
+        self.number = number
+        self._future: Future[CheckpointRecord] = Future()
+        self._staged: StagedCopy | None = None
+        self._collected = False
+
+    def result(self, timeout: float | None = None) -> str:
+        """The path, once the checkpoint is committed: durable and visible to everyone.
+
+        Raises what went wrong, naming ranks: a SaveError, StorageError, CoordinatorError ...; TimeoutError if it is
+        not decided within ``timeout`` seconds, which does not count as having been told of a failure.
+        """
+        error = self.exception(timeout)
+        if error is not None:
+            raise error
+        return self.path
+
+    def exception(self, timeout: float | None = None) -> BaseException | None:
+        """What went wrong, or None once the checkpoint is committed. TimeoutError as in ``result``."""
+        try:
+            error = self._future.exception(timeout)
+        except FutureTimeoutError:
+            raise TimeoutError(f"{self.path} is not decided after {timeout:g} s") from None
+        self._collected = True
+        return error
+
+    def done(self) -> bool:
+        """Whether the save has been committed or has failed."""
+        return self._future.done()
+
+    def wait_staged(self) -> None:
+        """Return once the state has been copied: from then on training may change it. On CPU that is at once."""
+        if self._staged is not None:
+            self._staged.wait()
+
+    def _settle(self) -> None:
+        self._future.exception()
+
+    def _uncollected_error(self) -> BaseException | None:
+        if self._collected or not self._future.done():
+            return None
+        return self.exception()
+
+    def __str__(self) -> str:
+        return self.path
+
+    def __fspath__(self) -> str:
+        return self.path
+
+    def __repr__(self) -> str:
+        state = "under way" if not self.done() else "failed" if self._future.exception() else "committed"
+        return f"PendingSave({self.path!r}, {state})"
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """What this rank writes under one plan: rows of its description, and the chunks that they are."""
+
+    digest: str
+    plan: str
+    rows: tuple[int, ...]
+    tensor_rows: tuple[int, ...]
+    value_rows: tuple[int, ...]
+
+
+@dataclass(slots=True)
+class _Buffer:
+    """A staging buffer and the save that is using it."""
+
+    layout: Layout | None = None
+    staging: Staging | None = None
+    pending: PendingSave | None = None
+
+
+@dataclass(slots=True)
+class _Task:
+    """One save on its way through the background thread."""
+
+    ask: str
+    number: int
+    layout: Layout
+    staging: Staging
+    description: Callable[[], bytes] = field(repr=False)
+    joined: Joined | None
+    written: dict[str, tuple[ShardReceipt, ...]] = field(default_factory=dict)
+    attempt: str = ""
+
+
+class Saver:
+    """Stages and writes this rank's part of every save. Used from one thread, the training loop's."""
+
+    def __init__(
+        self,
+        session: Session,
+        store: Store,
+        collector: Collector,
+        rank: int,
+        name: str,
+        save_timeout: float,
+        buffers: int,
+        skip_if_busy: bool,
+        verify: bool,
+    ) -> None:
+        self._session = session
+        self._store = store
+        self._collector = collector
+        self._rank = rank
+        self._name = name
+        self._timeout = save_timeout
+        self._skip_if_busy = skip_if_busy
+        self._verify = verify
+        self._buffers = [_Buffer() for _ in range(buffers)]
+        self._pool = ThreadPoolExecutor(buffers, "distckpt-save")
+        self._asked = 0
+        self._layout: Layout | None = None
+        self._closed = threading.Event()
+
+    def prepare(self) -> None:
+        """Make the plan with all ranks and touch the memory of every buffer, so that the first save is like the rest.
+
+        Raises what a save would raise: EncodeError, PlanError, MissingRanksError ...
+        """
+        ask = self._next_ask()
+        holding = self._collect(ask, None)
+        planned = self._plan(ask, None, holding)
+        if planned is None:
+            raise SaveError(None, "a prepare cannot be skipped")
+        self._layout = planned[0]
+        for buffer in self._buffers:
+            self._settle(buffer)
+            self._fit(buffer, self._layout, holding)
+
+    def save(self, number: int, path: str) -> PendingSave | None:
+        """Copy the state and write it in the background. None if all ranks skip because a save is in flight.
+
+        Raises EncodeError at once; everything that concerns other ranks or storage is in the PendingSave.
+        """
+        ask = self._next_ask()
+        holding = self._collect(ask, number)
+        pending = PendingSave(path, number)
+        joined = None
+        try:
+            # A warm layout asks nobody. To skip is a decision of all ranks, so that mode asks every time.
+            if self._skip_if_busy or self._layout is None or self._layout.digest != holding.description.digest:
+                planned = self._plan(ask, number, holding)
+                if planned is None:
+                    return None
+                self._layout, joined = planned
+            buffer = self._free_buffer()
+            self._fit(buffer, self._layout, holding)
+        except DistckptError as error:
+            pending._future.set_exception(error)
+            return pending
+        staging = self._staging_of(buffer)
+        pending._staged = staging.stage(*_contents(self._layout, holding))
+        buffer.pending = pending
+        task = _Task(ask, number, self._layout, staging, holding.description.encode, joined)
+        self._pool.submit(self._run, task, pending)
+        return pending
+
+    def close(self) -> None:
+        """Wait for what is under way and let the memory go."""
+        self._pool.shutdown(wait=True)
+        for buffer in self._buffers:
+            self._settle(buffer)
+            if buffer.staging is not None:
+                buffer.staging.close()
+                buffer.staging = None
+
+    # ---- before the training loop goes on ----------------------------------------------------------------------
+
+    def _next_ask(self) -> str:
+        self._asked += 1
+        return str(self._asked)
+
+    def _free_buffer(self) -> _Buffer:
+        for buffer in self._buffers:
+            if buffer.pending is None or buffer.pending.done():
+                return buffer
+        oldest = min(self._buffers, key=lambda buffer: buffer.pending.number if buffer.pending else -1)
+        self._settle(oldest)
+        return oldest
+
+    def _settle(self, buffer: _Buffer) -> None:
+        if buffer.pending is not None:
+            buffer.pending._settle()
+
+    def _collect(self, ask: str, number: int | None) -> Holding:
+        try:
+            return self._collector.collect()
+        except DistckptError as error:
+            self._give_up(ask, number, str(error))
+            raise
+
+    def _give_up(self, ask: str, number: int | None, reason: str) -> None:
+        """Tell the others, who would otherwise wait for us until the deadline."""
+        try:
+            reply = self._join(ask, number, "", staged=False)
+            if isinstance(reply, Joined):
+                self._ask(lambda run: Fail(run, self._rank, reply.attempt, reason))
+        except DistckptError as error:
+            logger.warning("the other ranks could not be told that this save fails: %s", error)
+
+    def _plan(self, ask: str, number: int | None, holding: Holding) -> tuple[Layout, Joined] | None:
+        """Agree with all ranks on who writes what; None if all of them skip this save."""
+        digest = holding.description.digest
+        while True:
+            joined = self._join(ask, number, digest, staged=False)
+            if isinstance(joined, Skipped):
+                return None
+            if not isinstance(joined, Joined):
+                raise SaveError(number, f"unexpected answer to Join: {joined!r}")
+            if joined.describe and not self._describe(joined, digest, holding.description.encode(), None):
+                continue
+            attempt = joined.attempt
+            reply = self._ask(lambda run, attempt=attempt: AwaitPlan(run, self._rank, attempt))  # type: ignore[misc]
+            if isinstance(reply, Planned):
+                return _layout(digest, reply, holding), joined
+
+    def _join(
+        self, ask: str, number: int | None, digest: str, staged: bool, plan: str = "", attempt: str = ""
+    ) -> Reply:
+        while True:
+            reply = self._ask(
+                lambda run: Join(
+                    run, self._rank, ask, number, digest, plan, staged, attempt, self._skip_if_busy and number is not None
+                )
+            )
+            if not isinstance(reply, Unknown):
+                return reply
+
+    def _describe(self, joined: Joined, digest: str, description: bytes, staged: bytes | None) -> bool:
+        reply = self._ask(lambda run: Describe(run, self._rank, joined.attempt, digest, description, staged))
+        return not isinstance(reply, Unknown)
+
+    def _ask(self, question: Callable[[int], Request]) -> Reply:
+        # The coordinator itself answers at the save's deadline; twice that means that it does not answer at all.
+        return self._session.ask(question, 2 * self._timeout + 60)
+
+    def _fit(self, buffer: _Buffer, layout: Layout, holding: Holding) -> None:
+        values = [holding.values[row] or b"" for row in layout.value_rows]
+        if buffer.layout == layout and buffer.staging is not None and buffer.staging.fits(values):
+            return
+        if buffer.staging is not None:
+            buffer.staging.close()
+            buffer.staging = None
+        chunks = [_chunk(holding, row) for row in layout.rows]
+        buffer.staging = Staging(chunks, values, MAX_SHARD_BYTES)
+        buffer.layout = layout
+
+    def _staging_of(self, buffer: _Buffer) -> Staging:
+        if buffer.staging is None:
+            raise SaveError(None, "the staging buffer was closed")
+        return buffer.staging
+
+    # ---- in the background -------------------------------------------------------------------------------------
+
+    def _run(self, task: _Task, pending: PendingSave) -> None:
+        try:
+            record = self._drive(task)
+        except Exception as error:  # noqa: BLE001 - it belongs to whoever holds the PendingSave, whatever it is
+            pending._future.set_exception(error)
+        else:
+            pending._future.set_result(record)
+
+    def _drive(self, task: _Task) -> CheckpointRecord:
+        """Join, write, report, until the coordinator says that it is committed. A new coordinator starts it over."""
+        while True:
+            try:
+                reply = self._once(task)
+            except CoordinatorUnavailableError:
+                record = self._committed(task.attempt)
+                if record is None:
+                    raise
+                return record
+            if isinstance(reply, Committed):
+                return reply.record
+            if not isinstance(reply, Unknown):
+                raise SaveError(task.number, f"unexpected answer from the coordinator: {reply!r}")
+            task.joined = None
+
+    def _once(self, task: _Task) -> Reply:
+        layout = task.layout
+        if task.joined is None:
+            reply = self._join(task.ask, task.number, layout.digest, True, layout.plan, task.attempt)
+            if not isinstance(reply, Joined):
+                return reply
+            task.joined = reply
+            if reply.describe and not self._describe(reply, layout.digest, task.description(), _rows_bytes(layout.rows)):
+                return Unknown()
+        attempt = task.attempt = task.joined.attempt
+        shards = self._write(task, attempt)
+        return self._ask(lambda run: Receipt(run, self._rank, attempt, shards))
+
+    def _write(self, task: _Task, attempt: str) -> tuple[ShardReceipt, ...]:
+        if attempt not in task.written:
+            try:
+                task.written[attempt] = tuple(
+                    self._write_shard(task, attempt, shard) for shard in range(len(task.staging.shards))
+                )
+            except Exception as error:
+                self._report_failure(attempt, error)
+                raise
+        return task.written[attempt]
+
+    def _write_shard(self, task: _Task, attempt: str, shard: int) -> ShardReceipt:
+        folder = names.attempt_folder(self._name, task.number, attempt)
+        path = f"{folder}/{names.shard_name(self._rank, shard)}"
+        receipt = write_shard(self._store, path, task.staging.shards[shard])
+        if self._verify:
+            _read_back(self._store, path, receipt)
+        return receipt
+
+    def _report_failure(self, attempt: str, error: Exception) -> None:
+        try:
+            self._ask(lambda run: Fail(run, self._rank, attempt, f"{type(error).__name__}: {error}"))
+        except DistckptError as refusal:
+            # The usual answer is the failure itself, sent back; anything else the original error explains better.
+            logger.debug("reporting the failure of this rank was answered with: %s", refusal)
+
+    def _committed(self, attempt: str) -> CheckpointRecord | None:
+        """Storage is the truth when the coordinator is gone: was our attempt committed before it went?"""
+        state = read_tail(self._store).state
+        for record in (*state.active, *state.preserved):
+            if attempt and record.attempt == attempt:
+                return record
+        return None
+
+
+def _layout(digest: str, planned: Planned, holding: Holding) -> Layout:
+    rows = tuple(np.frombuffer(planned.rows, dtype="<i4").tolist())
+    tensors = tuple(row for row in rows if holding.sources[row] is not None)
+    values = tuple(row for row in rows if holding.values[row] is not None)
+    return Layout(digest, planned.plan, rows, tensors, values)
+
+
+def _contents(layout: Layout, holding: Holding) -> tuple[list[object], list[bytes]]:
+    sources = [holding.sources[row] for row in layout.tensor_rows]
+    return sources, [holding.values[row] or b"" for row in layout.value_rows]  # type: ignore[return-value]
+
+
+def _chunk(holding: Holding, row: int) -> Chunk:
+    held = holding.rows[row]
+    return Chunk(held.key, held.dtype, held.shape, held.offset, held.length, held.nbytes)
+
+
+def _rows_bytes(rows: Sequence[int]) -> bytes:
+    return np.asarray(rows, dtype="<i4").tobytes()
+
+
+def _read_back(store: Store, path: str, receipt: ShardReceipt) -> None:
+    source = store.open(path)
+    try:
+        crc, position = 0, 0
+        scratch = bytearray(min(READ_BACK_BYTES, max(1, receipt.size)))
+        while position < receipt.size:
+            part = memoryview(scratch)[: min(len(scratch), receipt.size - position)]
+            source.read_into(position, part)
+            crc = crc32c.crc32c(part, crc)
+            position += len(part)
+    finally:
+        source.close()
+    if crc != receipt.crc32c:
+        raise DamagedError(f"{store.url}/{path}", "what the store returns is not what was written")

@@ -1,0 +1,92 @@
+"""What one rank holds, told as an Arrow table: one row a chunk."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import pyarrow as pa
+
+
+def _tuple_of_int64() -> pa.DataType:
+    return pa.list_(pa.field("item", pa.int64(), nullable=False))
+
+
+SCHEMA: pa.Schema = pa.schema(
+    [
+        pa.field("key", pa.utf8(), nullable=False),
+        pa.field("path", pa.utf8(), nullable=False),
+        pa.field("dtype", pa.utf8(), nullable=False),
+        pa.field("shape", _tuple_of_int64(), nullable=False),
+        pa.field("offset", _tuple_of_int64(), nullable=False),
+        pa.field("length", _tuple_of_int64(), nullable=False),
+        pa.field("nbytes", pa.int64(), nullable=False),
+        pa.field("value_crc", pa.uint32()),
+    ]
+)
+_CRC = SCHEMA.get_field_index("value_crc")
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A chunk that a rank holds.
+
+    ``nbytes`` is 0 for plain values, which have empty ``shape``, ``offset`` and ``length``. ``value_crc`` is the CRC32C
+    of a plain value that all ranks share, and None for tensors and for values of one rank.
+    """
+
+    key: str
+    path: str
+    dtype: str
+    shape: tuple[int, ...]
+    offset: tuple[int, ...]
+    length: tuple[int, ...]
+    nbytes: int
+    value_crc: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Description:
+    """All rows of a rank, in the order in which it numbers them.
+
+    ``digest`` is the SHA-256, in hex, of everything but the values' CRCs: it stays the same while training goes on, and
+    changes with the structure, the shapes or the layout.
+    """
+
+    table: pa.Table
+    digest: str
+
+    def encode(self) -> bytes:
+        """The table as an Arrow IPC stream."""
+        return _ipc(self.table)
+
+
+def build_description(rows: Iterable[Row]) -> Description:
+    """Describe what a rank holds. ``rows`` become row numbers 0, 1, 2 ... of the description."""
+    held = list(rows)
+    columns = [pa.array([getattr(row, field.name) for row in held], type=field.type) for field in SCHEMA]
+    table = pa.Table.from_arrays(columns, schema=SCHEMA)
+    return Description(table, hashlib.sha256(_ipc(table.remove_column(_CRC))).hexdigest())
+
+
+def decode_description(data: bytes) -> pa.Table:
+    """The table that ``Description.encode`` wrote, without copying it. ValueError for any other bytes."""
+    try:
+        with pa.ipc.open_stream(data) as reader:
+            if not reader.schema.equals(SCHEMA):
+                raise ValueError(f"not a description: it has the columns {reader.schema.to_string()}")
+            table = reader.read_all()
+        table.validate(full=True)
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(f"not a description: {error}") from error
+    if any(table.column(i).null_count for i in range(_CRC)):
+        raise ValueError("not a description: it has nulls")
+    return table
+
+
+def _ipc(table: pa.Table) -> bytes:
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    return bytes(sink.getvalue())

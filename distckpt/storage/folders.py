@@ -1,0 +1,99 @@
+"""Steps from a root down to a folder, one part at a time, so that a symbolic link on the way is refused, not followed."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import stat
+
+_FOLDER = os.O_RDONLY | os.O_DIRECTORY
+_NO_FOLDER_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.ENOSYS}
+
+
+class Folders:
+    """An open folder, together with those above it up to the root."""
+
+    def __init__(self, root: str) -> None:
+        self._fds = [os.open(root, _FOLDER)]
+
+    @property
+    def fd(self) -> int:
+        """The descriptor of the innermost folder."""
+        return self._fds[-1]
+
+    def enter(self, name: str, *, create: bool) -> None:
+        """Step into the folder ``name``, creating it if need be. OSError with ELOOP if it is a symbolic link."""
+        try:
+            nested = _open_folder(name, self.fd)
+        except FileNotFoundError:
+            if not create:
+                raise
+            with contextlib.suppress(FileExistsError):
+                os.mkdir(name, dir_fd=self.fd)
+            nested = _open_folder(name, self.fd)
+        self._fds.append(nested)
+
+    def sync(self) -> None:
+        """Make the entries of all these folders durable: whoever created one of them may not have done so yet."""
+        for fd in reversed(self._fds):
+            _sync_folder(fd)
+
+    def prune(self, parts: tuple[str, ...]) -> None:
+        """Remove the folders of ``parts``, innermost first, as long as they are empty."""
+        with contextlib.suppress(OSError):  # not empty, or gone: nobody was promised that the folders go
+            for name, above in zip(reversed(parts), reversed(self._fds[:-1]), strict=True):
+                os.rmdir(name, dir_fd=above)
+
+    def close(self) -> None:
+        """Close all of them."""
+        while self._fds:
+            os.close(self._fds.pop())
+
+
+def visiting(root: str, parts: tuple[str, ...]) -> contextlib.closing[Folders]:
+    """The folder ``parts`` below ``root``, open inside a ``with`` block. Raises OSError."""
+    return contextlib.closing(open_folders(root, parts))
+
+
+def open_folders(root: str, parts: tuple[str, ...], *, create: bool = False) -> Folders:
+    """The folder ``parts`` below ``root``, open. The root itself must exist. Raises OSError."""
+    folders = Folders(root)
+    try:
+        for name in parts:
+            folders.enter(name, create=create)
+    except BaseException:
+        folders.close()
+        raise
+    return folders
+
+
+def make_root(root: str) -> None:
+    """Create ``root`` and what is missing above it, durably. Raises OSError."""
+    above = os.path.dirname(root)
+    if above != root and not os.path.isdir(above):
+        make_root(above)
+    with contextlib.suppress(FileExistsError):
+        os.mkdir(root)
+    fd = os.open(above, _FOLDER)
+    try:
+        _sync_folder(fd)
+    finally:
+        os.close(fd)
+
+
+def _open_folder(name: str, above: int) -> int:
+    try:
+        return os.open(name, _FOLDER | os.O_NOFOLLOW, dir_fd=above)
+    except NotADirectoryError:
+        if stat.S_ISLNK(os.stat(name, dir_fd=above, follow_symlinks=False).st_mode):
+            raise OSError(errno.ELOOP, os.strerror(errno.ELOOP)) from None
+        raise
+
+
+def _sync_folder(fd: int) -> None:
+    try:
+        os.fsync(fd)
+    except OSError as error:
+        if error.errno not in _NO_FOLDER_SYNC:  # some network file systems keep entries durable by themselves
+            raise

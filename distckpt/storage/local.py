@@ -1,0 +1,315 @@
+"""Objects as files under one folder of a local or shared POSIX file system."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import stat
+import uuid
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+from distckpt.errors import AlreadyExistsError, DamagedError, ObjectNotFoundError, StorageError
+from distckpt.storage.direct import SequentialFile
+from distckpt.storage.folders import Folders, make_root, open_folders, visiting
+from distckpt.storage.interface import ObjectInfo, Source
+from distckpt.storage.oserrors import deleting, published, publishing, reading, writing
+from distckpt.storage.paths import folder_parts, is_part, object_parts
+from distckpt.storage.sections import checked, write_behind
+
+_NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
+_EXISTING = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK  # O_NONBLOCK: a planted FIFO must not hang the reader
+_READ_BYTES = 1 << 30
+_FOLDER_TRIES = 16
+
+
+class LocalStore:
+    """Objects as files below ``root``, which the first write creates together with its parents.
+
+    ``root`` may be a symbolic link; nothing below it is followed if it is one. A root that this store has seen and
+    that is gone later is not created again: then writes fail, and reads find nothing. Temporary files begin with a dot
+    and are never listed. A deleted object takes the folders that it leaves empty with it. Safe to use from several
+    threads. ``direct_io=False`` sends large objects through the page cache.
+    """
+
+    def __init__(self, root: str | os.PathLike[str], *, direct_io: bool = True) -> None:
+        self._root = os.path.abspath(os.path.expanduser(os.fspath(root)))
+        self._direct_io = direct_io
+        self._seen = os.path.isdir(self._root)
+
+    @property
+    def url(self) -> str:
+        """The absolute path of the root."""
+        return self._root
+
+    def put_if_absent(self, path: str, data: bytes) -> None:
+        """Create ``path`` by linking a synced temporary file to the name, which exactly one of many can do.
+
+        Both answers are durable: that it was created, and, by AlreadyExistsError, that it exists.
+        """
+        name = object_parts(path)[-1]
+        with self._temporary(path, data) as new:
+            with publishing(self._full(path)):
+                created = _link(new, name)
+            new.unlink()
+            with published(self._full(path)):
+                new.folders.sync()
+        if not created:
+            raise AlreadyExistsError(self._full(path))
+
+    def replace(self, path: str, data: bytes) -> None:
+        """Write ``path`` whole by renaming a synced temporary file over it."""
+        name = object_parts(path)[-1]
+        with self._temporary(path, data) as new:
+            with publishing(self._full(path)):
+                os.replace(new.name, name, src_dir_fd=new.folders.fd, dst_dir_fd=new.folders.fd)
+            with published(self._full(path)):
+                new.folders.sync()
+
+    def put_unique(self, path: str, size: int, sections: Iterable[memoryview]) -> ObjectInfo:
+        """Write ``path`` under its final name, as nothing refers to it before it is whole.
+
+        Page-aligned sections go to the disk with O_DIRECT where the file system has it. What is left of a failed write
+        is removed. Exceptions of ``sections`` come out unchanged. ValueError if the sections do not sum to ``size``.
+        """
+        full = self._full(path)
+        with self._new_file(path, object_parts(path)[-1]) as new:
+            try:
+                self._write_sections(new, full, size, sections)
+                with writing(full):
+                    os.fsync(new.fd)
+                    new.folders.sync()
+                    modified = os.fstat(new.fd).st_mtime
+            except BaseException:
+                new.unlink()
+                raise
+        return ObjectInfo(path, size, modified)
+
+    def read(self, path: str, max_bytes: int) -> bytes:
+        """The whole content. ObjectNotFoundError if there is none, DamagedError if it is longer than ``max_bytes``."""
+        with contextlib.closing(self._open(path)) as source:
+            if source.size > max_bytes:
+                raise DamagedError(self._full(path), f"is {source.size} bytes long, {max_bytes} are the most it may be")
+            data = bytearray(source.size)
+            source.read_into(0, memoryview(data))
+            return bytes(data)
+
+    def open(self, path: str) -> Source:
+        """Open an object for ranged reads. ObjectNotFoundError if there is none."""
+        return self._open(path)
+
+    def stat(self, path: str) -> ObjectInfo | None:
+        """What is at ``path`` now, or None. StorageError if that is a symbolic link or another thing but a file."""
+        *above, name = object_parts(path)
+        full = self._full(path)
+        try:
+            with reading(full), self._visit(above) as folders:
+                status = os.stat(name, dir_fd=folders.fd, follow_symlinks=False)
+                _refuse_other_than_file(full, status)
+        except ObjectNotFoundError:
+            return None
+        return ObjectInfo(path, status.st_size, status.st_mtime)
+
+    def list(self, folder: str) -> Iterator[ObjectInfo]:
+        """Every object below ``folder``, at any depth. What vanishes meanwhile is left out."""
+        return self._walk(folder_parts(folder))
+
+    def folders(self, folder: str) -> Iterator[str]:
+        """Names of the folders directly below ``folder``."""
+        return iter(self._scan(folder_parts(folder)).folders)
+
+    def delete(self, path: str) -> None:
+        """Remove an object, and the folders that are empty then. After a power loss it may be there again."""
+        *above, name = object_parts(path)
+        with contextlib.suppress(ObjectNotFoundError), deleting(self._full(path)), self._visit(above) as folders:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(name, dir_fd=folders.fd)
+            folders.prune(tuple(above))
+
+    def _full(self, path: str) -> str:
+        return os.path.join(self._root, path)
+
+    def _open(self, path: str) -> LocalSource:
+        *above, name = object_parts(path)
+        full = self._full(path)
+        with reading(full):
+            with self._visit(above) as folders:
+                fd = os.open(name, _EXISTING, dir_fd=folders.fd)
+            try:
+                status = os.fstat(fd)
+                _refuse_other_than_file(full, status)
+            except BaseException:
+                os.close(fd)
+                raise
+        return LocalSource(io.FileIO(fd), full, status.st_size)
+
+    def _visit(self, parts: Sequence[str]) -> contextlib.closing[Folders]:
+        return visiting(self._root, tuple(parts))
+
+    def _walk(self, parts: tuple[str, ...]) -> Iterator[ObjectInfo]:
+        pending = [parts]
+        while pending:
+            above = pending.pop()
+            content = self._scan(above)
+            pending.extend((*above, name) for name in content.folders)
+            yield from content.objects
+
+    def _scan(self, parts: tuple[str, ...]) -> _Content:
+        content = _Content([], [])
+        with contextlib.suppress(ObjectNotFoundError), reading(self._full("/".join(parts))):  # noqa: SIM117
+            with self._visit(parts) as folders, os.scandir(folders.fd) as entries:
+                for entry in entries:
+                    content.add(parts, entry)
+        return content
+
+    @contextlib.contextmanager
+    def _temporary(self, path: str, data: bytes) -> Iterator[_NewFile]:
+        """A file in the folder of ``path`` with ``data``, synced. It is gone on exit."""
+        with self._new_file(path, f".{uuid.uuid4().hex}.tmp") as new:
+            try:
+                with writing(self._full(path)):
+                    SequentialFile(new.fd, direct=False).write(memoryview(data).cast("B"))
+                    os.fsync(new.fd)
+                yield new
+            finally:
+                new.unlink()
+
+    @contextlib.contextmanager
+    def _new_file(self, path: str, name: str) -> Iterator[_NewFile]:
+        """A new file ``name`` in the folder of ``path``, which is created if need be."""
+        above = object_parts(path)[:-1]
+        with writing(self._full(path)):
+            new = self._create(above, name)
+        try:
+            yield new
+        finally:
+            new.close()
+
+    def _create(self, above: tuple[str, ...], name: str) -> _NewFile:
+        self._require_root()
+        for _ in range(_FOLDER_TRIES):
+            with contextlib.suppress(FileNotFoundError):  # a delete elsewhere has just taken an empty folder away
+                return _new_file_in(open_folders(self._root, above, create=True), name)
+        return _new_file_in(open_folders(self._root, above, create=True), name)
+
+    def _require_root(self) -> None:
+        seen = self._seen  # asked first: another thread may be creating the root just now
+        if os.path.isdir(self._root):
+            self._seen = True
+        elif seen:
+            raise StorageError(self._root, "the directory was there and has vanished; it is not created again")
+        else:
+            make_root(self._root)
+            self._seen = True
+
+    def _write_sections(self, new: _NewFile, full: str, size: int, sections: Iterable[memoryview]) -> None:
+        file = SequentialFile(new.fd, direct=self._direct_io)
+
+        def write(section: memoryview) -> None:
+            with writing(full):
+                file.write(section)
+
+        write_behind(checked(size, sections), write)
+
+
+class LocalSource:
+    """A file open for reading."""
+
+    def __init__(self, file: io.FileIO, path: str, size: int) -> None:
+        self._file = file
+        self._path = path
+        self._size = size
+
+    @property
+    def size(self) -> int:
+        """The file's size in bytes when it was opened."""
+        return self._size
+
+    def read_into(self, position: int, target: memoryview) -> None:
+        """Fill ``target`` with the bytes from ``position`` on. DamagedError if the file ends before that."""
+        if position < 0:
+            raise ValueError(f"position {position} is negative")
+        left = target.cast("B")
+        while left.nbytes:
+            with reading(self._path):
+                count = os.preadv(self._file.fileno(), [left[:_READ_BYTES]], position)
+            if not count:
+                raise DamagedError(self._path, f"ends after {position} bytes, {left.nbytes} more were expected")
+            position += count
+            left = left[count:]
+
+    def close(self) -> None:
+        """Close the file. Closing twice does no harm."""
+        self._file.close()
+
+
+@dataclass(frozen=True, slots=True)
+class _Content:
+    """What is directly in a folder. Temporary files, links and names that no store would accept are left out."""
+
+    folders: list[str]
+    objects: list[ObjectInfo]
+
+    def add(self, parts: tuple[str, ...], entry: os.DirEntry[str]) -> None:
+        if not is_part(entry.name):
+            return
+        if entry.is_dir(follow_symlinks=False):
+            self.folders.append(entry.name)
+        elif entry.is_file(follow_symlinks=False):
+            with contextlib.suppress(FileNotFoundError):  # vanished since the folder was read
+                status = entry.stat(follow_symlinks=False)
+                path = "/".join((*parts, entry.name))
+                self.objects.append(ObjectInfo(path, status.st_size, status.st_mtime))
+
+
+@dataclass(frozen=True, slots=True)
+class _NewFile:
+    """A file that this process has just created: ``fd`` is open for writing, ``folders`` lead to it."""
+
+    folders: Folders
+    name: str
+    fd: int
+
+    def unlink(self) -> None:
+        with contextlib.suppress(OSError):  # gone already, or a leftover that nobody refers to
+            os.unlink(self.name, dir_fd=self.folders.fd)
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):  # all that counts was synced before, so there is nothing left to lose
+            os.close(self.fd)
+        self.folders.close()
+
+
+def _new_file_in(folders: Folders, name: str) -> _NewFile:
+    try:
+        return _NewFile(folders, name, os.open(name, _NEW, 0o666, dir_fd=folders.fd))
+    except BaseException:
+        folders.close()
+        raise
+
+
+def _link(new: _NewFile, name: str) -> bool:
+    """Give the file its final name too; False if another file has it."""
+    folder = new.folders.fd
+    try:
+        os.link(new.name, name, src_dir_fd=folder, dst_dir_fd=folder, follow_symlinks=False)
+    except FileExistsError:
+        return _is_linked(new, name)
+    return True
+
+
+def _is_linked(new: _NewFile, name: str) -> bool:
+    """NFS repeats a request whose answer was lost: then the name that exists already is this very file."""
+    try:
+        taken = os.stat(name, dir_fd=new.folders.fd, follow_symlinks=False)
+    except FileNotFoundError:
+        return False
+    return os.path.samestat(taken, os.fstat(new.fd))
+
+
+def _refuse_other_than_file(full: str, status: os.stat_result) -> None:
+    if stat.S_ISDIR(status.st_mode):
+        raise ObjectNotFoundError(full)
+    if not stat.S_ISREG(status.st_mode):
+        raise StorageError(full, "is not a plain file, so it is not read")

@@ -1,0 +1,109 @@
+"""From what a user passes as a directory to a canonical location and the store that serves it."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+from urllib.parse import unquote
+
+from distckpt.errors import StoreUnsuitableError
+from distckpt.storage.interface import Store
+from distckpt.storage.local import LocalStore
+from distckpt.storage.memory import MemoryStore
+
+Opener = Callable[[str, Mapping[str, Any]], Store]
+
+_ONE_SLASH = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/(?!/)")
+
+
+def open_store(directory: str | os.PathLike[str], storage_options: Mapping[str, Any] | None = None) -> Store:
+    """The store whose root is ``directory``; opening it touches nothing there.
+
+    Options for local paths: ``direct_io`` (bool, default True). StoreUnsuitableError names a scheme that this release
+    cannot serve, ValueError an option it does not know.
+    """
+    location = canonical(directory)
+    scheme = location.partition("://")[0] if "://" in location else "file"
+    opener = _OPENERS.get(scheme)
+    if opener is None:
+        served = ", ".join(f"{name}://" for name in sorted(_OPENERS))
+        raise StoreUnsuitableError(
+            location, f"this release has no store for {scheme}://, only local paths and {served}"
+        )
+    return opener(location, storage_options or {})
+
+
+def canonical(directory: str | os.PathLike[str]) -> str:
+    """One spelling for one directory: an absolute local path, or a URL with no slash at its end.
+
+    ``~`` is expanded and ``file://`` taken off; symbolic links are left as they are. ValueError for what is neither
+    a path nor a URL.
+    """
+    text = os.fspath(directory)
+    if not isinstance(text, str):
+        raise TypeError(f"a directory is a str or a path of str, not {type(text).__name__}")
+    if not text or "\0" in text:
+        raise ValueError(f"not a directory: {text!r}")
+    if text.lower().startswith("file:/"):
+        return os.path.abspath(_file_url_path(text))
+    if "://" in text:
+        return _canonical_url(text)
+    if _ONE_SLASH.match(text):
+        raise ValueError(f"{text!r} looks like a URL that lost a slash, as in pathlib.Path: pass the URL as a str")
+    return os.path.abspath(os.path.expanduser(text))
+
+
+def join(location: str, *parts: str) -> str:
+    """``location`` with ``parts`` below it; both paths and URLs take a slash."""
+    return "/".join((location.rstrip("/") if location != "/" else "", *parts)) if parts else location
+
+
+def split_path(path: str | os.PathLike[str]) -> tuple[str, str]:
+    """The directory and the last part of a checkpoint's path, ``("/data/run-7", "ckpt-42")``.
+
+    The directory is canonical. ValueError if nothing is above the last part.
+    """
+    location = canonical(path)
+    directory, _, folder = location.rpartition("/")
+    if not folder or directory.endswith(":/"):
+        raise ValueError(f"{location!r} has no directory above it")
+    return directory or "/", folder
+
+
+def _file_url_path(url: str) -> str:
+    path = unquote(url[len("file:") :])
+    if path.startswith("//"):
+        host, slash, path = path[2:].partition("/")
+        if host not in ("", "localhost") or not slash:
+            raise ValueError(f"{url!r} names a host; write file:///absolute/path")
+        path = slash + path
+    return path
+
+
+def _canonical_url(url: str) -> str:
+    scheme, _, rest = url.partition("://")
+    parts = [part for part in rest.split("/") if part]
+    if not parts or any(part in (".", "..") for part in parts):
+        raise ValueError(f"not a directory: {url!r}")
+    return f"{scheme.lower()}://{'/'.join(parts)}"
+
+
+def _open_local(location: str, options: Mapping[str, Any]) -> Store:
+    unknown = sorted(options.keys() - {"direct_io"})
+    if unknown:
+        raise ValueError(f"local directories have no storage option {', '.join(unknown)}; they have direct_io")
+    return LocalStore(location, direct_io=bool(options.get("direct_io", True)))
+
+
+def _open_memory(location: str, options: Mapping[str, Any]) -> Store:
+    if options:
+        raise ValueError(f"memory:// has no storage options, but was given {', '.join(sorted(options))}")
+    return MemoryStore.named(location.partition("://")[2])
+
+
+_OPENERS: dict[str, Opener] = {
+    "file": _open_local,
+    "memory": _open_memory,
+}

@@ -1,0 +1,96 @@
+"""The operating system's refusals, in the words of distckpt.errors."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+from collections.abc import Iterator
+
+from distckpt.errors import (
+    AlreadyExistsError,
+    ObjectNotFoundError,
+    StorageError,
+    StorageFullError,
+    StoreOutcomeUnknownError,
+)
+
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_MISSING = {errno.ENOENT, errno.ENOTDIR}
+_UNSURE = {
+    errno.EIO,
+    errno.EREMOTEIO,
+    errno.ETIMEDOUT,
+    errno.ESTALE,
+    errno.ENOTCONN,
+    errno.ECONNRESET,
+    errno.ECONNABORTED,
+    errno.EHOSTDOWN,
+    errno.EHOSTUNREACH,
+    errno.ENETDOWN,
+    errno.ENETUNREACH,
+}
+
+
+@contextlib.contextmanager
+def reading(path: str, failure: str = "could not be read") -> Iterator[None]:
+    """Raise any OSError inside as a StorageError on ``path``; something missing as ObjectNotFoundError."""
+    try:
+        yield
+    except StorageError:
+        raise
+    except OSError as error:
+        if error.errno in _MISSING:
+            raise ObjectNotFoundError(path) from error
+        raise StorageError(path, f"{failure}: {_why(error)}") from error
+
+
+def deleting(path: str) -> contextlib.AbstractContextManager[None]:
+    """As ``reading``, for an object that is to go."""
+    return reading(path, "could not be deleted")
+
+
+@contextlib.contextmanager
+def writing(path: str) -> Iterator[None]:
+    """Raise any OSError inside, none of which can have written ``path`` whole, as a StorageError."""
+    try:
+        yield
+    except StorageError:
+        raise
+    except FileExistsError as error:
+        raise AlreadyExistsError(path) from error
+    except OSError as error:
+        kind = StorageFullError if error.errno in _FULL else StorageError
+        raise kind(path, f"could not be written: {_why(error)}") from error
+
+
+@contextlib.contextmanager
+def publishing(path: str) -> Iterator[None]:
+    """As ``writing``, around the one step that makes ``path`` visible: a lost answer leaves the outcome unknown."""
+    try:
+        with writing(path):
+            yield
+    except StorageError as error:
+        if isinstance(error.__cause__, OSError) and error.__cause__.errno in _UNSURE:
+            raise _unknown(path, error.__cause__) from error.__cause__
+        raise
+
+
+@contextlib.contextmanager
+def published(path: str) -> Iterator[None]:
+    """Raise any OSError inside as StoreOutcomeUnknownError: ``path`` is visible by now, but perhaps not durable."""
+    try:
+        yield
+    except OSError as error:
+        raise _unknown(path, error) from error
+
+
+def _unknown(path: str, error: OSError) -> StoreOutcomeUnknownError:
+    return StoreOutcomeUnknownError(path, f"may or may not have been written: {_why(error)}")
+
+
+def _why(error: OSError) -> str:
+    if error.errno == errno.ELOOP:
+        return "a symbolic link is in the way, and none is followed below the root"
+    if error.errno == errno.ENOTDIR:
+        return "a file is where a folder should be"
+    return error.strerror or str(error)

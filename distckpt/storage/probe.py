@@ -1,0 +1,134 @@
+"""The tests that a store has to pass before anything is committed to it."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import uuid
+from collections.abc import Iterator
+
+from distckpt.errors import AlreadyExistsError, ObjectNotFoundError, StorageError, StoreUnsuitableError
+from distckpt.storage.interface import Store
+
+FOLDER = "_probe"
+_RACERS = 4
+
+
+def probe(store: Store) -> None:
+    """Make sure that the store can create an object once and only once, and shows at once what is there.
+
+    Writes a few small objects with unique names into ``_probe/`` and removes them. StoreUnsuitableError names the
+    promise that was not kept.
+    """
+    token = uuid.uuid4().hex
+    single, contested = f"{FOLDER}/{token}-single", f"{FOLDER}/{token}-contested"
+    try:
+        _check_single(store, single)
+        _check_race(store, contested)
+        _check_delete(store, single)
+    finally:
+        _clean_up(store, [single, contested])
+
+
+def _check_single(store: Store, path: str) -> None:
+    first, second = f"first {path}".encode(), f"second {path}".encode()
+    with _step(store, "put-if-absent creates an object"):
+        store.put_if_absent(path, first)
+    with _step(store, "what was written can be read back"):
+        _require(store, store.read(path, 1 << 20) == first, "what was read back differs from what was written")
+    with _step(store, "put-if-absent refuses a name that is taken"):
+        refused = _is_refused(store, path, second)
+        _require(store, refused, "put-if-absent did not refuse a name that is taken")
+    with _step(store, "a refused put-if-absent changes nothing"):
+        _require(store, store.read(path, 1 << 20) == first, "put-if-absent was refused, yet it changed the object")
+    with _step(store, "a new object is listed at once"):
+        _require(store, path in _listed(store), "a new object was missing from the listing")
+        info = store.stat(path)
+        _require(store, info is not None and info.size == len(first), "a new object had no stat or another size")
+
+
+def _check_race(store: Store, path: str) -> None:
+    contents = [f"racer {number} {path}".encode() for number in range(_RACERS)]
+    start = threading.Barrier(_RACERS)
+    errors: dict[bytes, StorageError] = {}
+    won: list[bytes] = []
+
+    def race(content: bytes) -> None:
+        start.wait()
+        try:
+            store.put_if_absent(path, content)
+        except StorageError as error:
+            errors[content] = error
+        else:
+            won.append(content)
+
+    threads = [threading.Thread(target=race, args=(content,)) for content in contents]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    with _step(store, "exactly one of several concurrent writers wins"):
+        _judge_race(store, path, contents, won, errors)
+
+
+def _judge_race(
+    store: Store, path: str, contents: list[bytes], won: list[bytes], errors: dict[bytes, StorageError]
+) -> None:
+    for error in errors.values():
+        if not isinstance(error, AlreadyExistsError):
+            raise error
+    _require(store, len(won) < 2, f"put-if-absent told {len(won)} of {_RACERS} concurrent writers that they had won")
+    stands = store.read(path, 1 << 20)
+    # An answer lost on the way may turn the winner's into a refusal, so nobody may claim to have won.
+    _require(store, stands in (won or contents), "after a race the object was not what its winner had written")
+
+
+def _check_delete(store: Store, path: str) -> None:
+    with _step(store, "an object can be deleted"):
+        store.delete(path)
+        _require(store, store.stat(path) is None, "a deleted object was still there")
+        _require(store, not _can_be_read(store, path), "a deleted object could still be read")
+        _require(store, path not in _listed(store), "a deleted object was still listed")
+    with _step(store, "deleting twice does no harm"):
+        store.delete(path)
+
+
+@contextlib.contextmanager
+def _step(store: Store, promise: str) -> Iterator[None]:
+    try:
+        yield
+    except StoreUnsuitableError:
+        raise
+    except StorageError as error:
+        raise StoreUnsuitableError(store.url, f"could not make sure that {promise}: {error}") from error
+
+
+def _require(store: Store, kept: bool, complaint: str) -> None:
+    if not kept:
+        raise StoreUnsuitableError(store.url, f"{complaint}. Checkpoints would not be safe in this store")
+
+
+def _is_refused(store: Store, path: str, data: bytes) -> bool:
+    try:
+        store.put_if_absent(path, data)
+    except AlreadyExistsError:
+        return True
+    return False
+
+
+def _can_be_read(store: Store, path: str) -> bool:
+    try:
+        store.read(path, 1 << 20)
+    except ObjectNotFoundError:
+        return False
+    return True
+
+
+def _listed(store: Store) -> set[str]:
+    return {info.path for info in store.list(FOLDER)}
+
+
+def _clean_up(store: Store, paths: list[str]) -> None:
+    for path in paths:
+        with contextlib.suppress(StorageError):  # a leftover does no harm, and hides no earlier complaint
+            store.delete(path)

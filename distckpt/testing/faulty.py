@@ -1,0 +1,363 @@
+"""A store that fails on cue, and remembers what was asked of it.
+
+Run an operation once with no faults and look at ``calls``; then run it again for each of them and for each fault that
+``faults_of`` its operation names::
+
+    for call in quiet.calls:
+        for fault in faults_of(call.operation):
+            store = FaultyStore(MemoryStore(), FaultAt(call.index, fault))
+            ...
+"""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from enum import Enum
+from typing import Literal, Protocol, TypeVar
+
+from distckpt.errors import (
+    AlreadyExistsError,
+    StorageError,
+    StorageFullError,
+    StoreOutcomeUnknownError,
+)
+from distckpt.storage.interface import ObjectInfo, Source, Store
+from distckpt.storage.sections import SECTION_MULTIPLE
+
+T = TypeVar("T")
+
+Operation = Literal[
+    "put_if_absent", "put_unique", "replace", "delete", "read", "open", "read_into", "stat", "list", "folders"
+]
+Outcome = Literal["pending", "done", "refused", "failed"]
+
+WRITES: tuple[Operation, ...] = ("put_if_absent", "put_unique", "replace")
+
+
+class Fault(Enum):
+    """What goes wrong with one call. Faults that make no sense for an operation act as BEFORE."""
+
+    BEFORE = "StorageError; nothing was done"
+    FULL = "StorageFullError; nothing was done"
+    NO_ANSWER = "StoreOutcomeUnknownError; nothing was done, nor will be"
+    LATE = "StoreOutcomeUnknownError; it is done just before the next call"
+    LOST_ANSWER = "StoreOutcomeUnknownError, although it was done"
+    LOST_ANSWER_AS_REFUSAL = "AlreadyExistsError, although this very call did it, as after a silent retry"
+    TORN = "StorageError; half of the object is there"
+    DELAYED = "done, after a while"
+    GONE = "StorageError, now and for every later call, as if this process were cut off or dead"
+
+
+_EVERY = (Fault.BEFORE, Fault.DELAYED, Fault.GONE)
+_UNCLEAR = (Fault.FULL, Fault.NO_ANSWER, Fault.LOST_ANSWER)
+
+
+def faults_of(operation: Operation) -> tuple[Fault, ...]:
+    """The faults that make a difference to an operation."""
+    if operation == "put_if_absent":
+        return (*_EVERY, *_UNCLEAR, Fault.LATE, Fault.LOST_ANSWER_AS_REFUSAL)
+    if operation == "put_unique":
+        return (*_EVERY, *_UNCLEAR, Fault.LOST_ANSWER_AS_REFUSAL, Fault.TORN)
+    if operation == "replace":
+        return (*_EVERY, *_UNCLEAR, Fault.LATE)
+    if operation == "delete":
+        return (*_EVERY, Fault.NO_ANSWER, Fault.LOST_ANSWER)
+    return _EVERY
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One call, as it was asked for and as it went.
+
+    ``index`` counts calls from 0, and ``nth`` those of this operation on this path. ``applied`` says whether the store
+    underneath has done it (for a torn write: half of it). ``size`` is in bytes, of what was to be written.
+    ``outcome`` is what the caller was told: refused means AlreadyExistsError.
+    """
+
+    index: int
+    operation: Operation
+    path: str
+    nth: int
+    size: int | None = None
+    fault: Fault | None = None
+    applied: bool = False
+    outcome: Outcome = "pending"
+
+
+class Script(Protocol):
+    """Decides which calls go wrong. Called once for each call, under a lock, in the order of the calls."""
+
+    def fault(self, call: Call) -> Fault | None:
+        """What goes wrong with this call, or None."""
+
+
+@dataclass(frozen=True, slots=True)
+class NoFaults:
+    """Nothing goes wrong."""
+
+    def fault(self, call: Call) -> Fault | None:
+        """None."""
+        return None
+
+
+@dataclass(frozen=True, slots=True)
+class FaultAt:
+    """One call goes wrong, the one with that index."""
+
+    index: int
+    kind: Fault
+
+    def fault(self, call: Call) -> Fault | None:
+        """The fault, at its index."""
+        return self.kind if call.index == self.index else None
+
+
+@dataclass(frozen=True, slots=True)
+class FaultOn:
+    """The ``nth`` call (from 0) of one operation on each path that begins with ``path`` goes wrong."""
+
+    operation: Operation
+    kind: Fault
+    path: str = ""
+    nth: int = 0
+
+    def fault(self, call: Call) -> Fault | None:
+        """The fault, if the call is one of those meant."""
+        is_meant = call.operation == self.operation and call.path.startswith(self.path) and call.nth == self.nth
+        return self.kind if is_meant else None
+
+
+@dataclass(frozen=True, slots=True)
+class RandomFaults:
+    """Each call goes wrong with probability ``rate``, in one of ``kinds`` as far as they apply to its operation.
+
+    What happens to a call depends on ``seed``, its operation, path and ``nth`` alone, not on how threads interleave.
+    """
+
+    seed: int
+    rate: float
+    kinds: tuple[Fault, ...] = tuple(kind for kind in Fault if kind is not Fault.GONE)
+
+    def fault(self, call: Call) -> Fault | None:
+        """A fault, or luck."""
+        dice = random.Random(f"{self.seed}/{call.operation}/{call.path}/{call.nth}")
+        kinds = [kind for kind in self.kinds if kind in faults_of(call.operation)]
+        return dice.choice(kinds) if kinds and dice.random() < self.rate else None
+
+
+class FaultyStore:
+    """Any store, with the faults that ``script`` chooses. Safe to use from several threads.
+
+    Opened objects count too: each ``read_into`` is a call. ``delay`` is the length of DELAYED in seconds.
+    """
+
+    def __init__(
+        self,
+        inner: Store,
+        script: Script | None = None,
+        *,
+        delay: float = 0.01,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        self.inner = inner
+        self.script: Script = script or NoFaults()
+        self._delay = delay
+        self._sleep = sleep
+        self._lock = threading.Lock()
+        self._calls: list[Call] = []
+        self._counts: dict[tuple[Operation, str], int] = {}
+        self._late: list[Callable[[], object]] = []
+        self._is_gone = False
+
+    @property
+    def calls(self) -> tuple[Call, ...]:
+        """The history so far, in the order in which the calls began."""
+        with self._lock:
+            return tuple(self._calls)
+
+    def heal(self) -> None:
+        """From now on nothing goes wrong any more; what was late is done."""
+        self.script = NoFaults()
+        self._is_gone = False
+        self._finish_late()
+
+    @property
+    def url(self) -> str:
+        """The root of the store underneath."""
+        return self.inner.url
+
+    def put_if_absent(self, path: str, data: bytes) -> None:
+        """Create ``path`` unless it exists, or fail on cue."""
+        self._call("put_if_absent", path, lambda: self.inner.put_if_absent(path, data), size=len(data))
+
+    def put_unique(self, path: str, size: int, sections: Iterable[memoryview]) -> ObjectInfo:
+        """Write a large object, or fail on cue."""
+
+        def tear() -> None:
+            half = size // 2 // SECTION_MULTIPLE * SECTION_MULTIPLE or size // 2
+            self.inner.put_unique(path, half, _first_bytes(sections, half))
+
+        return self._call("put_unique", path, lambda: self.inner.put_unique(path, size, sections), size=size, tear=tear)
+
+    def replace(self, path: str, data: bytes) -> None:
+        """Write ``path`` over, or fail on cue."""
+        self._call("replace", path, lambda: self.inner.replace(path, data), size=len(data))
+
+    def read(self, path: str, max_bytes: int) -> bytes:
+        """The whole content, or fail on cue."""
+        return self._call("read", path, lambda: self.inner.read(path, max_bytes))
+
+    def open(self, path: str) -> Source:
+        """Open an object whose reads fail on cue, or fail on cue itself."""
+        return self._call("open", path, lambda: _FaultySource(self, path, self.inner.open(path)))
+
+    def stat(self, path: str) -> ObjectInfo | None:
+        """What is at ``path`` now, or fail on cue."""
+        return self._call("stat", path, lambda: self.inner.stat(path))
+
+    def list(self, folder: str) -> Iterator[ObjectInfo]:
+        """Every object below ``folder`` at the time of the call, or fail on cue."""
+        return self._call("list", folder, lambda: iter(tuple(self.inner.list(folder))))
+
+    def folders(self, folder: str) -> Iterator[str]:
+        """Names of the folders directly below ``folder``, or fail on cue."""
+        return self._call("folders", folder, lambda: iter(tuple(self.inner.folders(folder))))
+
+    def delete(self, path: str) -> None:
+        """Remove an object, or fail on cue."""
+        self._call("delete", path, lambda: self.inner.delete(path))
+
+    def _call(
+        self,
+        operation: Operation,
+        path: str,
+        apply: Callable[[], T],
+        *,
+        size: int | None = None,
+        tear: Callable[[], None] | None = None,
+    ) -> T:
+        self._finish_late()
+        call = self._begin(operation, path, size)
+        try:
+            result = self._perform(call, apply, tear)
+        except BaseException as error:
+            self._update(call, outcome="refused" if isinstance(error, AlreadyExistsError) else "failed")
+            raise
+        self._update(call, outcome="done")
+        return result
+
+    def _begin(self, operation: Operation, path: str, size: int | None) -> Call:
+        with self._lock:
+            nth = self._counts.get((operation, path), 0)
+            self._counts[operation, path] = nth + 1
+            call = Call(len(self._calls), operation, path, nth, size)
+            fault = self.script.fault(call)
+            self._is_gone = self._is_gone or fault is Fault.GONE
+            call = replace(call, fault=Fault.GONE if self._is_gone else fault)
+            self._calls.append(call)
+        return call
+
+    def _perform(self, call: Call, apply: Callable[[], T], tear: Callable[[], None] | None) -> T:
+        fault = _effective(call)
+        if fault is Fault.DELAYED:
+            self._sleep(self._delay)
+        if fault in (None, Fault.DELAYED):
+            return self._apply(call, apply)
+        if fault is Fault.TORN and tear is not None:
+            self._apply(call, tear)
+        if fault is Fault.LATE:
+            with self._lock:
+                self._late.append(lambda: self._apply(call, apply))
+        if fault in (Fault.LOST_ANSWER, Fault.LOST_ANSWER_AS_REFUSAL):
+            with contextlib.suppress(AlreadyExistsError):  # the answer that is lost may be a refusal too
+                self._apply(call, apply)
+        raise _error(self._where(call), fault)
+
+    def _apply(self, call: Call, apply: Callable[[], T]) -> T:
+        result = apply()
+        self._update(call, applied=True)
+        return result
+
+    def _finish_late(self) -> None:
+        with self._lock:
+            late, self._late = self._late, []
+        for apply in late:
+            with contextlib.suppress(AlreadyExistsError):  # somebody else was faster, and nobody waits for the answer
+                apply()
+
+    def _update(self, call: Call, *, applied: bool | None = None, outcome: Outcome | None = None) -> None:
+        with self._lock:
+            now = self._calls[call.index]
+            self._calls[call.index] = replace(
+                now,
+                applied=now.applied if applied is None else applied,
+                outcome=now.outcome if outcome is None else outcome,
+            )
+
+    def _where(self, call: Call) -> str:
+        return f"{self.url}/{call.path}"
+
+
+class _FaultySource:
+    def __init__(self, store: FaultyStore, path: str, inner: Source) -> None:
+        self._store = store
+        self._path = path
+        self._inner = inner
+
+    @property
+    def size(self) -> int:
+        return self._inner.size
+
+    def read_into(self, position: int, target: memoryview) -> None:
+        self._store._call("read_into", self._path, lambda: self._inner.read_into(position, target))
+
+    def close(self) -> None:
+        self._inner.close()
+
+
+def rewritten(calls: Sequence[Call], mutable: Sequence[str] = ("checkpoint", "_leases/")) -> tuple[Call, ...]:
+    """The writes that were done to a path which an earlier call had written, deleted since or not.
+
+    Paths that begin with one of ``mutable`` may change. No call may be left over in the history of a run: no object
+    is ever written twice.
+    """
+    written: set[str] = set()
+    again: list[Call] = []
+    for call in calls:
+        if call.operation not in WRITES or not call.applied or call.path.startswith(tuple(mutable)):
+            continue
+        if call.path in written:
+            again.append(call)
+        written.add(call.path)
+    return tuple(again)
+
+
+def _effective(call: Call) -> Fault | None:
+    if call.fault is None or call.fault in faults_of(call.operation):
+        return call.fault
+    return Fault.BEFORE
+
+
+def _error(where: str, fault: Fault | None) -> StorageError:
+    if fault is Fault.FULL:
+        return StorageFullError(where, "scripted: no space left")
+    if fault in (Fault.NO_ANSWER, Fault.LATE, Fault.LOST_ANSWER):
+        return StoreOutcomeUnknownError(where, "scripted: no answer came")
+    if fault is Fault.LOST_ANSWER_AS_REFUSAL:
+        return AlreadyExistsError(where, "scripted: exists already")
+    return StorageError(where, "scripted: the call failed")
+
+
+def _first_bytes(sections: Iterable[memoryview], count: int) -> Iterator[memoryview]:
+    left = count
+    for section in sections:
+        piece = section.cast("B")[:left]
+        left -= piece.nbytes
+        yield piece
+        if not left:
+            return

@@ -1,0 +1,216 @@
+"""Staging: copying a rank's state into the images of its shards. The layout is made once, each save only copies."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+
+import torch
+
+from distckpt.errors import SaveError
+from distckpt.format.dtypes import VALUE
+from distckpt.format.shard import Chunk, ShardImage, build_image
+from distckpt.format.values import capacity_for, pad_value
+from distckpt.transfer.arena import Arena
+from distckpt.transfer.filecrc import FileCrc
+
+MAX_SHARD_BYTES = 8 << 30
+
+
+class StagedCopy:
+    """Tensors on their way into the images. On CPU they have arrived as soon as this exists."""
+
+    def __init__(self, events: Sequence[torch.cuda.Event] = (), sources: Sequence[torch.Tensor] = ()) -> None:
+        self._events = tuple(events)
+        # Their memory must not be given to others while a GPU still reads it on a stream that PyTorch knows nothing of.
+        self._sources = tuple(sources)
+
+    def wait(self) -> None:
+        """Return once all bytes have arrived: from then on the sources may change."""
+        for event in self._events:
+            event.synchronize()
+        self._events = self._sources = ()
+
+    def order_after(self, stream: torch.cuda.Stream) -> None:
+        """Whatever is queued on ``stream`` from now on, such as an optimizer's step, runs after the copy."""
+        for event in self._events:
+            stream.wait_event(event)
+
+
+class StagedShard:
+    """One shard: its image, the memory that it is made in, and what was last copied there."""
+
+    def __init__(self, number: int, chunks: Sequence[Chunk]) -> None:
+        self.number = number
+        self.image: ShardImage = build_image(chunks)
+        self.file_crc = FileCrc(self.image)
+        self.copied: StagedCopy | None = None
+        self._arena = Arena(self.image.size)
+        for position, text in self.image.fixed:
+            self._arena.view[position : position + len(text)] = text
+        if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+            self.pin()
+
+    @property
+    def content(self) -> memoryview:
+        """The bytes of the file; writable."""
+        return self._arena.view[: self.image.size]
+
+    def value_slots(self) -> Iterator[memoryview]:
+        """The places of the plain values, in order."""
+        content = self.content
+        for chunk, position in self._placed():
+            if chunk.dtype == VALUE:
+                yield content[position : position + chunk.nbytes]
+
+    def tensor_slots(self) -> Iterator[torch.Tensor]:
+        """The places of the tensors, in order, as tensors of their type and shape."""
+        for chunk, position in self._placed():
+            if chunk.dtype != VALUE:
+                yield self._arena.tensor(position, chunk.nbytes, _dtype(chunk), chunk.length)
+
+    def tensor_keys(self) -> Iterator[str]:
+        """The keys of the tensors, in order."""
+        return (chunk.key for chunk in self.image.chunks if chunk.dtype != VALUE)
+
+    def pin(self) -> None:
+        """Let a GPU copy straight into the image."""
+        self._arena.pin()
+
+    def close(self) -> None:
+        """Let the memory go."""
+        if self.copied is not None:
+            self.copied.wait()
+        self._arena.close()
+
+    def _placed(self) -> Iterator[tuple[Chunk, int]]:
+        return zip(self.image.chunks, self.image.positions.tolist(), strict=True)
+
+
+class Staging:
+    """The shards of one rank, and the slots in them. One save at a time.
+
+    ``chunks`` are what the rank writes, in order; those of dtype ``json`` stand for ``values``, in order, and get slots
+    with room to grow, whatever their nbytes. A shard holds up to ``max_shard_bytes``, or one larger chunk.
+    Raises MemoryError if there is no memory for it, ValueError for a chunk that does not fit together.
+    """
+
+    def __init__(
+        self, chunks: Sequence[Chunk], values: Sequence[bytes], max_shard_bytes: int = MAX_SHARD_BYTES
+    ) -> None:
+        parts = _split(_with_capacities(chunks, values), max_shard_bytes)
+        self.shards = tuple(StagedShard(number, part) for number, part in enumerate(parts))
+        self._slots = [slot for shard in self.shards for slot in shard.tensor_slots()]
+        self._kinds = [(slot.shape, slot.dtype) for slot in self._slots]
+        self._keys = [key for shard in self.shards for key in shard.tensor_keys()]
+        self._value_slots = [slot for shard in self.shards for slot in shard.value_slots()]
+        self._streams: dict[torch.device, torch.cuda.Stream] = {}
+        self._owner = os.getpid()
+
+    def fits(self, values: Sequence[bytes]) -> bool:
+        """Whether every value has room in its slot; if not, a new Staging is due."""
+        return all(len(value) <= len(slot) for value, slot in zip(values, self._value_slots, strict=True))
+
+    def stage(self, sources: Sequence[torch.Tensor], values: Sequence[bytes]) -> StagedCopy:
+        """Copy every tensor and value, in the order of the chunks, to its slot, bit for bit.
+
+        Tensors on CPU have been copied on return. Those on a GPU are copied beside what its current stream does next;
+        what was queued there before is waited for. Raises ValueError for a tensor of another shape or dtype than its
+        chunk, and for a value that does not fit.
+        """
+        if os.getpid() != self._owner:
+            raise SaveError(None, "a forked process cannot save with the buffers of its parent")
+        self._check(sources)
+        for shard in self.shards:
+            if shard.copied is not None:
+                shard.copied.wait()
+        for slot, value in zip(self._value_slots, values, strict=True):
+            slot[:] = pad_value(value, len(slot))
+        copied = self._copy(sources)
+        for shard in self.shards:
+            shard.copied = copied
+        return copied
+
+    def close(self) -> None:
+        """Let the memory go. Closing twice does no harm."""
+        for shard in self.shards:
+            shard.close()
+        self._slots, self._kinds, self._value_slots = [], [], []
+
+    def _check(self, sources: Sequence[torch.Tensor]) -> None:
+        if len(sources) != len(self._kinds):
+            raise ValueError(f"{len(sources)} tensors for {len(self._kinds)} slots")
+        for index, (source, (shape, dtype)) in enumerate(zip(sources, self._kinds, strict=True)):
+            # PyTorch would broadcast or convert, and so store something else.
+            if source.shape != shape or source.dtype != dtype:
+                raise ValueError(
+                    f"{self._keys[index]}: a tensor of {source.dtype} and shape {tuple(source.shape)} "
+                    f"for a slot of {dtype} and shape {tuple(shape)}"
+                )
+
+    def _copy(self, sources: Sequence[torch.Tensor]) -> StagedCopy:
+        events = []
+        with torch.no_grad():
+            for device, chosen in _by_device(sources):
+                slots = self._slots if len(chosen) == len(sources) else [self._slots[index] for index in chosen]
+                tensors = [sources[index] for index in chosen]
+                if device.type == "cuda":
+                    events.append(self._copy_from_gpu(device, slots, tensors))
+                else:
+                    torch._foreach_copy_(slots, tensors)
+        return StagedCopy(events, sources if events else ())
+
+    def _copy_from_gpu(
+        self, device: torch.device, slots: list[torch.Tensor], sources: list[torch.Tensor]
+    ) -> torch.cuda.Event:
+        for shard in self.shards:
+            shard.pin()
+        stream = self._streams.get(device)
+        if stream is None:
+            stream = self._streams[device] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        stream.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(stream):
+            torch._foreach_copy_(slots, sources, non_blocking=True)
+            event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
+            event.record(stream)
+        return event
+
+
+def _by_device(sources: Iterable[torch.Tensor]) -> Iterable[tuple[torch.device, list[int]]]:
+    found: dict[torch.device, list[int]] = {}
+    for index, source in enumerate(sources):
+        found.setdefault(source.device, []).append(index)
+    return found.items()
+
+
+def _with_capacities(chunks: Sequence[Chunk], values: Sequence[bytes]) -> list[Chunk]:
+    left = iter(values)
+    sized = [
+        replace(chunk, nbytes=capacity_for(len(next(left)))) if chunk.dtype == VALUE else chunk for chunk in chunks
+    ]
+    if next(left, None) is not None:
+        raise ValueError("there are more values than chunks for values")
+    return sized
+
+
+def _split(chunks: Sequence[Chunk], max_bytes: int) -> list[list[Chunk]]:
+    parts: list[list[Chunk]] = []
+    total = 0
+    for chunk in chunks:
+        if not parts or total + chunk.nbytes > max_bytes:
+            parts.append([])
+            total = 0
+        parts[-1].append(chunk)
+        total += chunk.nbytes
+    return parts
+
+
+def _dtype(chunk: Chunk) -> torch.dtype:
+    found = getattr(torch, chunk.dtype, None)
+    if not isinstance(found, torch.dtype):
+        raise ValueError(f"{chunk.key}: torch {torch.__version__} has no dtype {chunk.dtype!r}")  # noqa: TRY004
+    if math.prod(chunk.length) * found.itemsize != chunk.nbytes:
+        raise ValueError(f"{chunk.key}: {chunk.length} elements of {found} are not {chunk.nbytes} bytes")
+    return found

@@ -1,0 +1,86 @@
+"""Writing a staged shard to a store: its memory goes out as it is, section by section, checksums filled in on the way."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator
+
+import crc32c
+import numpy as np
+
+from distckpt.format.receipt import ShardReceipt
+from distckpt.errors import DamagedError
+from distckpt.storage.interface import ObjectInfo, Store
+from distckpt.transfer.staging import StagedShard
+
+SECTION_BYTES = 32 << 20
+
+
+def write_shard(store: Store, path: str, shard: StagedShard, section_bytes: int = SECTION_BYTES) -> ShardReceipt:
+    """Write what was last staged, once it has all arrived; durable on return.
+
+    ``section_bytes`` is a multiple of 1 MiB. Raises StorageError, or DamagedError if the store took in something else.
+    """
+    if shard.copied is None:
+        raise ValueError("nothing has been staged")
+    shard.copied.wait()
+    sums = _Sums(shard)
+    info = store.put_unique(path, shard.image.size, sums.sections(section_bytes))
+    receipt = sums.receipt()
+    _check(info, receipt, f"{store.url}/{path}")
+    return receipt
+
+
+def _check(info: ObjectInfo, receipt: ShardReceipt, path: str) -> None:
+    if info.size != receipt.size:
+        raise DamagedError(path, f"the store holds {info.size} bytes, {receipt.size} were written")
+    if info.crc32c is not None and info.crc32c != receipt.crc32c:
+        raise DamagedError(path, f"the store holds bytes of CRC32C {info.crc32c:08x}, not {receipt.crc32c:08x}")
+
+
+class _Sums:
+    """The CRCs of one pass over a shard, each computed just before the section that it is written in goes out."""
+
+    def __init__(self, shard: StagedShard) -> None:
+        self._shard = shard
+        self._content = shard.content
+        self._blocks: list[int] = []
+        self._rows: list[int] = []
+
+    def sections(self, nbytes: int) -> Iterator[memoryview]:
+        """The shard's bytes in order."""
+        image = self._shard.image
+        last_rows = np.searchsorted(image.crc_positions, np.arange(nbytes, image.size + nbytes, nbytes)).tolist()
+        for number, last_row in enumerate(last_rows):
+            self._fill_in(last_row)
+            yield self._content[number * nbytes : (number + 1) * nbytes]
+
+    def receipt(self) -> ShardReceipt:
+        """What the pass has found. To be asked for when every section has been taken."""
+        image = self._shard.image
+        return ShardReceipt(
+            shard=self._shard.number,
+            size=image.size,
+            crc32c=self._shard.file_crc.of(np.array(self._rows, dtype=np.uint32)),
+            rows=len(image.chunks),
+            positions=image.positions.astype("<i8").tobytes(),
+            sizes=image.sizes.astype("<i8").tobytes(),
+            block_sizes=image.block_sizes.astype("<i8").tobytes(),
+            blocks=np.array(self._blocks, dtype="<u4").tobytes(),
+        )
+
+    def _fill_in(self, last_row: int) -> None:
+        """Compute and put in place the CRCs of all rows before ``last_row`` that have none yet."""
+        image, rows = self._shard.image, slice(len(self._rows), last_row)
+        columns = (image.positions, image.sizes, image.block_sizes, image.crc_positions)
+        for position, size, block, crc_position in zip(*(column[rows].tolist() for column in columns), strict=True):
+            crc = self._sum(position, size, block)
+            self._rows.append(crc)
+            struct.pack_into("<I", self._content, crc_position, crc)
+
+    def _sum(self, position: int, size: int, block: int) -> int:
+        content, end, crc = self._content, position + size, 0
+        for start in range(position, max(end, position + 1), block):
+            crc = crc32c.crc32c(content[start : min(start + block, end)], crc)
+            self._blocks.append(crc)
+        return crc

@@ -1,0 +1,49 @@
+"""Shared by all tests: one Ray cluster of two nodes, and gangs of rank processes that live for the whole session."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+
+import pytest
+
+from tests.gang import Gang
+
+os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+
+
+@pytest.fixture(scope="session")
+def ray_address() -> Iterator[str]:
+    """The address of a Ray cluster of two nodes on this machine."""
+    from ray.cluster_utils import Cluster
+
+    args = {"num_cpus": 2, "object_store_memory": 100 << 20, "include_dashboard": False}
+    cluster = Cluster(initialize_head=True, head_node_args=args)
+    cluster.add_node(num_cpus=2, object_store_memory=100 << 20)
+    logging.getLogger("ray").setLevel(logging.WARNING)
+    yield cluster.address
+    cluster.shutdown()
+
+
+def _gang(size: int, address: str) -> Iterator[Gang]:
+    with Gang(size, {"RAY_ADDRESS": address}) as gang:
+        yield gang
+
+
+@pytest.fixture(scope="session")
+def gang2(ray_address: str) -> Iterator[Gang]:
+    """Two ranks."""
+    yield from _gang(2, ray_address)
+
+
+@pytest.fixture(scope="session")
+def gang3(ray_address: str) -> Iterator[Gang]:
+    """Three ranks."""
+    yield from _gang(3, ray_address)
+
+
+@pytest.fixture(scope="session")
+def gang4(ray_address: str) -> Iterator[Gang]:
+    """Four ranks."""
+    yield from _gang(4, ray_address)
