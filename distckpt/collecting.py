@@ -25,6 +25,10 @@ from distckpt.sharding.chunks import dtype_name, global_shape, local_tensor, pie
 from distckpt.sharding.description import Description, Row, build_description
 
 
+NAMES = ("params", "param_names")
+"""What a parameter group says of who is in it."""
+
+
 @dataclass(frozen=True, slots=True)
 class Holding:
     """What one rank holds at one moment. For each row either a source tensor or a value's bytes; the other is None."""
@@ -33,6 +37,10 @@ class Holding:
     sources: list[torch.Tensor | None]
     values: list[bytes | None]
     description: Description
+
+    def describe(self) -> bytes:
+        """The description with the CRCs of the values as they are now."""
+        return build_description(self.rows).encode()
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,21 +149,13 @@ def _optimizer_sections(
                     if isinstance(value, torch.Tensor):
                         yield value
 
-    names: list[list[str | int]] = []
-
-    def read_state() -> Any:
-        tree = optimizer_tree(optimizer, modules)
-        names[:] = [group["params"] for group in tree["param_groups"]]
-        return tree["state"]
-
     def read_groups() -> Any:
-        return [
-            {**{key: value for key, value in group.items() if key != "params"}, "params": list(params)}
-            for group, params in zip(optimizer.param_groups, names, strict=True)
-        ]
+        # Without the parameters' names: which group a parameter is in is the program's business, and ranks that hold
+        # different parameters (pipeline stages) must agree on this value.
+        return [{name: value for name, value in group.items() if name not in NAMES} for group in optimizer.param_groups]
 
     return [
-        Section((*prefix, DictStep("state")), read_state, shared, witness),
+        Section((*prefix, DictStep("state")), lambda: optimizer_tree(optimizer, modules)["state"], shared, witness),
         Section((*prefix, DictStep("param_groups")), read_groups, shared),
     ]
 

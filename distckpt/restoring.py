@@ -162,8 +162,6 @@ def _set_groups(filling: _Filling, optimizer: torch.optim.Optimizer, key: str, s
         raise MismatchError(filling.where.path, (), (), {key: text})
     for group, values in zip(optimizer.param_groups, saved, strict=True):
         for name, value in values.items():
-            if name == "params":
-                continue
             if isinstance(group.get(name), torch.Tensor) and isinstance(value, torch.Tensor):
                 group[name].copy_(value)
             else:

@@ -204,7 +204,7 @@ class Saver:
         staging = self._staging_of(buffer)
         pending._staged = staging.stage(*_contents(self._layout, holding))
         buffer.pending = pending
-        task = _Task(ask, number, self._layout, staging, holding.description.encode, joined)
+        task = _Task(ask, number, self._layout, staging, holding.describe, joined)
         self._pool.submit(self._run, task, pending)
         return pending
 
@@ -260,7 +260,7 @@ class Saver:
                 return None
             if not isinstance(joined, Joined):
                 raise SaveError(number, f"unexpected answer to Join: {joined!r}")
-            if joined.describe and not self._describe(joined, digest, holding.description.encode(), None):
+            if joined.describe and not self._describe(joined, digest, holding.describe(), None):
                 continue
             attempt = joined.attempt
             reply = self._ask(lambda run, attempt=attempt: AwaitPlan(run, self._rank, attempt))  # type: ignore[misc]

@@ -16,6 +16,7 @@ os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 @pytest.fixture(scope="session")
 def ray_address() -> Iterator[str]:
     """The address of a Ray cluster of two nodes on this machine."""
+    import ray
     from ray.cluster_utils import Cluster
 
     args = {"num_cpus": 2, "object_store_memory": 100 << 20, "include_dashboard": False}
@@ -23,6 +24,7 @@ def ray_address() -> Iterator[str]:
     cluster.add_node(num_cpus=2, object_store_memory=100 << 20)
     logging.getLogger("ray").setLevel(logging.WARNING)
     yield cluster.address
+    ray.shutdown()
     cluster.shutdown()
 
 

@@ -40,7 +40,9 @@ from tests.gang import Gang
 def _parts(indices: np.ndarray, count: int, dim: int) -> list[np.ndarray]:
     """What torch.chunk would give, with empty parts at the end."""
     step = max(1, -(-indices.shape[dim] // count))
-    return [indices.take(range(*slice(i * step, (i + 1) * step).indices(indices.shape[dim])), dim) for i in range(count)]
+    return [
+        indices.take(range(*slice(i * step, (i + 1) * step).indices(indices.shape[dim])), dim) for i in range(count)
+    ]
 
 
 def _cut_in_order(whole: np.ndarray, cuts: Sequence[tuple[int, int, int]]) -> np.ndarray:
@@ -252,9 +254,9 @@ def eight(request: pytest.FixtureRequest) -> Iterator[tuple[int, int]]:
 
 
 def _of_nine(local: np.ndarray) -> DTensor:
-    """A DTensor of nine elements around this local tensor, with the placements that fully_shard gives."""
-    placements = [_StridedShard(0, split_factor=2), Shard(0)]
-    mesh = DeviceMesh("cpu", torch.arange(8).view(4, 2))
+    """A DTensor of nine elements around this local tensor, with the placements that fully_shard gives (HSDP over TP)."""
+    placements = [Replicate(), _StridedShard(0, split_factor=2), Shard(0)]
+    mesh = DeviceMesh("cpu", torch.arange(8).view(1, 4, 2))
     return DTensor.from_local(torch.tensor(local), mesh, placements, run_check=False, shape=(9,), stride=(1,))
 
 

@@ -84,7 +84,7 @@ def test_indentation_order_and_spelling_of_a_text_do_not_matter(text: str) -> No
     assert parse(text) == CheckpointState("a", ("a",))
 
 
-@pytest.mark.parametrize("text", ["model_checkpoint_path: ", 'unknown_field: "a"', "\0", 'model_checkpoint_path: 3'])
+@pytest.mark.parametrize("text", ["model_checkpoint_path: ", 'unknown_field: "a"', "\0", "model_checkpoint_path: 3"])
 def test_other_texts_are_refused(text: str) -> None:
     with pytest.raises(ValueError, match="not a checkpoint state"):
         parse(text)

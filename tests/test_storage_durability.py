@@ -8,7 +8,6 @@ import re
 import shutil
 import signal
 import subprocess
-import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -153,7 +152,6 @@ def system_calls(output: Path) -> Iterator[list[Event]]:
             pytest.skip("strace may not attach to this process")
         try:
             yield events
-            time.sleep(0.01)
         finally:
             strace.send_signal(signal.SIGINT)
             strace.wait(10)

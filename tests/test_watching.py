@@ -125,7 +125,9 @@ def test_a_directory_that_does_not_exist_is_waited_for(
 
 
 def test_a_commit_by_another_process_is_seen(tmp_path: Path) -> None:
-    script = f"import time; time.sleep(0.2); from tests.checkpoints import commit_bare; commit_bare({str(tmp_path)!r}, 3)"
+    script = (
+        f"import time; time.sleep(0.2); from tests.checkpoints import commit_bare; commit_bare({str(tmp_path)!r}, 3)"
+    )
     with subprocess.Popen([sys.executable, "-c", script], cwd=Path(__file__).parents[1]) as trainer:
         assert wait_for_new_checkpoint(tmp_path, seconds_to_sleep=0.02, timeout=50) == f"{tmp_path}/ckpt-3"
     assert trainer.returncode == 0

@@ -2,35 +2,51 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 import click
 
-from distckpt.cli.listing import list_checkpoints
-from distckpt.cli.showing import show_checkpoint
-from distckpt.cli.verifying import verify_checkpoints
 from distckpt.errors import DamagedError, DistckptError
 
-DAMAGE = 1
-USAGE = 2
+_HOMES = {
+    "ls": ("listing", "list_checkpoints"),
+    "show": ("showing", "show_checkpoint"),
+    "verify": ("verifying", "verify_checkpoints"),
+}
 
 
-class _Failure(click.ClickException):
-    def __init__(self, message: str, exit_code: int) -> None:
-        super().__init__(message)
-        self.exit_code = exit_code
+class _DamageFound(click.ClickException):
+    exit_code = 1
+
+
+class _NothingDone(click.ClickException):
+    exit_code = 2
 
 
 class _Commands(click.Group):
-    """Turns errors that are meant for people into one sentence on stderr and an exit status."""
+    """Imports a command when it is asked for, so that ``ls`` need not wait for what ``show`` needs.
+
+    Errors that are meant for people become one sentence on stderr and an exit status.
+    """
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(_HOMES)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in _HOMES:
+            return None
+        module, name = _HOMES[cmd_name]
+        command: click.Command = getattr(importlib.import_module(f"distckpt.cli.{module}"), name)
+        return command
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
         except DamagedError as error:
-            raise _Failure(str(error), DAMAGE) from error
+            raise _DamageFound(str(error)) from error
         except (DistckptError, ValueError) as error:
-            raise _Failure(str(error), USAGE) from error
+            raise _NothingDone(str(error)) from error
 
 
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
@@ -38,11 +54,6 @@ class _Commands(click.Group):
 def main() -> None:
     """Look at checkpoints, and check them.
 
-    DIR is the directory that a run saves to, a local path or a URL such as gs://bucket/run-7; PATH is one checkpoint
+    DIR is the directory that a run saves to, a local path or a URL such as gs://bucket/run-7. PATH is one checkpoint
     in it, such as gs://bucket/run-7/ckpt-42, or the directory, which means its newest. Nothing is ever changed.
     """
-
-
-main.add_command(list_checkpoints)
-main.add_command(show_checkpoint)
-main.add_command(verify_checkpoints)

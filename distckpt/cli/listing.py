@@ -60,10 +60,10 @@ def in_order(state: State) -> list[Listed]:
     newest = (state.active or tuple(older))[-1:]
     listed = [Listed(record, ("retiring",)) for record in state.retiring]
     for record in (*older, *state.active):
-        marks = ("newest",) if record in newest else ("active",) if record.attempt in active else ()
-        marks += ("preserved",) if record.attempt in preserved else ()
-        marks += ("pinned",) if record.pinned else ()
-        listed.append(Listed(record, marks))
+        marks = ["newest"] if record in newest else ["active"] if record.attempt in active else []
+        marks += ["preserved"] if record.attempt in preserved else []
+        marks += ["pinned"] if record.pinned else []
+        listed.append(Listed(record, tuple(marks)))
     return listed
 
 
@@ -82,7 +82,7 @@ def _print(listed: Iterable[Listed]) -> None:
     table = text.table([*columns, "metrics"] if metrics else columns, right=["size", "ranks"])
     for one in listed:
         record = one.record
-        cells = [
+        cells: list[str | Text] = [
             one.name,
             Text(", ".join(one.marks), style=_STYLES.get(one.marks[0], "")),
             text.local_time(record.time),
@@ -90,9 +90,9 @@ def _print(listed: Iterable[Listed]) -> None:
             str(record.world_size),
             record.attempt[: record.attempt.index("-") + 9],
         ]
-        table.add_row(*cells, *([_metrics(record)] if metrics else []))
+        table.add_row(*cells, *[_metrics(record)][:metrics])
     text.console().print(table)
 
 
 def _metrics(record: CheckpointRecord) -> str:
-    return ", ".join(f"{name}={value:.5g}" for name, value in record.metrics.items())
+    return "\n".join(f"{name}={value:.5g}" for name, value in record.metrics.items())

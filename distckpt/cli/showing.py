@@ -12,7 +12,7 @@ import msgspec
 from distckpt.cli import options, text
 from distckpt.format import names
 from distckpt.format.dtypes import VALUE
-from distckpt.format.tree import Rank, Step, decode_path
+from distckpt.format.tree import RankStep, Step, decode_path
 from distckpt.transfer.catalog import Located, locate, read_index
 
 if TYPE_CHECKING:
@@ -109,7 +109,7 @@ def _lines(root: _Branch) -> Iterator[tuple[str, _Branch]]:
 
 
 def _label(step: Step) -> str:
-    shown = f"@{step.rank}" if isinstance(step, Rank) else str(step)
+    shown = f"@{step.rank}" if isinstance(step, RankStep) else str(step)
     return "".join(character if character.isprintable() else "?" for character in shown)
 
 

@@ -68,7 +68,9 @@ def progress_console() -> Console:
 
 def table(columns: Sequence[str], right: Sequence[str] = ()) -> Table:
     """An empty table; the columns named in ``right`` are aligned to the right, the first one folds where it must."""
-    made = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, header_style="bold")
+    made = Table(
+        box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, padding=(0, 1), collapse_padding=True, header_style="bold"
+    )
     for column in columns:
         made.add_column(
             column,

@@ -55,17 +55,17 @@ def read_leases(store: Store) -> LeasesRead:
 
 
 def collect_garbage(store: Store, action: CollectGarbage, min_age: float) -> int:
-    """Delete attempts that came to nothing: unknown to the log, not in work, untouched for ``min_age`` seconds.
+    """Delete attempts that came to nothing and that nobody has touched for ``min_age`` seconds; returns how many.
 
-    Returns how many went. An attempt of a later epoch than the action's belongs to somebody newer and is left alone.
+    Those of earlier epochs that the log does not know, and those of this epoch that have failed; what a later
+    coordinator began is left alone.
     """
     gone = 0
     for folder in store.folders(""):
         if names.parse_checkpoint(folder) is None:
             continue
         for attempt in store.folders(folder):
-            spared = attempt in action.known or attempt in action.live
-            if not names.is_attempt(attempt) or spared or names.attempt_epoch(attempt) > action.epoch:
+            if not names.is_attempt(attempt) or not _is_garbage(attempt, action):
                 continue
             objects = list(store.list(f"{folder}/{attempt}"))
             if all(info.modified < time.time() - min_age for info in objects):
@@ -74,3 +74,9 @@ def collect_garbage(store: Store, action: CollectGarbage, min_age: float) -> int
                 gone += 1
     return gone
 
+
+def _is_garbage(attempt: str, action: CollectGarbage) -> bool:
+    if attempt in action.known or attempt in action.live:
+        return False
+    epoch = names.attempt_epoch(attempt)
+    return epoch < action.epoch or attempt in action.failed

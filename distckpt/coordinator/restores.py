@@ -96,9 +96,10 @@ class Restores:
             self._desk.answer(ticket, RestoreFrom(round.current, round.refused))
 
     def alive(self, rank: int) -> None:
-        """A rank gave a sign of life; restoring may take it longer than the timeout."""
+        """A rank gave a sign of life; restoring may take it longer than the timeout once it has begun."""
         for round in self._open.values():
-            round.heard[rank] = self._desk.mono
+            if rank in round.heard:
+                round.heard[rank] = self._desk.mono
 
     def tick(self) -> None:
         """Give up rounds whose missing ranks have been silent for too long."""

@@ -233,7 +233,8 @@ class Saves:
         attempt = self._identities.attempt(self._ledger.epoch)
         round = SaveRound(order, first.number, attempt, self._current.world_size, self._later())
         self.book.add(round)
-        if first.skip_if_busy and round.saves and busy:
+        # A rank that has staged is past the question: it joins again after the coordinator was replaced.
+        if first.skip_if_busy and round.saves and busy and not first.staged:
             self._end(round, Skipped())
         return round
 

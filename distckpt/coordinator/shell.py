@@ -48,6 +48,9 @@ from distckpt.transfer.log import append, prune
 
 logger = logging.getLogger(__name__)
 
+CLOSE_SECONDS = 60.0
+"""How long closing waits for a store that does not answer. What is left undone then is done by the next coordinator."""
+
 
 @dataclass(frozen=True, slots=True)
 class Settings:
@@ -73,6 +76,7 @@ class Shell:
         self._tickets: dict[int, Future[Reply]] = {}
         self._next_ticket = 0
         self._closed = False
+        self._in_flight = 0
         # One thread each, so that appends, and later the things derived from them, happen in the order of the log.
         self._log_pool = ThreadPoolExecutor(1, "distckpt-log")
         self._keep_pool = ThreadPoolExecutor(1, "distckpt-keep")
@@ -100,8 +104,9 @@ class Shell:
         return future
 
     def close(self) -> None:
-        """Finish what is being done on storage and stop. Requests that come later are refused."""
+        """Finish what is being done on storage, retention included, and stop. Later requests are refused."""
         with self._lock:
+            self._changed.wait_for(lambda: self._in_flight == 0, CLOSE_SECONDS)
             self._closed = True
             self._changed.notify_all()
         if self._timer.is_alive() and self._timer is not threading.current_thread():
@@ -136,6 +141,7 @@ class Shell:
             pool = self._work_pool
         else:
             pool = self._keep_pool
+        self._in_flight += 1
         pool.submit(self._perform, action)
 
     def _run_timer(self) -> None:
@@ -158,6 +164,9 @@ class Shell:
             event = self._failed(action, error)
         if event is not None:
             self._handle(event)
+        with self._lock:
+            self._in_flight -= 1
+            self._changed.notify_all()
 
     def _effect(self, action: Action) -> Event | None:
         match action:

@@ -71,11 +71,12 @@ def _check(data: bytes, dictionaries: int, batches: int) -> None:
     if data.find(b"ARROW:extension", start, end) >= 0:
         raise ValueError("it uses an Arrow extension type")
     footer = _Table(data, start + _Table(data, start).number("<I", start))
-    found = [(_DICTIONARY, block) for block in footer.blocks(2)] + [(_RECORD_BATCH, block) for block in footer.blocks(3)]
-    if len(found) != dictionaries + batches or sum(kind == _RECORD_BATCH for kind, _ in found) != batches:
-        raise ValueError(f"it should hold {dictionaries} dictionaries and {batches} batches")
-    for kind, block in found:
-        _check_message(data, start, kind, *block)
+    for field, kind, expected in ((2, _DICTIONARY, dictionaries), (3, _RECORD_BATCH, batches)):
+        blocks = list(footer.blocks(field))
+        if len(blocks) != expected:
+            raise ValueError(f"it holds {len(blocks)} batches or dictionaries where {expected} belong")
+        for block in blocks:
+            _check_message(data, start, kind, *block)
 
 
 def _footer(data: bytes) -> tuple[int, int]:

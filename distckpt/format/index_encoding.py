@@ -14,7 +14,6 @@ from distckpt.format.dtypes import VALUE
 from distckpt.format.index_checks import (
     Blocks,
     Bools,
-    Crcs,
     Finding,
     Ints,
     Places,
@@ -200,8 +199,8 @@ def _blocks(shards: Sequence[tuple[int, ShardRows]], rows: Places, blame: _Blame
         row += shard.rows
     if starts[-1] > MAX_BLOCKS:
         raise ValueError(f"{starts[-1]} blocks are more than an index can hold")
-    values: Crcs = np.frombuffer(b"".join(shard.blocks for _, shard in shards), dtype="<u4").astype(np.uint32, copy=False)
-    return Blocks(starts, values)
+    values = np.frombuffer(b"".join(shard.blocks for _, shard in shards), dtype="<u4")
+    return Blocks(starts, values.astype(np.uint32, copy=False))
 
 
 def _write(table: pa.Table, rows: Places, blocks: Blocks) -> bytes:

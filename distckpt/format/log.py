@@ -73,7 +73,9 @@ def _problems(entry: Entry) -> Iterator[str]:
     if entry.format != FORMAT:
         yield f"format version {entry.format} inside version {FORMAT}"
     counts = {"seq": entry.seq, "epoch": entry.epoch, "run": state.run}
-    yield from (f"{name} {count} is out of bounds" for name, count in counts.items() if not 0 <= count <= MAX_NUMBER)
+    for name, count in counts.items():
+        if not 0 <= count <= MAX_NUMBER:
+            yield f"{name} {count} is out of bounds"
     if not (math.isfinite(entry.time) and math.isfinite(state.last_preserved_timestamp)):
         yield "a time in it is not a number"
     if not 1 <= len(entry.commit_id) <= MAX_ID_LENGTH or len(state.run_token) > MAX_ID_LENGTH:

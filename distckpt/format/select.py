@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Collection, Iterable, Mapping
 
-from distckpt.format.tree import Path, Rank, Step, decode_path
+from distckpt.format.tree import DictStep, Path, RankStep, Step, decode_path
 
 
 def select_paths(paths: Mapping[str, str], selector: str, where: str) -> dict[str, Path]:
@@ -36,8 +36,8 @@ def path_below(path: Path, selector: str) -> Path | None:
         text = _text(step, first=at == 0)
         if not rest:
             return path[at:]
-        if isinstance(step, str) and text.startswith(f"{rest}."):
-            return (text[len(rest) + 1 :], *path[at + 1 :])
+        if isinstance(step, DictStep) and text.startswith(f"{rest}."):
+            return (DictStep(text[len(rest) + 1 :]), *path[at + 1 :])
         if not rest.startswith(text):
             return None
         rest = rest[len(text) :]
@@ -60,6 +60,6 @@ def _with_prefixes(keys: Iterable[str]) -> list[str]:
 
 
 def _text(step: Step, *, first: bool) -> str:
-    if isinstance(step, Rank):
+    if isinstance(step, RankStep):
         return f"@{step.rank}"
     return str(step) if first else f".{step}"

@@ -7,6 +7,7 @@ the other. A batch's payload starts at a multiple of 8 bytes, which is what pyar
 from __future__ import annotations
 
 import io
+import itertools
 import math
 import mmap
 from collections.abc import Iterator, Sequence
@@ -272,12 +273,20 @@ def _check_rows(table: pa.Table, path: str) -> None:
     if any(column.null_count for column in table.columns):
         raise DamagedError(path, "a column has nulls")
     columns = [table.column(name).to_pylist() for name in ("key", "dtype", *_DIMENSIONS, "crc32c")]
-    for key, dtype, shape, offset, length, crc, payload in zip(*columns, table.column("data"), strict=True):
-        data = payload.as_buffer()
-        if not _is_possible(dtype, shape, offset, length, data.size):
+    for key, dtype, shape, offset, length, crc, data in zip(*columns, _payloads(table), strict=True):
+        if not _is_possible(dtype, shape, offset, length, len(data)):
             raise DamagedError(path, "type, shape, offset, length and number of bytes do not fit together", key)
         if crc32c.crc32c(data) != crc:
             raise DamagedError(path, "the bytes do not have the CRC32C that stands beside them", key)
+
+
+def _payloads(table: pa.Table) -> Iterator[memoryview]:
+    for column in table.column("data").chunks:
+        _, offsets, data = column.buffers()
+        if len(column):
+            places = np.frombuffer(memoryview(offsets or b""), dtype=np.int64, count=len(column) + 1)
+            for start, end in itertools.pairwise(places.tolist()):
+                yield memoryview(data or b"")[start:end]
 
 
 def _is_possible(dtype: str, shape: list[Any], offset: list[Any], length: list[Any], nbytes: int) -> bool:

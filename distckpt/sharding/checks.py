@@ -16,7 +16,7 @@ from distckpt.sharding.merged import Codes, Ints, Merged, Tuples
 _MOST_ELEMENTS = 1 << 58
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Chunks:
     """The distinct chunks of all ranks.
 
@@ -67,9 +67,7 @@ def told(ranks: list[int], most: int = 8) -> str:
     return f"rank{'s' if len(ranks) > 1 else ''} {shown}{' and more' if len(runs) > most else ''}"
 
 
-def _check_agreement(
-    number: int | None, merged: Merged, codes: Codes, what: str, text: Callable[[int], str]
-) -> None:
+def _check_agreement(number: int | None, merged: Merged, codes: Codes, what: str, text: Callable[[int], str]) -> None:
     """Every key has one path, one dtype and one shape."""
     expected = np.empty(len(merged.keys), np.int32)
     expected[merged.key[::-1]] = codes[::-1]

@@ -28,7 +28,7 @@ class Rectangle:
     start: tuple[int, ...]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Piece:
     """A chunk of a tensor in this process's memory.
 
@@ -148,7 +148,7 @@ def _possible_orders(tensor: DTensor) -> Iterator[tuple[int, ...] | None]:
     way than fully_shard, and only the local shape tells which it was. If ranks came to different answers, the plan would
     refuse what they describe.
     """
-    # Newer torch has the order in _spec and nowhere else.
+    # _spec alone has it.
     entries = getattr(tensor._spec, "shard_order", None)
     yield None if entries is None else tuple(mesh_dim for entry in entries for mesh_dim in entry.mesh_dims)
     if any(isinstance(placement, _StridedShard) for placement in tensor.placements):
@@ -168,8 +168,8 @@ def rectangles(
 ) -> list[Rectangle]:
     """What the rank at ``coordinate`` of a mesh holds of a tensor of that shape; none if its part is empty.
 
-    Pure: needs no process group. ``order`` lists the mesh dimensions that shard in the order in which they cut, and
-    takes placements literally. Without it the order is left to right, or, with _StridedShard as fully_shard makes it
+    Pure: needs no process group. ``order`` lists mesh dimensions in the order in which they cut (those that replicate
+    count for nothing), and takes placements literally. Without it the order is left to right, or, with _StridedShard as fully_shard makes it
     over tensor parallelism, the one that its split factors stand for. ValueError for Partial and unknown placements.
     """
     for placement in placements:
@@ -177,6 +177,7 @@ def rectangles(
     if order is None:
         order, splits = _order_of(placements, mesh_shape)
     else:
+        order = [mesh_dim for mesh_dim in order if not isinstance(placements[mesh_dim], Replicate)]
         splits = {mesh_dim: _split_factor(placements[mesh_dim]) for mesh_dim in order}
     runs = [[_Run(0, size)] for size in shape]
     for mesh_dim in order:

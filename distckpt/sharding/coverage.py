@@ -11,10 +11,10 @@ import numpy.typing as npt
 
 from distckpt.sharding.merged import Ints
 
-_BLOCK = 1024
+_PAIRS = 1 << 22
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Boxes:
     """Rectangles of many tensors, none of them empty.
 
@@ -82,8 +82,9 @@ def _first_pair(boxes: Boxes, left: Ints, group: Ints) -> tuple[int, int] | None
 def _overlapping_pair(boxes: Boxes) -> tuple[int, int] | None:
     """Compare every rectangle with every other, in blocks that keep memory small."""
     total = len(boxes.group)
-    for start in range(0, total, _BLOCK):
-        here = slice(start, start + _BLOCK)
+    step = max(1, _PAIRS // total)
+    for start in range(0, total, step):
+        here = slice(start, start + step)
         meet = np.arange(total)[None, :] > np.arange(total)[here, None]
         for low, high in zip(boxes.low, boxes.high, strict=True):
             meet &= (low[here, None] < high[None, :]) & (low[None, :] < high[here, None])

@@ -19,7 +19,7 @@ Codes = npt.NDArray[np.int32]
 _NO_CRC = pa.scalar(-1, pa.int64())
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Tuples:
     """Distinct tuples of integers. Number i is ``values[starts[i] : starts[i + 1]]``."""
 
@@ -52,7 +52,7 @@ class Tuples:
         return taken
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Merged:
     """Every row of every rank, ordered by rank and then by row number.
 

@@ -23,7 +23,7 @@ _STRUCTURE_CHANGED = (
 )
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class ShardingPlan:
     """Which rows of its description each rank writes. Satisfies ``coordinator.actions.Plan``.
 
@@ -129,13 +129,15 @@ def _check_writable(number: int | None, merged: Merged, chunks: Chunks, orphans:
 
 def _by_holders(ranks: Codes, chunk: Ints) -> list[tuple[Codes, Ints]]:
     """Chunks with the same holders together, fewest holders first. Rows must come by chunk, and by rank in a chunk."""
+    if len(chunk) == 0:
+        return []
     starts = np.flatnonzero(np.diff(chunk, prepend=-1))
     sets: Any = encode_slices(np.append(starts, len(chunk)), ranks)
     codes = np.asarray(sets.indices)
     order = np.argsort(codes, kind="stable")
     groups = np.split(chunk[starts][order], np.flatnonzero(np.diff(codes[order])) + 1)
     holders = [np.frombuffer(item.as_buffer(), np.int32) for item in sets.dictionary]
-    return sorted(zip(holders, groups, strict=False), key=lambda pair: len(pair[0]))
+    return sorted(zip(holders, groups, strict=True), key=lambda pair: len(pair[0]))
 
 
 def _table(merged: Merged, rows: Ints) -> pa.Table:

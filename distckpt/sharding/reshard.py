@@ -32,7 +32,7 @@ class Wanted:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Transfers:
-    """What to copy from where to where, in order of ``wanted`` number; P pairs of a chunk and a wanted rectangle.
+    """What to copy from where to where, in order of ``wanted`` number; P parts that a chunk and a rectangle share.
 
     ``row`` is the chunk's row in the index. ``start[p]`` and ``length[p]`` [P, D] are the intersection in the
     tensor's coordinates. Where ``direct``, it is one run of bytes on both sides: ``nbytes`` from ``chunk_start`` in
@@ -71,84 +71,135 @@ class _Asked:
     length: Ints
 
 
+@dataclass(frozen=True, slots=True)
+class _Pairs:
+    """What a chunk and a wanted rectangle have in common: see Transfers. ``item`` is an element's size in bytes."""
+
+    number: Ints
+    row: Ints
+    low: Ints
+    length: Ints
+    item: Ints
+
+
 def match(index: Index, wanted: Sequence[Wanted]) -> Transfers:
     """Every transfer that fills the wanted rectangles, and which of them cannot be filled.
 
     A rectangle of a key that the index lacks, of other dimensions, or beyond the tensor counts as uncovered.
     """
     asked = _arrays(index, wanted)
-    number, row = _pairs(index, asked)
-    low = np.maximum(index.offset[row], asked.offset[number])
-    high = np.minimum(index.offset[row] + index.length[row], asked.offset[number] + asked.length[number])
-    common = np.all(high > low, axis=1)
-    number, row, low = number[common], row[common], low[common]
-    length = high[common] - low
-    item = np.where(index.item_sizes[index.key[row]] > 0, index.item_sizes[index.key[row]], index.size[row])
-    chunk, rectangle = index.length[row], asked.length[number]
-    direct = _one_run(length, chunk) & _one_run(length, rectangle)
-    chunk_start, span = _reach(low - index.offset[row], length, chunk, item)
-    wanted_start, _ = _reach(low - asked.offset[number], length, rectangle, item)
-    volume = length.prod(axis=1, dtype=np.int64)
-    nbytes = volume * item
+    whole = _pairs(index, asked)
+    uncovered = _uncovered(asked, whole)
+    pairs = _taken_apart(index, asked, whole)
+    chunk, rectangle = index.length[pairs.row], asked.length[pairs.number]
+    chunk_start, span = _reach(pairs.low - index.offset[pairs.row], pairs.length, chunk, pairs.item)
+    wanted_start, _ = _reach(pairs.low - asked.offset[pairs.number], pairs.length, rectangle, pairs.item)
     return Transfers(
         keys=tuple(one.key for one in wanted),
         wanted_offset=asked.offset,
         wanted_length=asked.length,
         wanted_nbytes=_wanted_nbytes(index, asked),
-        uncovered=_uncovered(asked, number, low, length, volume),
-        row=row,
-        wanted=number,
-        start=low,
-        length=length,
-        direct=direct,
+        uncovered=uncovered,
+        row=pairs.row,
+        wanted=pairs.number,
+        start=pairs.low,
+        length=pairs.length,
+        direct=_direct(index, asked, pairs),
         chunk_start=chunk_start,
         span=span,
         wanted_start=wanted_start,
-        nbytes=nbytes,
+        nbytes=pairs.length.prod(axis=1, dtype=np.int64) * pairs.item,
     )
 
 
 def _arrays(index: Index, wanted: Sequence[Wanted]) -> _Asked:
     if any(len(one.offset) != len(one.length) for one in wanted):
         raise ValueError("a wanted rectangle has an offset and a length of different dimensions")
-    fits = [index.ids.get(one.key, -1) for one in wanted]
-    ndims = index.ndims.tolist()
-    fits = [
-        number if number >= 0 and ndims[number] == len(one.offset) else -1
-        for number, one in zip(fits, wanted, strict=True)
-    ]
-    key = np.array(fits, dtype=np.int64)
-    known = [one for one, number in zip(wanted, fits, strict=True) if number >= 0]
-    ndim = np.array([len(one.offset) for one in known], dtype=np.int64)
+    key = np.array([_key_of(index, one) for one in wanted], dtype=np.int64)
+    known = np.flatnonzero(key >= 0)
+    rectangles = [wanted[number] for number in known.tolist()]
     offset = np.zeros((len(key), index.shapes.shape[1]), dtype=np.int64)
     length = np.ones_like(offset)
-    offset[key >= 0] = _padded([one.offset for one in known], ndim, offset.shape[1], 0)
-    length[key >= 0] = _padded([one.length for one in known], ndim, offset.shape[1], 1)
+    offset[known] = _padded([one.offset for one in rectangles], offset.shape[1], 0)
+    length[known] = _padded([one.length for one in rectangles], offset.shape[1], 1)
     if np.any(offset < 0) or np.any(length < 0):
         raise ValueError("a wanted rectangle has a negative offset or length")
-    shape = index.shapes[key[key >= 0]]
-    beyond = np.zeros(len(key), dtype=np.bool_)
-    beyond[key >= 0] = np.any((offset[key >= 0] > shape) | (length[key >= 0] > shape - offset[key >= 0]), axis=1)
-    key[beyond] = -1
+    shape = index.shapes[key[known]]
+    beyond = np.any((offset[known] > shape) | (length[known] > shape - offset[known]), axis=1)
+    key[known[beyond]] = -1
     return _Asked(key, offset, length)
 
 
-def _padded(tuples: Sequence[tuple[int, ...]], ndim: Ints, width: int, fill: int) -> Ints:
+def _key_of(index: Index, one: Wanted) -> int:
+    number = index.ids.get(one.key, -1)
+    return number if number >= 0 and index.ndims[number] == len(one.offset) else -1
+
+
+def _padded(tuples: Sequence[tuple[int, ...]], width: int, fill: int) -> Ints:
     out: Ints = np.full((len(tuples), width), fill, dtype=np.int64)
+    ndim = np.array([len(one) for one in tuples], dtype=np.int64)
     out[np.arange(width) < ndim[:, None]] = [number for one in tuples for number in one]
     return out
 
 
-def _pairs(index: Index, asked: _Asked) -> tuple[Ints, Ints]:
-    """Wanted number and row of all pairs that share a key, in order of wanted number and then row."""
+def _pairs(index: Index, asked: _Asked) -> _Pairs:
+    """All pairs that have elements in common, in order of wanted number and then row."""
+    number, row = _of_one_key(index, asked)
+    low = np.maximum(index.offset[row], asked.offset[number])
+    length = np.minimum(index.offset[row] + index.length[row], asked.offset[number] + asked.length[number]) - low
+    common = np.all(length > 0, axis=1)
+    row = row[common]
+    item = index.item_sizes[index.key[row]]
+    return _Pairs(number[common], row, low[common], length[common], np.where(item > 0, item, index.size[row]))
+
+
+def _of_one_key(index: Index, asked: _Asked) -> tuple[Ints, Ints]:
+    """Wanted number and row of every chunk of the same key."""
     if not len(index):
         return np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64)
     first = index.groups[asked.key]
     count = np.where(asked.key >= 0, index.groups[asked.key + 1] - first, 0)
-    number: Ints = np.repeat(np.arange(len(count)), count)
-    ends = np.cumsum(count)
-    within = np.arange(len(number)) - np.repeat(ends - count, count)
-    return number, index.grouped[np.repeat(first, count) + within]
+    number, within = _repeated(count)
+    return number, index.grouped[first[number] + within]
+
+
+def _repeated(count: Ints) -> tuple[Ints, Ints]:
+    """Each position ``count`` times, and for each of them which time it is, from 0."""
+    position = np.repeat(np.arange(len(count)), count)
+    return position, np.arange(len(position)) - np.repeat(np.cumsum(count) - count, count)
+
+
+def _taken_apart(index: Index, asked: _Asked, pairs: _Pairs) -> _Pairs:
+    """Step by step along the first dimension where blocks allow it: where whole blocks between two steps are not
+    wanted, and where every step ends with a block. Otherwise whole chunks would have to be read for parts of them."""
+    while True:
+        leading = np.argmax(pairs.length > 1, axis=1)
+        count, stride, reach = _steps(index, pairs, leading)
+        block = index.block[pairs.row]
+        apart = (stride - reach >= 2 * block) | ((stride > block) & (stride % block == 0))
+        apart &= (count > 1) & ~_direct(index, asked, pairs)
+        if not apart.any():
+            return pairs
+        of, step = _repeated(np.where(apart, count, 1))
+        low, length, leading = pairs.low[of], pairs.length[of], leading[of]
+        low[np.arange(len(of)), leading] += step
+        length[np.flatnonzero(apart[of]), leading[apart[of]]] = 1
+        pairs = _Pairs(pairs.number[of], pairs.row[of], low, length, pairs.item[of])
+
+
+def _steps(index: Index, pairs: _Pairs, leading: Ints) -> tuple[Ints, Ints, Ints]:
+    """How many steps along ``leading``, bytes in the chunk from one to the next, and bytes that one reaches over."""
+    each = np.arange(len(leading))
+    strides = strides_of(index.length[pairs.row], pairs.item)
+    count, stride = pairs.length[each, leading], strides[each, leading]
+    reach = ((pairs.length - 1) * strides).sum(axis=1) + pairs.item - (count - 1) * stride
+    return count, stride, reach
+
+
+def _direct(index: Index, asked: _Asked, pairs: _Pairs) -> Bools:
+    in_chunk = _one_run(pairs.length, index.length[pairs.row])
+    direct: Bools = in_chunk & _one_run(pairs.length, asked.length[pairs.number])
+    return direct
 
 
 def _one_run(length: Ints, box: Ints) -> Bools:
@@ -188,15 +239,16 @@ def _wanted_nbytes(index: Index, asked: _Asked) -> Ints:
     return nbytes
 
 
-def _uncovered(asked: _Asked, number: Ints, low: Ints, length: Ints, volume: Ints) -> tuple[int, ...]:
+def _uncovered(asked: _Asked, pairs: _Pairs) -> tuple[int, ...]:
     """As much volume as wanted, and no two parts over each other: then every element comes exactly once."""
+    number, low, high = pairs.number, pairs.low, pairs.low + pairs.length
     filled = np.zeros(len(asked.key), dtype=np.int64)
-    np.add.at(filled, number, volume)
+    np.add.at(filled, number, pairs.length.prod(axis=1, dtype=np.int64))
     bad = (asked.key < 0) | (filled != asked.length.prod(axis=1, dtype=np.int64))
     several = np.bincount(number, minlength=len(filled)) > 1
     while True:
         suspects = np.flatnonzero(several[number] & ~bad[number])
-        pair = find_overlap(Boxes(number[suspects], list(low[suspects].T), list((low + length)[suspects].T)))
+        pair = find_overlap(Boxes(number[suspects], list(low[suspects].T), list(high[suspects].T)))
         if pair is None:
             return tuple(np.flatnonzero(bad).tolist())
         bad[number[suspects[pair[0]]]] = True

@@ -254,7 +254,7 @@ class StoreConformance:
             assert f"log/{number}" not in _sizes(store, "log")
 
     def test_list_copes_with_deletes_meanwhile(self, store: Store) -> None:
-        paths = [f"folder-{number % 7}/{number}" for number in range(70)]
+        paths = [f"folder-{number % 5}/{number}" for number in range(30)]
         for path in paths:
             store.replace(path, b"x")
         listing = store.list("")
@@ -296,7 +296,7 @@ class StoreConformance:
 
     def test_writers_and_deleters_of_one_folder_do_not_hinder_each_other(self, store: Store) -> None:
         def renew(worker: int) -> None:
-            for number in range(25):
+            for number in range(10):
                 store.put_if_absent(f"leases/{worker}-{number}", b"x")
                 store.delete(f"leases/{worker}-{number}")
 

@@ -40,16 +40,13 @@ class Arena:
         """Whether CUDA copies into it without a detour."""
         return self._unpin is not None
 
-    def tensor(
-        self, position: int, nbytes: int, dtype: torch.dtype = torch.uint8, shape: tuple[int, ...] = (-1,)
-    ) -> torch.Tensor:
-        """``nbytes`` from ``position`` on as a tensor over this very memory. Any position will do for any dtype."""
+    def tensor(self, position: int, nbytes: int) -> torch.Tensor:
+        """``nbytes`` bytes from ``position`` on as a uint8 tensor over this very memory."""
         if not 0 <= position <= position + nbytes <= self.size:
             raise ValueError(f"bytes {position} to {position + nbytes} are not inside {self.size} bytes")
-        count = nbytes // dtype.itemsize
-        if not count:
-            return torch.empty(0, dtype=dtype).reshape(shape)
-        return torch.frombuffer(self._open(), dtype=dtype, count=count, offset=position).reshape(shape)
+        if not nbytes:
+            return torch.empty(0, dtype=torch.uint8)
+        return torch.frombuffer(self._open(), dtype=torch.uint8, count=nbytes, offset=position)
 
     def pin(self) -> None:
         """Register it with CUDA, so that the GPU copies into it directly. SaveError if CUDA refuses."""

@@ -31,10 +31,14 @@ class Scatter(NamedTuple):
     source_strides: tuple[int, ...]
     target_strides: tuple[int, ...]
 
-    def rows_span(self, count: int) -> int:
+    def reach(self, count: int) -> int:
         """Bytes in the source from the first to the last element of that many steps along the first dimension."""
         steps = (count - 1, *(length - 1 for length in self.shape[1:]))
         return sum(step * stride for step, stride in zip(steps, self.source_strides, strict=True)) + self.item
+
+    def inner(self) -> Scatter:
+        """One step along the first dimension."""
+        return Scatter(self.item, self.shape[1:], self.source_strides[1:], self.target_strides[1:])
 
 
 class Read(NamedTuple):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -54,6 +54,11 @@ class StagedShard:
             self.pin()
 
     @property
+    def pinned(self) -> bool:
+        """Whether a GPU copies straight into the image."""
+        return self._arena.pinned
+
+    @property
     def content(self) -> memoryview:
         """The bytes of the file; writable."""
         return self._arena.view[: self.image.size]
@@ -65,15 +70,11 @@ class StagedShard:
             if chunk.dtype == VALUE:
                 yield content[position : position + chunk.nbytes]
 
-    def tensor_slots(self) -> Iterator[torch.Tensor]:
-        """The places of the tensors, in order, as tensors of their type and shape."""
+    def tensor_slots(self) -> Iterator[_Slot]:
+        """The places of the tensors, in order."""
         for chunk, position in self._placed():
             if chunk.dtype != VALUE:
-                yield self._arena.tensor(position, chunk.nbytes, _dtype(chunk), chunk.length)
-
-    def tensor_keys(self) -> Iterator[str]:
-        """The keys of the tensors, in order."""
-        return (chunk.key for chunk in self.image.chunks if chunk.dtype != VALUE)
+                yield _slot(chunk, position, self._arena.tensor(position, chunk.nbytes))
 
     def pin(self) -> None:
         """Let a GPU copy straight into the image."""
@@ -103,8 +104,6 @@ class Staging:
         parts = _split(_with_capacities(chunks, values), max_shard_bytes)
         self.shards = tuple(StagedShard(number, part) for number, part in enumerate(parts))
         self._slots = [slot for shard in self.shards for slot in shard.tensor_slots()]
-        self._kinds = [(slot.shape, slot.dtype) for slot in self._slots]
-        self._keys = [key for shard in self.shards for key in shard.tensor_keys()]
         self._value_slots = [slot for shard in self.shards for slot in shard.value_slots()]
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
         self._owner = os.getpid()
@@ -122,13 +121,13 @@ class Staging:
         """
         if os.getpid() != self._owner:
             raise SaveError(None, "a forked process cannot save with the buffers of its parent")
-        self._check(sources)
+        tensors = self._checked(sources)
         for shard in self.shards:
             if shard.copied is not None:
                 shard.copied.wait()
         for slot, value in zip(self._value_slots, values, strict=True):
             slot[:] = pad_value(value, len(slot))
-        copied = self._copy(sources)
+        copied = self._copy(tensors)
         for shard in self.shards:
             shard.copied = copied
         return copied
@@ -137,30 +136,34 @@ class Staging:
         """Let the memory go. Closing twice does no harm."""
         for shard in self.shards:
             shard.close()
-        self._slots, self._kinds, self._value_slots = [], [], []
+        self._slots, self._value_slots = [], []
 
-    def _check(self, sources: Sequence[torch.Tensor]) -> None:
-        if len(sources) != len(self._kinds):
-            raise ValueError(f"{len(sources)} tensors for {len(self._kinds)} slots")
-        for index, (source, (shape, dtype)) in enumerate(zip(sources, self._kinds, strict=True)):
+    def _checked(self, sources: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """The sources, as bytes where their slots are."""
+        if len(sources) != len(self._slots):
+            raise ValueError(f"{len(sources)} tensors for {len(self._slots)} slots")
+        tensors = []
+        for source, slot in zip(sources, self._slots, strict=True):
             # PyTorch would broadcast or convert, and so store something else.
-            if source.shape != shape or source.dtype != dtype:
+            if source.shape != slot.shape or source.dtype != slot.dtype:
                 raise ValueError(
-                    f"{self._keys[index]}: a tensor of {source.dtype} and shape {tuple(source.shape)} "
-                    f"for a slot of {dtype} and shape {tuple(shape)}"
+                    f"{slot.key}: a tensor of {source.dtype} and shape {tuple(source.shape)} "
+                    f"for a slot of {slot.dtype} and shape {slot.shape}"
                 )
+            tensors.append(source if slot.typed else _as_bytes(source))
+        return tensors
 
-    def _copy(self, sources: Sequence[torch.Tensor]) -> StagedCopy:
+    def _copy(self, tensors: list[torch.Tensor]) -> StagedCopy:
         events = []
         with torch.no_grad():
-            for device, chosen in _by_device(sources):
-                slots = self._slots if len(chosen) == len(sources) else [self._slots[index] for index in chosen]
-                tensors = [sources[index] for index in chosen]
+            for device, chosen in _by_device(tensors):
+                slots = [self._slots[index].memory for index in chosen]
+                sources = [tensors[index] for index in chosen]
                 if device.type == "cuda":
-                    events.append(self._copy_from_gpu(device, slots, tensors))
+                    events.append(self._copy_from_gpu(device, slots, sources))
                 else:
-                    torch._foreach_copy_(slots, tensors)
-        return StagedCopy(events, sources if events else ())
+                    torch._foreach_copy_(slots, sources)
+        return StagedCopy(events, tensors if events else ())
 
     def _copy_from_gpu(
         self, device: torch.device, slots: list[torch.Tensor], sources: list[torch.Tensor]
@@ -186,13 +189,11 @@ def _by_device(sources: Iterable[torch.Tensor]) -> Iterable[tuple[torch.device, 
 
 
 def _with_capacities(chunks: Sequence[Chunk], values: Sequence[bytes]) -> list[Chunk]:
+    expected = sum(chunk.dtype == VALUE for chunk in chunks)
+    if expected != len(values):
+        raise ValueError(f"{len(values)} values for {expected} chunks of values")
     left = iter(values)
-    sized = [
-        replace(chunk, nbytes=capacity_for(len(next(left)))) if chunk.dtype == VALUE else chunk for chunk in chunks
-    ]
-    if next(left, None) is not None:
-        raise ValueError("there are more values than chunks for values")
-    return sized
+    return [replace(chunk, nbytes=capacity_for(len(next(left)))) if chunk.dtype == VALUE else chunk for chunk in chunks]
 
 
 def _split(chunks: Sequence[Chunk], max_bytes: int) -> list[list[Chunk]]:
@@ -207,10 +208,28 @@ def _split(chunks: Sequence[Chunk], max_bytes: int) -> list[list[Chunk]]:
     return parts
 
 
-def _dtype(chunk: Chunk) -> torch.dtype:
-    found = getattr(torch, chunk.dtype, None)
-    if not isinstance(found, torch.dtype):
+@dataclass(frozen=True, slots=True)
+class _Slot:
+    """Where a tensor of ``dtype`` and ``shape`` is copied to; ``typed`` says that ``memory`` is a tensor like that."""
+
+    key: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    memory: torch.Tensor
+    typed: bool
+
+
+def _slot(chunk: Chunk, position: int, memory: torch.Tensor) -> _Slot:
+    dtype = getattr(torch, chunk.dtype, None)
+    if not isinstance(dtype, torch.dtype):
         raise ValueError(f"{chunk.key}: torch {torch.__version__} has no dtype {chunk.dtype!r}")  # noqa: TRY004
-    if math.prod(chunk.length) * found.itemsize != chunk.nbytes:
-        raise ValueError(f"{chunk.key}: {chunk.length} elements of {found} are not {chunk.nbytes} bytes")
-    return found
+    if math.prod(chunk.length) * dtype.itemsize != chunk.nbytes:
+        raise ValueError(f"{chunk.key}: {chunk.length} elements of {dtype} are not {chunk.nbytes} bytes")
+    # Among small chunks a position can be odd. PyTorch's loops assume aligned elements, so such a slot stays bytes.
+    typed = position % dtype.itemsize == 0
+    return _Slot(chunk.key, chunk.length, dtype, memory.view(dtype).view(chunk.length) if typed else memory, typed)
+
+
+def _as_bytes(source: torch.Tensor) -> torch.Tensor:
+    plain = source.detach().resolve_conj().resolve_neg().contiguous()
+    return plain.view(-1).view(torch.uint8)

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 import crc32c
 import numpy as np
 
-from distckpt.format.receipt import ShardReceipt
 from distckpt.errors import DamagedError
+from distckpt.format.receipt import ShardReceipt
 from distckpt.storage.interface import ObjectInfo, Store
 from distckpt.transfer.staging import StagedShard
 

@@ -1,0 +1,219 @@
+"""The coordinator alone: many ranks' messages, the plan, and the commit, without the ranks and without Ray.
+
+    python benchmarks/coordination.py [--ranks 128 512 1024 2048]
+
+A child process runs the coordinator's shell and machine on a local folder and hears what ``ranks`` ranks with 300
+tensors each would say. Shards are sparse files of the right size; index, manifest and log entry are real and synced.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+from planning import LAYOUTS, describe, model
+
+from distckpt.coordinator.messages import (
+    AwaitPlan,
+    Committed,
+    Describe,
+    Join,
+    Joined,
+    OpenRun,
+    Planned,
+    Receipt,
+    Reply,
+    Request,
+    Retention,
+    RunOpened,
+    ShardReceipt,
+)
+from distckpt.coordinator.shell import Settings, Shell
+from distckpt.format import names
+from distckpt.format.shard import block_size
+from distckpt.sharding.plan import make_plan
+from distckpt.storage import LocalStore
+
+RANKS = (128, 512, 1024, 2048)
+WARM_SAVES = 3
+NAME = "ckpt"
+WAIT_SECONDS = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class Figure:
+    """What one process measured, in seconds and MB (10^6 bytes) of memory above that of a process with all imports.
+
+    ``cold_plan``: from the first rank's word to the last one's knowledge of what it writes, in the first save.
+    ``warm_join``: from the first rank's word to the last one's attempt in a later save, where nothing is planned.
+    ``commit``: from the first receipt to the last rank's knowledge that its entry is in the log, over all saves.
+    """
+
+    ranks: int
+    cold_plan: float
+    warm_join: float
+    commit: float
+    memory: float
+
+
+def measure(ranks: int, folder: Path) -> Figure:
+    """Measure in a new process."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=folder) as inside:
+        file = Path(inside) / "descriptions"
+        with file.open("wb") as out:
+            sizes = [out.write(data) for data in describe(LAYOUTS["fsdp"](ranks), model())]
+        command = [sys.executable, __file__, "--child", inside, json.dumps(sizes)]
+        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    return Figure(**json.loads(done.stdout))
+
+
+def _measure_here(folder: Path, sizes: Sequence[int]) -> Figure:
+    empty = _memory("VmRSS")
+    store = LocalStore(folder / "run")
+    shell = Shell(store, Settings())
+    shell.start()
+    with (folder / "descriptions").open("rb") as file:
+        gang = _Gang(shell, store, [file.read(size) for size in sizes])
+    try:
+        gang.open()
+        colds, joins, commits = [gang.first_join()], [], []
+        for number in range(1, WARM_SAVES + 2):
+            commits.append(gang.commit(number))
+            joins.append(gang.later_join(number + 1))
+    finally:
+        memory = _memory("VmHWM") - empty
+        shell.close()
+    return Figure(len(sizes), colds[0], float(np.median(joins)), float(np.median(commits)), memory)
+
+
+class _Gang:
+    """What all ranks say, one after the other. Each method returns the seconds until the last one was answered."""
+
+    def __init__(self, shell: Shell, store: LocalStore, descriptions: list[bytes]) -> None:
+        self._shell = shell
+        self._store = store
+        self._descriptions = descriptions
+        self._ranks = range(len(descriptions))
+        self._run = 0
+        self._attempt = ""
+        self._plan = ""
+        self._receipts: list[ShardReceipt] = []
+
+    def open(self) -> None:
+        """All ranks report."""
+        world = len(self._ranks)
+        opened = self._ask(
+            OpenRun("token", rank, world, "host", NAME, Retention(2), WAIT_SECONDS) for rank in self._ranks
+        )
+        assert isinstance(opened[0], RunOpened)
+        self._run = opened[0].run
+
+    def first_join(self) -> float:
+        """All ranks describe what they hold and are told what they write."""
+        begin = time.perf_counter()
+        digests = [f"digest-{rank}" for rank in self._ranks]
+        joined = self._ask(Join(self._run, rank, "1", 1, digests[rank]) for rank in self._ranks)
+        assert all(isinstance(reply, Joined) and reply.describe for reply in joined)
+        self._attempt = joined[0].attempt
+        self._ask(
+            Describe(self._run, rank, self._attempt, digests[rank], self._descriptions[rank]) for rank in self._ranks
+        )
+        planned = self._ask(AwaitPlan(self._run, rank, self._attempt) for rank in self._ranks)
+        seconds = time.perf_counter() - begin
+        assert all(isinstance(reply, Planned) for reply in planned)
+        self._plan = planned[0].plan
+        self._receipts = list(_receipts(self._descriptions))
+        return seconds
+
+    def later_join(self, number: int) -> float:
+        """All ranks join with what they have copied by the plan that they know."""
+        begin = time.perf_counter()
+        joined = self._ask(
+            Join(self._run, rank, str(number), number, f"digest-{rank}", self._plan, staged=True)
+            for rank in self._ranks
+        )
+        seconds = time.perf_counter() - begin
+        assert all(isinstance(reply, Joined) and not reply.describe for reply in joined)
+        self._attempt = joined[0].attempt
+        return seconds
+
+    def commit(self, number: int) -> float:
+        """All shards have landed, and the ranks say so."""
+        folder = Path(self._store.url) / names.attempt_folder(NAME, number, self._attempt)
+        folder.mkdir(parents=True)
+        for rank, receipt in enumerate(self._receipts):
+            with (folder / names.shard_name(rank, 0)).open("xb") as file:
+                file.truncate(receipt.size)
+        begin = time.perf_counter()
+        told = self._ask(
+            Receipt(self._run, rank, self._attempt, (receipt,)) for rank, receipt in enumerate(self._receipts)
+        )
+        seconds = time.perf_counter() - begin
+        assert all(isinstance(reply, Committed) for reply in told)
+        return seconds
+
+    def _ask(self, requests: Iterable[Request]) -> list[Reply]:
+        futures: list[Future[Reply]] = [self._shell.ask(request) for request in requests]
+        return [future.result(WAIT_SECONDS) for future in futures]
+
+
+def _receipts(descriptions: list[bytes]) -> Iterator[ShardReceipt]:
+    """What the ranks would say of their shards: sizes and blocks as they would be, checksums made up."""
+    plan = make_plan(None, dict(enumerate(descriptions)))
+    sizes = np.asarray(plan.table["nbytes"])
+    rows = np.array([length[0] for length in plan.table["length"].to_pylist()])
+    blocks = np.array([block_size(int(size), int(size) // int(count)) for size, count in zip(sizes, rows, strict=True)])
+    ends = np.cumsum([plan.row_count(rank) for rank in range(plan.world_size)])
+    for begin, end in zip((0, *ends[:-1]), ends, strict=True):
+        size, block = sizes[begin:end], blocks[begin:end]
+        room = -(-size // 64) * 64 + 1024
+        positions = np.cumsum(room) - room + 1024
+        count = int(np.maximum(1, -(-size // block)).sum())
+        yield ShardReceipt(
+            shard=0,
+            size=int(room.sum()) + 4096,
+            crc32c=1,
+            rows=len(size),
+            positions=positions.astype("<i8").tobytes(),
+            sizes=size.astype("<i8").tobytes(),
+            block_sizes=block.astype("<i8").tobytes(),
+            blocks=np.arange(count, dtype="<u4").tobytes(),
+        )
+
+
+def _memory(what: str) -> float:
+    """This process's memory in MB: VmRSS is what it has now, VmHWM the most that it ever had."""
+    with open("/proc/self/status") as file:
+        line = next(line for line in file if line.startswith(what))
+    return int(line.split()[1]) * 1024 / 1e6
+
+
+def main() -> None:
+    """Print the figures for growing numbers of ranks."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--ranks", type=int, nargs="+", default=RANKS)
+    parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.child:
+        print(json.dumps(asdict(_measure_here(Path(args.child[0]), json.loads(args.child[1])))))
+        return
+    print("ranks  cold plan s  warm join s  commit s  memory MB")
+    for ranks in args.ranks:
+        figure = measure(ranks, Path("bench-output"))
+        print(
+            f"{ranks:5}{figure.cold_plan:13.3f}{figure.warm_join:13.3f}{figure.commit:10.3f}{figure.memory:11.0f}"
+        )
+
+
+if __name__ == "__main__":
+    main()

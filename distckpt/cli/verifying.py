@@ -1,0 +1,116 @@
+"""``distckpt verify``: read every byte again and compare it with what was written."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from typing import Any
+
+import click
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.text import Text
+
+from distckpt.cli import options, text
+from distckpt.cli.listing import in_order
+from distckpt.errors import CheckpointNotFoundError, DamagedError
+from distckpt.format.log import CheckpointRecord
+from distckpt.storage import Store, join, open_store
+from distckpt.transfer.catalog import Located, locate, located, read_index
+from distckpt.transfer.log import Tail, read_tail
+from distckpt.transfer.verify import Damage, VerifyReport, verify
+
+MOST_DAMAGES = 20
+
+
+@click.command("verify")
+@click.argument("path")
+@options.as_json
+@options.storage_options
+@click.pass_context
+def verify_checkpoints(ctx: click.Context, path: str, as_json: bool, storage_options: Mapping[str, Any]) -> None:
+    """Read every byte of a checkpoint, or of all that a directory has, and check it.
+
+    Of a directory, active and preserved checkpoints are checked, and the log itself. Exit status 0 if all is as it was
+    written, 1 if damage was found, 2 if there is nothing to check.
+    """
+    reports = []
+    for report in _reports(path, storage_options):
+        reports.append(report)
+        if not as_json:
+            _print(report)
+    if as_json:
+        text.print_json([{"good": report.good, **asdict(report)} for report in reports])
+    if not all(report.good for report in reports):
+        ctx.exit(1)
+
+
+def _reports(path: str, storage_options: Mapping[str, Any]) -> Iterator[VerifyReport]:
+    store = open_store(path, storage_options)
+    tail = read_tail(store)
+    if tail.entry is None:
+        yield _check(locate(path, storage_options))
+        return
+    records = [one.record for one in in_order(tail.state) if "retiring" not in one.marks]
+    if not records:
+        raise CheckpointNotFoundError(store.url, "no checkpoint has been committed here")
+    yield from _log_report(store, tail)
+    for record in records:
+        yield _check_record(store, record)
+
+
+def _log_report(store: Store, tail: Tail) -> Iterator[VerifyReport]:
+    if tail.damaged:
+        damages = tuple(Damage(error.path, error.key, error.reason) for error in tail.damaged)
+        yield VerifyReport(join(store.url, "_log"), 0, 0, 0, damages)
+
+
+def _check_record(store: Store, record: CheckpointRecord) -> VerifyReport:
+    path = join(store.url, f"{record.name}-{record.number}")
+    try:
+        return _check(located(store, record))
+    except DamagedError as error:
+        return _unreadable(path, error)
+
+
+def _check(where: Located) -> VerifyReport:
+    try:
+        index = read_index(where)
+    except DamagedError as error:
+        return _unreadable(where.path, error)
+    console = text.progress_console()
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(binary_units=True),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, transient=True, disable=not sys.stderr.isatty()) as bar:
+        task = bar.add_task(where.path.rpartition("/")[2], total=None)
+        return verify(where, index, lambda done, total: bar.update(task, completed=done, total=total))
+
+
+def _unreadable(path: str, error: DamagedError) -> VerifyReport:
+    """What there is to say when manifest or index cannot be read: then nobody knows what should be there."""
+    return VerifyReport(path, 0, 0, 0, (Damage(error.path, error.key, error.reason),))
+
+
+def _print(report: VerifyReport) -> None:
+    console = text.console()
+    name = report.path.rpartition("/")[2]
+    if report.good:
+        shards, keys = text.counted(report.shards, "shard"), text.counted(report.keys, "key")
+        console.print(
+            Text.assemble(f"{name}  ", ("good", "green"), f"  {text.human_bytes(report.nbytes)}, {shards}, {keys}")
+        )
+        return
+    console.print(
+        Text.assemble(f"{name}  ", ("DAMAGED", "bold red"), f"  {text.counted(len(report.damages), 'finding')}")
+    )
+    for damage in report.damages[:MOST_DAMAGES]:
+        console.print(Text(f"  {damage}"), overflow="fold")
+    if len(report.damages) > MOST_DAMAGES:
+        console.print(
+            f"  and {text.counted(len(report.damages) - MOST_DAMAGES, 'more finding')}; --json shows them all"
+        )

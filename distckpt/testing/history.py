@@ -1,0 +1,352 @@
+"""What happened in a simulation, and whether the promises G1 to G8 of the design held throughout.
+
+Every check reads the whole history and returns what was broken, in words; an empty list means that the promise held.
+"Newest" always means the entry with the highest number ever written: what any reader finds that lists the log.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+
+from distckpt.format.log import CheckpointRecord, Entry, State
+
+MANIFEST = "manifest"
+INDEX = "index"
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A shard's content: which rank wrote it, in which of its saves, and which rows of its description it holds."""
+
+    run: int
+    order: int
+    number: int
+    rank: int
+    rows: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Whole:
+    """An index's and a manifest's content: the rows that every rank's shard should hold, out of ``chunks`` in all."""
+
+    number: int
+    rows: Mapping[int, bytes]
+    chunks: int
+    time: float
+
+
+Content = Piece | Whole
+
+
+@dataclass(frozen=True, slots=True)
+class Logged:
+    """``who`` created an entry. ``heard``: it was told, or would have been; False if the write landed long after."""
+
+    who: str
+    entry: Entry
+    heard: bool = True
+    overwrote: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Wrote:
+    """An object of an attempt was created, or ``overwrote`` another."""
+
+    attempt: str
+    name: str
+    content: Content
+    overwrote: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Erased:
+    """``who`` deleted an object of an attempt."""
+
+    who: str
+    attempt: str
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class Promised:
+    """``who`` told a rank that its save is committed."""
+
+    who: str
+    rank: int
+    record: CheckpointRecord
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """A reader has written a lease and seen after that that the checkpoint is not retiring."""
+
+    reader: str
+    attempt: str
+
+
+@dataclass(frozen=True, slots=True)
+class LetGo:
+    """The reader's lease is gone, or has expired."""
+
+    reader: str
+
+
+@dataclass(frozen=True, slots=True)
+class Returned:
+    """A reader returned the bytes of a checkpoint: by name, the shards that it had read."""
+
+    reader: str
+    record: CheckpointRecord
+    shards: Mapping[str, Content]
+
+
+@dataclass(frozen=True, slots=True)
+class Agreed:
+    """A rank was told that every rank has restored this checkpoint (None: there is none)."""
+
+    run: int
+    ask: str
+    rank: int
+    record: CheckpointRecord | None
+
+
+@dataclass(frozen=True, slots=True)
+class CameBack:
+    """After all that, with nothing repaired by hand: what the next job restored and could save. ``lost`` says why not."""
+
+    restored: CheckpointRecord | None
+    saved: tuple[CheckpointRecord, ...]
+    lost: str = ""
+
+
+Happening = Logged | Wrote | Erased | Promised | Held | LetGo | Returned | Agreed | CameBack
+
+
+@dataclass(slots=True)
+class History:
+    """Everything that happened under ``seed``, in order."""
+
+    seed: int
+    happenings: list[Happening] = field(default_factory=list)
+
+    def add(self, happening: Happening) -> None:
+        """It happened just now."""
+        self.happenings.append(happening)
+
+
+def alive(state: State) -> dict[str, CheckpointRecord]:
+    """Active and preserved checkpoints by attempt."""
+    return {record.attempt: record for record in (*state.preserved, *state.active)}
+
+
+def newest_entries(happenings: Iterable[Happening]) -> Iterator[tuple[Happening, Entry | None, Entry | None]]:
+    """Each happening with the newest entry before it and, if it logged a newer one, that entry."""
+    newest: Entry | None = None
+    for happening in happenings:
+        if isinstance(happening, Logged) and happening.entry.seq > (newest.seq if newest else 0):
+            yield happening, newest, happening.entry
+            newest = happening.entry
+        else:
+            yield happening, newest, None
+
+
+def g1_committed_is_whole(history: History) -> list[str]:
+    """A committed checkpoint has every shard with its digest until it is retired."""
+    broken: list[str] = []
+    objects: dict[str, dict[str, Content]] = {}
+    for happening, before, logged in newest_entries(history.happenings):
+        if isinstance(happening, Wrote):
+            objects.setdefault(happening.attempt, {})[happening.name] = happening.content
+        elif isinstance(happening, Erased):
+            objects.get(happening.attempt, {}).pop(happening.name, None)
+            if before is not None and happening.attempt in alive(before.state):
+                broken.append(f"{happening.who} deleted {happening.name} of {happening.attempt}, which is not retired")
+        elif logged is not None:
+            known = alive(before.state) if before is not None else {}
+            for attempt, record in alive(logged.state).items():
+                if attempt not in known:
+                    broken += _holes(record, objects.get(attempt, {}))
+    return broken
+
+
+def _holes(record: CheckpointRecord, objects: Mapping[str, Content]) -> list[str]:
+    whole, index = objects.get(MANIFEST), objects.get(INDEX)
+    if not isinstance(whole, Whole) or whole != index:
+        return [f"{record.attempt} was committed without manifest and index"]
+    pieces = [objects.get(str(rank)) for rank in range(record.world_size)]
+    if any(not isinstance(piece, Piece) for piece in pieces):
+        return [f"{record.attempt} was committed without all of its shards"]
+    if any(isinstance(piece, Piece) and piece.rows != whole.rows.get(piece.rank) for piece in pieces):
+        return [f"{record.attempt} was committed with a shard that holds other chunks than its index says"]
+    chunks = sorted(row for rows in whole.rows.values() for row in memoryview(rows).cast("i"))
+    if chunks != list(range(whole.chunks)):
+        return [f"{record.attempt} was committed with chunks missing or twice"]
+    return []
+
+
+def g2_log_is_contiguous(history: History) -> list[str]:
+    """The log is contiguous, one writer a sequence number; who writes below the newest number never writes again."""
+    broken: list[str] = []
+    below: dict[str, str] = {}
+    for happening, before, logged in newest_entries(history.happenings):
+        if not isinstance(happening, Logged):
+            continue
+        if logged is not None and logged.seq != (before.seq if before else 0) + 1:
+            broken.append(f"entry {logged.seq} does not follow {before.seq if before else 0}")
+        if happening.overwrote:
+            broken.append(f"{happening.who} wrote entry {happening.entry.seq} over another")
+        # The same entry again is a repeat after an answer that never came.
+        if happening.heard and below.get(happening.who, happening.entry.commit_id) != happening.entry.commit_id:
+            broken.append(f"{happening.who} went on after it had written below the newest number")
+        if happening.heard and logged is None:
+            below.setdefault(happening.who, happening.entry.commit_id)
+    return broken
+
+
+def g3_acknowledged_is_durable(history: History) -> list[str]:
+    """An acknowledged save is in the log that every later reader finds, until it has retired."""
+    broken: list[str] = []
+    committed: set[str] = set()
+    for happening, before, logged in newest_entries(history.happenings):
+        if isinstance(happening, Promised) and happening.record.attempt not in committed:
+            broken.append(f"{happening.who} acknowledged {happening.record.attempt}, which is not in the log")
+        if logged is None:
+            continue
+        committed |= set(alive(logged.state)) | {record.attempt for record in logged.state.retiring}
+        if before is not None:
+            broken += _vanished(before, logged)
+    return broken
+
+
+def _vanished(before: Entry, after: Entry) -> list[str]:
+    retiring = {record.attempt for record in before.state.retiring}
+    kept = set(alive(after.state)) | {record.attempt for record in after.state.retiring}
+    lost = set(alive(before.state)) - kept
+    back = set(alive(after.state)) & retiring
+    return [f"entry {after.seq} lost {attempt} without retiring it" for attempt in sorted(lost)] + [
+        f"entry {after.seq} brought {attempt} back from retiring" for attempt in sorted(back)
+    ]
+
+
+def g4_nothing_is_overwritten(history: History) -> list[str]:
+    """No shard, index, manifest or log entry is ever overwritten."""
+    broken: list[str] = []
+    for happening in history.happenings:
+        if isinstance(happening, Wrote) and happening.overwrote:
+            broken.append(f"{happening.name} of {happening.attempt} was written twice")
+        if isinstance(happening, Logged) and happening.overwrote:
+            broken.append(f"entry {happening.entry.seq} was written twice")
+    return broken
+
+
+def g5_epochs_only_grow(history: History) -> list[str]:
+    """After epoch E+1 is logged, no entry of an epoch up to E follows, nor a commit of an older run."""
+    broken: list[str] = []
+    owner: dict[int, str] = {}
+    runs: dict[str, int] = {}
+    for happening, before, logged in newest_entries(history.happenings):
+        if isinstance(happening, Wrote) and isinstance(happening.content, Piece):
+            runs[happening.attempt] = happening.content.run
+        if logged is None or not isinstance(happening, Logged):
+            continue
+        if before is not None and logged.epoch < before.epoch:
+            broken.append(f"entry {logged.seq} of epoch {logged.epoch} follows epoch {before.epoch}")
+        if owner.setdefault(logged.epoch, happening.who) != happening.who:
+            broken.append(f"{happening.who} and {owner[logged.epoch]} both wrote in epoch {logged.epoch}")
+        if logged.kind == "commit" and runs.get(logged.state.active[-1].attempt) != logged.state.run:
+            broken.append(f"entry {logged.seq} commits a save of run {runs.get(logged.state.active[-1].attempt)}")
+    return broken
+
+
+def g6_readers_get_one_attempt(history: History) -> list[str]:
+    """No reader returns bytes of two attempts, and all ranks restore the same checkpoint."""
+    broken: list[str] = []
+    objects: dict[str, dict[str, Content]] = {}
+    agreed: dict[tuple[int, str], str | None] = {}
+    for happening in history.happenings:
+        if isinstance(happening, Wrote):
+            objects.setdefault(happening.attempt, {})[happening.name] = happening.content
+        elif isinstance(happening, Returned):
+            broken += _mixed(happening, objects.get(happening.record.attempt, {}))
+        elif isinstance(happening, Agreed):
+            attempt = happening.record.attempt if happening.record is not None else None
+            if agreed.setdefault((happening.run, happening.ask), attempt) != attempt:
+                broken.append(f"ranks of run {happening.run} restored different checkpoints in {happening.ask}")
+    return broken
+
+
+def _mixed(returned: Returned, written: Mapping[str, Content]) -> list[str]:
+    record = returned.record
+    pieces = [piece for piece in returned.shards.values() if isinstance(piece, Piece)]
+    if len(pieces) != record.world_size or any(written.get(name) != piece for name, piece in returned.shards.items()):
+        return [f"{returned.reader} returned shards that are not those of {record.attempt}"]
+    if len({(piece.run, piece.order, piece.number) for piece in pieces}) > 1 or pieces[0].number != record.number:
+        return [f"{returned.reader} returned shards of different saves as {record.attempt}"]
+    return []
+
+
+def g7_retention_spares(history: History) -> list[str]:
+    """Retention never removes the newest, a leased, a pinned or a preserved checkpoint."""
+    broken: list[str] = []
+    leases: dict[str, str] = {}
+    for happening, before, logged in newest_entries(history.happenings):
+        if isinstance(happening, Held):
+            leases[happening.reader] = happening.attempt
+        elif isinstance(happening, LetGo):
+            leases.pop(happening.reader, None)
+        elif isinstance(happening, Erased) and happening.attempt in leases.values():
+            broken.append(f"{happening.who} deleted {happening.name} of {happening.attempt}, which is leased")
+        elif logged is not None and before is not None:
+            broken += _unspared(before, logged)
+    return broken
+
+
+def _unspared(before: Entry, after: Entry) -> list[str]:
+    gone = set(alive(before.state)) - set(alive(after.state))
+    replaced = {(record.name, record.number) for record in after.state.active}
+    preserved = {record.attempt for record in before.state.preserved}
+    reasons = []
+    for record in (*before.state.active, *before.state.preserved):
+        if record.attempt not in gone:
+            continue
+        if record.pinned or record.attempt in preserved:
+            reasons.append(f"entry {after.seq} removed {record.attempt}, which is pinned or preserved")
+        newest = record is before.state.active[-1] if before.state.active else False
+        if newest and (record.name, record.number) not in replaced:
+            reasons.append(f"entry {after.seq} removed {record.attempt}, the newest")
+    return reasons
+
+
+def g8_next_job_comes_back(history: History) -> list[str]:
+    """After all crashes the newest checkpoint loads and the next saves succeed, with no repair by hand."""
+    broken: list[str] = []
+    newest: Entry | None = None
+    ends = 0
+    for happening, before, _ in newest_entries(history.happenings):
+        newest = before or newest
+        if isinstance(happening, CameBack):
+            ends += 1
+            if happening.lost:
+                broken.append(happening.lost)
+            listed = newest.state.active[-1:] if newest is not None else ()
+            if not happening.lost and listed != happening.saved[-1:]:
+                broken.append(f"{happening.saved[-1:]} was saved last, but the log lists {listed} as the newest")
+    return broken if ends else [*broken, "the simulation did not come to its end"]
+
+
+PROMISES: dict[str, Callable[[History], list[str]]] = {
+    "G1": g1_committed_is_whole,
+    "G2": g2_log_is_contiguous,
+    "G3": g3_acknowledged_is_durable,
+    "G4": g4_nothing_is_overwritten,
+    "G5": g5_epochs_only_grow,
+    "G6": g6_readers_get_one_attempt,
+    "G7": g7_retention_spares,
+    "G8": g8_next_job_comes_back,
+}
+
+
+def broken_promises(history: History) -> list[str]:
+    """Every breach of every promise, each with the promise's name and the seed that shows it again."""
+    return [f"{name} (seed {history.seed}): {breach}" for name, check in PROMISES.items() for breach in check(history)]

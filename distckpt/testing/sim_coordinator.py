@@ -1,0 +1,259 @@
+"""A simulated coordinator: the real machine, and hands that are slow, fail, die between two steps, or freeze."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import cast
+
+from distckpt.coordinator.actions import (
+    Action,
+    Answer,
+    Append,
+    Appended,
+    AppendUnknown,
+    Asked,
+    CollectGarbage,
+    Delete,
+    Deleted,
+    Event,
+    LeasesRead,
+    MakePlan,
+    NameTaken,
+    PlanMade,
+    Publish,
+    ReadLeases,
+    ReadTail,
+    Seal,
+    Sealed,
+    StepFailed,
+    Stop,
+    TailRead,
+    Tick,
+)
+from distckpt.coordinator.machine import Machine
+from distckpt.coordinator.messages import Committed, Reply, Request
+from distckpt.errors import PlanError, SaveError
+from distckpt.format.log import Entry
+from distckpt.format.names import attempt_epoch
+from distckpt.testing.history import INDEX, MANIFEST, Promised, Whole
+from distckpt.testing.sim_store import SimulatedPlan, make_plan, record_of
+from distckpt.testing.sim_world import World
+
+GARBAGE_AGE = 15.0
+NAME = "ckpt"
+
+
+class SimulatedCoordinator:
+    """One coordinator process, with a wall clock of its own that is wrong and may jump."""
+
+    def __init__(self, world: World, name: str) -> None:
+        self.name = name
+        self.up = True
+        self.machine = Machine("sim://run", name, idle_timeout=None)
+        self._world = world
+        self._skew = world.random.uniform(-40.0, 40.0)
+        self._frozen_until = 0.0
+        self._backlog: list[Callable[[], None]] = []
+        self._callers: dict[int, tuple[Request, Callable[[Reply], None]]] = {}
+        self._tick_at: float | None = None
+        self.feed(Tick())
+
+    # ---- life ------------------------------------------------------------------------------------------------------
+
+    def ask(self, request: Request, reply: Callable[[Reply], None]) -> None:
+        """A request has come in; ``reply`` carries its answer, if there ever is one."""
+        ticket = self._world.unique()
+        self._callers[ticket] = (request, reply)
+        self._now(lambda: self.feed(Asked(ticket, request)))
+
+    def die(self) -> None:
+        """Stop in the middle of whatever it does."""
+        self.up = False
+        self._backlog.clear()
+
+    def freeze(self, seconds: float) -> None:
+        """Do nothing at all for a while, then go on as if nothing had happened."""
+        self._frozen_until = self._world.time + seconds
+        self._world.later(seconds, self._thaw)
+
+    def feed(self, event: Event) -> None:
+        """Step the machine and begin what it asks for."""
+        world = self._world
+        if world.random.random() < world.faults.clock_jump:
+            self._skew += world.random.uniform(-30.0, 30.0)
+        for action in self.machine.step(event, 1e6 + world.time + self._skew, world.time):
+            self._perform(action)
+        self._plan_tick()
+
+    def _thaw(self) -> None:
+        backlog, self._backlog = self._backlog, []
+        for step in backlog:
+            self._later(step)
+
+    def _later(self, step: Callable[[], None], slowness: float = 1.0) -> None:
+        self._world.later(self._world.latency() * slowness, lambda: self._now(step))
+
+    def _now(self, step: Callable[[], None]) -> None:
+        if not self.up:
+            return
+        if self._frozen_until > self._world.time:
+            self._backlog.append(step)
+        else:
+            step()
+
+    def _plan_tick(self) -> None:
+        deadline = self.machine.next_deadline()
+        if deadline is not None and (self._tick_at is None or deadline < self._tick_at):
+            self._tick_at = deadline
+            self._world.later(max(0.0, deadline - self._world.time) + 0.001, lambda: self._now(self._tick))
+
+    def _tick(self) -> None:
+        self._tick_at = None
+        self.feed(Tick())
+
+    # ---- effects ---------------------------------------------------------------------------------------------------
+
+    def _perform(self, action: Action) -> None:
+        match action:
+            case Answer(ticket, reply):
+                self._answer(ticket, reply)
+            case ReadTail():
+                self._later(self._read_tail)
+            case Append(entry):
+                self._append(entry)
+            case MakePlan():
+                self._later(lambda: self._make_plan(action))
+            case Seal():
+                self._later(lambda: self._write_index(action))
+            case ReadLeases():
+                self._later(self._read_leases)
+            case Delete(records):
+                self._erase([record.attempt for record in records], [])
+            case CollectGarbage():
+                self._later(lambda: self._collect(action))
+            case Publish(entry):
+                keep = self._world.random.choice([0, 0, 1, 3])
+                self._later(lambda: self._world.store.prune(entry.seq - keep))
+            case Stop():
+                self._world.later(0.0, self.die)
+
+    def _answer(self, ticket: int, reply: Reply) -> None:
+        request, send = self._callers.pop(ticket)
+        if isinstance(reply, Committed):
+            self._world.history.add(Promised(self.name, getattr(request, "rank", -1), reply.record))
+        send(reply)
+
+    def _read_tail(self) -> None:
+        entry = self._world.store.newest_entry()
+        if entry is None:
+            self._later(lambda: self.feed(TailRead(0, None)))
+            return
+        known = {record.attempt for record in (*entry.state.active, *entry.state.preserved, *entry.state.retiring)}
+        complete = []
+        for attempt in self._world.store.attempts:
+            whole = self._world.store.complete(attempt)
+            if attempt not in known and attempt_epoch(attempt) == entry.epoch and whole is not None:
+                complete.append(record_of(NAME, attempt, whole))
+        complete.sort(key=lambda record: record.time)
+        self._later(lambda: self.feed(TailRead(entry.seq, entry, tuple(complete))))
+
+    def _append(self, entry: Entry) -> None:
+        world = self._world
+        fault = world.pick(
+            lost=world.faults.lost_acknowledgement, late=world.faults.late_write, never=world.faults.failed_write
+        )
+        if fault in ("late", "never"):
+            self._later(lambda: self.feed(AppendUnknown(entry, "no answer")))
+            if fault == "late":
+                world.later(world.random.uniform(0.0, 40.0), lambda: self._write_late(entry))
+            return
+        world.about_to_append(self)
+        self._later(lambda: self._put(entry, acknowledged=fault != "lost"))
+
+    def _write_late(self, entry: Entry) -> None:
+        self._world.store.put_entry(self.name, entry, heard=False)
+
+    def _put(self, entry: Entry, *, acknowledged: bool) -> None:
+        store = self._world.store
+        if store.put_entry(self.name, entry) and acknowledged:
+            self._later(lambda: self.feed(Appended(entry, self._newest(entry))))
+        elif self._world.random.random() < 0.5:
+            self._later(lambda: self.feed(NameTaken(entry, store.log.get(entry.seq), self._newest(entry))))
+        else:
+            self._later(lambda: self.feed(AppendUnknown(entry, "the answer was lost")))
+
+    def _newest(self, entry: Entry) -> int:
+        return entry.seq if "ignore_newest" in self._world.unsafe else self._world.store.newest()
+
+    def _make_plan(self, action: MakePlan) -> None:
+        try:
+            plan = make_plan(action.number, action.descriptions, action.staged, action.attempt)
+        except PlanError as error:
+            self.feed(StepFailed(action.attempt, error))
+        else:
+            self.feed(PlanMade(action.attempt, plan))
+
+    def _write_index(self, action: Seal) -> None:
+        plan = cast(SimulatedPlan, action.plan)
+        whole = Whole(action.number, dict(enumerate(plan.owned)), plan.chunks, action.time)
+        store = self._world.store
+        missing = [rank for rank in range(plan.world_size) if store.get(action.attempt, str(rank)) is None]
+        if missing or self._world.random.random() < self._world.faults.failed_seal:
+            self.feed(StepFailed(action.attempt, SaveError(action.number, f"shards missing: {missing}")))
+            return
+        store.put(action.attempt, INDEX, whole, self._world.time)
+        self._later(lambda: self._write_manifest(action, whole))
+
+    def _write_manifest(self, action: Seal, whole: Whole) -> None:
+        self._world.store.put(action.attempt, MANIFEST, whole, self._world.time)
+        if self._world.random.random() < self._world.faults.failed_seal:
+            self._later(lambda: self.feed(StepFailed(action.attempt, SaveError(action.number, "no answer"))))
+        else:
+            self._later(lambda: self.feed(Sealed(action.attempt, 1, 1, whole.chunks)))
+
+    def _read_leases(self) -> None:
+        if self._world.random.random() < 0.05:
+            self.feed(LeasesRead(frozenset(), "cannot list"))
+            return
+        attempts = self._world.store.leased(self._world.time)
+        self._later(lambda: self.feed(LeasesRead(attempts)))
+
+    def _erase(self, attempts: list[str], done: list[str]) -> None:
+        """One object after the other, manifests first; sometimes an attempt cannot be deleted today."""
+        if not attempts:
+            self._later(lambda: self.feed(Deleted(tuple(done))))
+            return
+        attempt = attempts[0]
+        if self._world.random.random() < 0.1:
+            self._later(lambda: self._erase(attempts[1:], done))
+        else:
+            self._erase_objects(attempt, lambda: self._erase(attempts[1:], [*done, attempt]))
+
+    def _erase_objects(self, attempt: str, then: Callable[[], None]) -> None:
+        names = self._world.store.names(attempt)
+        if not names:
+            then()
+            return
+        self._world.store.erase(self.name, attempt, names[0])
+        self._later(lambda: self._erase_objects(attempt, then), 0.3)
+
+    def _collect(self, action: CollectGarbage) -> None:
+        world = self._world
+        old = [
+            attempt
+            for attempt, objects in world.store.attempts.items()
+            if all(stored.written < world.time - GARBAGE_AGE for stored in objects.values())
+        ]
+        for attempt in sorted(old):
+            if self._is_garbage(action, attempt):
+                self._later(lambda attempt=attempt: self._erase_objects(attempt, _nothing))  # type: ignore[misc]
+
+    def _is_garbage(self, action: CollectGarbage, attempt: str) -> bool:
+        epoch = attempt_epoch(attempt)
+        if "collect_by_age" in self._world.unsafe:
+            return epoch <= action.epoch and attempt not in action.known and attempt not in action.live
+        return (epoch < action.epoch and attempt not in action.known) or attempt in action.failed
+
+
+def _nothing() -> None:
+    pass

@@ -1,0 +1,384 @@
+"""Simulated ranks and readers. They follow the protocol of ``coordinator.messages`` and send again what is not answered."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator
+from dataclasses import dataclass
+
+from distckpt.coordinator.messages import (
+    AwaitPlan,
+    Committed,
+    Describe,
+    Fail,
+    Heartbeat,
+    Join,
+    Joined,
+    Leave,
+    OpenRun,
+    Planned,
+    Receipt,
+    Refused,
+    Reply,
+    Request,
+    Restored,
+    RestoreFrom,
+    RestoreRound,
+    Retention,
+    RunOpened,
+    ShardReceipt,
+    Skipped,
+    Unknown,
+)
+from distckpt.errors import CoordinatorUnavailableError, DistckptError, FencedError, SaveError, StaleRunError
+from distckpt.format.log import CheckpointRecord
+from distckpt.testing.history import Agreed, Content, Held, LetGo, Piece, Returned
+from distckpt.testing.sim_store import describe
+from distckpt.testing.sim_world import World
+
+LEASE_SECONDS = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class Sleep:
+    """Let simulated seconds pass."""
+
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Say:
+    """Send a request, again and again until it is answered."""
+
+    request: Request
+
+
+Task = Generator[Sleep | Say, Reply | None, None]
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What every rank of one incarnation does: ``chunks`` says how many it holds at its k-th save."""
+
+    token: str
+    world_size: int
+    retention: Retention
+    save_timeout: float
+    buffers: int
+    skip_if_busy: bool
+    chunks: tuple[int, ...]
+
+
+class Process:
+    """Runs tasks until it is killed. ``send`` carries one message; the reply may come never, or twice."""
+
+    def __init__(self, world: World, send: Callable[[Request, Callable[[Reply], None]], None]) -> None:
+        self.up = True
+        self.world = world
+        self._send = send
+
+    def start(self, task: Task) -> None:
+        """Run a task beside the others."""
+        self._resume(task, None)
+
+    def kill(self) -> None:
+        """Nothing of it goes on. What it has sent is still under way."""
+        self.up = False
+
+    def _resume(self, task: Task, value: Reply | None) -> None:
+        if not self.up:
+            return
+        try:
+            wish = task.send(value)
+        except StopIteration:
+            return
+        if isinstance(wish, Sleep):
+            self.world.later(wish.seconds, lambda: self._resume(task, None))
+        else:
+            self._say(task, wish.request)
+
+    def _say(self, task: Task, request: Request) -> None:
+        answered = False
+
+        def reply(value: Reply) -> None:
+            nonlocal answered
+            if not answered:
+                answered = True
+                self._resume(task, value)
+
+        def attempt() -> None:
+            if not answered and self.up:
+                self._send(request, reply)
+                self.world.later(self.world.random.uniform(2.0, 5.0), attempt)
+
+        attempt()
+
+
+class Rank(Process):
+    """One training process. ``done`` when it has made all its saves; ``saved`` are those that were acknowledged."""
+
+    def __init__(
+        self, world: World, send: Callable[[Request, Callable[[Reply], None]], None], job: Job, rank: int
+    ) -> None:
+        super().__init__(world, send)
+        self.job = job
+        self.rank = rank
+        self.run = 0
+        self.done = False
+        self.stale = False
+        self.restored: CheckpointRecord | None = None
+        self.saved: list[CheckpointRecord] = []
+        self.failed: list[DistckptError] = []
+        self._plan: tuple[int, str, bytes] | None = None
+        self._saving = 0
+        self.start(self._live())
+        self.start(self._beat())
+
+    def _live(self) -> Task:
+        try:
+            yield from self._open()
+            yield from self._restore()
+            first = 1 + (self.restored.number if self.restored is not None else 0)
+            for order, chunks in enumerate(self.job.chunks, 1):
+                while self._saving >= self.job.buffers:
+                    yield Sleep(0.1)
+                yield from self._begin_save(order, first + order - 1, chunks)
+                yield Sleep(self.world.random.uniform(0.2, 2.0))
+            while self._saving:
+                yield Sleep(0.1)
+            self.done = True
+            yield from self._ask(lambda run: Leave(run, self.rank))
+        except StaleRunError:
+            self.stale = True
+        except DistckptError as error:
+            self.failed.append(error)
+            self.done = True
+
+    def _beat(self) -> Task:
+        while not self.done and not self.stale:
+            yield Sleep(5.0)
+            if self.run:
+                yield Say(Heartbeat(self.run, self.rank))
+
+    # ---- asking ----------------------------------------------------------------------------------------------------
+
+    def _ask(self, question: Callable[[int], Request]) -> Generator[Sleep | Say, Reply | None, Reply]:
+        """The answer; Unknown after the run was opened again. Raises what the coordinator refuses with."""
+        while True:
+            reply = yield Say(question(self.run))
+            assert reply is not None
+            if isinstance(reply, Unknown):
+                yield from self._open()
+                return reply
+            if not isinstance(reply, Refused):
+                return reply
+            if not isinstance(reply.error, FencedError | CoordinatorUnavailableError):
+                raise reply.error
+            yield Sleep(0.5)
+
+    def _open(self) -> Generator[Sleep | Say, Reply | None, None]:
+        job = self.job
+        while True:
+            reply = yield Say(
+                OpenRun(
+                    token=job.token,
+                    rank=self.rank,
+                    world_size=job.world_size,
+                    host=f"host-{self.rank}",
+                    name="ckpt",
+                    retention=job.retention,
+                    save_timeout=job.save_timeout,
+                    run=self.run,
+                )
+            )
+            if isinstance(reply, RunOpened):
+                self.run = reply.run
+                return
+            if isinstance(reply, Refused) and not isinstance(reply.error, FencedError | CoordinatorUnavailableError):
+                raise reply.error
+            yield Sleep(0.5)
+
+    # ---- restoring -------------------------------------------------------------------------------------------------
+
+    def _restore(self) -> Generator[Sleep | Say, Reply | None, None]:
+        tried = refused = ""
+        while True:
+            message = (tried, refused)
+            reply = yield from self._ask(lambda run, said=message: RestoreRound(run, self.rank, "0", None, *said))  # type: ignore[misc]
+            tried = refused = ""
+            if isinstance(reply, Restored):
+                self.restored = reply.record
+                self.world.history.add(Agreed(self.run, "0", self.rank, reply.record))
+                return
+            if isinstance(reply, RestoreFrom):
+                tried = reply.record.attempt
+                refused = yield from self._read(reply.record)
+
+    def _read(self, record: CheckpointRecord) -> Generator[Sleep | Say, Reply | None, str]:
+        if self.world.random.random() < self.world.faults.failed_read:
+            return "cannot be read here"
+        shards: dict[str, Content] = {}
+        for rank in range(record.world_size):
+            yield Sleep(self.world.latency())
+            content = self.world.store.get(record.attempt, str(rank))
+            if content is None:
+                return f"shard of rank {rank} is missing"
+            shards[str(rank)] = content
+        self.world.history.add(Returned(f"rank {self.rank} of {self.job.token}", record, shards))
+        return ""
+
+    # ---- saving ----------------------------------------------------------------------------------------------------
+
+    def _begin_save(self, order: int, number: int, chunks: int) -> Generator[Sleep | Say, Reply | None, None]:
+        """Up to the point where training goes on: agree on a plan unless the last one still serves, and copy."""
+        joined = None
+        try:
+            if self.job.skip_if_busy or self._plan is None or self._plan[0] != chunks:
+                joined = yield from self._agree(order, number, chunks)
+                if joined is None:
+                    return
+        except StaleRunError:
+            raise
+        except DistckptError as error:
+            self.failed.append(error)
+            return
+        assert self._plan is not None
+        self._saving += 1
+        self.start(self._finish_save(order, number, self._plan, joined))
+
+    def _agree(
+        self, order: int, number: int, chunks: int
+    ) -> Generator[Sleep | Say, Reply | None, Joined | None]:
+        while True:
+            joined = yield from self._join(order, number, chunks)
+            if isinstance(joined, Skipped):
+                return None
+            if not isinstance(joined, Joined):
+                raise SaveError(number, f"unexpected answer {joined}")
+            attempt = joined.attempt
+            if joined.describe:
+                told = yield from self._describe(attempt, chunks, None)
+                if not told:
+                    continue
+            reply = yield from self._ask(lambda run, attempt=attempt: AwaitPlan(run, self.rank, attempt))  # type: ignore[misc]
+            if isinstance(reply, Planned):
+                self._plan = (chunks, reply.plan, reply.rows)
+                return joined
+
+    def _finish_save(self, order: int, number: int, plan: tuple[int, str, bytes], joined: Joined | None) -> Task:
+        try:
+            record = yield from self._drive(order, number, plan, joined)
+            self.saved.append(record)
+        except StaleRunError:
+            self.stale = True
+        except DistckptError as error:
+            self.failed.append(error)
+        self._saving -= 1
+
+    def _drive(
+        self, order: int, number: int, plan: tuple[int, str, bytes], joined: Joined | None
+    ) -> Generator[Sleep | Say, Reply | None, CheckpointRecord]:
+        chunks, plan_id, rows = plan
+        attempt, written = "", set[str]()
+        while True:
+            if joined is None:
+                reply = yield from self._join(order, number, chunks, plan_id, attempt)
+                if isinstance(reply, Committed):
+                    return reply.record
+                if not isinstance(reply, Joined):
+                    raise SaveError(number, f"unexpected answer {reply}")
+                joined = reply
+                if joined.describe:
+                    told = yield from self._describe(joined.attempt, chunks, rows)
+                    if not told:
+                        joined = None
+                        continue
+            attempt = joined.attempt
+            if attempt not in written:
+                yield from self._write(attempt, order, number, rows)
+                written.add(attempt)
+            receipt = _receipt(self.rank, attempt, rows)
+            reply = yield from self._ask(lambda run, receipt=receipt: receipt(run))  # type: ignore[misc]
+            if isinstance(reply, Committed):
+                return reply.record
+            joined = None
+
+    def _join(
+        self, order: int, number: int, chunks: int, plan: str = "", attempt: str = ""
+    ) -> Generator[Sleep | Say, Reply | None, Reply]:
+        skip = self.job.skip_if_busy
+        while True:
+            reply = yield from self._ask(
+                lambda run: Join(run, self.rank, str(order), number, str(chunks), plan, plan != "", attempt, skip)
+            )
+            if not isinstance(reply, Unknown):
+                return reply
+
+    def _describe(
+        self, attempt: str, chunks: int, rows: bytes | None
+    ) -> Generator[Sleep | Say, Reply | None, bool]:
+        reply = yield from self._ask(
+            lambda run: Describe(run, self.rank, attempt, str(chunks), describe(chunks), rows)
+        )
+        return not isinstance(reply, Unknown)
+
+    def _write(
+        self, attempt: str, order: int, number: int, rows: bytes
+    ) -> Generator[Sleep | Say, Reply | None, None]:
+        yield Sleep(self.world.latency() * 5)
+        if self.world.random.random() < self.world.faults.failed_rank:
+            yield from self._ask(lambda run: Fail(run, self.rank, attempt, "disk full"))
+            raise SaveError(number, "disk full")
+        self.world.store.put(attempt, str(self.rank), Piece(self.run, order, number, self.rank, rows), self.world.time)
+
+
+def _receipt(rank: int, attempt: str, rows: bytes) -> Callable[[int], Receipt]:
+    shard = ShardReceipt(0, len(rows), 0, len(rows) // 4, b"", b"", b"", b"")
+    return lambda run: Receipt(run, rank, attempt, (shard,))
+
+
+class Reader(Process):
+    """An evaluation process: leases some checkpoint, makes sure that it is not retiring, and reads it."""
+
+    def __init__(self, world: World, name: str) -> None:
+        super().__init__(world, lambda request, reply: None)
+        self.name = name
+        self.start(self._live())
+
+    def _live(self) -> Task:
+        while True:
+            yield Sleep(self.world.random.uniform(0.5, 4.0))
+            record = yield from self._choose()
+            if record is not None:
+                self.world.store.leases[self.name] = (record.attempt, self.world.time + LEASE_SECONDS)
+                yield Sleep(self.world.latency())
+                yield from self._use(record)
+                self.world.store.leases.pop(self.name, None)
+
+    def _listed(self) -> Generator[Sleep | Say, Reply | None, tuple[CheckpointRecord, ...]]:
+        """What the newest entry lists. Listing the log and reading the entry are two steps."""
+        while True:
+            seq = self.world.store.newest()
+            yield Sleep(self.world.latency() * 0.3)
+            entry = self.world.store.log.get(seq)
+            if seq == 0:
+                return ()
+            if entry is not None:
+                return (*entry.state.active, *entry.state.preserved)
+
+    def _choose(self) -> Generator[Sleep | Say, Reply | None, CheckpointRecord | None]:
+        records = yield from self._listed()
+        return self.world.random.choice(records) if records else None
+
+    def _use(self, record: CheckpointRecord) -> Generator[Sleep | Say, Reply | None, None]:
+        records = yield from self._listed()
+        if record.attempt not in {listed.attempt for listed in records}:
+            return
+        self.world.history.add(Held(self.name, record.attempt))
+        shards: dict[str, Content] = {}
+        for rank in range(record.world_size):
+            yield Sleep(self.world.random.uniform(0.1, 5.0))
+            content = self.world.store.get(record.attempt, str(rank))
+            if content is not None:
+                shards[str(rank)] = content
+        self.world.history.add(Returned(self.name, record, shards))
+        self.world.history.add(LetGo(self.name))

@@ -1,0 +1,160 @@
+"""A simulated store that is perfect in itself; faults lie in how its users reach it. Plus the plans of simulated saves."""
+
+from __future__ import annotations
+
+import array
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from distckpt.errors import PlanError
+from distckpt.format.log import CheckpointRecord, Entry
+from distckpt.testing.history import INDEX, MANIFEST, Content, Erased, History, Logged, Whole, Wrote
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """An object and when it was written, in simulated seconds."""
+
+    content: Content
+    written: float
+
+
+class SimulatedStore:
+    """The log, the objects of every attempt, and the leases. Everything that changes is put down in ``history``.
+
+    ``exclusive`` False breaks put-if-absent: the log is then overwritten, as on a store that the probe would refuse.
+    """
+
+    def __init__(self, history: History, *, exclusive: bool = True) -> None:
+        self.history = history
+        self.exclusive = exclusive
+        self.log: dict[int, Entry] = {}
+        self.attempts: dict[str, dict[str, Stored]] = {}
+        self.leases: dict[str, tuple[str, float]] = {}
+
+    def newest(self) -> int:
+        """The highest number in the log, 0 if it is empty."""
+        return max(self.log, default=0)
+
+    def newest_entry(self) -> Entry | None:
+        """The entry with the highest number."""
+        return self.log.get(self.newest())
+
+    def put_entry(self, who: str, entry: Entry, *, heard: bool = True) -> bool:
+        """Create an entry if its number is free; whether it was."""
+        taken = entry.seq in self.log
+        if taken and self.exclusive:
+            return False
+        self.log[entry.seq] = entry
+        self.history.add(Logged(who, entry, heard, taken))
+        return True
+
+    def prune(self, below: int) -> None:
+        """Drop entries with smaller numbers."""
+        for seq in [seq for seq in self.log if seq < below]:
+            del self.log[seq]
+
+    def put(self, attempt: str, name: str, content: Content, time: float) -> None:
+        """Create an object of an attempt."""
+        objects = self.attempts.setdefault(attempt, {})
+        self.history.add(Wrote(attempt, name, content, name in objects))
+        objects[name] = Stored(content, time)
+
+    def get(self, attempt: str, name: str) -> Content | None:
+        """An object's content, or None."""
+        stored = self.attempts.get(attempt, {}).get(name)
+        return stored.content if stored is not None else None
+
+    def erase(self, who: str, attempt: str, name: str) -> None:
+        """Delete an object; nothing happens if there is none."""
+        if self.attempts.get(attempt, {}).pop(name, None) is not None:
+            self.history.add(Erased(who, attempt, name))
+
+    def names(self, attempt: str) -> list[str]:
+        """The objects of an attempt, manifest first."""
+        return sorted(self.attempts.get(attempt, {}), key=lambda name: (name != MANIFEST, name))
+
+    def leased(self, time: float) -> frozenset[str]:
+        """Attempts that leases name which have not expired."""
+        return frozenset(attempt for attempt, until in self.leases.values() if until > time)
+
+    def complete(self, attempt: str) -> Whole | None:
+        """What the manifest says, if it, the index and all shards are there."""
+        whole = self.get(attempt, MANIFEST)
+        if not isinstance(whole, Whole) or self.get(attempt, INDEX) is None:
+            return None
+        return whole if all(self.get(attempt, str(rank)) is not None for rank in whole.rows) else None
+
+
+@dataclass(frozen=True, slots=True)
+class SimulatedPlan:
+    """Every rank holds the same ``chunks``; ``owned`` are those that each writes. Satisfies ``actions.Plan``."""
+
+    plan_id: str
+    owned: tuple[bytes, ...]
+    chunks: int
+
+    @property
+    def world_size(self) -> int:
+        """How many ranks it covers."""
+        return len(self.owned)
+
+    def rows(self, rank: int) -> bytes:
+        """What the rank writes: int32, little endian."""
+        return self.owned[rank]
+
+    def row_count(self, rank: int) -> int:
+        """How many rows that is."""
+        return len(self.owned[rank]) // 4
+
+
+def describe(chunks: int) -> bytes:
+    """What a rank holds: ``chunks`` chunks, all of them also held by every other rank."""
+    return str(chunks).encode()
+
+
+def make_plan(
+    number: int | None, descriptions: Mapping[int, bytes], staged: Mapping[int, bytes], spin: str
+) -> SimulatedPlan:
+    """Spread the chunks over the ranks, another way for every ``spin``; staged ranks write what they have copied."""
+    held = {int(description) for description in descriptions.values()}
+    if len(held) > 1:
+        raise PlanError(number, "model", sorted(descriptions), "ranks hold different numbers of chunks")
+    chunks = held.pop()
+    owner: dict[int, int] = {}
+    for rank, rows in staged.items():
+        for chunk in memoryview(rows).cast("i"):
+            if owner.setdefault(chunk, rank) != rank or chunk >= chunks:
+                raise PlanError(number, f"chunk {chunk}", [rank, owner[chunk]], "copied twice")
+    free = sorted(set(descriptions) - set(staged))
+    for chunk in range(chunks):
+        if chunk not in owner:
+            if not free:
+                raise PlanError(number, f"chunk {chunk}", sorted(staged), "nobody has copied it")
+            owner[chunk] = free[hash_of(spin, chunk) % len(free)]
+    owned = tuple(
+        array.array("i", [chunk for chunk in range(chunks) if owner[chunk] == rank]).tobytes()
+        for rank in range(len(descriptions))
+    )
+    plan_id = hashlib.sha256(repr((chunks, owned)).encode()).hexdigest()
+    return SimulatedPlan(plan_id, owned, chunks)
+
+
+def hash_of(*parts: object) -> int:
+    """A number that depends on nothing but ``parts``."""
+    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:6], "little")
+
+
+def record_of(name: str, attempt: str, whole: Whole) -> CheckpointRecord:
+    """The record of a complete attempt."""
+    return CheckpointRecord(
+        name=name,
+        number=whole.number,
+        attempt=attempt,
+        manifest_size=1,
+        manifest_crc32c=1,
+        time=whole.time,
+        world_size=len(whole.rows),
+        nbytes=whole.chunks,
+    )

@@ -1,0 +1,79 @@
+"""Simulated time, chance and faults: everything that happens in a simulation follows from its seed."""
+
+from __future__ import annotations
+
+import heapq
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from distckpt.testing.history import History
+from distckpt.testing.sim_store import SimulatedStore
+
+
+@dataclass(slots=True)
+class Faults:
+    """How likely things go wrong, each as a probability for one occasion."""
+
+    slow: float = 0.0
+    lost_message: float = 0.0
+    doubled_message: float = 0.0
+    stale_address: float = 0.0
+    lost_acknowledgement: float = 0.0
+    late_write: float = 0.0
+    failed_write: float = 0.0
+    failed_seal: float = 0.0
+    failed_rank: float = 0.0
+    failed_read: float = 0.0
+    clock_jump: float = 0.0
+    freeze_at_append: float = 0.0
+
+    def heal(self) -> None:
+        """From now on nothing goes wrong any more."""
+        for name in self.__slots__:
+            setattr(self, name, 0.0)
+
+
+class World:
+    """The scheduler, and what everybody in a simulation shares."""
+
+    def __init__(self, seed: int, faults: Faults, unsafe: frozenset[str] = frozenset()) -> None:
+        self.random = random.Random(seed)
+        self.history = History(seed)
+        self.store = SimulatedStore(self.history, exclusive="overwrite" not in unsafe)
+        self.faults = faults
+        self.unsafe = unsafe
+        self.time = 0.0
+        self.about_to_append: Callable[[object], None] = lambda _: None
+        self._queue: list[tuple[float, int, Callable[[], None]]] = []
+        self._count = 0
+
+    def unique(self) -> int:
+        """A number that nobody else gets."""
+        self._count += 1
+        return self._count
+
+    def later(self, delay: float, step: Callable[[], None]) -> None:
+        """Do ``step`` after ``delay`` simulated seconds."""
+        heapq.heappush(self._queue, (self.time + delay, self.unique(), step))
+
+    def latency(self) -> float:
+        """How long one operation on the store or one message takes, in seconds; sometimes very long."""
+        slow = self.random.random() < self.faults.slow
+        return self.random.uniform(1.0, 6.0) if slow else self.random.expovariate(20.0)
+
+    def pick(self, **chances: float) -> str:
+        """One of the names with its probability, else ''."""
+        roll = self.random.random()
+        for name, chance in chances.items():
+            if roll < chance:
+                return name
+            roll -= chance
+        return ""
+
+    def run(self, until: float) -> None:
+        """Let simulated time pass."""
+        while self._queue and self._queue[0][0] <= until:
+            self.time, _, step = heapq.heappop(self._queue)
+            step()
+        self.time = max(self.time, until)

@@ -1,0 +1,181 @@
+"""A whole job in simulated time: ranks, readers, coordinators that crash, freeze and come back, and a bad network.
+
+``simulate(seed)`` plays one such story and returns its history; ``history.broken_promises`` says what it broke. The
+same seed always gives the same story, so a failure is replayed by its seed alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+from distckpt.coordinator.messages import Pin, Reply, Request, Retention
+from distckpt.testing.history import CameBack, History
+from distckpt.testing.sim_coordinator import SimulatedCoordinator
+from distckpt.testing.sim_ranks import Job, Rank, Reader
+from distckpt.testing.sim_world import Faults, World
+
+UNSAFE = {
+    "ignore_newest": "an append counts although a listing after it shows higher numbers",
+    "overwrite": "the store overwrites log entries instead of refusing to",
+    "collect_by_age": "garbage is also what is old, of the same epoch, and was not known when the collection was asked for",
+}
+"""Rules that a simulation can be told to break, to show that it would notice."""
+
+TROUBLE_SECONDS = 40.0
+CALM_SECONDS = 600.0
+
+
+class Simulation:
+    """One story. ``unsafe`` names rules of ``UNSAFE`` to break."""
+
+    def __init__(self, seed: int, unsafe: Iterable[str] = ()) -> None:
+        broken = frozenset(unsafe)
+        if broken - set(UNSAFE):
+            raise ValueError(f"no such rules: {sorted(broken - set(UNSAFE))}")
+        self.world = World(seed, Faults(), broken)
+        self.coordinators: list[SimulatedCoordinator] = []
+        self.ranks: list[Rank] = []
+        self.readers: list[Reader] = []
+        self._calm = False
+        self._draw_faults()
+        self.world.about_to_append = self._maybe_freeze
+
+    def play(self) -> History:
+        """Trouble first, then calm, then a new job that must come back by itself."""
+        self._replace_coordinator()
+        self._start_job()
+        self.readers = [Reader(self.world, f"reader {index}") for index in range(2)]
+        self.world.later(1.0, self._trouble)
+        self.world.run(TROUBLE_SECONDS)
+        self._settle()
+        self._come_back()
+        return self.world.history
+
+    # ---- the story -------------------------------------------------------------------------------------------------
+
+    def _draw_faults(self) -> None:
+        random, faults = self.world.random, self.world.faults
+        for name, most in (
+            ("slow", 0.05),
+            ("lost_message", 0.2),
+            ("doubled_message", 0.2),
+            ("stale_address", 0.3),
+            ("lost_acknowledgement", 0.2),
+            ("late_write", 0.1),
+            ("failed_write", 0.1),
+            ("failed_seal", 0.1),
+            ("failed_rank", 0.05),
+            ("failed_read", 0.05),
+            ("clock_jump", 0.01),
+            ("freeze_at_append", 0.1),
+        ):
+            setattr(faults, name, random.choice([0.0, random.uniform(0.0, most)]))
+
+    def _job(self, saves: int) -> Job:
+        random = self.world.random
+        world_size = random.randint(1, 3)
+        chunks = 2 * world_size + random.randint(0, 2)
+        changes = [random.random() < 0.1 for _ in range(saves)]
+        return Job(
+            token=f"job-{self.world.unique()}",
+            world_size=world_size,
+            retention=Retention(random.choice([1, 2, 3, None]), random.choice([None, 0.0, 0.003, 0.01])),
+            save_timeout=random.uniform(8.0, 20.0),
+            buffers=random.randint(1, 2),
+            skip_if_busy=random.random() < 0.2,
+            chunks=tuple(chunks + sum(changes[: save + 1]) for save in range(saves)),
+        )
+
+    def _start_job(self, saves: int = 16) -> None:
+        job = self._job(saves)
+        self.ranks = [Rank(self.world, self._send, job, rank) for rank in range(job.world_size)]
+
+    def _trouble(self) -> None:
+        if self._calm:
+            return
+        random = self.world.random
+        kind = random.choice(["crash", "freeze", "supersede", "kill", "linger", "pin", "pin"])
+        if kind == "crash":
+            self.coordinators[-1].die()
+            self._replace_coordinator()
+        elif kind == "freeze":
+            self._freeze(self.coordinators[-1])
+        elif kind == "supersede":
+            self._replace_coordinator()
+        elif kind == "pin":
+            self._pin()
+        else:
+            for rank in self.ranks:
+                if kind == "kill" or random.random() < 0.5:
+                    rank.kill()
+            self._start_job()
+        self.world.later(random.uniform(0.5, 12.0), self._trouble)
+
+    def _maybe_freeze(self, coordinator: object) -> None:
+        if self.world.random.random() < self.world.faults.freeze_at_append and coordinator is self.coordinators[-1]:
+            self._freeze(self.coordinators[-1])
+
+    def _freeze(self, coordinator: SimulatedCoordinator) -> None:
+        """A zombie: it wakes up when another has long taken over, or is just about to."""
+        coordinator.freeze(self.world.random.choice([1.0, 5.0, 20.0]))
+        self._replace_coordinator()
+
+    def _replace_coordinator(self) -> None:
+        name = f"{self.world.history.seed}-{len(self.coordinators)}"
+        self.coordinators.append(SimulatedCoordinator(self.world, name))
+
+    def _pin(self) -> None:
+        entry = self.world.store.newest_entry()
+        if entry is not None and entry.state.active:
+            number = self.world.random.choice(entry.state.active).number
+            self._send(Pin(number, self.world.random.random() < 0.7), lambda reply: None)
+
+    def _settle(self) -> None:
+        """No more faults; whoever was frozen wakes up and finds out."""
+        self._calm = True
+        self.world.faults.heal()
+        self.world.run(self.world.time + 40.0)
+
+    def _come_back(self) -> None:
+        for rank in self.ranks:
+            rank.kill()
+        for coordinator in self.coordinators:
+            coordinator.die()
+        self._replace_coordinator()
+        expected = self.world.store.newest_entry()
+        self._start_job(saves=2)
+        end = self.world.time + CALM_SECONDS
+        while self.world.time < end and not all(rank.done for rank in self.ranks):
+            self.world.run(self.world.time + 1.0)
+        lost = [str(error) for rank in self.ranks for error in rank.failed]
+        first = self.ranks[0]
+        if not all(rank.done for rank in self.ranks):
+            lost.append("the last job did not finish")
+        elif not lost and len(first.saved) != (2 if not first.job.skip_if_busy else len(first.saved)):
+            lost.append(f"the last job saved {len(first.saved)} checkpoints instead of 2")
+        known = expected.state if expected is not None else None
+        if known is not None and (known.active or known.preserved) and first.restored is None:
+            lost.append("the last job restored nothing although there are checkpoints")
+        self.world.history.add(CameBack(first.restored, tuple(sorted(first.saved, key=lambda record: record.number)), "; ".join(lost)))
+
+    # ---- the network -----------------------------------------------------------------------------------------------
+
+    def _send(self, request: Request, reply: Callable[[Reply], None]) -> None:
+        """To the newest coordinator, or to one that the sender still knows; lost, late or twice."""
+        world, faults = self.world, self.world.faults
+        if world.random.random() < faults.lost_message:
+            return
+        target = self.coordinators[-1]
+        if world.random.random() < faults.stale_address:
+            target = world.random.choice(self.coordinators)
+        for _ in range(2 if world.random.random() < faults.doubled_message else 1):
+            world.later(world.latency(), lambda: target.ask(request, lambda value: self._carry_back(reply, value)))
+
+    def _carry_back(self, reply: Callable[[Reply], None], value: Reply) -> None:
+        if self.world.random.random() >= self.world.faults.lost_message:
+            self.world.later(self.world.latency(), lambda: reply(value))
+
+
+def simulate(seed: int, unsafe: Iterable[str] = ()) -> History:
+    """Play the story of ``seed`` and return what happened."""
+    return Simulation(seed, unsafe).play()

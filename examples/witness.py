@@ -1,0 +1,128 @@
+"""What the demo records of a training run: events, a digest of every tensor, and, if told so, a sudden death.
+
+None of this is needed to use distckpt. It stands beside it, so that the demo can check what distckpt promises.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import signal
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor
+
+
+@dataclass(frozen=True, slots=True)
+class Witnessed:
+    """Where events and digests go (None: nowhere), and which rank dies after the save of which step."""
+
+    events: str | None = None
+    digests: str | None = None
+    die_at_step: int | None = None
+    die_rank: int = 0
+
+    @staticmethod
+    def add_arguments(parser: argparse.ArgumentParser) -> None:
+        """The command line's part of it."""
+        group = parser.add_argument_group("for the demo")
+        group.add_argument("--events", help="append a line of JSON to this file for everything that happens")
+        group.add_argument("--digests", help="write a digest of every tensor to this folder at saves and restores")
+        group.add_argument("--die-at-step", type=int, help="kill a rank directly after it has called save at this step")
+        group.add_argument("--die-rank", type=int, default=0, help="which rank that is")
+
+    @staticmethod
+    def of(given: argparse.Namespace) -> Witnessed:
+        """What was given on the command line."""
+        return Witnessed(given.events, given.digests, given.die_at_step, given.die_rank)
+
+
+class Witness:
+    """Sees what one rank does. ``values`` are objects with ``state_dict``, or plain dicts, recorded as JSON."""
+
+    def __init__(
+        self, options: Witnessed, model: torch.nn.Module, optimizer: torch.optim.Optimizer, values: Mapping[str, Any]
+    ) -> None:
+        self._options = options
+        self._model = model
+        self._optimizer = optimizer
+        self._values = values
+        self._rank, self._world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        self._last = time.perf_counter()
+
+    def started(self, restored: str | None, step: int) -> None:
+        """The objects have been restored, or are fresh."""
+        if restored is not None:
+            self._write_digests("restored", step)
+        self._event("started", restored=restored, step=step, pid=os.getpid())
+        self._last = time.perf_counter()
+
+    def stepped(self, step: int, loss: float, samples: int) -> None:
+        """A step is done; ``samples`` have been taken by all ranks together since the very beginning."""
+        now = time.perf_counter()
+        if self._rank == 0:
+            self._event("step", step=step, loss=loss, samples=samples, seconds=now - self._last)
+            if self._options.events is None:
+                print(f"step {step}: loss {loss:.4f}", flush=True)
+        self._last = now
+
+    @contextmanager
+    def saving(self, step: int) -> Iterator[None]:
+        """Around ``manager.save``: digests before it, how long it took after it, or death."""
+        self._write_digests("saved", step)
+        called, began = time.time(), time.perf_counter()
+        yield
+        if step == self._options.die_at_step and self._rank == self._options.die_rank:
+            os.kill(os.getpid(), signal.SIGKILL)
+        self._event("saving", step=step, called=called, stall=time.perf_counter() - began)
+        self._last = time.perf_counter()
+
+    def _event(self, kind: str, **fields: object) -> None:
+        if self._options.events is not None:
+            line = {"event": kind, "time": time.time(), "rank": self._rank, "world_size": self._world, **fields}
+            with Path(self._options.events).open("a") as file:  # one write a line, so lines of ranks do not mix
+                file.write(json.dumps(line) + "\n")
+
+    def _write_digests(self, moment: str, step: int) -> None:
+        if self._options.digests is None:
+            return
+        tensors = {key: digest(whole(tensor)) for key, tensor in self._tensors()}
+        if self._rank == 0:
+            name = digests_name(moment, step, self._world)
+            values = {name: getattr(value, "state_dict", lambda value=value: value)() for name, value in self._values.items()}
+            Path(self._options.digests, name).write_text(json.dumps({"tensors": tensors, "values": values}))
+
+    def _tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """The tensors of model and optimizer with the keys that a checkpoint has for them."""
+        names = {parameter: name for name, parameter in self._model.named_parameters()}
+        for parameter, name in names.items():
+            yield f"model.{name}", parameter
+        for parameter, state in self._optimizer.state.items():
+            for field, tensor in state.items():
+                yield f"optimizer.state.{names[parameter]}.{field}", tensor
+
+
+def digests_name(moment: str, step: int, world_size: int) -> str:
+    """The file with the digests of one moment of a run."""
+    return f"{moment}-{step}-on-{world_size}.json"
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """The whole of a tensor of which each rank holds a part, on every rank."""
+    tensor = tensor.detach()
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def digest(tensor: torch.Tensor) -> str:
+    """SHA-256 of type, shape and every bit."""
+    data = tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    return hashlib.sha256(f"{tensor.dtype} {list(tensor.shape)} ".encode() + data.tobytes()).hexdigest()

@@ -1,0 +1,57 @@
+"""Rank functions in which something dies."""
+
+from __future__ import annotations
+
+import os
+import signal
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+import distckpt
+from distckpt.storage import LocalStore
+from distckpt.transfer.staging import Staging
+from tests.scenarios import _HELD, held_save
+
+
+def save_and_die(number: int, rank: int, moment: str) -> dict[str, Any]:
+    """One rank is killed by SIGKILL at a moment of its own save; the others save."""
+    if dist.get_rank() == rank:
+        die_at(moment)
+        _HELD["manager"].checkpoint.state["a"] += 1
+    return held_save(number)
+
+
+def die_at(moment: str) -> None:
+    """Have this process kill itself when it gets there."""
+
+    def die(*_: Any, **__: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    if moment == "staging":
+        Staging.stage = die  # type: ignore[method-assign]
+        return
+    put = LocalStore.put_unique
+
+    def put_unique(self: LocalStore, path: str, size: int, sections: Any) -> Any:
+        if moment == "writing":
+            return put(self, path, size, (part if at else die() for at, part in enumerate(sections)))
+        put(self, path, size, sections)
+        return die()
+
+    LocalStore.put_unique = put_unique  # type: ignore[method-assign]
+
+
+def save_elsewhere(directory: str) -> dict[str, Any]:
+    """Rank 1's files go to a folder that the coordinator does not see, as on a host with a disk of its own."""
+    checkpoint = distckpt.Checkpoint(state={"a": torch.ones(3), "own": distckpt.PerRank({}).obj})
+    with distckpt.CheckpointManager(
+        distckpt.Checkpoint(state=checkpoint.state, mine=distckpt.PerRank({"n": dist.get_rank()})),
+        directory,
+        save_timeout=15,
+    ) as manager:
+        if dist.get_rank() == 1:
+            manager._saver._store = LocalStore(f"{directory}-of-another-host")
+        error = manager.save(1).exception(30)
+    return {"error": f"{type(error).__name__}: {error}"}

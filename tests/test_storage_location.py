@@ -1,0 +1,121 @@
+"""From what a user writes as a directory to a store."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from distckpt.errors import StoreUnsuitableError
+from distckpt.storage import LocalStore, MemoryStore, canonical, join, open_store, split_path
+
+
+def test_a_relative_path_is_made_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert canonical("runs/7/") == str(tmp_path / "runs/7")
+    assert canonical(Path("runs") / "7") == str(tmp_path / "runs/7")
+    assert canonical(".") == str(tmp_path)
+
+
+def test_the_home_folder_is_expanded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/someone")
+    assert canonical("~/runs/7") == "/home/someone/runs/7"
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ("/data/run-7", "/data/run-7"),
+        ("/data//run-7/", "/data/run-7"),
+        ("/data/./x/../run-7", "/data/run-7"),
+        ("/", "/"),
+        ("file:///data/run-7/", "/data/run-7"),
+        ("file://localhost/data/run-7", "/data/run-7"),
+        ("file:/data/run-7", "/data/run-7"),
+        ("FILE:///data/run-7", "/data/run-7"),
+        (Path("/data/run 7").as_uri(), "/data/run 7"),
+        ("memory://run-7/", "memory://run-7"),
+        ("memory://a//b", "memory://a/b"),
+        ("GS://Bucket/run-7//", "gs://Bucket/run-7"),
+    ],
+)
+def test_one_directory_has_one_spelling(given: str, expected: str) -> None:
+    assert canonical(given) == expected
+    assert canonical(expected) == expected
+
+
+@pytest.mark.parametrize(
+    "given", ["", "a\0b", "gs://", "gs:///", "gs://bucket/../other", "file://host/data", "file://x"]
+)
+def test_what_is_no_directory_is_refused(given: str) -> None:
+    with pytest.raises(ValueError, match=r"directory|host"):
+        canonical(given)
+
+
+def test_a_url_that_went_through_pathlib_is_recognized() -> None:
+    with pytest.raises(ValueError, match="pass the URL as a str"):
+        canonical(Path("gs://bucket/run-7"))
+
+
+def test_bytes_are_refused() -> None:
+    with pytest.raises(TypeError, match="bytes"):
+        canonical(b"/data")  # type: ignore[arg-type]
+
+
+def test_local_directories_open_without_being_touched(tmp_path: Path) -> None:
+    store = open_store(tmp_path / "run")
+    assert isinstance(store, LocalStore)
+    assert store.url == str(tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    again = open_store(f"file://{tmp_path}/run", {"direct_io": False})
+    store.put_if_absent("a", b"1")
+    assert again.read("a", 10) == b"1"
+
+
+def test_memory_directories_are_shared_by_name() -> None:
+    store = open_store("memory://test-location/run-7/")
+    assert isinstance(store, MemoryStore)
+    assert open_store("memory://test-location/run-7") is store
+    assert store.url == "memory://test-location/run-7"
+
+
+@pytest.mark.parametrize("url", ["ftp://host/run", "hdfs://name/run", "simplecache::gs://bucket/run"])
+def test_an_unknown_scheme_is_named(url: str) -> None:
+    scheme = url.partition("://")[0]
+    with pytest.raises(StoreUnsuitableError, match=rf"no store for {scheme}://.*file://.*memory://"):
+        open_store(url)
+
+
+@pytest.mark.parametrize("directory", ["/data/run", "memory://run"])
+def test_an_unknown_option_is_named(directory: str) -> None:
+    with pytest.raises(ValueError, match="tokne"):
+        open_store(directory, {"tokne": "secret"})
+
+
+@pytest.mark.parametrize(
+    ("path", "directory", "folder"),
+    [
+        ("/data/run-7/ckpt-42", "/data/run-7", "ckpt-42"),
+        ("/data/run-7/ckpt-42/", "/data/run-7", "ckpt-42"),
+        ("/ckpt-42", "/", "ckpt-42"),
+        ("file:///data/ckpt-42", "/data", "ckpt-42"),
+        ("gs://bucket/ckpt-42", "gs://bucket", "ckpt-42"),
+        ("gs://bucket/run-7/ckpt-42/", "gs://bucket/run-7", "ckpt-42"),
+        ("memory://run/ckpt-42", "memory://run", "ckpt-42"),
+    ],
+)
+def test_a_checkpoint_path_comes_apart_and_together_again(path: str, directory: str, folder: str) -> None:
+    assert split_path(path) == (directory, folder)
+    assert join(directory, folder) == canonical(path)
+
+
+@pytest.mark.parametrize("path", ["/", "gs://bucket", "memory://run"])
+def test_what_has_nothing_above_it_does_not_come_apart(path: str) -> None:
+    with pytest.raises(ValueError, match="no directory above"):
+        split_path(path)
+
+
+def test_join_takes_any_number_of_parts() -> None:
+    assert join("/") == "/"
+    assert join("/", "a", "b") == "/a/b"
+    assert join("gs://bucket/run", "ckpt-1", "e1-0") == "gs://bucket/run/ckpt-1/e1-0"
