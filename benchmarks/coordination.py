@@ -20,6 +20,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
+import pyarrow.compute as pc
 from planning import LAYOUTS, describe, model
 
 from distckpt.coordinator.messages import (
@@ -171,7 +172,7 @@ def _receipts(descriptions: list[bytes]) -> Iterator[ShardReceipt]:
     """What the ranks would say of their shards: sizes and blocks as they would be, checksums made up."""
     plan = make_plan(None, dict(enumerate(descriptions)))
     sizes = np.asarray(plan.table["nbytes"])
-    rows = np.array([length[0] for length in plan.table["length"].to_pylist()])
+    rows = np.asarray(pc.list_element(plan.table["length"], 0))
     blocks = np.array([block_size(int(size), int(size) // int(count)) for size, count in zip(sizes, rows, strict=True)])
     ends = np.cumsum([plan.row_count(rank) for rank in range(plan.world_size)])
     for begin, end in zip((0, *ends[:-1]), ends, strict=True):

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from rounds import Contender, Spans, alternate, now
+from rounds import Spans, alternate, now
 from states import LAYERS, holds, nbytes, sharded_state, tensors
 from torch.distributed.tensor import DTensor
 
@@ -31,33 +33,37 @@ def write(folder: str) -> None:
 
 def load(folder: str, repetitions: int, cold: bool, torch_load: bool) -> dict[str, Any]:
     """Everyone fills the same live tensors. ``torch_load`` needs as many ranks as wrote."""
-    root, tree = Path(folder), sharded_state()
-    contenders: list[Contender] = [_Distckpt(tree, root, cold), _Dcp(tree, root, cold)]
+    root, tree = Path(folder), {"train": sharded_state()}
+    checkpoint = distckpt.Checkpoint(**tree)
+    ways: dict[str, Callable[[], object]] = {
+        "distckpt": lambda: checkpoint.restore(root / "distckpt" / "ckpt-1").assert_consumed(),
+        "dcp": lambda: dcp.load(tree, checkpoint_id=root / "dcp"),
+    }
     if torch_load:
-        contenders.append(_TorchLoad(tree, root, cold))
-    files = [file for file in root.rglob("*") if file.is_file()]
+        ways["torch.load"] = lambda: _torch_load(tree, root / f"{dist.get_rank()}.pt")
     if dist.get_rank() == 0:
-        for file in files:
+        for file in _files(root):
             _read(file)
-    return {"bytes": nbytes(tree), "measured": alternate(contenders, repetitions)}
+    restores = [Restore(name, way, tree["train"], root, cold) for name, way in ways.items()]
+    return {"bytes": nbytes(tree), "measured": alternate(restores, repetitions)}
 
 
-class _Restore:
-    """One way to fill the tensors. Checks after the first time that they are what was saved."""
+@dataclass(frozen=True)
+class Restore:
+    """One way to fill the tensors of ``tree`` from files below ``root``; ``cold``: none of them is in the page cache."""
 
-    name = ""
-
-    def __init__(self, tree: dict[str, Any], root: Path, cold: bool) -> None:
-        self.tree = tree
-        self.root = root
-        self._cold = cold
+    name: str
+    fill: Callable[[], object]
+    tree: dict[str, Any]
+    root: Path
+    cold: bool
 
     def run(self, number: int) -> Spans:
-        """Fill the tensors from files that are all in the page cache, or that none are."""
+        """Fill the tensors. The first time, check that they hold what was saved."""
         for tensor in tensors(self.tree):
             tensor.fill_(-1)
-        if self._cold and dist.get_rank() == 0:
-            for file in self.root.rglob("*"):
+        if self.cold and dist.get_rank() == 0:
+            for file in _files(self.root):
                 _forget(file)
         dist.barrier()
         before, begin = _bytes_read(), now()
@@ -65,37 +71,16 @@ class _Restore:
         end, after = now(), _bytes_read()
         if not number:
             _check(self.tree, self.name)
-        # A count of bytes travels as a span too; its length is what counts.
         return {"restore": (begin, end), "read": (before, after)}
-
-    def fill(self) -> None:
-        raise NotImplementedError
 
     def clean(self, number: int) -> None:
         """Nothing is left."""
 
 
-class _Distckpt(_Restore):
-    name = "distckpt"
-
-    def fill(self) -> None:
-        distckpt.Checkpoint(train=self.tree).restore(self.root / "distckpt" / "ckpt-1").assert_consumed()
-
-
-class _Dcp(_Restore):
-    name = "dcp"
-
-    def fill(self) -> None:
-        dcp.load({"train": self.tree}, checkpoint_id=self.root / "dcp")
-
-
-class _TorchLoad(_Restore):
-    name = "torch.load"
-
-    def fill(self) -> None:
-        saved = torch.load(self.root / f"{dist.get_rank()}.pt", mmap=True, weights_only=True)
-        for tensor, source in zip(tensors(self.tree), saved, strict=True):
-            tensor.copy_(source)
+def _torch_load(tree: dict[str, Any], file: Path) -> None:
+    saved = torch.load(file, mmap=True, weights_only=True)
+    for tensor, source in zip(tensors(tree), saved, strict=True):
+        tensor.copy_(source)
 
 
 def _check(tree: dict[str, Any], name: str) -> None:
@@ -111,8 +96,12 @@ def _begin(tensor: DTensor) -> int:
     return min(rows, dist.get_rank() * -(-rows // dist.get_world_size())) * columns
 
 
+def _files(root: Path) -> list[Path]:
+    return [file for file in root.rglob("*") if file.is_file()]
+
+
 def _bytes_read() -> int:
-    """Bytes that this process has asked the kernel to read so far."""
+    """Bytes that this process has read so far, from the page cache or from the disk."""
     with open("/proc/self/io") as file:
         return int(file.readline().removeprefix("rchar: "))
 
@@ -125,8 +114,6 @@ def _read(file: Path) -> None:
 
 
 def _forget(file: Path) -> None:
-    if file.is_file():
-        fd = os.open(file, os.O_RDONLY)
-        os.fsync(fd)
-        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-        os.close(fd)
+    with file.open("rb") as source:
+        os.fsync(source.fileno())
+        os.posix_fadvise(source.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)

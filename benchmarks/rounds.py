@@ -10,10 +10,11 @@ from typing import Protocol
 import torch.distributed as dist
 
 Spans = dict[str, tuple[float, float]]
-"""For each thing that is timed its begin and its end on this rank, on a clock that all processes of a host share."""
+"""For each thing that is measured its begin and its end on this rank: seconds of a clock that all processes of the host
+share, or what a counter of bytes showed."""
 
 Measured = dict[str, dict[str, list[tuple[float, float]]]]
-"""For each contender, and each thing that is timed, the spans of all rounds that count."""
+"""For each contender, and each thing that is measured, the spans of all rounds that count."""
 
 
 class Contender(Protocol):
@@ -66,3 +67,9 @@ def longest(results: Sequence[Measured], contender: str, what: str) -> list[floa
     """Seconds of the rank that took longest, round by round."""
     rounds = zip(*(result[contender][what] for result in results), strict=True)
     return [max(end - begin for begin, end in spans) for spans in rounds]
+
+
+def in_all(results: Sequence[Measured], contender: str, what: str) -> list[float]:
+    """The sum of what all ranks' counters counted, round by round."""
+    rounds = zip(*(result[contender][what] for result in results), strict=True)
+    return [sum(end - begin for begin, end in spans) for spans in rounds]

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from distckpt.loading import CheckpointReader as CheckpointReader
     from distckpt.loading import latest_checkpoint as latest_checkpoint
     from distckpt.loading import load as load
-    from distckpt.loading import open as open  # noqa: A004 - the public name, as in h5py or zarr
+    from distckpt.loading import open as open
     from distckpt.manager import CheckpointManager as CheckpointManager
     from distckpt.saving import PendingSave as PendingSave
     from distckpt.state_file import CheckpointState as CheckpointState

@@ -49,7 +49,7 @@ class RandomState:
 
     def state_dict(self) -> dict[str, Any]:
         """The generators' states as plain values and tensors."""
-        name, key, position, has_gauss, gauss = np.random.get_state(legacy=True)  # noqa: NPY002 - the global one is saved
+        name, key, position, has_gauss, gauss = np.random.get_state(legacy=True)
         state: dict[str, Any] = {
             "python": random.getstate(),
             "numpy": {"name": str(name), "key": key, "pos": position, "has_gauss": has_gauss, "cached_gaussian": gauss},
@@ -64,9 +64,7 @@ class RandomState:
         random.setstate(state["python"])
         saved = state["numpy"]
         key = np.asarray(saved["key"], dtype=np.uint32)
-        np.random.set_state(  # noqa: NPY002
-            (saved["name"], key, saved["pos"], saved["has_gauss"], saved["cached_gaussian"])
-        )
+        np.random.set_state((saved["name"], key, saved["pos"], saved["has_gauss"], saved["cached_gaussian"]))
         torch.set_rng_state(state["torch"].cpu())
         for device, value in state.get("cuda", {}).items():
             if int(device) < torch.cuda.device_count():

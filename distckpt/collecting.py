@@ -24,7 +24,6 @@ from distckpt.format.values import encode_value
 from distckpt.sharding.chunks import dtype_name, global_shape, local_tensor, pieces
 from distckpt.sharding.description import Description, Row, build_description
 
-
 NAMES = ("params", "param_names")
 """What a parameter group says of who is in it."""
 
@@ -128,6 +127,12 @@ def sections(checkpoint: Checkpoint, rank: int) -> list[Section]:
     return found
 
 
+def optimizers_of(checkpoint: Checkpoint) -> list[torch.optim.Optimizer]:
+    """Every optimizer among the objects, inside a PerRank too."""
+    objects = (obj.obj if isinstance(obj, PerRank) else obj for obj in checkpoint.objects.values())
+    return [obj for obj in objects if isinstance(obj, torch.optim.Optimizer)]
+
+
 def _sections_of(obj: Any, prefix: Path, modules: Mapping[str, torch.nn.Module], shared: bool) -> list[Section]:
     if isinstance(obj, torch.nn.Module):
         return [Section(prefix, lambda: model_tree(obj), shared, lambda: (*obj.parameters(), *obj.buffers()))]
@@ -167,7 +172,7 @@ def is_stateful(obj: Any) -> bool:
 
 def model_tree(module: torch.nn.Module) -> dict[str, Any]:
     """The module's state by parameter name, free of the prefixes that DDP and torch.compile add."""
-    return cast("dict[str, Any]", get_model_state_dict(module))
+    return get_model_state_dict(module)
 
 
 def optimizer_tree(optimizer: torch.optim.Optimizer, modules: Mapping[str, torch.nn.Module]) -> dict[str, Any]:
@@ -177,7 +182,7 @@ def optimizer_tree(optimizer: torch.optim.Optimizer, modules: Mapping[str, torch
     """
     owner = _owner(optimizer, modules)
     if owner is None:
-        return cast("dict[str, Any]", optimizer.state_dict())
+        return optimizer.state_dict()
     return cast("dict[str, Any]", get_optimizer_state_dict(owner, optimizer))
 
 
@@ -278,4 +283,3 @@ def _check_distinct(rows: Sequence[Row]) -> None:
     for row in rows:
         if paths.setdefault(row.key, row.path) != row.path:
             raise EncodeError(row.key, "two different places of the saved tree have this key; rename one of them")
-

@@ -156,13 +156,14 @@ class CheckpointReader:
         ``model.load_state_dict(reader.load("model"))`` works. Several make a dict from each to what is below it.
         KeyError, naming similar keys, if there is no such place.
         """
+        texts = dict(zip(self._index.names, self._index.paths, strict=True))
         if select is None:
-            paths = {key: decode_path(path, self.path) for key, path in self._paths().items()}
+            paths = {key: decode_path(text, self.path) for key, text in texts.items()}
             return self._tree(paths, self._read(paths))
         if isinstance(select, str):
-            chosen = select_paths(self._paths(), select, self.path)
-            return self._tree(chosen, self._read(chosen))
-        parts = {selector: select_paths(self._paths(), selector, self.path) for selector in select}
+            paths = select_paths(texts, select, self.path)
+            return self._tree(paths, self._read(paths))
+        parts = {selector: select_paths(texts, selector, self.path) for selector in select}
         leaves = self._read(dict.fromkeys(key for paths in parts.values() for key in paths))
         return {selector: self._tree(paths, leaves) for selector, paths in parts.items()}
 
@@ -173,9 +174,6 @@ class CheckpointReader:
         finds in it is what the index says. ``progress`` is called with the bytes done and the bytes there are.
         """
         return verify(self._where, self._index, progress)
-
-    def _paths(self) -> dict[str, str]:
-        return dict(zip(self._index.names, self._index.paths, strict=True))
 
     def _tree(self, paths: Mapping[str, Path], leaves: Mapping[str, Any]) -> Any:
         try:

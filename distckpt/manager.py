@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import os
 import threading
@@ -11,8 +12,9 @@ from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Any, Literal
 
+
 from distckpt.checkpoint import Checkpoint
-from distckpt.collecting import Collector
+from distckpt.collecting import Collector, optimizers_of
 from distckpt.coordinator.client import Session, open_session
 from distckpt.coordinator.messages import (
     Heartbeat,
@@ -103,7 +105,9 @@ class CheckpointManager:
         run_id: str | None = None,
         verify: bool = False,
     ) -> None:
-        _check_arguments(max_to_keep, checkpoint_name, step_counter, checkpoint_interval, save_timeout, buffers, on_busy)
+        _check_arguments(
+            max_to_keep, checkpoint_name, step_counter, checkpoint_interval, save_timeout, buffers, on_busy
+        )
         self._checkpoint = checkpoint
         self._name = checkpoint_name
         self._step_counter = step_counter
@@ -123,7 +127,9 @@ class CheckpointManager:
             save_timeout=save_timeout,
         )
         options = dict(storage_options) if storage_options is not None else None
-        self._session: Session = open_session(self._store, options, self._world, opening, Settings(idle_timeout=IDLE_SECONDS))
+        self._session: Session = open_session(
+            self._store, options, self._world, opening, Settings(idle_timeout=IDLE_SECONDS)
+        )
         self._saver = Saver(
             self._session,
             self._store,
@@ -134,6 +140,7 @@ class CheckpointManager:
             buffers,
             on_busy == "skip",
             verify,
+            optimizers_of(checkpoint),
         )
         self._pending: list[PendingSave] = []
         self._restores = 0
@@ -333,7 +340,7 @@ class CheckpointManager:
             self._session.ask(lambda run: Leave(run, self._world.rank), 5.0)
         self._session.close()
 
-    def __enter__(self) -> CheckpointManager:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(
@@ -367,8 +374,6 @@ class CheckpointManager:
 
 
 def _with_run(question: RestoreRound) -> Callable[[int], RestoreRound]:
-    import dataclasses
-
     return lambda run: dataclasses.replace(question, run=run)
 
 

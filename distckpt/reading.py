@@ -44,9 +44,7 @@ def read_values(where: Located, index: Index, keys: Iterable[str]) -> dict[str, 
     wanted = [Wanted(key, (), ()) for key in keys]
     memory = [memoryview(bytearray(index.info(one.key).nbytes)) for one in wanted]
     _read(where, index, wanted, memory)
-    return {
-        one.key: decode_value(data, where.path, one.key) for one, data in zip(wanted, memory, strict=True)
-    }
+    return {one.key: decode_value(data, where.path, one.key) for one, data in zip(wanted, memory, strict=True)}
 
 
 def _read(where: Located, index: Index, wanted: Sequence[Wanted], memory: Sequence[memoryview]) -> ReadStats:
@@ -69,4 +67,5 @@ def _is_plain(local: torch.Tensor, dtype: torch.dtype) -> bool:
 def _bytes_of(tensor: torch.Tensor) -> memoryview:
     # Bytes rather than elements: NumPy knows neither bfloat16 nor float8.
     flat = tensor.detach().reshape(-1).view(torch.uint8) if tensor.numel() else torch.empty(0, dtype=torch.uint8)
-    return memoryview(flat.numpy())
+    array: Any = flat.numpy()
+    return memoryview(array)

@@ -103,11 +103,11 @@ def _prepare_module(filling: _Filling, prefix: Path, module: torch.nn.Module) ->
             extra[leaf.key] = _item(leaf.path[-1])
     if extra:
         options = StateDictOptions(strict=False)
-        filling.finish.append(
-            lambda values: set_model_state_dict(
-                module, {name: values[key] for key, name in extra.items()}, options=options
-            )
-        )
+
+        def set_extra(values: Mapping[str, Any]) -> None:
+            set_model_state_dict(module, {name: values[key] for key, name in extra.items()}, options=options)
+
+        filling.finish.append(set_extra)
 
 
 def _prepare_optimizer(filling: _Filling, prefix: Path, optimizer: torch.optim.Optimizer) -> None:
@@ -156,7 +156,9 @@ def _item(step: Step) -> Any:
     return step.key if isinstance(step, KeyStep) else str(step)
 
 
-def _set_groups(filling: _Filling, optimizer: torch.optim.Optimizer, key: str, saved: Sequence[Mapping[str, Any]]) -> None:
+def _set_groups(
+    filling: _Filling, optimizer: torch.optim.Optimizer, key: str, saved: Sequence[Mapping[str, Any]]
+) -> None:
     if len(saved) != len(optimizer.param_groups):
         text = f"{len(saved)} parameter groups saved, {len(optimizer.param_groups)} in the optimizer"
         raise MismatchError(filling.where.path, (), (), {key: text})

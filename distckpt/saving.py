@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 import crc32c
 import numpy as np
+import torch
 
 from distckpt.collecting import Collector, Holding
 from distckpt.coordinator.client import Session
@@ -25,14 +26,15 @@ from distckpt.coordinator.messages import (
     Receipt,
     Reply,
     Request,
-    ShardReceipt,
     Skipped,
     Unknown,
 )
 from distckpt.errors import CoordinatorUnavailableError, DamagedError, DistckptError, SaveError
 from distckpt.format import names
 from distckpt.format.log import CheckpointRecord
+from distckpt.format.receipt import ShardReceipt
 from distckpt.format.shard import Chunk
+from distckpt.ordering import StepOrder
 from distckpt.storage import Store
 from distckpt.transfer.log import read_tail
 from distckpt.transfer.staging import StagedCopy, Staging
@@ -150,7 +152,9 @@ class Saver:
         buffers: int,
         skip_if_busy: bool,
         verify: bool,
+        optimizers: Sequence[torch.optim.Optimizer] = (),
     ) -> None:
+        self._order = StepOrder(optimizers)
         self._session = session
         self._store = store
         self._collector = collector
@@ -202,7 +206,7 @@ class Saver:
             pending._future.set_exception(error)
             return pending
         staging = self._staging_of(buffer)
-        pending._staged = staging.stage(*_contents(self._layout, holding))
+        pending._staged = self._order.after(staging, *_contents(self._layout, holding))
         buffer.pending = pending
         task = _Task(ask, number, self._layout, staging, holding.describe, joined)
         self._pool.submit(self._run, task, pending)
@@ -210,6 +214,7 @@ class Saver:
 
     def close(self) -> None:
         """Wait for what is under way and let the memory go."""
+        self._order.close()
         self._pool.shutdown(wait=True)
         for buffer in self._buffers:
             self._settle(buffer)
@@ -273,7 +278,15 @@ class Saver:
         while True:
             reply = self._ask(
                 lambda run: Join(
-                    run, self._rank, ask, number, digest, plan, staged, attempt, self._skip_if_busy and number is not None
+                    run,
+                    self._rank,
+                    ask,
+                    number,
+                    digest,
+                    plan,
+                    staged,
+                    attempt,
+                    self._skip_if_busy and number is not None,
                 )
             )
             if not isinstance(reply, Unknown):
@@ -336,7 +349,9 @@ class Saver:
             if not isinstance(reply, Joined):
                 return reply
             task.joined = reply
-            if reply.describe and not self._describe(reply, layout.digest, task.description(), _rows_bytes(layout.rows)):
+            if reply.describe and not self._describe(
+                reply, layout.digest, task.description(), _rows_bytes(layout.rows)
+            ):
                 return Unknown()
         attempt = task.attempt = task.joined.attempt
         shards = self._write(task, attempt)
@@ -384,9 +399,9 @@ def _layout(digest: str, planned: Planned, holding: Holding) -> Layout:
     return Layout(digest, planned.plan, rows, tensors, values)
 
 
-def _contents(layout: Layout, holding: Holding) -> tuple[list[object], list[bytes]]:
-    sources = [holding.sources[row] for row in layout.tensor_rows]
-    return sources, [holding.values[row] or b"" for row in layout.value_rows]  # type: ignore[return-value]
+def _contents(layout: Layout, holding: Holding) -> tuple[list[torch.Tensor], list[bytes]]:
+    sources = [source for row in layout.tensor_rows if (source := holding.sources[row]) is not None]
+    return sources, [holding.values[row] or b"" for row in layout.value_rows]
 
 
 def _chunk(holding: Holding, row: int) -> Chunk:

@@ -131,7 +131,7 @@ def _torchrun_world(run_id: str | None) -> World | None:
 
 
 def _agent_store(rank: int) -> Callable[[str], str]:
-    from torch.distributed import TCPStore
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]  # public, but not in its __all__
 
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     store = TCPStore(address, port, is_master=False, timeout=timedelta(seconds=300))

@@ -84,7 +84,9 @@ def save(directory: str, kind: str, number: int = 1, steps: int = 2, **options: 
     model, optimizer = build(kind, seed=0)
     run_steps(model, optimizer, steps)
     cursor = {"position": 100 + dist.get_rank()}
-    checkpoint = distckpt.Checkpoint(model=model, optimizer=optimizer, cursor=distckpt.PerRank(cursor, on_resize="drop"))
+    checkpoint = distckpt.Checkpoint(
+        model=model, optimizer=optimizer, cursor=distckpt.PerRank(cursor, on_resize="drop")
+    )
     with distckpt.CheckpointManager(checkpoint, directory, **options) as manager:
         path = manager.save(number).result(30)
     return {"path": path, "digest": digest(model, optimizer)}
@@ -95,7 +97,9 @@ def restore(directory: str, kind: str, which: int | None = None) -> dict[str, An
     model, optimizer = build(kind, seed=7)
     run_steps(model, optimizer, 1)
     cursor = {"position": -1}
-    checkpoint = distckpt.Checkpoint(model=model, optimizer=optimizer, cursor=distckpt.PerRank(cursor, on_resize="drop"))
+    checkpoint = distckpt.Checkpoint(
+        model=model, optimizer=optimizer, cursor=distckpt.PerRank(cursor, on_resize="drop")
+    )
     with distckpt.CheckpointManager(checkpoint, directory) as manager:
         path = manager.restore(which)
     return {"path": path, "digest": digest(model, optimizer), "cursor": cursor["position"]}

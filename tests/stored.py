@@ -105,7 +105,7 @@ def _positions(content: pa.Buffer) -> list[int]:
     for number in range(reader.num_record_batches):
         _, offsets, payload = reader.get_batch(number).column("data").buffers()
         starts = np.frombuffer(offsets, dtype=np.int64)[: reader.get_batch(number).num_rows]
-        base = payload.address - content.address if payload is not None else 0
+        base = payload.address - content.address if payload is not None and payload.size else 8
         positions += [base + int(start) for start in starts]
     return positions
 

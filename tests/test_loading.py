@@ -35,7 +35,7 @@ def same(left: Any, right: Any) -> bool:
     if type(left) is not type(right):
         return False
     if isinstance(left, torch.Tensor):
-        bits = (t.contiguous().reshape(-1).view(torch.uint8) if t.numel() else t for t in (left, right))
+        bits = (t.contiguous().reshape(-1).view(torch.uint8) if t.numel() else torch.empty(0) for t in (left, right))
         return left.dtype == right.dtype and left.shape == right.shape and torch.equal(*bits)
     if isinstance(left, dict):
         return list(left) == list(right) and all(same(left[key], right[key]) for key in left)

@@ -146,7 +146,9 @@ def test_random_numbers_go_on_where_they_were(tmp_path: Path) -> None:
 def test_saves_see_changed_values_and_tensors(tmp_path: Path) -> None:
     model = make_model()
     extra = {"step": 0, "history": [0]}
-    with distckpt.CheckpointManager(distckpt.Checkpoint(model=model, extra=extra), tmp_path, max_to_keep=None) as manager:
+    with distckpt.CheckpointManager(
+        distckpt.Checkpoint(model=model, extra=extra), tmp_path, max_to_keep=None
+    ) as manager:
         for step in range(1, 5):
             with torch.no_grad():
                 for parameter in model.parameters():
@@ -184,7 +186,9 @@ def test_what_needs_pickle_is_refused_by_its_key(tmp_path: Path) -> None:
 
 
 def test_other_shapes_are_reported_and_change_nothing(tmp_path: Path) -> None:
-    with distckpt.CheckpointManager(distckpt.Checkpoint(s={"a": torch.ones(3), "b": torch.ones(2)}), tmp_path) as manager:
+    with distckpt.CheckpointManager(
+        distckpt.Checkpoint(s={"a": torch.ones(3), "b": torch.ones(2)}), tmp_path
+    ) as manager:
         path = manager.save(1).result(30)
     target = {"a": torch.zeros(4), "b": torch.zeros(2)}
     with pytest.raises(MismatchError, match=r"s\.a .*saved \[3\], here \[4\]"):

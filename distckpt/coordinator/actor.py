@@ -9,7 +9,7 @@ import os
 import subprocess
 import sys
 import time
-from typing import Any
+from typing import Any, cast
 
 import ray
 
@@ -156,19 +156,16 @@ def find_or_start(
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     node = ray.get_runtime_context().get_node_id()
-    actor = (
-        ray.remote(CoordinatorActor)
-        .options(
-            name=actor_name(directory),
-            namespace=NAMESPACE,
-            lifetime="detached",
-            get_if_exists=True,
-            max_restarts=-1,
-            max_concurrency=100_000,
-            num_cpus=0,
-            scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=True),
-        )
-        .remote(directory, storage_options, settings)
-    )
+    remote: Any = ray.remote(CoordinatorActor)
+    actor = remote.options(
+        name=actor_name(directory),
+        namespace=NAMESPACE,
+        lifetime="detached",
+        get_if_exists=True,
+        max_restarts=-1,
+        max_concurrency=100_000,
+        num_cpus=0,
+        scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=True),
+    ).remote(directory, storage_options, settings)
     ray.get(actor.describe.remote())
-    return actor
+    return cast("ray.actor.ActorHandle[CoordinatorActor]", actor)

@@ -10,7 +10,7 @@ import msgspec
 import pyarrow as pa
 
 from distckpt.coordinator.actions import Seal, Sealed, TailRead
-from distckpt.coordinator.messages import Receipt, ShardReceipt
+from distckpt.coordinator.messages import Receipt
 from distckpt.errors import (
     AlreadyExistsError,
     DamagedError,
@@ -23,6 +23,7 @@ from distckpt.format import names
 from distckpt.format.index import encode_index
 from distckpt.format.log import CheckpointRecord, Entry, State
 from distckpt.format.manifest import FORMAT, Manifest, ShardRecord
+from distckpt.format.receipt import ShardReceipt
 from distckpt.format.sealed import seal
 from distckpt.storage import Store
 from distckpt.transfer.catalog import read_manifest
@@ -84,7 +85,9 @@ def _check_shards(store: Store, action: Seal, folder: str) -> None:
     for (rank, shard), path, info in zip(expected, paths, found, strict=True):
         wrong = info is not None and (info.size != shard.size or info.crc32c not in (None, shard.crc32c))
         if wrong:
-            reason = f"{store.url}/{path} has {info.size if info else 0} bytes on the store and {shard.size} in its receipt"
+            reason = (
+                f"{store.url}/{path} has {info.size if info else 0} bytes on the store and {shard.size} in its receipt"
+            )
             raise RankFailedError(action.number, rank, action.hosts.get(rank, ""), reason)
 
 

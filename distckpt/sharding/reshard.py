@@ -230,12 +230,11 @@ def strides_of(box: Ints, item: Ints) -> Ints:
 
 def _wanted_nbytes(index: Index, asked: _Asked) -> Ints:
     """Size in bytes of every wanted rectangle; 0 for those that the index knows nothing of."""
-    if not len(index):
-        return np.zeros(len(asked.key), dtype=np.int64)
-    item = index.item_sizes[asked.key]
-    value_size = index.size[index.grouped[index.groups[asked.key]]]
-    volume = asked.length.prod(axis=1, dtype=np.int64)
-    nbytes: Ints = np.where(asked.key >= 0, volume * np.where(item > 0, item, value_size), 0)
+    nbytes = np.zeros(len(asked.key), dtype=np.int64)
+    known = np.flatnonzero(asked.key >= 0)
+    key = asked.key[known]
+    item, value_size = index.item_sizes[key], index.size[index.grouped[index.groups[key]]]
+    nbytes[known] = asked.length[known].prod(axis=1, dtype=np.int64) * np.where(item > 0, item, value_size)
     return nbytes
 
 

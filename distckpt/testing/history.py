@@ -17,13 +17,14 @@ INDEX = "index"
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """A shard's content: which rank wrote it, in which of its saves, and which rows of its description it holds."""
+    """A shard's content: which rank wrote it, in which of its saves, and which ``rows`` of the ``chunks`` it held."""
 
     run: int
     order: int
     number: int
     rank: int
     rows: bytes
+    chunks: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,6 +180,8 @@ def _holes(record: CheckpointRecord, objects: Mapping[str, Content]) -> list[str
         return [f"{record.attempt} was committed without all of its shards"]
     if any(isinstance(piece, Piece) and piece.rows != whole.rows.get(piece.rank) for piece in pieces):
         return [f"{record.attempt} was committed with a shard that holds other chunks than its index says"]
+    if any(isinstance(piece, Piece) and piece.chunks != whole.chunks for piece in pieces):
+        return [f"{record.attempt} was committed under a plan for another structure"]
     chunks = sorted(row for rows in whole.rows.values() for row in memoryview(rows).cast("i"))
     if chunks != list(range(whole.chunks)):
         return [f"{record.attempt} was committed with chunks missing or twice"]
@@ -241,21 +244,25 @@ def g4_nothing_is_overwritten(history: History) -> list[str]:
 
 
 def g5_epochs_only_grow(history: History) -> list[str]:
-    """After epoch E+1 is logged, no entry of an epoch up to E follows, nor a commit of an older run."""
+    """After epoch E+1 is logged, no entry of an epoch up to E follows, nor a save of an older run or an older save."""
     broken: list[str] = []
     owner: dict[int, str] = {}
-    runs: dict[str, int] = {}
+    saves: dict[str, tuple[int, int]] = {}
     for happening, before, logged in newest_entries(history.happenings):
         if isinstance(happening, Wrote) and isinstance(happening.content, Piece):
-            runs[happening.attempt] = happening.content.run
+            saves[happening.attempt] = (happening.content.run, happening.content.order)
         if logged is None or not isinstance(happening, Logged):
             continue
         if before is not None and logged.epoch < before.epoch:
             broken.append(f"entry {logged.seq} of epoch {logged.epoch} follows epoch {before.epoch}")
         if owner.setdefault(logged.epoch, happening.who) != happening.who:
             broken.append(f"{happening.who} and {owner[logged.epoch]} both wrote in epoch {logged.epoch}")
-        if logged.kind == "commit" and runs.get(logged.state.active[-1].attempt) != logged.state.run:
-            broken.append(f"entry {logged.seq} commits a save of run {runs.get(logged.state.active[-1].attempt)}")
+        if logged.kind == "commit" and saves[logged.state.active[-1].attempt][0] != logged.state.run:
+            broken.append(f"entry {logged.seq} commits a save of an older run than {logged.state.run}")
+        if logged.kind in ("commit", "claim"):
+            listed = [saves[record.attempt] for record in logged.state.active]
+            if listed != sorted(listed):
+                broken.append(f"entry {logged.seq} lists saves out of order: {listed}")
     return broken
 
 
@@ -321,18 +328,22 @@ def _unspared(before: Entry, after: Entry) -> list[str]:
 def g8_next_job_comes_back(history: History) -> list[str]:
     """After all crashes the newest checkpoint loads and the next saves succeed, with no repair by hand."""
     broken: list[str] = []
-    newest: Entry | None = None
+    begun: Entry | None = None
     ends = 0
-    for happening, before, _ in newest_entries(history.happenings):
-        newest = before or newest
-        if isinstance(happening, CameBack):
-            ends += 1
-            if happening.lost:
-                broken.append(happening.lost)
-            listed = newest.state.active[-1:] if newest is not None else ()
-            if not happening.lost and listed != happening.saved[-1:]:
-                broken.append(f"{happening.saved[-1:]} was saved last, but the log lists {listed} as the newest")
-    return broken if ends else [*broken, "the simulation did not come to its end"]
+    for happening, before, logged in newest_entries(history.happenings):
+        if logged is not None and logged.kind == "run":
+            begun = logged
+        if not isinstance(happening, CameBack) or before is None or begun is None:
+            continue
+        ends += 1
+        if happening.lost:
+            broken.append(happening.lost)
+        elif before.state.active[-1:] != happening.saved[-1:]:
+            broken.append(f"{happening.saved[-1:]} was saved last, but the log lists {before.state.active[-1:]}")
+        newest = begun.state.active[-1:] or tuple(sorted(begun.state.preserved, key=lambda record: record.time)[-1:])
+        if newest != ((happening.restored,) if happening.restored is not None else ()):
+            broken.append(f"{happening.restored} was restored, but the newest was {newest}")
+    return broken if ends == 1 else [*broken, "the simulation did not come to its end"]
 
 
 PROMISES: dict[str, Callable[[History], list[str]]] = {

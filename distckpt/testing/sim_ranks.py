@@ -294,7 +294,7 @@ class Rank(Process):
                         continue
             attempt = joined.attempt
             if attempt not in written:
-                yield from self._write(attempt, order, number, rows)
+                yield from self._write(attempt, order, number, chunks, rows)
                 written.add(attempt)
             receipt = _receipt(self.rank, attempt, rows)
             reply = yield from self._ask(lambda run, receipt=receipt: receipt(run))  # type: ignore[misc]
@@ -322,13 +322,14 @@ class Rank(Process):
         return not isinstance(reply, Unknown)
 
     def _write(
-        self, attempt: str, order: int, number: int, rows: bytes
+        self, attempt: str, order: int, number: int, chunks: int, rows: bytes
     ) -> Generator[Sleep | Say, Reply | None, None]:
         yield Sleep(self.world.latency() * 5)
         if self.world.random.random() < self.world.faults.failed_rank:
             yield from self._ask(lambda run: Fail(run, self.rank, attempt, "disk full"))
             raise SaveError(number, "disk full")
-        self.world.store.put(attempt, str(self.rank), Piece(self.run, order, number, self.rank, rows), self.world.time)
+        piece = Piece(self.run, order, number, self.rank, rows, chunks)
+        self.world.store.put(attempt, str(self.rank), piece, self.world.time)
 
 
 def _receipt(rank: int, attempt: str, rows: bytes) -> Callable[[int], Receipt]:

@@ -1,0 +1,242 @@
+"""All figures of distckpt, with its peers and the machine's own limits measured beside it in alternation.
+
+    python benchmarks/run.py [--quick] [--only saves restores ...] [--json FILE]
+
+Files go to bench-output/ in the current folder and are removed afterwards. A missed target is shown as such; the exit
+status is 1 only if something could not be measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import shutil
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import coordination
+import planning
+from figures import Figure, plain, ratio, table
+from machine import describe_machine
+from rounds import in_all, longest, together
+from ranks import RankError, run_ranks
+
+REPETITIONS = 5
+QUICK_REPETITIONS = 3
+SMALL_SAVES = 24
+FOLDER = Path("bench-output")
+Results = Sequence[dict[str, Any]]
+
+
+def saves(folder: Path, repetitions: int) -> list[Figure]:
+    """Saving 1.2 GB, two ranks: until committed, and how long training stands still."""
+    results = run_ranks(2, "saving:save_state", folder, folder=str(folder.resolve()), repetitions=repetitions)
+    measured, size = _measured(results), _bytes(results)
+    done = {name: together(measured, name, "durable") for name, what in measured[0].items() if "durable" in what}
+    raw = min((name for name in done if name.startswith("raw")), key=lambda name: statistics.median(done[name]))
+    stall = {name: longest(measured, name, "stall") for name in ("distckpt", "copy", "dcp-async")}
+    return [
+        plain("distckpt save, durable and committed", "s", done["distckpt"]),
+        *(plain(_LABELS.get(name, name), "s", seconds) for name, seconds in done.items() if name in _LABELS),
+        *(plain(_raw_label(name), "s", done[name]) for name in done if name.startswith("raw")),
+        plain("distckpt, GB a second", "GB/s", [size / 1e9 / seconds for seconds in done["distckpt"]]),
+        plain(f"best bare writes ({_raw_label(raw)}), GB a second", "GB/s", [size / 1e9 / each for each in done[raw]]),
+        ratio("speed, compared with dcp.save", done["dcp"], done["distckpt"], 3.5, "at least"),
+        ratio("speed, compared with the best bare writes", done[raw], done["distckpt"], 0.8, "at least"),
+        plain("stall: distckpt", "ms", _ms(stall["distckpt"])),
+        plain("stall: copying the same bytes once", "ms", _ms(stall["copy"])),
+        plain("stall: dcp.async_save, process and shared memory", "ms", _ms(stall["dcp-async"])),
+        ratio("stall, compared with one copy", stall["distckpt"], stall["copy"], 1.3),
+        ratio("stall, compared with dcp.async_save", stall["distckpt"], stall["dcp-async"], 1.0),
+    ]
+
+
+_LABELS = {
+    "dcp": "dcp.save",
+    "dcp-2-threads": "dcp.save, two threads a rank",
+    "dcp-async": "dcp.async_save, until it is done",
+    "torch.save": "torch.save and fsync, a file a rank",
+}
+
+
+def _raw_label(name: str) -> str:
+    _, files, how = name.split("-")
+    return f"bare writes, {files} file{'s' * (files != '1')}, {'O_DIRECT' if how == 'direct' else 'buffered'}"
+
+
+def training(folder: Path, repetitions: int) -> list[Figure]:
+    """An FSDP2 transformer of 300 parameters with AdamW, 1.2 GB, two ranks, collecting included."""
+    results = run_ranks(2, "saving:save_training", folder, folder=str(folder.resolve()), repetitions=repetitions)
+    measured = _measured(results)
+    stall = {name: longest(measured, name, "stall") for name in ("distckpt", "copy", "dcp-async")}
+    return [
+        plain("stall: distckpt", "ms", _ms(stall["distckpt"])),
+        plain("stall: copying the same bytes once", "ms", _ms(stall["copy"])),
+        plain("stall: get_state_dict and dcp.async_save", "ms", _ms(stall["dcp-async"])),
+        ratio("stall, compared with one copy", stall["distckpt"], stall["copy"], 1.5),
+        plain("until durable and committed", "s", together(measured, "distckpt", "durable")),
+    ]
+
+
+def restores(folder: Path, repetitions: int) -> list[Figure]:
+    """Restoring 1.2 GB that two ranks wrote into live tensors; files in the page cache unless it says cold."""
+    files = folder / "files"
+    run_ranks(2, "restoring:write", folder, folder=str(files.resolve()))
+    figures = []
+    for ranks, least in ((2, 3.0), (4, 2.0), (1, 2.0)):
+        figures += _restores(f"2 to {ranks}", _load(folder, files, ranks, repetitions, cold=False), least)
+    return figures + _restores("2 to 2, cold", _load(folder, files, 2, repetitions, cold=True), None)
+
+
+def _load(folder: Path, files: Path, ranks: int, repetitions: int, cold: bool) -> Results:
+    return run_ranks(
+        ranks,
+        "restoring:load",
+        folder,
+        folder=str(files.resolve()),
+        repetitions=repetitions,
+        cold=cold,
+        torch_load=ranks == 2,
+    )
+
+
+def _restores(how: str, results: Results, least: float | None) -> list[Figure]:
+    measured, size = _measured(results), _bytes(results)
+    seconds = {name: together(measured, name, "restore") for name in measured[0]}
+    read = {name: [count / size for count in in_all(measured, name, "read")] for name in ("distckpt", "dcp")}
+    labels = {"distckpt": "distckpt", "dcp": "dcp.load", "torch.load": "torch.load"}
+    return [
+        *(plain(f"{how}: {labels[name]}", "s", each) for name, each in seconds.items()),
+        ratio(f"{how}: speed, compared with dcp.load", seconds["dcp"], seconds["distckpt"], least, "at least"),
+        plain(f"{how}: bytes read for each byte needed", "x", read["distckpt"], None if least is None else 1.05),
+        plain(f"{how}: the same, dcp.load", "x", read["dcp"]),
+    ]
+
+
+def landing(folder: Path, repetitions: int) -> list[Figure]:
+    """From the last write of the last shard to all ranks being told; small saves, two ranks."""
+    results = run_ranks(
+        2, "saving:save_small", folder, folder=str(folder.resolve()), repetitions=max(SMALL_SAVES, repetitions)
+    )
+    landed = results[0]["landed"]
+    told = [max(times) for times in zip(*(result["told"] for result in results), strict=True)]
+    spans = zip(*(result["durable"] for result in results), strict=True)
+    durable = [max(end for _, end in each) - min(begin for begin, _ in each) for each in spans]
+    return [
+        plain(
+            "from the last shard's last write to result()",
+            "ms",
+            [(after - before) / 1e6 for before, after in zip(landed, told, strict=True)],
+            50.0,
+        ),
+        plain(f"a whole save of {_bytes(results) / 1e6:.0f} MB", "ms", _ms(durable)),
+    ]
+
+
+def coordinator(folder: Path, repetitions: int) -> list[Figure]:
+    """The coordinator alone: ranks with 300 tensors each, no Ray; shards are stand-ins, log and index are real."""
+    found = {
+        ranks: [coordination.measure(ranks, folder) for _ in range(min(repetitions, 3) if ranks != 1024 else repetitions)]
+        for ranks in coordination.RANKS
+    }
+    main = found[1024]
+    layouts = [name for name in planning.LAYOUTS if name != "fsdp"]
+    return [
+        plain("1,024 ranks: cold plan", "s", [each.cold_plan for each in main], 2.0),
+        *(
+            plain(f"1,024 ranks: planner alone, {name}", "s", [planning.measure(name, 1024).seconds], 2.0)
+            for name in layouts
+        ),
+        plain("1,024 ranks: joining a warm save", "s", [each.warm_join for each in main]),
+        plain("1,024 ranks: first receipt to committed", "s", [each.commit for each in main], 2.0),
+        plain("1,024 ranks: memory above baseline", "MB", [each.memory for each in main], 500.0),
+        *(
+            plain(f"{ranks:,} ranks: cold plan and commit", "s", [each.cold_plan + each.commit for each in figures])
+            for ranks, figures in found.items()
+        ),
+        _growth("growth of seconds with ranks, exponent from 512 to 2,048", found, lambda each: each.cold_plan + each.commit),
+        _growth("growth of memory with ranks, exponent from 512 to 2,048", found, lambda each: each.memory),
+    ]
+
+
+def _growth(
+    name: str, found: dict[int, list[coordination.Figure]], what: Callable[[coordination.Figure], float]
+) -> Figure:
+    """The exponent b where the cost is as ranks to the power b; 1 is linear."""
+    few, many = (statistics.median(map(what, found[ranks])) for ranks in (512, 2048))
+    return plain(name, "", [math.log(many / few) / math.log(4)], 1.2)
+
+
+def _measured(results: Results) -> list[Any]:
+    return [result["measured"] for result in results]
+
+
+def _bytes(results: Results) -> int:
+    return sum(int(result["bytes"]) for result in results)
+
+
+def _ms(seconds: Sequence[float]) -> list[float]:
+    return [1000 * each for each in seconds]
+
+
+PARTS: dict[str, Callable[[Path, int], list[Figure]]] = {
+    "saves": saves,
+    "training": training,
+    "restores": restores,
+    "landing": landing,
+    "coordinator": coordinator,
+}
+
+
+def main() -> int:
+    """Measure what was asked for, print it part by part, and write it to a file if wanted."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--json", type=Path, help="also write all figures and samples to this file")
+    parser.add_argument("--quick", action="store_true", help=f"{QUICK_REPETITIONS} repetitions in place of {REPETITIONS}")
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), metavar="PART", help=", ".join(PARTS))
+    args = parser.parse_args()
+    repetitions = QUICK_REPETITIONS if args.quick else REPETITIONS
+    FOLDER.mkdir(exist_ok=True)
+    try:
+        return _measure(args.only, repetitions, args.json)
+    finally:
+        shutil.rmtree(FOLDER, ignore_errors=True)
+
+
+def _measure(parts: Sequence[str], repetitions: int, file: Path | None) -> int:
+    about = describe_machine(FOLDER)
+    print("\n".join(f"{name}: {value}" for name, value in about.items()), f"\nrepetitions: {repetitions} after a warm-up\n")
+    found: dict[str, list[Figure]] = {}
+    failed = False
+    for part in parts:
+        begin = time.monotonic()
+        try:
+            found[part] = PARTS[part](FOLDER / part, repetitions)
+        except RankError as error:
+            failed = True
+            print(f"{part}: could not be measured: {error}\n", file=sys.stderr, flush=True)
+        else:
+            print(table(f"{part}: {PARTS[part].__doc__}", found[part]))
+            print(f"({time.monotonic() - begin:.0f} s)\n", flush=True)
+        shutil.rmtree(FOLDER / part, ignore_errors=True)
+    _sum_up(found)
+    if file is not None:
+        figures = {part: [{**asdict(each), "verdict": each.verdict} for each in found[part]] for part in found}
+        file.write_text(json.dumps({"machine": about, "repetitions": repetitions, "figures": figures}, indent=2) + "\n")
+    return int(failed)
+
+
+def _sum_up(found: dict[str, list[Figure]]) -> None:
+    verdicts = [(part, figure) for part, figures in found.items() for figure in figures if figure.verdict]
+    missed = [f"{part}, {figure.name}" for part, figure in verdicts if figure.verdict != "pass"]
+    print(f"{len(verdicts) - len(missed)} of {len(verdicts)} targets met" + "".join(f"\n  missed: {text}" for text in missed))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

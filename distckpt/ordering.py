@@ -1,0 +1,67 @@
+"""On a GPU: what may change the state waits, on the device, until the state has been copied. The host does not wait."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch.distributed.tensor import DTensor
+
+from distckpt.transfer.staging import StagedCopy, Staging
+
+
+class StepOrder:
+    """Orders the next ``step()`` of each optimizer after the copy that is under way.
+
+    Only an optimizer's own parameters and state may wait for so long. Anything else on a GPU, such as a buffer that
+    the forward pass updates, makes the whole of the current stream wait instead.
+    """
+
+    def __init__(self, optimizers: Sequence[torch.optim.Optimizer]) -> None:
+        self._optimizers = tuple(optimizers)
+        self._copied: StagedCopy | None = None
+        self._hooks = [
+            optimizer.register_step_pre_hook(self._before_step)
+            for optimizer in self._optimizers
+            if torch.cuda.is_available()
+        ]
+
+    def after(self, staging: Staging, sources: Sequence[torch.Tensor], values: Sequence[bytes]) -> StagedCopy:
+        """Stage, and see to it that nothing changes a source before it has been copied."""
+        copied = staging.stage(sources, values)
+        on_gpu = [source for source in sources if source.is_cuda]
+        if not on_gpu:
+            return copied
+        owned = _memory(self._optimizers)
+        if all(source.untyped_storage().data_ptr() in owned for source in on_gpu):
+            self._copied = copied
+        else:
+            for device in {source.device for source in on_gpu}:
+                copied.order_after(torch.cuda.current_stream(device))
+        return copied
+
+    def close(self) -> None:
+        """Take the hooks away."""
+        for hook in self._hooks:
+            hook.remove()
+
+    def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        if self._copied is None:
+            return
+        devices = {parameter.device for group in optimizer.param_groups for parameter in group["params"]}
+        for device in devices:
+            if device.type == "cuda":
+                self._copied.order_after(torch.cuda.current_stream(device))
+
+
+def _memory(optimizers: Sequence[torch.optim.Optimizer]) -> set[int]:
+    found = set()
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                for tensor in (parameter, *optimizer.state.get(parameter, {}).values()):
+                    if isinstance(tensor, torch.Tensor):
+                        local = tensor._local_tensor if isinstance(tensor, DTensor) else tensor
+                        found.add(local.untyped_storage().data_ptr())
+    return found
