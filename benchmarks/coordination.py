@@ -211,9 +211,7 @@ def main() -> None:
     print("ranks  cold plan s  warm join s  commit s  memory MB")
     for ranks in args.ranks:
         figure = measure(ranks, Path("bench-output"))
-        print(
-            f"{ranks:5}{figure.cold_plan:13.3f}{figure.warm_join:13.3f}{figure.commit:10.3f}{figure.memory:11.0f}"
-        )
+        print(f"{ranks:5}{figure.cold_plan:13.3f}{figure.warm_join:13.3f}{figure.commit:10.3f}{figure.memory:11.0f}")
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ class Figure:
 
     @property
     def verdict(self) -> str:
-        """"pass", "MISS", or nothing where there is no target."""
+        """Pass, MISS, or nothing where there is no target."""
         if self.target is None:
             return ""
         good = self.value >= self.target if self.sense == "at least" else self.value <= self.target
@@ -64,10 +64,13 @@ def ratio(
 
 def table(title: str, figures: Sequence[Figure]) -> str:
     """The figures below each other, under ``title``."""
-    rows = [(title, *HEADER[1:]), *(figure.row() for figure in figures)]
+    rows = [HEADER, *(figure.row() for figure in figures)]
     widths = [max(len(row[column]) for row in rows) for column in range(len(HEADER))]
-    lines = ["  ".join(_padded(cell, width, at) for at, (cell, width) in enumerate(zip(row, widths, strict=True))) for row in rows]
-    return "\n".join((lines[0], "-" * len(lines[0].rstrip()), *(line.rstrip() for line in lines[1:])))
+    lines = [
+        "  ".join(_padded(cell, width, at) for at, (cell, width) in enumerate(zip(row, widths, strict=True)))
+        for row in rows
+    ]
+    return "\n".join((title, *(line.rstrip() for line in lines)))
 
 
 def _padded(cell: str, width: int, column: int) -> str:

@@ -42,5 +42,9 @@ def _disk(folder: Path) -> str:
     queues = [path for path in (block / "queue", block / ".." / "queue") if path.exists()]
     turns = (queues[0] / "rotational").read_text().strip() if queues else ""
     device_name = os.path.basename(os.path.realpath(block)) if queues else ""
-    kind = "virtual disk" if device_name.startswith(("vd", "xvd")) else {"0": "solid state", "1": "rotating"}.get(turns, "")
+    kind = (
+        "virtual disk"
+        if device_name.startswith(("vd", "xvd"))
+        else {"0": "solid state", "1": "rotating"}.get(turns, "")
+    )
     return ", ".join(filter(None, (kinds[0] if kinds else "unknown file system", kind)))

@@ -22,17 +22,17 @@ class RankError(RuntimeError):
     """A rank failed; the text is the end of what it said."""
 
 
-def run_ranks(size: int, function: str, folder: Path, **arguments: Any) -> list[Any]:
+def run_ranks(size: int, function: str, logs: Path, **arguments: Any) -> list[Any]:
     """Call ``module:function(**arguments)`` in ``size`` new processes; their results, in order of rank.
 
-    Logs and results pass through ``folder``. Raises RankError if a rank fails or they take longer than TIME_LIMIT seconds.
+    Logs and results pass through ``logs``. Raises RankError if a rank fails or they take longer than TIME_LIMIT seconds.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    logs.mkdir(parents=True, exist_ok=True)
     ray_folder = tempfile.mkdtemp(prefix="dc-")  # a Ray that somebody else runs on this host must not be joined
     environment = _environment(size, ray_folder)
-    processes = [_start(rank, function, folder, arguments, environment) for rank in range(size)]
+    processes = [_start(rank, function, logs, arguments, environment) for rank in range(size)]
     try:
-        return [_result(rank, process, folder, time.monotonic() + TIME_LIMIT) for rank, process in enumerate(processes)]
+        return [_result(rank, process, logs, time.monotonic() + TIME_LIMIT) for rank, process in enumerate(processes)]
     finally:
         for process in processes:
             _end(process)
@@ -49,6 +49,7 @@ def _environment(size: int, ray_folder: str) -> dict[str, str]:
         "MASTER_PORT": str(_free_port()),
         "OMP_NUM_THREADS": "1",
         "RAY_TMPDIR": ray_folder,
+        "RAY_AUTH_MODE": "token",
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     }
@@ -61,11 +62,11 @@ def _free_port() -> int:
 
 
 def _start(
-    rank: int, function: str, folder: Path, arguments: dict[str, Any], environment: dict[str, str]
+    rank: int, function: str, logs: Path, arguments: dict[str, Any], environment: dict[str, str]
 ) -> subprocess.Popen[bytes]:
-    result = folder / f"rank-{rank}.json"
+    result = logs / f"rank-{rank}.json"
     result.unlink(missing_ok=True)
-    with (folder / f"rank-{rank}.log").open("wb") as log:
+    with (logs / f"rank-{rank}.log").open("wb") as log:
         return subprocess.Popen(
             [sys.executable, __file__, function, json.dumps(arguments), str(result)],
             stdout=log,
@@ -74,13 +75,13 @@ def _start(
         )
 
 
-def _result(rank: int, process: subprocess.Popen[bytes], folder: Path, deadline: float) -> Any:
-    result = folder / f"rank-{rank}.json"
+def _result(rank: int, process: subprocess.Popen[bytes], logs: Path, deadline: float) -> Any:
+    result = logs / f"rank-{rank}.json"
     while not result.exists():
         ended = process.poll() is not None and not result.exists()
         if ended or time.monotonic() > deadline:
             why = f"ended with {process.returncode}" if ended else f"was not done after {TIME_LIMIT:g} s"
-            log = (folder / f"rank-{rank}.log").read_text(errors="replace")
+            log = (logs / f"rank-{rank}.log").read_text(errors="replace")
             raise RankError(f"rank {rank} {why}:\n{log[-3000:]}")
         time.sleep(0.05)
     return json.loads(result.read_text())

@@ -24,8 +24,8 @@ import coordination
 import planning
 from figures import Figure, plain, ratio, table
 from machine import describe_machine
-from rounds import in_all, longest, together
 from ranks import RankError, run_ranks
+from rounds import in_all, longest, together
 
 REPETITIONS = 5
 QUICK_REPETITIONS = 3
@@ -142,7 +142,9 @@ def landing(folder: Path, repetitions: int) -> list[Figure]:
 def coordinator(folder: Path, repetitions: int) -> list[Figure]:
     """The coordinator alone: ranks with 300 tensors each, no Ray; shards are stand-ins, log and index are real."""
     found = {
-        ranks: [coordination.measure(ranks, folder) for _ in range(min(repetitions, 3) if ranks != 1024 else repetitions)]
+        ranks: [
+            coordination.measure(ranks, folder) for _ in range(min(repetitions, 3) if ranks != 1024 else repetitions)
+        ]
         for ranks in coordination.RANKS
     }
     main = found[1024]
@@ -160,7 +162,9 @@ def coordinator(folder: Path, repetitions: int) -> list[Figure]:
             plain(f"{ranks:,} ranks: cold plan and commit", "s", [each.cold_plan + each.commit for each in figures])
             for ranks, figures in found.items()
         ),
-        _growth("growth of seconds with ranks, exponent from 512 to 2,048", found, lambda each: each.cold_plan + each.commit),
+        _growth(
+            "growth of seconds with ranks, exponent from 512 to 2,048", found, lambda each: each.cold_plan + each.commit
+        ),
         _growth("growth of memory with ranks, exponent from 512 to 2,048", found, lambda each: each.memory),
     ]
 
@@ -198,7 +202,9 @@ def main() -> int:
     """Measure what was asked for, print it part by part, and write it to a file if wanted."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path, help="also write all figures and samples to this file")
-    parser.add_argument("--quick", action="store_true", help=f"{QUICK_REPETITIONS} repetitions in place of {REPETITIONS}")
+    parser.add_argument(
+        "--quick", action="store_true", help=f"{QUICK_REPETITIONS} repetitions in place of {REPETITIONS}"
+    )
     parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), metavar="PART", help=", ".join(PARTS))
     args = parser.parse_args()
     repetitions = QUICK_REPETITIONS if args.quick else REPETITIONS
@@ -211,7 +217,10 @@ def main() -> int:
 
 def _measure(parts: Sequence[str], repetitions: int, file: Path | None) -> int:
     about = describe_machine(FOLDER)
-    print("\n".join(f"{name}: {value}" for name, value in about.items()), f"\nrepetitions: {repetitions} after a warm-up\n")
+    print(
+        "\n".join(f"{name}: {value}" for name, value in about.items()),
+        f"\nrepetitions: {repetitions} after a warm-up\n",
+    )
     found: dict[str, list[Figure]] = {}
     failed = False
     for part in parts:
@@ -235,7 +244,10 @@ def _measure(parts: Sequence[str], repetitions: int, file: Path | None) -> int:
 def _sum_up(found: dict[str, list[Figure]]) -> None:
     verdicts = [(part, figure) for part, figures in found.items() for figure in figures if figure.verdict]
     missed = [f"{part}, {figure.name}" for part, figure in verdicts if figure.verdict != "pass"]
-    print(f"{len(verdicts) - len(missed)} of {len(verdicts)} targets met" + "".join(f"\n  missed: {text}" for text in missed))
+    print(
+        f"{len(verdicts) - len(missed)} of {len(verdicts)} targets met"
+        + "".join(f"\n  missed: {text}" for text in missed)
+    )
 
 
 if __name__ == "__main__":

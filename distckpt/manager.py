@@ -340,7 +340,7 @@ class CheckpointManager:
             self._session.ask(lambda run: Leave(run, self._world.rank), 5.0)
         self._session.close()
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> CheckpointManager:
         return self
 
     def __exit__(

@@ -39,9 +39,10 @@ class Child:
 
 @dataclass
 class Children:
-    """Starts processes, each leader of a group of its own; leaving the context ends those that still run."""
+    """Starts processes with that environment, each leader of a group; leaving the context ends those that still run."""
 
     folder: Path
+    environment: dict[str, str]
     started: list[Child] = field(default_factory=list)
 
     def __enter__(self) -> Self:
@@ -59,8 +60,6 @@ class Children:
 
     def start(self, name: str, arguments: list[str]) -> Child:
         """Run Python with these arguments; the output goes to ``<name>.log``."""
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "RAY_USAGE_STATS_ENABLED": "0", "PYTHONUNBUFFERED": "1"}
-        environment.pop("RAY_ADDRESS", None)  # the demo shows that no cluster is needed
         path = self.folder / f"{name}.log"
         with path.open("wb") as log:
             process = subprocess.Popen(
@@ -68,7 +67,7 @@ class Children:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env=environment,
+                env=self.environment,
                 start_new_session=True,
             )
         child = Child(name, process, path)

@@ -1,6 +1,6 @@
 """Follow a training run from outside: evaluate every checkpoint as it is committed. Needs no Ray and no ranks.
 
-    python examples/evaluate.py --directory runs/gpt
+python examples/evaluate.py --directory runs/gpt
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Train a small GPT with FSDP2; stop it at any moment and go on with any number of ranks. How distckpt is used.
 
-    torchrun --nproc-per-node 2 examples/train.py --directory runs/gpt --steps 50
-    torchrun --nproc-per-node 3 examples/train.py --directory runs/gpt --steps 100
-    python examples/train.py --directory runs/gpt --steps 120
+torchrun --nproc-per-node 2 examples/train.py --directory runs/gpt --steps 50
+torchrun --nproc-per-node 3 examples/train.py --directory runs/gpt --steps 100
+python examples/train.py --directory runs/gpt --steps 120
 """
 
 from __future__ import annotations

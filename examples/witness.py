@@ -98,7 +98,9 @@ class Witness:
         tensors = {key: digest(whole(tensor)) for key, tensor in self._tensors()}
         if self._rank == 0:
             name = digests_name(moment, step, self._world)
-            values = {name: getattr(value, "state_dict", lambda value=value: value)() for name, value in self._values.items()}
+            values = {
+                name: getattr(value, "state_dict", lambda value=value: value)() for name, value in self._values.items()
+            }
             Path(self._options.digests, name).write_text(json.dumps({"tensors": tensors, "values": values}))
 
     def _tensors(self) -> Iterator[tuple[str, torch.Tensor]]:

@@ -16,7 +16,6 @@ from distckpt.errors import (
     StoreOutcomeUnknownError,
 )
 from distckpt.storage import MemoryStore, Store
-from distckpt.testing.conformance import MIB, pattern, sections_of
 from distckpt.testing.faulty import (
     Call,
     Fault,
@@ -27,6 +26,7 @@ from distckpt.testing.faulty import (
     faults_of,
     rewritten,
 )
+from distckpt.testing.observing import MIB, pattern, sections_of
 
 
 def faulty(fault: Fault, index: int = 0) -> tuple[FaultyStore, MemoryStore]:

@@ -126,7 +126,8 @@ def test_a_thousand_ranks_take_well_under_a_second() -> None:
     index = decode_index(data, "index.arrow", shard_sizes(receipts))
     decoded = time.process_time()
     assert len(index) == ranks * keys
-    assert index.info("k7") == KeyInfo("k7", '["k7"]', "float32", (7168 * ranks,), 7168 * 4 * ranks, tuple(range(ranks)))
+    everyone = tuple(range(ranks))
+    assert index.info("k7") == KeyInfo("k7", '["k7"]', "float32", (7168 * ranks,), 7168 * 4 * ranks, everyone)
     assert encoded - began < 0.7
     assert decoded - encoded < 0.7
 
@@ -138,12 +139,13 @@ def _large(ranks: int, keys: int) -> tuple[pa.Table, dict[int, Receipt]]:
     names = pa.DictionaryArray.from_arrays(pa.array(key, pa.int32()), [f"k{n}" for n in range(keys)])
     paths = pa.DictionaryArray.from_arrays(pa.array(key, pa.int32()), [f'["k{n}"]' for n in range(keys)])
     boxes = {"shape": elements[key] * ranks, "offset": elements[key] * rank, "length": elements[key]}
+    ends = np.arange(len(key) + 1, dtype=np.int32)
     table = pa.table(
         {
             "key": names.cast(pa.utf8()),
             "path": paths.cast(pa.utf8()),
             "dtype": ["float32"] * len(key),
-            **{name: pa.ListArray.from_arrays(np.arange(len(key) + 1, dtype=np.int32), box) for name, box in boxes.items()},
+            **{name: pa.ListArray.from_arrays(ends, box) for name, box in boxes.items()},
             "rank": rank,
             "nbytes": elements[key] * 4,
         }
@@ -182,7 +184,7 @@ def changed_part(**fields: Any) -> dict[int, Receipt]:
     ("fields", "reason"),
     [
         ({"rows": 3}, "other lengths than its 3 rows"),
-        ({"rows": 1, "positions": int64s(8), "sizes": int64s(0), "block_sizes": int64s(1)}, "2 rows, and the plan gives it 3"),
+        (dict.fromkeys(["positions", "sizes", "block_sizes"], int64s(0)) | {"rows": 1}, "2 rows, and the plan .* 3"),
         ({"sizes": int64s(0, 92)}, "row 4 of the plan: 92 bytes long, and the plan says 96"),
         ({"sizes": int64s(0, -1)}, "row 4 of the plan: its size is out of bounds"),
         ({"sizes": int64s(96, 96)}, "row 3 of the plan: 96 bytes long, and the plan says 0"),
@@ -233,7 +235,7 @@ def test_a_rank_without_a_receipt_is_named() -> None:
     ],
     ids=["order", "null", "dtype", "shapes that differ"],
 )
-def test_a_plan_that_no_reader_would_accept_is_refused_before_it_is_written(spoil: Callable[[pa.Table], pa.Table]) -> None:
+def test_a_plan_that_no_reader_would_accept_is_refused_at_once(spoil: Callable[[pa.Table], pa.Table]) -> None:
     table = plan_table(CHUNKS)
     assert table.schema.names[:4] == ["key", "dtype", "rank", "shape"]
     with pytest.raises(ValueError, match=r"plan|index"):

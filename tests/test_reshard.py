@@ -43,7 +43,8 @@ def replaced(numbers: tuple[int, ...], place: int, number: int) -> tuple[int, ..
 def part_of(length: tuple[int, ...], rng: random.Random) -> Box:
     """Any box inside one of that size; now and then an empty one."""
     low = tuple(rng.randrange(size) for size in length)
-    return low, tuple(rng.randint(0 if rng.random() < 0.1 else 1, size - at) for size, at in zip(length, low, strict=True))
+    least = 0 if rng.random() < 0.1 else 1
+    return low, tuple(rng.randint(least, size - at) for size, at in zip(length, low, strict=True))
 
 
 def slices(box: Box) -> tuple[slice, ...]:
@@ -128,7 +129,9 @@ def test_any_tiling_fills_any_rectangle(shapes: list[list[int]], item: int, cuts
     ]
     index = stored(chunks)
     wanted = [
-        Wanted(key, *part_of(tensor.shape[:-1], rng)) for key, tensor in tensors.items() for _ in range(rng.randint(0, 3))
+        Wanted(key, *part_of(tensor.shape[:-1], rng))
+        for key, tensor in tensors.items()
+        for _ in range(rng.randint(0, 3))
     ]
     transfers = match(index, wanted)
     assert transfers.uncovered == ()

@@ -97,7 +97,7 @@ def test_every_flipped_byte_is_found(flip: int) -> None:
     data = bytearray(seal(ENTRY))
     for position in range(len(data)):
         data[position] ^= flip
-        with pytest.raises(DamagedError, match="^run/ckpt-42/manifest.json: ."):
+        with pytest.raises(DamagedError, match=r"^run/ckpt-42/manifest\.json: ."):
             unseal(bytes(data), Entry, PATH, 1 << 20)
         data[position] ^= flip
 

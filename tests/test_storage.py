@@ -14,8 +14,9 @@ import pytest
 from distckpt.errors import ObjectNotFoundError, StorageError, StoreUnsuitableError
 from distckpt.storage import LocalStore, MemoryStore, ObjectInfo, Store, probe
 from distckpt.storage.memory import StoredObject
-from distckpt.testing.conformance import Outside, StoreConformance
+from distckpt.testing.conformance import StoreConformance
 from distckpt.testing.faulty import FaultyStore
+from distckpt.testing.observing import Outside
 
 
 class Files:

@@ -16,7 +16,7 @@ import pytest
 
 from distckpt.errors import AlreadyExistsError
 from distckpt.storage import LocalStore
-from distckpt.testing.conformance import MIB
+from distckpt.testing.observing import MIB
 
 
 class Event(NamedTuple):

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import json
 import logging
 import os
+import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 from typing import Any, cast
 
 import ray
@@ -24,6 +27,7 @@ logger = logging.getLogger(__name__)
 NAMESPACE = "distckpt"
 LOCAL_OBJECT_STORE_BYTES = 100 << 20
 FOLLOW_SECONDS = 120.0
+CONNECT_SECONDS = 2.0
 
 
 def actor_name(directory: str) -> str:
@@ -77,35 +81,65 @@ def join_cluster(world: World) -> None:
     """
     if world.share is None:
         if not ray.is_initialized():
-            _connect(_running_cluster() or "auto")
+            _connect(os.environ.get("RAY_ADDRESS") or "auto")
         return
     if world.rank == 0 and not ray.is_initialized():
         _connect_or_start()
-    address = world.share(ray.get_runtime_context().gcs_address if world.rank == 0 else "")
+    access = json.loads(world.share(json.dumps(_access()) if world.rank == 0 else ""))
     if not ray.is_initialized():
-        _follow(address, world)
+        _follow(access, world)
+
+
+def _access() -> dict[str, str]:
+    """What another process needs to reach the cluster that this one is connected to.
+
+    Ray turns token authentication on by itself for a cluster that ``ray.init`` starts, in the environment of that
+    process alone, and leaves the token in its home directory, which other hosts may not share.
+    """
+    mode = os.environ.get("RAY_AUTH_MODE", "")
+    token = ""
+    if mode == "token":
+        path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH", Path.home() / ".ray" / "auth_token"))
+        token = os.environ.get("RAY_AUTH_TOKEN") or (path.read_text().strip() if path.is_file() else "")
+    return {"address": ray.get_runtime_context().gcs_address, "mode": mode, "token": token}
+
+
+def _adopt(access: dict[str, str]) -> None:
+    """Authenticate as the process does that has told us."""
+    if access["mode"] and "RAY_AUTH_MODE" not in os.environ:
+        os.environ["RAY_AUTH_MODE"] = access["mode"]
+        if access["token"]:
+            os.environ.setdefault("RAY_AUTH_TOKEN", access["token"])
+        # Ray read its settings when it was imported; this is how its own ray.init makes them follow the environment.
+        ray._raylet.Config.initialize("")
 
 
 def _connect_or_start() -> None:
-    running = _running_cluster()
-    if running is None:
+    given = os.environ.get("RAY_ADDRESS")
+    if not given and not _is_noted_cluster_alive():
         _start_local()
         return
     try:
-        _connect(running)
-    except ConnectionError as error:
-        if os.environ.get("RAY_ADDRESS"):
-            raise CoordinatorUnavailableError(f"no Ray cluster answers at RAY_ADDRESS={running}: {error}") from error
-        logger.warning("the Ray cluster that was started here does not answer any more; starting a local one")
-        _start_local()
+        # "auto" finds the noted one and, unlike its address, the token that goes with it.
+        _connect(given or "auto")
+    except (ConnectionError, RuntimeError) as error:
+        where = given or "the cluster that was started on this host"
+        raise CoordinatorUnavailableError(f"Ray at {where} cannot be joined: {error}") from error
 
 
-def _running_cluster() -> str | None:
-    """The cluster that the user means: RAY_ADDRESS, else the one that ``ray start`` left a note of on this host."""
+def _is_noted_cluster_alive() -> bool:
+    """Whether the cluster that ``ray start`` left a note of on this host answers. ray.init would try it for minutes."""
     from ray._private.utils import read_ray_address  # the note has no public reader but ray.init itself
 
-    address: str | None = os.environ.get("RAY_ADDRESS") or read_ray_address()
-    return address
+    host, _, port = (read_ray_address() or "").rpartition(":")
+    if not host:
+        return False
+    try:
+        socket.create_connection((host, int(port)), CONNECT_SECONDS).close()
+    except (OSError, ValueError):
+        logger.info("the Ray cluster noted at %s:%s does not answer; starting one for this run", host, port)
+        return False
+    return True
 
 
 def _connect(address: str) -> None:
@@ -124,8 +158,10 @@ def _start_local() -> None:
     )
 
 
-def _follow(address: str, world: World) -> None:
+def _follow(access: dict[str, str], world: World) -> None:
     """Connect to rank 0's cluster. A host of its own needs a Ray node first, which its first rank starts."""
+    _adopt(access)
+    address = access["address"]
     deadline = time.monotonic() + FOLLOW_SECONDS
     started = False
     while True:

@@ -184,8 +184,12 @@ def open_session(
     opening = dataclasses.replace(opening, token=token)
     if world.size == 1:
         shell = Shell(store, dataclasses.replace(settings, idle_timeout=None))
-        shell.start()
-        return _opened(Session(LocalLine(shell), opening))
+        try:
+            shell.start()
+            return _opened(Session(LocalLine(shell), opening))
+        except BaseException:
+            shell.close()  # or it would go on claiming the directory that its maker has given up
+            raise
     from distckpt.coordinator.actor import join_cluster
 
     join_cluster(world)

@@ -59,7 +59,7 @@ class Commits:
         round.record = record
 
         def change(state: State) -> State | None:
-            return committed(state, record) if round.outcome is None else None
+            return committed(state, record, round.order + 1) if round.outcome is None else None
 
         def counted(entry: Entry) -> None:
             self._on_committed(round, Committed(record))

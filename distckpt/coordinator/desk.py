@@ -69,8 +69,9 @@ class Identities:
         self._made = 0
 
     def attempt(self, epoch: int) -> str:
-        """The id of a new attempt."""
-        return f"e{epoch}-{self._next('attempt')}"
+        """The id of a new attempt. Ids of one epoch sort by age (``names.attempt_age``)."""
+        unique = self._next("attempt")
+        return f"e{epoch}-{self._made:08x}{unique[:24]}"
 
     def commit(self) -> str:
         """The id of a new log entry."""

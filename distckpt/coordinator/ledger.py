@@ -109,7 +109,7 @@ class Ledger:
         self.whole = damaged == 0
         state = recover(old.state if old is not None else None, self._desk.now)
         if old is not None:
-            state = rolled_forward(state, old, tail.complete)
+            state = rolled_forward(state, old.state, tail.complete)
         # Every unreadable entry may have been a claim.
         epoch = (old.epoch if old is not None else 0) + damaged + 1
         self._fly(self._entry("claim", tail.seq + 1, epoch, state), self._on_lead)

@@ -6,8 +6,8 @@ from collections.abc import Iterable, Iterator
 
 import msgspec
 
-from distckpt.format.log import CheckpointRecord, Entry, State
-from distckpt.format.names import attempt_epoch, checkpoint_folder
+from distckpt.format.log import CheckpointRecord, State
+from distckpt.format.names import attempt_age, checkpoint_folder
 
 Records = tuple[CheckpointRecord, ...]
 
@@ -24,8 +24,9 @@ def find_attempt(state: State, attempt: str) -> CheckpointRecord | None:
 
 
 def newest_first(state: State) -> Records:
-    """What may be restored, best first: active ones against save order, then preserved ones by time."""
-    return (*reversed(state.active), *sorted(state.preserved, key=lambda record: record.time, reverse=True))
+    """What may be restored, best first: active ones against save order, then preserved ones by age, not by clock."""
+    old = sorted(state.preserved, key=lambda record: attempt_age(record.attempt), reverse=True)
+    return (*reversed(state.active), *old)
 
 
 def find_number(state: State, number: int, name: str) -> CheckpointRecord | None:
@@ -39,8 +40,8 @@ def record_path(directory: str, record: CheckpointRecord) -> str:
     return f"{directory}/{checkpoint_folder(record.name, record.number)}"
 
 
-def committed(state: State, record: CheckpointRecord) -> State:
-    """``record`` becomes the newest. An active one of the same name and number makes room for it.
+def committed(state: State, record: CheckpointRecord, saves: int) -> State:
+    """``record`` becomes the newest, the last of ``saves`` saves. An active one of its name and number makes room.
 
     The replaced one retires, unless somebody pinned it: then it is preserved.
     """
@@ -50,29 +51,22 @@ def committed(state: State, record: CheckpointRecord) -> State:
         active=(*(old for old in state.active if old not in same), record),
         preserved=(*state.preserved, *(old for old in same if old.pinned)),
         retiring=(*state.retiring, *(old for old in same if not old.pinned)),
+        saves=saves,
     )
 
 
-def rolled_forward(state: State, newest: Entry, complete: Iterable[CheckpointRecord]) -> State:
-    """Commit what a dead coordinator had sealed but not committed, oldest first.
+def rolled_forward(state: State, newest: State, complete: Iterable[CheckpointRecord]) -> State:
+    """Commit what a dead coordinator had sealed but not committed, in the order in which it had begun.
 
-    ``state`` is what was recovered from ``newest``, the newest entry. One that was passed over, because a later save
-    was committed or another run began, failed for the ranks and does not come back.
+    ``state`` is what was recovered from ``newest``. A save that began before the newest checkpoint was passed over: it
+    failed for the ranks, and does not come back. Clocks have no say in this.
     """
-    known = known_attempts(newest.state)
-    for record in complete:
-        if record.attempt not in known and not _passed_over(newest, record):
-            state = committed(state, record)
+    known = known_attempts(newest)
+    last = attempt_age(newest.active[-1].attempt) if newest.active else (0, "")
+    for record in sorted(complete, key=lambda record: attempt_age(record.attempt)):
+        if record.attempt not in known and attempt_age(record.attempt) > last:
+            state = committed(state, record, state.saves)
     return state
-
-
-def _passed_over(newest: Entry, record: CheckpointRecord) -> bool:
-    if newest.kind == "run" and newest.time >= record.time:
-        return True
-    last = newest.state.active[-1] if newest.state.active else None
-    return (
-        last is not None and attempt_epoch(last.attempt) >= attempt_epoch(record.attempt) and last.time >= record.time
-    )
 
 
 def retired(state: State, active: Records, preserved: Records, retire: Records, last_preserved: float) -> State:

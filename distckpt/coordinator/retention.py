@@ -58,11 +58,12 @@ def recover(state: State | None, now: float) -> State:
     if state is None:
         return State(last_preserved_timestamp=now - _FIRST_SLACK)
     last = min(state.last_preserved_timestamp, now)
-    clamped = [_clamped(record, now) for record in state.active]
+    managed = [record for record in state.active if min(record.time, now) > last]
+    orphans = [record for record in state.active if min(record.time, now) <= last]
     return msgspec.structs.replace(
         state,
-        active=tuple(record for record in clamped if record.time > last),
-        preserved=state.preserved + tuple(record for record in clamped if record.time <= last),
+        active=tuple(_clamped(record, now) for record in managed),
+        preserved=(*state.preserved, *orphans),
         last_preserved_timestamp=last,
     )
 

@@ -21,7 +21,7 @@ class RoundBook:
         self._rounds: dict[int, SaveRound] = {}
         self._attempts: dict[str, SaveRound] = {}
         self._open: dict[int, SaveRound] = {}
-        self._over = -1
+        self._over = 0
 
     def __iter__(self) -> Iterator[SaveRound]:
         """The unfinished rounds, latest order first; safe while rounds end."""
@@ -40,19 +40,20 @@ class RoundBook:
 
     def is_over(self, order: int) -> bool:
         """Whether that save was finished, or overtaken, before what is remembered."""
-        return order <= self._over
+        return order < self._over
 
     def saving(self) -> bool:
         """Whether an unfinished round saves rather than only prepares."""
         return any(round.saves for round in self._open.values())
 
-    def earlier(self, round: SaveRound) -> bool:
-        """Whether an earlier save, which all ranks have joined, is unfinished."""
-        return any(other.order < round.order and other.saves and other.all_joined for other in self._open.values())
+    def must_wait(self, round: SaveRound) -> bool:
+        """Whether another save comes first: an earlier one that all ranks have joined, or one being sealed already."""
+        others = (other for other in self._open.values() if other is not round and other.saves)
+        return any(other.sealing or (other.order < round.order and other.all_joined) for other in others)
 
     def overtaken(self, round: SaveRound) -> list[SaveRound]:
         """Unfinished saves that come before ``round``. No round of theirs, or of its own, can be opened any more."""
-        self._over = max(self._over, round.order)
+        self._over = max(self._over, round.order + 1)
         return [other for other in self if other.order < round.order and other.saves]
 
     def add(self, round: SaveRound) -> None:
@@ -69,14 +70,14 @@ class RoundBook:
         if len(self._rounds) - len(self._open) > REMEMBERED_ROUNDS:
             self._forget_oldest()
 
-    def clear(self) -> None:
-        """Another run begins, which counts its saves from the start. All rounds must have been closed."""
+    def begin(self, saves: int) -> None:
+        """A run begins, or goes on after so many saves. All rounds of another must have been closed."""
         self._rounds.clear()
         self._attempts.clear()
-        self._over = -1
+        self._over = saves
 
     def _forget_oldest(self) -> None:
         order = min(order for order in self._rounds if order not in self._open)
         gone = self._rounds.pop(order)
         del self._attempts[gone.attempt]
-        self._over = max(self._over, order)
+        self._over = max(self._over, order + 1)

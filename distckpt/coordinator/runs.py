@@ -84,7 +84,8 @@ class Runs:
         def change(state: State) -> State:
             number = max(state.run, message.run) + 1
             self._supersede(state.run_token, state.run)
-            return msgspec.structs.replace(recover(state, self._desk.now), run=number, run_token=message.token)
+            fresh = recover(state, self._desk.now)
+            return msgspec.structs.replace(fresh, run=number, run_token=message.token, saves=0)
 
         self._ledger.intend("run", change, lambda entry: self._begun(entry, message))
 

@@ -81,13 +81,13 @@ class Saves:
     def begin_run(self, run: Run) -> None:
         """Serve this run from now on."""
         self._run = run
+        self.book.begin(self._ledger.state.saves)
         self._plans.shrink(run.world_size)
 
     def abandon(self, error: DistckptError) -> None:
-        """End every round of the run with ``error`` and forget what it had: another run begins."""
+        """End every round of the run with ``error``: another run begins."""
         for round in self.book:
             self._fail(round, error)
-        self.book.clear()
 
     def everyone_left(self) -> None:
         """Give up rounds that nobody will finish. Those whose shards have all landed go on."""
@@ -252,7 +252,7 @@ class Saves:
         if round.outcome is None and round.can_plan:
             self._plan(round)
         # Checkpoints are committed in save order, so a fast save waits for an earlier one that all have joined.
-        if round.outcome is None and round.saves and round.all_landed and not self.book.earlier(round):
+        if round.outcome is None and round.saves and round.all_landed and not self.book.must_wait(round):
             self._commits.seal(round, self._current)
 
     def _plan(self, round: SaveRound) -> None:
@@ -294,10 +294,10 @@ class Saves:
             self._fail_rank(round, receipt.rank, f"its shards hold {landed} chunks and the plan gives it {wanted}")
 
     def _committed(self, round: SaveRound, reply: Committed) -> None:
-        self._end(round, reply)
         for other in self.book.overtaken(round):
             reason = "a later save was committed before every rank had joined this one"
             self._fail(other, SaveError(other.number, reason))
+        self._end(round, reply)
         self._on_committed()
 
     def _expire(self, round: SaveRound) -> None:

@@ -231,5 +231,3 @@ class Shell:
         for future in waiting.values():
             if future.set_running_or_notify_cancel():
                 future.set_result(Refused(known))
-        time.sleep(0.2)
-        self._handle(Tick())

@@ -99,6 +99,9 @@ def _check_message(data: bytes, limit: int, kind: int, offset: int, metadata: in
     header_type, header = message.field(1), message.follow(2)
     if header_type is None or header is None or message.number("<B", header_type) != kind:
         raise ValueError("a batch that is not of the kind that the footer says")
+    if message.field(4) is not None:
+        # Where the first Arrow versions said that buffers are compressed; today's still listens to it.
+        raise ValueError("a batch with metadata of its own, which is never written here")
     batch = _Table(data, header)
     if kind == _DICTIONARY:
         inner = batch.follow(1)

@@ -39,7 +39,8 @@ class State(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Everything the log knows. ``active`` is in save order, oldest first; its last element is the newest checkpoint.
 
     ``retiring`` are checkpoints that nobody may open any more and whose objects are being deleted.
-    ``run`` counts incarnations of the job; ``run_token`` names the current one.
+    ``run`` counts incarnations of the job; ``run_token`` names the current one. ``saves`` counts its saves up to the
+    newest that was committed: whatever of them is not committed by then never will be.
     """
 
     active: tuple[CheckpointRecord, ...] = ()
@@ -48,6 +49,7 @@ class State(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     last_preserved_timestamp: float = 0.0
     run: int = 0
     run_token: str = ""
+    saves: int = 0
 
 
 class Entry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -72,7 +74,7 @@ def _problems(entry: Entry) -> Iterator[str]:
     state = entry.state
     if entry.format != FORMAT:
         yield f"format version {entry.format} inside version {FORMAT}"
-    counts = {"seq": entry.seq, "epoch": entry.epoch, "run": state.run}
+    counts = {"seq": entry.seq, "epoch": entry.epoch, "run": state.run, "saves": state.saves}
     for name, count in counts.items():
         if not 0 <= count <= MAX_NUMBER:
             yield f"{name} {count} is out of bounds"

@@ -12,35 +12,21 @@ Other faults, such as a lost acknowledgement, are for ``distckpt.testing.faulty`
 
 from __future__ import annotations
 
-import contextlib
-import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Protocol
 
 import pytest
 
 from distckpt.errors import AlreadyExistsError, DamagedError, ObjectNotFoundError
 from distckpt.storage.interface import Source, Store
 from distckpt.storage.probe import probe
+from distckpt.testing.observing import MIB, MOST, Outside, Watching, pattern, race, sections_of, winners
 
-MIB = 1 << 20
 WRITERS = 16
 ROUNDS = 4
-MOST = 64 * MIB
 
 BAD_PATHS = ["", "/", "/a", "a/", "a//b", ".", "..", "a/../b", "../a", "a/.", ".hidden", "a\\b", "a\0b", "a\nb"]
 BAD_FOLDERS = ["/", "/a", "a/", "a//b", "..", "a/../b", "a\\b", "a\0b"]
-
-
-class Outside(Protocol):
-    """A way to a store's objects that does not lead through the store, so that it cannot agree with its own lies."""
-
-    def read(self, path: str) -> bytes | None:
-        """The object's content, or None if there is no such object."""
-
-    def write(self, path: str, data: bytes) -> None:
-        """Put an object there, as another program would."""
 
 
 class StoreConformance:
@@ -73,10 +59,10 @@ class StoreConformance:
         for number in range(ROUNDS):
             path = f"race/{number}"
             contents = [bytes([writer]) * (256 << 10) + path.encode() for writer in range(WRITERS)]
-            seen, winners = _race(store, path, contents)
-            assert len(winners) == 1, f"{len(winners)} of {WRITERS} writers were told that they had won"
-            assert outside.read(path) == winners[0], "the object is not what its winner wrote"
-            assert seen <= {winners[0]}, "a reader saw something else than what the winner wrote"
+            seen, won = race(store, path, contents)
+            assert len(won) == 1, f"{len(won)} of {WRITERS} writers were told that they had won"
+            assert outside.read(path) == won[0], "the object is not what its winner wrote"
+            assert seen <= {won[0]}, "a reader saw something else than what the winner wrote"
 
     def test_put_unique_of_many_creators_one_wins(self, store: Store, outside: Outside) -> None:
         contents = [bytes([writer]) * MIB for writer in range(WRITERS)]
@@ -84,9 +70,9 @@ class StoreConformance:
         def put(content: bytes) -> None:
             store.put_unique("race/large", MIB, [memoryview(content)])
 
-        winners = _winners(put, contents)
-        assert len(winners) == 1
-        assert outside.read("race/large") == winners[0]
+        won = winners(put, contents)
+        assert len(won) == 1
+        assert outside.read("race/large") == won[0]
 
     @pytest.mark.parametrize("size", [0, 1, MIB - 1, MIB, MIB + 1, 3 * MIB + 4095, 3 * MIB + 4096])
     def test_put_unique_writes_all_sections(self, store: Store, outside: Outside, size: int) -> None:
@@ -157,7 +143,7 @@ class StoreConformance:
     def test_a_reader_sees_one_of_the_replacements_whole(self, store: Store) -> None:
         contents = [bytes([number]) * (64 << 10) for number in range(8)]
         store.replace("checkpoint", contents[0])
-        with _Watching(store, "checkpoint") as seen:
+        with Watching(store, "checkpoint") as seen:
             for content in contents:
                 store.replace("checkpoint", content)
         assert seen <= set(contents)
@@ -330,68 +316,6 @@ class StoreConformance:
 
 class _ProducerFailed(Exception):
     pass
-
-
-class _Watching:
-    """Reads an object over and over in two threads; the set of contents seen is complete after the block."""
-
-    def __init__(self, store: Store, path: str) -> None:
-        self._store = store
-        self._path = path
-        self._done = threading.Event()
-        self._seen: set[bytes] = set()
-        self._pool = ThreadPoolExecutor(2)
-
-    def __enter__(self) -> set[bytes]:
-        self._readers = [self._pool.submit(self._read) for _ in range(2)]
-        return self._seen
-
-    def __exit__(self, *_: object) -> None:
-        self._done.set()
-        self._pool.shutdown()
-        for reader in self._readers:
-            reader.result()
-
-    def _read(self) -> None:
-        while not self._done.is_set():
-            with contextlib.suppress(ObjectNotFoundError):
-                self._seen.add(self._store.read(self._path, MOST))
-            self._done.wait(0.0002)
-
-
-def _race(store: Store, path: str, contents: list[bytes]) -> tuple[set[bytes], list[bytes]]:
-    """What readers saw, and which contents' writers were told that they had won."""
-    with _Watching(store, path) as seen:
-        winners = _winners(lambda content: store.put_if_absent(path, content), contents)
-    return seen, winners
-
-
-def _winners(put: Callable[[bytes], None], contents: list[bytes]) -> list[bytes]:
-    start = threading.Barrier(len(contents))
-
-    def attempt(content: bytes) -> bool:
-        start.wait()
-        try:
-            put(content)
-        except AlreadyExistsError:
-            return False
-        return True
-
-    with ThreadPoolExecutor(len(contents)) as pool:
-        won = list(pool.map(attempt, contents))
-    return [content for content, is_winner in zip(contents, won, strict=True) if is_winner]
-
-
-def pattern(size: int) -> bytes:
-    """Bytes that differ from page to page, so that anything misplaced shows."""
-    words = b"".join(number.to_bytes(8, "little") for number in range(1, 514))
-    return (words * (size // len(words) + 1))[:size]
-
-
-def sections_of(data: bytes, length: int) -> Iterator[memoryview]:
-    """``data`` in sections of ``length`` bytes."""
-    view = memoryview(data)
-    return (view[start : start + length] for start in range(0, len(data), length))
 
 
 def _read_range(source: Source, start: int, length: int) -> bytes:

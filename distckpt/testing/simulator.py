@@ -36,6 +36,7 @@ class Simulation:
         self.coordinators: list[SimulatedCoordinator] = []
         self.ranks: list[Rank] = []
         self.readers: list[Reader] = []
+        self._everyone: list[Rank] = []
         self._calm = False
         self._draw_faults()
         self.world.about_to_append = self._maybe_freeze
@@ -89,6 +90,7 @@ class Simulation:
     def _start_job(self, saves: int = 16) -> None:
         job = self._job(saves)
         self.ranks = [Rank(self.world, self._send, job, rank) for rank in range(job.world_size)]
+        self._everyone += self.ranks
 
     def _trouble(self) -> None:
         if self._calm:
@@ -137,7 +139,8 @@ class Simulation:
         self.world.run(self.world.time + 40.0)
 
     def _come_back(self) -> None:
-        for rank in self.ranks:
+        healthy = any(coordinator.up for coordinator in self.coordinators)
+        for rank in self._everyone:
             rank.kill()
         for coordinator in self.coordinators:
             coordinator.die()
@@ -148,6 +151,8 @@ class Simulation:
         while self.world.time < end and not all(rank.done for rank in self.ranks):
             self.world.run(self.world.time + 1.0)
         lost = [str(error) for rank in self.ranks for error in rank.failed]
+        if not healthy:
+            lost.append("every coordinator stopped, although one must have been the last to claim")
         first = self.ranks[0]
         if not all(rank.done for rank in self.ranks):
             lost.append("the last job did not finish")

@@ -15,8 +15,10 @@ from distckpt.format.shard import Chunk, ShardImage, build_image
 from distckpt.format.values import capacity_for, pad_value
 from distckpt.transfer.arena import Arena
 from distckpt.transfer.filecrc import FileCrc
+from distckpt.transfer.memcopy import MemoryCopier, Move
 
 MAX_SHARD_BYTES = 8 << 30
+MOST_THREADS = 16
 
 
 class StagedCopy:
@@ -105,6 +107,7 @@ class Staging:
         self.shards = tuple(StagedShard(number, part) for number, part in enumerate(parts))
         self._slots = [slot for shard in self.shards for slot in shard.tensor_slots()]
         self._value_slots = [slot for shard in self.shards for slot in shard.value_slots()]
+        self._copier = MemoryCopier(min(torch.get_num_threads(), MOST_THREADS))
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
         self._owner = os.getpid()
 
@@ -136,6 +139,7 @@ class Staging:
         """Let the memory go. Closing twice does no harm."""
         for shard in self.shards:
             shard.close()
+        self._copier.close()
         self._slots, self._value_slots = [], []
 
     def _checked(self, sources: Sequence[torch.Tensor]) -> list[torch.Tensor]:
@@ -156,18 +160,29 @@ class Staging:
     def _copy(self, tensors: list[torch.Tensor]) -> StagedCopy:
         events = []
         with torch.no_grad():
-            for device, chosen in _by_device(tensors):
-                slots = [self._slots[index].memory for index in chosen]
-                sources = [tensors[index] for index in chosen]
+            for device, pairs in _by_device(self._slots, tensors):
                 if device.type == "cuda":
-                    events.append(self._copy_from_gpu(device, slots, sources))
+                    events.append(self._copy_from_gpu(device, pairs))
+                elif device.type == "cpu":
+                    self._copy_from_cpu(pairs)
                 else:
-                    torch._foreach_copy_(slots, sources)
+                    torch._foreach_copy_([slot.memory for slot, _ in pairs], [source for _, source in pairs])
         return StagedCopy(events, tensors if events else ())
 
-    def _copy_from_gpu(
-        self, device: torch.device, slots: list[torch.Tensor], sources: list[torch.Tensor]
-    ) -> torch.cuda.Event:
+    def _copy_from_cpu(self, pairs: Sequence[_Pair]) -> None:
+        moves: list[Move] = []
+        slots, sources = [], []
+        for slot, source in pairs:
+            if _is_plain(source):
+                moves.append((slot.address, source.data_ptr(), slot.nbytes))
+            else:
+                slots.append(slot.memory)
+                sources.append(source)
+        self._copier.copy(moves)
+        if slots:
+            torch._foreach_copy_(slots, sources)
+
+    def _copy_from_gpu(self, device: torch.device, pairs: Sequence[_Pair]) -> torch.cuda.Event:
         for shard in self.shards:
             shard.pin()
         stream = self._streams.get(device)
@@ -175,17 +190,31 @@ class Staging:
             stream = self._streams[device] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(stream):
-            torch._foreach_copy_(slots, sources, non_blocking=True)
+            torch._foreach_copy_([slot.memory for slot, _ in pairs], [source for _, source in pairs], non_blocking=True)
             event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
             event.record(stream)
         return event
 
 
-def _by_device(sources: Iterable[torch.Tensor]) -> Iterable[tuple[torch.device, list[int]]]:
-    found: dict[torch.device, list[int]] = {}
-    for index, source in enumerate(sources):
-        found.setdefault(source.device, []).append(index)
-    return found.items()
+def _by_device(
+    slots: Sequence[_Slot], tensors: Sequence[torch.Tensor]
+) -> Iterable[tuple[torch.device, Sequence[_Pair]]]:
+    found: dict[torch.device, list[_Pair]] = {}
+    for slot, tensor in zip(slots, tensors, strict=True):
+        found.setdefault(tensor.device, []).append((slot, tensor))
+    # GPUs first: they copy while this thread copies what is on CPU.
+    return sorted(found.items(), key=lambda item: item[0].type != "cuda")
+
+
+def _is_plain(source: torch.Tensor) -> bool:
+    """Whether a tensor on CPU is one stretch of memory that reads as it is."""
+    return (
+        type(source) in _PLAIN_TYPES
+        and source.layout is torch.strided
+        and source.is_contiguous()
+        and not source.is_conj()
+        and not source.is_neg()
+    )
 
 
 def _with_capacities(chunks: Sequence[Chunk], values: Sequence[bytes]) -> list[Chunk]:
@@ -216,7 +245,13 @@ class _Slot:
     shape: tuple[int, ...]
     dtype: torch.dtype
     memory: torch.Tensor
+    address: int
+    nbytes: int
     typed: bool
+
+
+_Pair = tuple[_Slot, torch.Tensor]
+_PLAIN_TYPES = (torch.Tensor, torch.nn.Parameter)
 
 
 def _slot(chunk: Chunk, position: int, memory: torch.Tensor) -> _Slot:
@@ -227,7 +262,8 @@ def _slot(chunk: Chunk, position: int, memory: torch.Tensor) -> _Slot:
         raise ValueError(f"{chunk.key}: {chunk.length} elements of {dtype} are not {chunk.nbytes} bytes")
     # Among small chunks a position can be odd. PyTorch's loops assume aligned elements, so such a slot stays bytes.
     typed = position % dtype.itemsize == 0
-    return _Slot(chunk.key, chunk.length, dtype, memory.view(dtype).view(chunk.length) if typed else memory, typed)
+    place = memory.view(dtype).view(chunk.length) if typed else memory
+    return _Slot(chunk.key, chunk.length, dtype, place, memory.data_ptr(), chunk.nbytes, typed)
 
 
 def _as_bytes(source: torch.Tensor) -> torch.Tensor:

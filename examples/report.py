@@ -1,0 +1,119 @@
+"""The end of the demo: a table, the checks, and a picture."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import matplotlib as mpl
+from checks import Check, Reading
+from record import Commit, Record
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+mpl.use("Agg")
+import matplotlib.pyplot as plt  # after the choice of a backend that needs no screen
+
+TWO, THREE, EVALUATION, CRASH = "#1f6fb2", "#12876f", "#d9822b", "#b3261e"
+
+
+def print_table(console: Console, record: Record, whole: dict[str, Reading], partial: dict[str, Reading]) -> None:
+    """A row for each checkpoint that was committed; ``whole`` are those still there, ``partial`` what was evaluated."""
+    table = Table(title="Committed checkpoints", title_justify="left", header_style="bold", pad_edge=False)
+    table.add_column("checkpoint")
+    for name in ("ranks", "size", "stall", "commit", "evaluation loss"):
+        table.add_column(name, justify="right")
+    table.add_column("now")
+    table.add_column("bit for bit the same")
+    for commit in record.commits:
+        evaluation = record.evaluation(commit)
+        table.add_row(
+            commit.name,
+            str(commit.world_size),
+            f"{commit.nbytes / 1e6:.1f} MB",
+            f"{1e3 * record.stall(commit):.0f} ms",
+            f"{1e3 * record.until_commit(commit):.0f} ms",
+            f"{evaluation['loss']:.4f}" if evaluation else "passed over",
+            "kept" if commit.path in whole else "retired",
+            _comparison(whole.get(commit.path), partial[commit.path]),
+        )
+    console.print(table)
+    console.print(
+        "stall: training stood still, slowest rank.  commit: from the call of save to the entry in the log.",
+        style="dim",
+    )
+
+
+def _comparison(whole: Reading | None, partial: Reading) -> Text:
+    reading, what = (whole, "all tensors") if whole is not None else (partial, "the model")
+    if not reading.compared:
+        return Text("not read before it was retired", style="dim")
+    if reading.differing:
+        return Text(f"NO: {len(reading.differing)} of {reading.compared} tensors differ", style="bold red")
+    return Text(f"yes, {what} ({reading.compared})", style="green")
+
+
+def print_checks(console: Console, checks: list[Check]) -> None:
+    """Every claim with what was found."""
+    console.print("\n[bold]Checked[/bold]")
+    for check in checks:
+        mark = Text("  holds   ", style="green") if check.holds else Text("  FAILED  ", style="bold red")
+        console.print(mark, Text(check.claim), Text(f"\n            {check.found}", style="dim"), sep="")
+
+
+def draw(record: Record, crash: int, resumed: Commit, path: Path) -> None:
+    """Training and evaluation loss over steps, with the crash and who trained what, as a PNG."""
+    plt.rcParams.update({"font.size": 11, "axes.spines.top": False, "axes.spines.right": False})
+    figure, axes = plt.subplots(figsize=(10, 5), dpi=120, layout="constrained")
+    last = max(event["step"] for event in record.steps)
+    _shade(axes, crash, resumed, last)
+    for world_size, colour in ((2, TWO), (3, THREE)):
+        events = [event for event in record.steps if event["world_size"] == world_size]
+        steps, losses = [event["step"] for event in events], [event["loss"] for event in events]
+        style = "-" if world_size == 2 else (0, (4, 1.2))
+        axes.plot(steps, losses, color=colour, lw=1.6, ls=style, label=f"training on {world_size} ranks")
+    numbers = [commit.number for commit in record.commits if record.evaluation(commit)]
+    found = [evaluation["loss"] for commit in record.commits if (evaluation := record.evaluation(commit))]
+    axes.plot(numbers, found, "o", color=EVALUATION, ms=8, mec="white", mew=1.2, zorder=5, label="evaluation, held out")
+    _mark_crash(axes, crash, resumed)
+    axes.set(xlabel="step", ylabel="loss, nats a byte", xlim=(0, last + 1))
+    axes.grid(axis="y", color="#dddddd", lw=0.7)
+    axes.set_axisbelow(True)
+    axes.legend(loc="upper right", frameon=True, framealpha=1, edgecolor="#dddddd")
+    axes.set_title("A rank is killed while it saves; training goes on with another number of ranks", loc="left", pad=12)
+    figure.savefig(path)
+    plt.close(figure)
+
+
+def _shade(axes: plt.Axes, crash: int, resumed: Commit, last: int) -> None:
+    axes.axvspan(0, resumed.number, color=TWO, alpha=0.08, lw=0)
+    axes.axvspan(resumed.number, crash, facecolor="#f4e3c8", alpha=0.6, lw=0)
+    axes.axvspan(crash, last + 1, color=THREE, alpha=0.08, lw=0)
+    middle = {"transform": axes.get_xaxis_transform(), "ha": "center", "va": "bottom", "fontsize": 10}
+    axes.text(resumed.number / 2, 0.02, "2 ranks", color=TWO, **middle)
+    axes.text((resumed.number + crash) / 2, 0.02, "lost,\nthen trained\nagain", color="#8a6a2f", **middle)
+    axes.text((crash + last) / 2, 0.02, "3 ranks", color=THREE, **middle)
+
+
+def _mark_crash(axes: plt.Axes, crash: int, resumed: Commit) -> None:
+    axes.axvline(crash, color=CRASH, lw=1.6)
+    top = axes.get_ylim()[1]
+    axes.annotate(
+        f"rank 1 killed\nwhile saving ckpt-{crash}",
+        (crash, top),
+        (6, -4),
+        textcoords="offset points",
+        va="top",
+        color=CRASH,
+    )
+    height = top - 0.2 * (top - axes.get_ylim()[0])
+    axes.annotate("", (resumed.number, height), (crash, height), arrowprops={"arrowstyle": "-|>", "color": CRASH})
+    axes.annotate(
+        f"resumed from\n{resumed.name}",
+        (resumed.number, height),
+        (-4, 0),
+        textcoords="offset points",
+        ha="right",
+        va="center",
+        color=CRASH,
+    )
