@@ -11,8 +11,8 @@ from witness import digest
 
 import distckpt
 
-LOSS_TOLERANCE = 0.01
-"""Sums over 2 and over 3 ranks are rounded differently, and training makes the differences grow."""
+LOSS_TOLERANCE = 1e-3
+"""Sums over 2 and over 3 ranks are rounded differently, and training makes the differences grow a little."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,6 @@ Every claim that is printed has been checked; a check that fails ends the demo w
 from __future__ import annotations
 
 import os
-import secrets
 import shutil
 import signal
 import sys
@@ -98,7 +97,14 @@ class Demo:
             MofNCompleteColumn(),
             TextColumn("{task.fields[loss]}"),
         )
-        with Progress(*columns, TimeElapsedColumn(), console=self.console, transient=True) as progress:
+        bars = Progress(
+            *columns,
+            TimeElapsedColumn(),
+            console=self.console,
+            transient=True,
+            disable=not self.console.is_terminal,
+        )
+        with bars as progress:
             bar = progress.add_task(title, total=STEPS, loss="starting")
             deadline = time.monotonic() + PHASE_SECONDS
             ended = False
@@ -115,10 +121,11 @@ class Demo:
     def show(self, news: dict[str, Any] | Commit) -> None:
         """Tell of a commit, an evaluation or a start; steps are shown by the bar."""
         if isinstance(news, Commit):
+            loss = next(event["loss"] for event in reversed(self.record.steps) if event["step"] == news.number)
             times = (
                 f"stall {1e3 * self.record.stall(news):.0f} ms, commit {1e3 * self.record.until_commit(news):.0f} ms"
             )
-            self.say(f"[green]{news.name} committed[/green]  {news.world_size} ranks, {times}")
+            self.say(f"[green]{news.name} committed[/green]  {news.world_size} ranks, loss {loss:.3f}, {times}")
         elif "checkpoint" in news:
             name = news["checkpoint"].rpartition("/")[2]
             self.say(f"[yellow]{name} evaluated[/yellow]  held-out loss {news['loss']:.4f}")
@@ -200,7 +207,7 @@ def main() -> int:
     record = Record(OUTPUT, str(OUTPUT / "checkpoints"))
     try:
         # Short, because Ray puts sockets there. With a folder of its own it finds no cluster that runs here already.
-        with tempfile.TemporaryDirectory(prefix="dc-") as ray, Children(OUTPUT, environment(ray)) as children:
+        with tempfile.TemporaryDirectory(prefix="demo-") as ray, Children(OUTPUT, environment(ray)) as children:
             demo = Demo(console, children, record)
             checks = run(demo)
     except DemoError as error:
@@ -217,8 +224,8 @@ def main() -> int:
 def environment(ray_folder: str) -> dict[str, str]:
     """For the children: one thread each, and a Ray that is nobody else's."""
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-    ray = {"RAY_TMPDIR": ray_folder, "RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "token"}
-    return {**inherited, **ray, "RAY_AUTH_TOKEN": secrets.token_hex(32), "OMP_NUM_THREADS": "1"}
+    ray = {"RAY_TMPDIR": ray_folder, "RAY_USAGE_STATS_ENABLED": "0"}
+    return {**inherited, **ray, "OMP_NUM_THREADS": "1"}
 
 
 def conclude(demo: Demo, checks: list[Check]) -> int:

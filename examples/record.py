@@ -106,7 +106,10 @@ class Record:
                 yield json.loads(line)
 
     def _new_commits(self) -> Iterator[Commit]:
-        state = distckpt.get_checkpoint_state(self.directory)
+        try:
+            state = distckpt.get_checkpoint_state(self.directory)
+        except ValueError:
+            return  # the first checkpoint has yet to come
         if state is None:
             return
         known = {commit.path for commit in self.commits}

@@ -7,6 +7,7 @@ from pathlib import Path
 import matplotlib as mpl
 from checks import Check, Reading
 from record import Commit, Record
+from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -19,7 +20,9 @@ TWO, THREE, EVALUATION, CRASH = "#1f6fb2", "#12876f", "#d9822b", "#b3261e"
 
 def print_table(console: Console, record: Record, whole: dict[str, Reading], partial: dict[str, Reading]) -> None:
     """A row for each checkpoint that was committed; ``whole`` are those still there, ``partial`` what was evaluated."""
-    table = Table(title="Committed checkpoints", title_justify="left", header_style="bold", pad_edge=False)
+    table = Table(
+        title="Committed checkpoints", title_justify="left", header_style="bold", box=box.SIMPLE_HEAD, pad_edge=False
+    )
     table.add_column("checkpoint")
     for name in ("ranks", "size", "stall", "commit", "evaluation loss"):
         table.add_column(name, justify="right")
@@ -67,16 +70,17 @@ def draw(record: Record, crash: int, resumed: Commit, path: Path) -> None:
     figure, axes = plt.subplots(figsize=(10, 5), dpi=120, layout="constrained")
     last = max(event["step"] for event in record.steps)
     _shade(axes, crash, resumed, last)
-    for world_size, colour in ((2, TWO), (3, THREE)):
-        events = [event for event in record.steps if event["world_size"] == world_size]
-        steps, losses = [event["step"] for event in events], [event["loss"] for event in events]
-        style = "-" if world_size == 2 else (0, (4, 1.2))
-        axes.plot(steps, losses, color=colour, lw=1.6, ls=style, label=f"training on {world_size} ranks")
+    two, three = _losses(record, 2), _losses(record, 3)
+    axes.plot(*two, color=TWO, lw=1.7, label="training on 2 ranks")
+    again = [step for step in two[0] if step > resumed.number]
+    axes.plot(again, two[1][-len(again) :], color=TWO, lw=7, alpha=0.3, solid_capstyle="round")
+    axes.plot(*three, color=THREE, lw=1.7, label="training on 3 ranks")
     numbers = [commit.number for commit in record.commits if record.evaluation(commit)]
     found = [evaluation["loss"] for commit in record.commits if (evaluation := record.evaluation(commit))]
     axes.plot(numbers, found, "o", color=EVALUATION, ms=8, mec="white", mew=1.2, zorder=5, label="evaluation, held out")
+    highest = max(event["loss"] for event in record.steps)
+    axes.set(xlabel="step", ylabel="loss, nats a byte", xlim=(0, last + 1), ylim=(1.5, highest + 0.2))
     _mark_crash(axes, crash, resumed)
-    axes.set(xlabel="step", ylabel="loss, nats a byte", xlim=(0, last + 1))
     axes.grid(axis="y", color="#dddddd", lw=0.7)
     axes.set_axisbelow(True)
     axes.legend(loc="upper right", frameon=True, framealpha=1, edgecolor="#dddddd")
@@ -85,14 +89,26 @@ def draw(record: Record, crash: int, resumed: Commit, path: Path) -> None:
     plt.close(figure)
 
 
+def _losses(record: Record, world_size: int) -> tuple[list[int], list[float]]:
+    """Steps and losses of the run on that many ranks."""
+    events = [event for event in record.steps if event["world_size"] == world_size]
+    return [event["step"] for event in events], [event["loss"] for event in events]
+
+
 def _shade(axes: plt.Axes, crash: int, resumed: Commit, last: int) -> None:
     axes.axvspan(0, resumed.number, color=TWO, alpha=0.08, lw=0)
     axes.axvspan(resumed.number, crash, facecolor="#f4e3c8", alpha=0.6, lw=0)
     axes.axvspan(crash, last + 1, color=THREE, alpha=0.08, lw=0)
-    middle = {"transform": axes.get_xaxis_transform(), "ha": "center", "va": "bottom", "fontsize": 10}
-    axes.text(resumed.number / 2, 0.02, "2 ranks", color=TWO, **middle)
-    axes.text((resumed.number + crash) / 2, 0.02, "lost,\nthen trained\nagain", color="#8a6a2f", **middle)
-    axes.text((crash + last) / 2, 0.02, "3 ranks", color=THREE, **middle)
+    middle = {
+        "transform": axes.get_xaxis_transform(),
+        "ha": "center",
+        "va": "bottom",
+        "fontsize": 10,
+        "linespacing": 1.25,
+    }
+    axes.text(resumed.number / 2, 0.025, "2 ranks", color=TWO, **middle)
+    axes.text((resumed.number + crash) / 2, 0.025, "lost, then\ntrained again", color="#8a6a2f", **middle)
+    axes.text((crash + last) / 2, 0.025, "3 ranks", color=THREE, **middle)
 
 
 def _mark_crash(axes: plt.Axes, crash: int, resumed: Commit) -> None:

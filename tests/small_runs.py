@@ -143,6 +143,21 @@ def files(directory: PathLike) -> dict[str, bytes]:
     return {str(path.relative_to(root)): path.read_bytes() for path in root.rglob("*") if path.is_file()}
 
 
+def leftovers(directory: PathLike) -> set[str]:
+    """Files that nothing refers to: neither the log, nor a checkpoint that it knows."""
+    state = read_tail(LocalStore(directory)).state
+    known = [*state.active, *state.preserved, *state.retiring]
+    folders = tuple(f"{names.attempt_folder(record.name, record.number, record.attempt)}/" for record in known)
+    found = files(directory)
+    return {
+        path
+        for path in found
+        if path != names.STATE_FILE
+        and not (path.startswith(folders) and not Path(path).name.startswith("."))
+        and not (path.startswith(f"{names.LOG}/") and names.entry_seq(path) is not None)
+    }
+
+
 def on_disk(directory: PathLike) -> list[int]:
     """Numbers of the checkpoints that have any file left, ascending."""
     return sorted({int(path.parts[0].rpartition("-")[2]) for path in _checkpoint_files(Path(directory))})

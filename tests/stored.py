@@ -89,9 +89,7 @@ def shard_file(chunks: Sequence[Chunk]) -> tuple[bytes, list[int]]:
         for first in range(0, len(chunks), 2):
             some = chunks[first : first + 2]
             names = SCHEMA.names[:5]
-            columns = [
-                pa.array([getattr(chunk, name) for chunk in some], SCHEMA.field(name).type) for name in names
-            ]
+            columns = [pa.array([getattr(chunk, name) for chunk in some], SCHEMA.field(name).type) for name in names]
             crcs = pa.array([chunk.running[-1] for chunk in some], pa.uint32())
             data = pa.array([chunk.data for chunk in some], pa.large_binary())
             writer.write_batch(pa.record_batch([*columns, crcs, data], schema=SCHEMA))

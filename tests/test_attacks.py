@@ -106,6 +106,7 @@ NESTED = {
     "lists": b'{"format":1,"shards":' + b"[" * 100_000,
     "objects": b'{"format":1,"shards":' + b'{"a":' * 100_000,
     "behind a quote": b'{"format":1,"name":"\\\\\\"[[","shards":' + b"[" * 100_000,
+    "behind a backslash": b'{"format":1,"name":"\\\\","shards":' + b"[" * 100_000,
     "in an unknown field": b'{"format":1,"x":' + b"[" * 100_000 + b"]" * 100_000 + b"}",
     "before the version": b'{"x":' + b"[" * 100_000 + b"]" * 100_000 + b',"format":1}',
     "just too deep": b'{"format":1,"x":' + b"[" * 16 + b"]" * 16 + b"}",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import re
 import shutil
@@ -22,7 +23,7 @@ from distckpt.errors import CommitUnknownError, DistckptError, StorageError
 from distckpt.storage import LocalStore
 from distckpt.testing.faulty import Call, Fault, FaultOn, FaultyStore, Operation, faults_of, rewritten
 from tests.crashing import Crashing
-from tests.small_runs import Trainer, assert_loads, assert_sound_log, holds, mount, mounting, numbers, run
+from tests.small_runs import Trainer, assert_loads, assert_sound_log, holds, leftovers, mount, mounting, numbers, run
 
 pytestmark = pytest.mark.timeout(240)
 
@@ -241,49 +242,100 @@ def crashing() -> Iterator[Crashing]:
     made.close()
 
 
-def _die_everywhere(crashing: Crashing, template: Path, tmp_path: Path, count: str, stride: int) -> list[list[int]]:
-    """Kill a run that saves 2 at every so-manieth moment; after each, the next run finds all in order.
+@dataclass(frozen=True)
+class Aftermath:
+    """A process was killed at ``moment``: how many checkpoints there were then, and when the next run had begun.
 
-    The numbers that the next run found committed, before it had saved anything, for each moment.
+    ``leftovers`` are the files that nothing refers to, after that run and long after the death.
     """
+
+    moment: int
+    before: int
+    after: int
+    leftovers: tuple[str, ...]
+
+
+def _die(crashing: Crashing, directory: Path, count: str, moment: int) -> Aftermath:
+    """Kill a run that saves 2 at that moment. The next run finds all in order."""
+    ended = crashing.run(directory, [2], count, moment, max_to_keep=KEEP)
+    assert ended.signal in (signal.SIGKILL, 0), ended
+    before = numbers(directory)
+    assert before in ([1], [1, 2])
+    assert not ended.said or before == [1, 2], f"moment {moment}: acknowledged, and not there"
+    for number in before:
+        assert_loads(directory / f"ckpt-{number}", number)
+    _age(directory, hours=3)
+    with Trainer(directory, max_to_keep=KEEP) as trainer:
+        after = numbers(directory)
+        assert after[: len(before)] == before
+        assert trainer.manager.restore_or_initialize() == f"{directory}/ckpt-{after[-1]}"
+        assert holds(trainer.checkpoint.state, after[-1])
+        trainer.saved(9)
+    for number in (after[-1], 9):
+        assert_loads(directory / f"ckpt-{number}", number)
+    assert_sound_log(directory)
+    return Aftermath(moment, len(before), len(after), tuple(sorted(leftovers(directory))))
+
+
+def _age(directory: Path, hours: float) -> None:
+    """Make every file look as if it had not been touched for so long."""
+    then = time.time() - 3600 * hours
+    for path in directory.rglob("*"):
+        os.utime(path, (then, then))
+
+
+def _die_at(
+    crashing: Crashing, template: Path, tmp_path: Path, count: str, chosen: Callable[[int], Sequence[int]]
+) -> list[Aftermath]:
     quiet = crashing.run(copied(template, tmp_path, "quiet"), [2], count, max_to_keep=KEEP)
-    assert quiet.signal == 0
-    assert quiet.said == [2]
+    assert (quiet.signal, quiet.said) == (0, [2])
     found = []
-    for at in range(0, quiet.moments, stride):
-        directory = copied(template, tmp_path, f"{at}")
-        ended = crashing.run(directory, [2], count, at, max_to_keep=KEEP)
-        assert ended.signal in (signal.SIGKILL, 0), ended
-        before = numbers(directory)
-        assert before in ([1], [1, 2])
-        if ended.said:
-            assert before == [1, 2], f"moment {at}: acknowledged, and not there"
-        for number in before:
-            assert_loads(directory / f"ckpt-{number}", number)
-        with Trainer(directory, max_to_keep=KEEP) as trainer:
-            after = numbers(directory)
-            assert after[: len(before)] == before
-            assert trainer.manager.restore_or_initialize() == f"{directory}/ckpt-{after[-1]}"
-            assert holds(trainer.checkpoint.state, after[-1])
-            trainer.saved(9)
-        for number in (after[-1], 9):
-            assert_loads(directory / f"ckpt-{number}", number)
-        assert_sound_log(directory)
-        found.append([len(before), len(after)])
+    for moment in chosen(quiet.moments):
+        directory = copied(template, tmp_path, f"{count}-{moment}")
+        found.append(_die(crashing, directory, count, moment))
         shutil.rmtree(directory)
     return found
 
 
-def test_killed_at_every_store_call(crashing: Crashing, template: Path, tmp_path: Path) -> None:
-    found = _die_everywhere(crashing, template, tmp_path, "calls", 1)
-    assert [1, 1] in found  # nothing of it was left
-    assert [1, 2] in found  # its manifest was complete and its commit entry missing: rolled forward
-    assert [2, 2] in found  # committed
+@pytest.fixture(scope="module")
+def killed_at_calls(crashing: Crashing, template: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Aftermath]:
+    """Killed at every store call, but few of the probe's."""
+    return _die_at(crashing, template, tmp_path_factory.mktemp("calls"), "calls", lambda all: [3, 9, *range(17, all)])
 
 
-def test_killed_between_system_calls(crashing: Crashing, template: Path, tmp_path: Path) -> None:
-    found = _die_everywhere(crashing, template, tmp_path, "system", 3)
-    assert {tuple(one) for one in found} >= {(1, 1), (2, 2)}
+@pytest.fixture(scope="module")
+def killed_at_system_calls(
+    crashing: Crashing, template: Path, tmp_path_factory: pytest.TempPathFactory
+) -> list[Aftermath]:
+    """Killed between the system calls of which the store's calls are made; some of them, others each time."""
+    seed = random.SystemRandom().randrange(1 << 32)
+    print(f"seed {seed}")
+    dice = random.Random(seed)
+    return _die_at(
+        crashing,
+        template,
+        tmp_path_factory.mktemp("system"),
+        "system",
+        lambda all: sorted({*dice.sample(range(all), 16), *dice.sample(range(all // 2, all), 8)}),
+    )
+
+
+def test_killed_at_every_store_call(killed_at_calls: list[Aftermath]) -> None:
+    found = {(one.before, one.after) for one in killed_at_calls}
+    assert (1, 1) in found  # nothing of it was left
+    assert (1, 2) in found  # its manifest was complete and its commit entry missing: rolled forward
+    assert (2, 2) in found  # committed
+
+
+def test_killed_between_system_calls(killed_at_system_calls: list[Aftermath]) -> None:
+    assert {(one.before, one.after) for one in killed_at_system_calls} >= {(1, 1), (2, 2)}
+
+
+def test_leftovers_of_killed_runs_are_collected(
+    killed_at_calls: list[Aftermath], killed_at_system_calls: list[Aftermath]
+) -> None:
+    left = [one for one in (*killed_at_calls, *killed_at_system_calls) if one.leftovers]
+    assert not left, "\n".join(map(str, left))
 
 
 def test_a_manager_that_could_not_start_leaves_nothing_running(template: Path, tmp_path: Path) -> None:

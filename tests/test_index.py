@@ -291,5 +291,7 @@ def test_shard_sizes_are_held_against_the_rows() -> None:
     decode_index(encoded(), "index.arrow", sizes)
     with pytest.raises(DamagedError, match="key 'cursor@1': row 5: its shard is not one of the checkpoint's"):
         decode_index(encoded(), "index.arrow", {shard: size for shard, size in sizes.items() if shard != (1, 3)})
+    with pytest.raises(DamagedError, match="key 'empty': row 3: its shard is not one of the checkpoint's"):
+        decode_index(encoded(), "index.arrow", {shard: size for shard, size in sizes.items() if shard != (1, 0)})
     with pytest.raises(DamagedError, match="key 'cursor@1': row 5: its bytes lie outside its shard"):
         decode_index(encoded(), "index.arrow", {**sizes, (1, 3): 10})

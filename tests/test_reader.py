@@ -6,6 +6,8 @@ import math
 import os
 import random
 import threading
+import time
+import tracemalloc
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -163,15 +165,22 @@ def test_columns_take_each_block_once(tmp_path: Path) -> None:
         assert stats.bytes_read == (900 // 64 + 1 - 100 // 64) * 64 * 2048
 
 
-def test_columns_of_a_stack_of_large_matrices_need_little_memory() -> None:
+@pytest.mark.parametrize("rows", [90, 500])
+def test_columns_of_a_stack_of_large_matrices_need_little_memory(rows: int) -> None:
     """One index of dimension 0 is larger than a piece: it goes through memory piece by piece all the same."""
-    tensor = np.frombuffer(big(3, 3 * 500 * 40 * 4), np.uint8).reshape(3, 500, 40, 4)
-    chunk = Chunk("w", tensor.tobytes(), "float32", (3, 500, 40), (0, 0, 0), (3, 500, 40))
+    tensor = np.frombuffer(big(3, 3 * 512 * 2048 * 4), np.uint8).reshape(3, 512, 2048, 4)
+    chunk = Chunk("w", tensor.tobytes(), "float32", (3, 512, 2048), (0, 0, 0), (3, 512, 2048))
     store = MemoryStore()
     index = stored([chunk], store)
-    found, stats = read(store, index, [Wanted("w", (1, 3, 5), (2, 490, 30))], pace=replace(LOCAL, piece=4096))
-    assert found == [tensor[1:, 3:493, 5:35].tobytes()]
+    tracemalloc.start()
+    try:
+        found, stats = read(store, index, [Wanted("w", (1, 3, 5), (2, rows, 30))], pace=replace(LOCAL, piece=1 << 16))
+        most = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert found == [tensor[1:, 3 : 3 + rows, 5:35].tobytes()]
     assert stats.bytes_read == len(chunk.data)
+    assert most < 3 << 20
 
 
 def test_hundreds_of_small_tensors_are_read_together(tmp_path: Path) -> None:
@@ -381,6 +390,31 @@ def test_a_store_that_fails_is_not_damage_and_every_shard_is_closed(tmp_path: Pa
         read(store, index, [Wanted(chunk.key, (0,), chunk.length) for chunk in chunks], threads)
     assert store.sources
     assert all(source.closed == 1 for source in store.sources)
+
+
+class SlowStore(WatchedStore):
+    """Each request to it takes a while."""
+
+    def open(self, path: str) -> Source:
+        source = SlowSource(LocalStore.open(self, path), path)
+        self.sources.append(source)
+        return source
+
+
+class SlowSource(WatchedSource):
+    def read_into(self, position: int, target: memoryview) -> None:
+        time.sleep(0.01)
+        super().read_into(position, target)
+
+
+def test_one_thread_that_finds_damage_stops_the_others(tmp_path: Path) -> None:
+    chunks = [whole(f"t{n}", big(n, 100), rank=n) for n in range(60)]
+    store = SlowStore(tmp_path)
+    index = stored(chunks, store)
+    store.delete("a/00001-0.arrow")
+    with pytest.raises(DamagedError, match="the shard is missing"):
+        read(store, index, [Wanted(chunk.key, (0,), (100,)) for chunk in chunks], threads=2)
+    assert len(store.requests) < 30
 
 
 def test_shards_are_not_all_open_at_once(tmp_path: Path) -> None:

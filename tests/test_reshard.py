@@ -221,10 +221,20 @@ def test_nothing_wanted_and_nothing_stored() -> None:
     assert match(stored([]), [Wanted("w", (0,), (1,))]).uncovered == (0,)
 
 
-def test_only_the_blocks_of_wanted_rows_are_touched_in_a_stack_of_matrices() -> None:
-    """Experts stacked in one tensor: some rows of each are wanted, and what lies between is not read."""
-    experts = Chunk("w", bytes(4 * 64 * 16), "uint8", (4, 64, 16), (0, 0, 0), (4, 64, 16), block=64)
-    transfers = match(stored([experts]), [Wanted("w", (0, 8, 0), (4, 8, 16))])
-    assert transfers.chunk_start.tolist() == [8 * 16 + expert * 1024 for expert in range(4)]
-    assert transfers.nbytes.tolist() == [128] * 4
+@pytest.mark.parametrize(
+    ("block", "rows"),
+    [(64, 8), (48, 8), (64, 62)],
+    ids=["whole blocks between", "blocks that end anywhere", "each matrix ends with a block"],
+)
+def test_a_stack_of_matrices_is_taken_apart_at_its_blocks(block: int, rows: int) -> None:
+    """Experts stacked in one tensor, some rows of each wanted: what lies between is not read, or can be shared out."""
+    experts = Chunk("w", bytes(4 * 64 * 16), "uint8", (4, 64, 16), (0, 0, 0), (4, 64, 16), block=block)
+    transfers = match(stored([experts]), [Wanted("w", (0, 1, 0), (4, rows, 16))])
+    assert transfers.chunk_start.tolist() == [16 + expert * 1024 for expert in range(4)]
+    assert transfers.nbytes.tolist() == [rows * 16] * 4
     assert transfers.direct.all()
+
+
+def test_what_blocks_do_not_part_stays_together() -> None:
+    experts = Chunk("w", bytes(4 * 64 * 16), "uint8", (4, 64, 16), (0, 0, 0), (4, 64, 16), block=2048)
+    assert len(match(stored([experts]), [Wanted("w", (0, 1, 0), (4, 8, 16))])) == 1

@@ -192,6 +192,7 @@ SHARD = MANIFEST.shards[0]
         ({"format": 2}, "format version 2"),
         ({"time": float("inf")}, "time"),
         ({"index_size": -1}, "index size"),
+        ({"index_size": 1 << 40}, "index size"),
         ({"index_crc32c": 1 << 32}, "index size"),
         ({"shards": (SHARD, SHARD)}, "listed twice or out of order"),
         ({"shards": MANIFEST.shards[::-1]}, "listed twice or out of order"),

@@ -163,6 +163,7 @@ def test_an_impossible_chunk_is_refused():
 # ---- blocks -------------------------------------------------------------------------------------------------------
 
 
+@settings(deadline=None)
 @given(st.integers(1, 100_000), st.integers(1, 40 * MIB))
 def test_blocks_are_few_not_tiny_and_made_of_whole_rows(rows, row_nbytes):
     nbytes = rows * row_nbytes
@@ -216,7 +217,7 @@ def small_file():
 SMALL, ROWS = small_file()
 
 
-@settings(max_examples=300)
+@settings(max_examples=300, deadline=None)
 @given(st.integers(0, len(SMALL) - 1), st.integers(1, 255))
 def test_a_changed_byte_never_yields_another_payload(at, change):
     data = bytearray(SMALL)

@@ -7,7 +7,7 @@ from collections import OrderedDict
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distckpt.errors import DamagedError, EncodeError
@@ -130,6 +130,7 @@ steps = st.one_of(
 )
 
 
+@settings(deadline=None)
 @given(st.lists(steps, max_size=8).map(tuple))
 def test_every_path_comes_back_from_its_text(path):
     decoded = decode_path(encode_path(path), "index")
@@ -150,6 +151,7 @@ trees = st.recursive(
 )
 
 
+@settings(deadline=None)
 @given(trees)
 def test_a_tree_goes_back_together_from_its_leaves_in_any_order_of_texts(tree):
     try:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distckpt.errors import DamagedError, EncodeError
@@ -114,7 +114,9 @@ atoms = st.one_of(
     numpy_scalars,
 )
 hashables = st.recursive(
-    atoms, lambda inner: st.one_of(st.lists(inner, max_size=4).map(tuple), st.frozensets(inner, max_size=4)), max_leaves=6
+    atoms,
+    lambda inner: st.one_of(st.lists(inner, max_size=4).map(tuple), st.frozensets(inner, max_size=4)),
+    max_leaves=6,
 )
 values = st.recursive(
     hashables,
@@ -129,6 +131,7 @@ values = st.recursive(
 )
 
 
+@settings(deadline=None)
 @given(values, st.integers(0, 40))
 def test_every_value_comes_back_exactly_whatever_the_padding(value, blanks):
     data = encode_value(value, "key")
@@ -335,12 +338,14 @@ def test_anything_else_is_damage_named_with_path_and_key(data):
     assert caught.value.key == "model.x"
 
 
+@settings(deadline=None)
 @given(st.binary())
 def test_arbitrary_bytes_are_decoded_or_damaged(data):
     with contextlib.suppress(DamagedError):
         decode_value(data, "shard", "key")
 
 
+@settings(deadline=None)
 @given(st.binary(max_size=300), st.integers(0, 600))
 def test_padding_adds_blanks_or_says_that_it_cannot(data, capacity):
     if capacity < len(data):

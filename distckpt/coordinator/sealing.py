@@ -103,17 +103,15 @@ def _put(store: Store, action: Seal, path: str, data: bytes) -> None:
 def read_log_tail(store: Store) -> TailRead:
     """Where the log stands, and the checkpoints that only lack their commit entry.
 
-    When the newest entries are damaged, the one before them is used: its epoch is raised by their number, since each
-    may have been a claim, and checkpoints that it lists but that have no manifest any more move to ``retiring``.
+    When the newest entries are damaged, the one before them is used, and checkpoints that it lists but that have no
+    manifest any more move to ``retiring``: one of the lost entries may have retired them.
     """
     tail = read_tail(store)
     if tail.entry is None:
         return TailRead(tail.seq, None)
     entry = tail.entry
     if tail.damaged:
-        entry = msgspec.structs.replace(
-            entry, epoch=entry.epoch + len(tail.damaged), state=_without_vanished(store, entry.state)
-        )
+        entry = msgspec.structs.replace(entry, state=_without_vanished(store, entry.state))
     complete = sorted(_complete(store, tail.entry), key=lambda record: (record.time, record.number))
     return TailRead(tail.seq, entry, tuple(complete))
 

@@ -26,9 +26,7 @@ from distckpt.format.index_checks import (
     check_overlaps,
 )
 from distckpt.format.index_encoding import FORMAT, FORMAT_FIELD, SCHEMA, RankRows, encode_rows, sizes_of
-from distckpt.format.limits import MAX_DIMENSIONS, shown
-
-MAX_INDEX_BYTES = 2 << 30
+from distckpt.format.limits import MAX_DIMENSIONS, MAX_INDEX_BYTES, shown
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +116,8 @@ def encode_index(
     say more.
     """
     data = encode_rows(plan_table, receipts, number, hosts or {})
+    if len(data) > MAX_INDEX_BYTES:
+        raise ValueError(f"an index of {len(data)} bytes is more than {MAX_INDEX_BYTES}")
     try:
         decode_index(data, "the index", sizes_of(receipts))
     except DamagedError as error:

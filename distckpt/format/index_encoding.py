@@ -188,9 +188,7 @@ def _wrong_sizes(table: pa.Table, rows: Places) -> Iterator[Finding]:
 
 def _blocks(shards: Sequence[tuple[int, ShardRows]], rows: Places, blame: _Blame) -> Blocks:
     starts = np.zeros(len(rows.size) + 1, dtype=np.int64)
-    counts = block_counts(rows)
-    # Clipped so that sums of absurd counts cannot wrap round and look right.
-    np.cumsum(np.minimum(counts, MAX_BLOCKS), out=starts[1:])
+    np.cumsum(block_counts(rows), out=starts[1:])
     row = 0
     for rank, shard in shards:
         expected = int(starts[row + shard.rows] - starts[row])

@@ -8,7 +8,15 @@ from collections.abc import Iterator
 import msgspec
 
 from distckpt.errors import DamagedError
-from distckpt.format.limits import MAX_BYTES, MAX_CRC32C, MAX_NUMBER, MAX_SHARDS_OF_RANK, MAX_WORLD, shown
+from distckpt.format.limits import (
+    MAX_BYTES,
+    MAX_CRC32C,
+    MAX_INDEX_BYTES,
+    MAX_NUMBER,
+    MAX_SHARDS_OF_RANK,
+    MAX_WORLD,
+    shown,
+)
 from distckpt.format.names import is_attempt, is_name
 
 FORMAT = 1
@@ -58,7 +66,7 @@ def _problems(manifest: Manifest) -> Iterator[str]:
         yield f"number {manifest.number} or epoch {manifest.epoch} is out of bounds"
     if not math.isfinite(manifest.time):
         yield "its time is not a number"
-    if not (0 <= manifest.index_size <= MAX_BYTES and 0 <= manifest.index_crc32c <= MAX_CRC32C):
+    if not (0 <= manifest.index_size <= MAX_INDEX_BYTES and 0 <= manifest.index_crc32c <= MAX_CRC32C):
         yield f"index size {manifest.index_size} or CRC32C {manifest.index_crc32c} is out of bounds"
     yield from _shard_problems(manifest.shards, manifest.world_size)
 
