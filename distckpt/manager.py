@@ -12,7 +12,6 @@ from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Any, Literal
 
-
 from distckpt.checkpoint import Checkpoint
 from distckpt.collecting import Collector, optimizers_of
 from distckpt.coordinator.client import Session, open_session

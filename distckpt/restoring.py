@@ -12,7 +12,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_
 
 from distckpt.checkpoint import SAVE_COUNTER, Checkpoint, LoadStatus, PerRank
 from distckpt.collecting import is_array, is_stateful, model_tree, optimizer_tree
-from distckpt.errors import MismatchError, ResizeError
+from distckpt.errors import DamagedError, MismatchError, ResizeError
 from distckpt.format.index import Index
 from distckpt.format.tree import DictStep, KeyStep, Path, RankStep, Step, decode_path, flatten, key_of, unflatten
 from distckpt.reading import read_tensors, read_values
@@ -196,7 +196,7 @@ def _prepare_tree(filling: _Filling, prefix: Path, tree: Any) -> Callable[[Mappi
 
     def replacement(values: Mapping[str, Any]) -> Any:
         leaves = {**{key: current[key] for key in in_place}, **others(values)}
-        fresh = unflatten([(filling.saved[key][len(prefix) :], leaves[key]) for key in saved])
+        fresh = _tree(filling, [(filling.saved[key][len(prefix) :], leaves[key]) for key in saved])
         return _merged(tree, fresh)
 
     return replacement
@@ -263,9 +263,16 @@ def _rebuild(
 
     def make(values: Mapping[str, Any]) -> Any:
         found = leaves(values)
-        return unflatten([(saved[key][len(prefix) :], found[key]) for key in saved])
+        return _tree(filling, [(saved[key][len(prefix) :], found[key]) for key in saved])
 
     return make
+
+
+def _tree(filling: _Filling, leaves: list[tuple[Path, Any]]) -> Any:
+    try:
+        return unflatten(leaves)
+    except ValueError as error:
+        raise DamagedError(filling.where.path, f"the paths of its keys make no tree: {error}") from error
 
 
 def _rebuild_leaves(

@@ -117,4 +117,6 @@ class Record:
             if path not in known:
                 manifest = distckpt.open(path).manifest
                 nbytes = sum(shard.size for shard in manifest.shards)
-                yield Commit(path, manifest.number, time, manifest.world_size, nbytes)
+                commit = Commit(path, manifest.number, time, manifest.world_size, nbytes)
+                if len(self._savings_of(commit)) == commit.world_size:  # else it was faster than its ranks' events
+                    yield commit

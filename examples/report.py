@@ -107,7 +107,7 @@ def _shade(axes: plt.Axes, crash: int, resumed: Commit, last: int) -> None:
         "linespacing": 1.25,
     }
     axes.text(resumed.number / 2, 0.025, "2 ranks", color=TWO, **middle)
-    axes.text((resumed.number + crash) / 2, 0.025, "lost, then\ntrained again", color="#8a6a2f", **middle)
+    axes.text((resumed.number + crash) / 2, 0.025, "lost,\nthen trained\nagain", color="#8a6a2f", **middle)
     axes.text((crash + last) / 2, 0.025, "3 ranks", color=THREE, **middle)
 
 

@@ -38,6 +38,8 @@ class Options:
 def train(options: Options) -> None:
     """Train up to step ``options.steps``, from the newest good checkpoint on if there is one. All ranks call it."""
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    if options.batch % world_size:
+        raise ValueError(f"{world_size} ranks cannot share batches of {options.batch} samples evenly")
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     model, optimizer, scheduler = build(device)
     shape = Shape()

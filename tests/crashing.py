@@ -1,12 +1,16 @@
-"""Processes that are killed by SIGKILL at a chosen moment of a save: a warm one forks them, so each costs little.
+"""Processes that do harm to themselves: a warm process forks them, so that none has to import torch again.
 
-``python -m tests.crashing`` reads one JSON line for each, and answers with one.
+``python -m tests.crashing`` reads one JSON line for each request, and answers with one.
 """
 
 from __future__ import annotations
 
+import atexit
+import functools
+import gc
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -20,20 +24,24 @@ from typing import Any
 ROOT = Path(__file__).parent.parent
 
 SYSTEM_CALLS = ("link", "unlink", "fsync", "replace", "mkdir", "rmdir", "pwrite", "open")
-"""What the local store is made of; ``open`` creates files."""
+"""What the local store is made of; ``open`` counts if it creates a file."""
+
+Say = Callable[[Any], None]
+
+
+# ---- asking for processes -------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Ended:
-    """How a process ended. ``signal`` is 0 for one that lived to its end; ``moments`` it has counted, ``said`` by it."""
+    """How a process ended: ``signal`` is 0 unless one killed it; ``said`` is what it said before."""
 
     signal: int
-    moments: int
     said: list[Any]
 
 
-class Crashing:
-    """A warm process that forks one that will die, at a time."""
+class Warm:
+    """A process that has imported everything, and forks."""
 
     def __init__(self) -> None:
         self._process = subprocess.Popen(
@@ -45,27 +53,44 @@ class Crashing:
             env={**os.environ, "OMP_NUM_THREADS": "1"},
         )
 
-    def run(
-        self, directory: Path, numbers: Sequence[int], count: str, at: int | None = None, **options: Any
-    ) -> Ended:
-        """Save ``numbers`` in a new process that dies before store call, or system call, number ``at``.
+    def start(self, function: Callable[..., object], **arguments: Any) -> int:
+        """Have a new process call ``function(say, **arguments)``, a function of this module; its number."""
+        return int(self._ask({"function": function.__name__, "arguments": arguments}))
 
-        ``count`` is "calls" of the store, "system" calls, or "acknowledged" saves. None: it lives.
-        """
-        asked = {"directory": str(directory), "numbers": list(numbers), "count": count, "at": at, "options": options}
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        self._process.stdin.write(json.dumps(asked) + "\n")
-        self._process.stdin.flush()
-        return Ended(**json.loads(self._process.stdout.readline()))
+    def end(self, number: int) -> Ended:
+        """Wait for the end of a process that was started."""
+        return Ended(**self._ask({"end": number}))
+
+    def run(self, function: Callable[..., object], **arguments: Any) -> Ended:
+        """Both."""
+        return self.end(self.start(function, **arguments))
 
     def close(self) -> None:
-        """End the warm process."""
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        self._process.stdin.close()
+        """End it."""
+        stdin, stdout = self._pipes()
+        stdin.close()
         self._process.wait(30)
-        self._process.stdout.close()
+        stdout.close()
+
+    def _ask(self, request: dict[str, Any]) -> Any:
+        stdin, stdout = self._pipes()
+        stdin.write(json.dumps(request) + "\n")
+        stdin.flush()
+        return json.loads(stdout.readline())
+
+    def _pipes(self) -> Any:
+        return self._process.stdin, self._process.stdout
+
+
+@functools.cache
+def warm() -> Warm:
+    """The one that all tests of this process share."""
+    made = Warm()
+    atexit.register(made.close)
+    return made
+
+
+# ---- what they do ---------------------------------------------------------------------------------------------------
 
 
 class Death:
@@ -84,12 +109,36 @@ class Death:
             self.moments += 1
 
     def fault(self, call: object) -> None:
-        """A store call, to a FaultyStore's script."""
+        """A call of a FaultyStore passes."""
         self.pass_by()
 
 
+def save_and_die(
+    say: Say, directory: str, numbers: Sequence[int], count: str, at: int | None, **options: Any
+) -> None:
+    """Save ``numbers``, saying each; die before store call ("calls") or system call ("system") number ``at``.
+
+    Or right after that many saves were acknowledged ("saves"). None: live, and say last how many moments there were.
+    """
+    from distckpt.storage import LocalStore
+    from distckpt.testing.faulty import FaultyStore
+    from tests.small_runs import Trainer, mount, mounting
+
+    death = Death(at)
+    store = FaultyStore(LocalStore(directory), death if count == "calls" else None)  # type: ignore[arg-type]
+    with mounting(), _system_calls(death if count == "system" else Death(None)):
+        with Trainer(mount(store), **options) as trainer:
+            trainer.manager.restore_or_initialize()
+            for number in numbers:
+                trainer.saved(number)
+                say(number)
+                if count == "saves":
+                    death.pass_by()
+    say(death.moments)
+
+
 @contextmanager
-def counting_system_calls(death: Death) -> Iterator[None]:
+def _system_calls(death: Death) -> Iterator[None]:
     """Each of SYSTEM_CALLS that this process makes is a moment, which passes before it is made."""
     kept = {name: getattr(os, name) for name in SYSTEM_CALLS}
     for name, call in kept.items():
@@ -110,60 +159,86 @@ def _counted(name: str, call: Callable[..., Any], death: Death) -> Callable[...,
     return counted
 
 
+def save_below_a_limit(say: Say, directory: str, limit: int) -> None:
+    """Save 1, then 2 while no file may have more than ``limit`` bytes, then 3; says what became of the last two."""
+    from tests.small_runs import Trainer
+
+    with Trainer(directory) as trainer:
+        trainer.saved(1)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+        error = trainer.save(2).exception(30)
+        say(f"{type(error).__name__} {error}")
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        say(trainer.saved(3))
+
+
+def save_against_others(say: Say, directory: str, first: int) -> None:
+    """Three times over make a manager and save eight times, unless another takes over; says (number, what came of it)."""
+    from distckpt.errors import DistckptError
+    from tests.small_runs import Trainer
+
+    for turn in range(3):
+        try:
+            with Trainer(directory, max_to_keep=3) as trainer:
+                trainer.manager.restore_or_initialize()
+                for number in range(first + 10 * turn, first + 10 * turn + 8):
+                    error = trainer.save(number).exception(60)
+                    say([number, "saved" if error is None else type(error).__name__])
+                    if error is not None:
+                        break
+        except DistckptError as error:
+            say([-1, type(error).__name__])
+
+
+# ---- the warm process -----------------------------------------------------------------------------------------------
+
+
 def _serve() -> None:
     import torch  # noqa: F401 - what takes long is imported once
 
     import distckpt.manager  # noqa: F401
+    import distckpt.testing.faulty  # noqa: F401
     import tests.small_runs  # noqa: F401
 
+    gc.collect()
+    gc.freeze()  # a collection in a child would touch, and so copy, all of this process's memory
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
+    children: dict[int, int] = {}
     for line in sys.stdin:
-        asked = json.loads(line)
-        assert threading.active_count() == 1
-        reading, writing = os.pipe()
-        child = os.fork()
-        if child == 0:
-            os.close(reading)
-            _child(asked, writing)
-        os.close(writing)
-        with os.fdopen(reading) as pipe:
-            said = [json.loads(text) for text in pipe]
-        _, status = os.waitpid(child, 0)
-        moments = [one["moments"] for one in said if "moments" in one]
-        ended = {
-            "signal": os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0,
-            "moments": moments[-1] if moments else -1,
-            "said": [one["said"] for one in said if "said" in one],
-        }
-        answers.write(json.dumps(ended) + "\n")
+        request = json.loads(line)
+        answer = _end(children, request["end"]) if "end" in request else _fork(children, request)
+        answers.write(json.dumps(answer) + "\n")
         answers.flush()
 
 
-def _child(asked: dict[str, Any], pipe: int) -> None:
-    from distckpt.storage import LocalStore
-    from distckpt.testing.faulty import FaultyStore
-    from tests.small_runs import Trainer, mount, mounting
+def _fork(children: dict[int, int], request: dict[str, Any]) -> int:
+    assert threading.active_count() == 1
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        _live(request, writing)
+    os.close(writing)
+    children[child] = reading
+    return child
 
-    def say(what: dict[str, Any]) -> None:
+
+def _live(request: dict[str, Any], pipe: int) -> None:
+    def say(what: Any) -> None:
         os.write(pipe, json.dumps(what).encode() + b"\n")
 
-    death = Death(asked["at"])
-    store = FaultyStore(LocalStore(asked["directory"]), death if asked["count"] == "calls" else None)
     try:
-        with mounting(), counting_system_calls(death if asked["count"] == "system" else Death(None)):
-            with Trainer(mount(store), **asked["options"]) as trainer:
-                trainer.manager.restore_or_initialize()
-                for number in asked["numbers"]:
-                    trainer.saved(number)
-                    say({"said": number})
-                    if asked["count"] == "acknowledged":
-                        death.pass_by()
-        say({"moments": death.moments})
+        globals()[request["function"]](say, **request["arguments"])
     except BaseException as error:  # noqa: BLE001 - a child must never run on into the code of its parent
-        say({"said": f"{type(error).__name__}: {error}"})
-        os._exit(1)
+        say(f"{type(error).__name__}: {error}")
     os._exit(0)
+
+
+def _end(children: dict[int, int], child: int) -> dict[str, Any]:
+    with os.fdopen(children.pop(child)) as pipe:
+        said = [json.loads(line) for line in pipe]
+    _, status = os.waitpid(child, 0)
+    return {"signal": os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0, "said": said}
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
+import time
 import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -139,8 +140,7 @@ def attempt_folder(directory: PathLike, number: int) -> Path:
 
 def files(directory: PathLike) -> dict[str, bytes]:
     """Every file below a folder, hidden ones too."""
-    root = Path(directory)
-    return {str(path.relative_to(root)): path.read_bytes() for path in root.rglob("*") if path.is_file()}
+    return _files_that_stay(directory)
 
 
 def leftovers(directory: PathLike) -> set[str]:
@@ -156,6 +156,24 @@ def leftovers(directory: PathLike) -> set[str]:
         and not (path.startswith(folders) and not Path(path).name.startswith("."))
         and not (path.startswith(f"{names.LOG}/") and names.entry_seq(path) is not None)
     }
+
+
+def settled(directory: PathLike) -> dict[str, bytes]:
+    """Every file, once nothing has changed for a while: a save is answered before all that follows from it is done."""
+    before, now = None, _files_that_stay(directory)
+    while before != now:
+        time.sleep(0.3)
+        before, now = now, _files_that_stay(directory)
+    return now
+
+
+def _files_that_stay(directory: PathLike) -> dict[str, bytes]:
+    found = {}
+    for path in Path(directory).rglob("*"):
+        with contextlib.suppress(FileNotFoundError):
+            if path.is_file():
+                found[str(path.relative_to(directory))] = path.read_bytes()
+    return found
 
 
 def on_disk(directory: PathLike) -> list[int]:

@@ -10,9 +10,10 @@ import crc32c
 import numpy as np
 import pyarrow as pa
 
-from distckpt.coordinator.messages import Receipt, ShardReceipt
+from distckpt.coordinator.messages import Receipt
 from distckpt.format.index import Index, decode_index, encode_index
 from distckpt.format.names import shard_name
+from distckpt.format.receipt import ShardReceipt
 from distckpt.storage import Store
 
 SCHEMA = pa.schema(

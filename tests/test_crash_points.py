@@ -21,8 +21,8 @@ import pytest
 from distckpt.coordinator import client, ledger
 from distckpt.errors import CommitUnknownError, DistckptError, StorageError
 from distckpt.storage import LocalStore
-from distckpt.testing.faulty import Call, Fault, FaultOn, FaultyStore, Operation, faults_of, rewritten
-from tests.crashing import Crashing
+from distckpt.testing.faulty import Call, Fault, FaultyStore, Operation, faults_of, rewritten
+from tests.crashing import Ended, save_and_die, warm
 from tests.small_runs import Trainer, assert_loads, assert_sound_log, holds, leftovers, mount, mounting, numbers, run
 
 pytestmark = pytest.mark.timeout(240)
@@ -235,13 +235,6 @@ def test_cut_off_from_every_call_on(template: Path, places: list[Place], tmp_pat
 # ---- the process is killed --------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def crashing() -> Iterator[Crashing]:
-    made = Crashing()
-    yield made
-    made.close()
-
-
 @dataclass(frozen=True)
 class Aftermath:
     """A process was killed at ``moment``: how many checkpoints there were then, and when the next run had begun.
@@ -255,9 +248,9 @@ class Aftermath:
     leftovers: tuple[str, ...]
 
 
-def _die(crashing: Crashing, directory: Path, count: str, moment: int) -> Aftermath:
+def _die(directory: Path, count: str, moment: int) -> Aftermath:
     """Kill a run that saves 2 at that moment. The next run finds all in order."""
-    ended = crashing.run(directory, [2], count, moment, max_to_keep=KEEP)
+    ended = _saving(directory, count, moment)
     assert ended.signal in (signal.SIGKILL, 0), ended
     before = numbers(directory)
     assert before in ([1], [1, 2])
@@ -284,35 +277,40 @@ def _age(directory: Path, hours: float) -> None:
         os.utime(path, (then, then))
 
 
+def _saving(directory: Path, count: str, moment: int | None) -> Ended:
+    return warm().run(
+        save_and_die, directory=str(directory), numbers=[2], count=count, at=moment, max_to_keep=KEEP
+    )
+
+
 def _die_at(
-    crashing: Crashing, template: Path, tmp_path: Path, count: str, chosen: Callable[[int], Sequence[int]]
+    template: Path, tmp_path: Path, count: str, chosen: Callable[[int], Sequence[int]]
 ) -> list[Aftermath]:
-    quiet = crashing.run(copied(template, tmp_path, "quiet"), [2], count, max_to_keep=KEEP)
-    assert (quiet.signal, quiet.said) == (0, [2])
+    quiet = _saving(copied(template, tmp_path, "quiet"), count, None)
+    assert quiet.signal == 0
+    number, moments = quiet.said
+    assert number == 2
     found = []
-    for moment in chosen(quiet.moments):
+    for moment in chosen(moments):
         directory = copied(template, tmp_path, f"{count}-{moment}")
-        found.append(_die(crashing, directory, count, moment))
+        found.append(_die(directory, count, moment))
         shutil.rmtree(directory)
     return found
 
 
 @pytest.fixture(scope="module")
-def killed_at_calls(crashing: Crashing, template: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Aftermath]:
+def killed_at_calls(template: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Aftermath]:
     """Killed at every store call, but few of the probe's."""
-    return _die_at(crashing, template, tmp_path_factory.mktemp("calls"), "calls", lambda all: [3, 9, *range(17, all)])
+    return _die_at(template, tmp_path_factory.mktemp("calls"), "calls", lambda all: [3, 9, *range(17, all)])
 
 
 @pytest.fixture(scope="module")
-def killed_at_system_calls(
-    crashing: Crashing, template: Path, tmp_path_factory: pytest.TempPathFactory
-) -> list[Aftermath]:
+def killed_at_system_calls(template: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Aftermath]:
     """Killed between the system calls of which the store's calls are made; some of them, others each time."""
     seed = random.SystemRandom().randrange(1 << 32)
     print(f"seed {seed}")
     dice = random.Random(seed)
     return _die_at(
-        crashing,
         template,
         tmp_path_factory.mktemp("system"),
         "system",
@@ -338,13 +336,21 @@ def test_leftovers_of_killed_runs_are_collected(
     assert not left, "\n".join(map(str, left))
 
 
+class _UnreadableLog:
+    """No entry of the log can be read, time after time."""
+
+    def fault(self, call: Call) -> Fault | None:
+        """The fault."""
+        return Fault.BEFORE if call.operation == "read" and call.path.startswith("_log/") else None
+
+
 def test_a_manager_that_could_not_start_leaves_nothing_running(template: Path, tmp_path: Path) -> None:
-    directory = copied(template, tmp_path, "run")
-    store = FaultyStore(LocalStore(directory), FaultOn("read", Fault.BEFORE, "_log/"))
+    store = FaultyStore(LocalStore(copied(template, tmp_path, "run")), _UnreadableLog())
     before = set(threading.enumerate())
     with pytest.raises(StorageError, match="scripted"):
         Trainer(mount(store))
     left = [thread.name for thread in threading.enumerate() if thread not in before and thread.is_alive()]
+    store.heal()
     with Trainer(mount(store)) as trainer:
         time.sleep(0.5)  # a coordinator that was left behind would have begun by now
         trainer.saved(2)

@@ -12,10 +12,11 @@ import pyarrow as pa
 import pytest
 import torch
 
-from distckpt.coordinator.messages import Receipt, ShardReceipt
+from distckpt.coordinator.messages import Receipt
 from distckpt.errors import DamagedError, RankFailedError, UnsupportedFormatError
 from distckpt.format.dtypes import ITEM_SIZES, VALUE, is_dtype
 from distckpt.format.index import Index, KeyInfo, decode_index, encode_index
+from distckpt.format.receipt import ShardReceipt
 from tests.stored import Chunk, plan_table, shard_sizes, stored, value, whole, write
 
 HALF = bytes(range(96))

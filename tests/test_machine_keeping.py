@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import cast
 
 from distckpt.coordinator.actions import (
+    Append,
     CollectGarbage,
     Delete,
     Deleted,

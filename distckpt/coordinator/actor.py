@@ -111,7 +111,9 @@ def _adopt(access: dict[str, str]) -> None:
         if access["token"]:
             os.environ.setdefault("RAY_AUTH_TOKEN", access["token"])
         # Ray read its settings when it was imported; this is how its own ray.init makes them follow the environment.
-        ray._raylet.Config.initialize("")
+        from ray._raylet import Config
+
+        Config.initialize("")
 
 
 def _connect_or_start() -> None:

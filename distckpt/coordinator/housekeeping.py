@@ -11,7 +11,7 @@ from distckpt.format import names
 from distckpt.format.lease import MAX_LEASE_BYTES, Lease
 from distckpt.format.log import CheckpointRecord
 from distckpt.format.sealed import unseal
-from distckpt.storage import Store
+from distckpt.storage import PROBES, Store, SupportsSweep
 
 logger = logging.getLogger(__name__)
 
@@ -72,7 +72,15 @@ def collect_garbage(store: Store, action: CollectGarbage, min_age: float) -> int
                 logger.info("collecting the unfinished attempt %s/%s", folder, attempt)
                 _delete_attempt(store, f"{folder}/{attempt}")
                 gone += 1
-    return gone
+    return gone + _sweep(store, min_age)
+
+
+def _sweep(store: Store, min_age: float) -> int:
+    """What killed processes left beside the attempts: probes, and temporary files."""
+    old = [info for info in list(store.list(PROBES)) if info.modified < time.time() - min_age]
+    for info in old:
+        store.delete(info.path)
+    return len(old) + (store.sweep(min_age) if isinstance(store, SupportsSweep) else 0)
 
 
 def _is_garbage(attempt: str, action: CollectGarbage) -> bool:

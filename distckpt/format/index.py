@@ -24,6 +24,7 @@ from distckpt.format.index_checks import (
     check_boxes,
     check_inside,
     check_overlaps,
+    check_wholes,
 )
 from distckpt.format.index_encoding import FORMAT, FORMAT_FIELD, SCHEMA, RankRows, encode_rows, sizes_of
 from distckpt.format.limits import MAX_DIMENSIONS, MAX_INDEX_BYTES, shown
@@ -147,6 +148,7 @@ def _findings(
     rows = Places(index.rank, index.shard, index.position, index.size, index.block)
     yield check_bounds(rows)
     yield check_boxes(boxes, rows.size)
+    yield check_wholes(key, boxes, rows.size)
     yield check_blocks(rows, Blocks(index.starts, index.blocks), crc32c)
     yield check_overlaps(rows)
     if shard_sizes is not None:

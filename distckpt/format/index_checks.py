@@ -80,6 +80,17 @@ def check_bounds(rows: Places) -> Iterator[Finding]:
     yield from _first((rows.block < 1) | (rows.block > MAX_BYTES), "its block size is out of bounds")
 
 
+def check_wholes(key: Ints, boxes: Boxes, size: Ints) -> Iterator[Finding]:
+    """The chunks of every tensor have as many bytes as the tensor: nobody makes room for more than there is."""
+    stored = np.zeros(int(key.max(initial=-1)) + 1, dtype=np.int64)
+    np.add.at(stored, key, size)
+    about = boxes.shape.astype(np.float64).prod(axis=1) * boxes.item
+    exact = boxes.shape.prod(axis=1, dtype=np.int64) * boxes.item
+    wrong = (about > MAX_BYTES) | (exact != stored[key])
+    yield from _first((boxes.item > 0) & wrong, "the chunks of its tensor are not as many bytes as the tensor")
+
+
+
 def check_blocks(rows: Places, blocks: Blocks, crc32c: Crcs) -> Iterator[Finding]:
     """Every row has as many blocks as its size asks for, and the last running value is the row's own CRC32C."""
     yield from _first(np.diff(blocks.starts) != block_counts(rows), "its number of blocks is wrong")

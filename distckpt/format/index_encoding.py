@@ -22,6 +22,7 @@ from distckpt.format.index_checks import (
     check_inside,
     check_overlaps,
 )
+from distckpt.format.receipt import ShardReceipt
 
 FORMAT = 1
 FORMAT_FIELD = b"distckpt.format"
@@ -50,43 +51,11 @@ SCHEMA = pa.schema(
 )
 
 
-class ShardRows(Protocol):
-    """What a rank says of one shard that has landed; arrays as little endian bytes, one element a row."""
-
-    @property
-    def shard(self) -> int:
-        """Its number."""
-
-    @property
-    def size(self) -> int:
-        """Bytes of the whole shard."""
-
-    @property
-    def rows(self) -> int:
-        """How many rows it has."""
-
-    @property
-    def positions(self) -> bytes:
-        """int64."""
-
-    @property
-    def sizes(self) -> bytes:
-        """int64."""
-
-    @property
-    def block_sizes(self) -> bytes:
-        """int64."""
-
-    @property
-    def blocks(self) -> bytes:
-        """uint32 running CRC32C at each block end."""
-
-
 class RankRows(Protocol):
-    """What a rank says of all its shards."""
+    """What a rank says of all its shards: a Receipt."""
 
     @property
-    def shards(self) -> Sequence[ShardRows]:
+    def shards(self) -> Sequence[ShardReceipt]:
         """Together their rows are those assigned to the rank, in order of shard."""
 
 
@@ -129,13 +98,13 @@ def sizes_of(receipts: Mapping[int, RankRows]) -> dict[tuple[int, int], int]:
     return {(rank, shard.shard): shard.size for rank, shard in _in_order(receipts)}
 
 
-def _in_order(receipts: Mapping[int, RankRows]) -> Iterator[tuple[int, ShardRows]]:
+def _in_order(receipts: Mapping[int, RankRows]) -> Iterator[tuple[int, ShardReceipt]]:
     for rank in sorted(receipts):
         for shard in sorted(receipts[rank].shards, key=lambda shard: shard.shard):
             yield rank, shard
 
 
-def _places(shards: Sequence[tuple[int, ShardRows]], blame: _Blame) -> Places:
+def _places(shards: Sequence[tuple[int, ShardReceipt]], blame: _Blame) -> Places:
     last = (-1, -1)
     for rank, shard in shards:
         if not len(shard.positions) == len(shard.sizes) == len(shard.block_sizes) == 8 * shard.rows:
@@ -186,7 +155,7 @@ def _wrong_sizes(table: pa.Table, rows: Places) -> Iterator[Finding]:
         yield Finding(row, f"{rows.size[row]} bytes long, and the plan says {_numbers(table, 'nbytes')[row]}")
 
 
-def _blocks(shards: Sequence[tuple[int, ShardRows]], rows: Places, blame: _Blame) -> Blocks:
+def _blocks(shards: Sequence[tuple[int, ShardReceipt]], rows: Places, blame: _Blame) -> Blocks:
     starts = np.zeros(len(rows.size) + 1, dtype=np.int64)
     np.cumsum(block_counts(rows), out=starts[1:])
     row = 0

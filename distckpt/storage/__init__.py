@@ -1,17 +1,20 @@
 """Stores: where objects are kept, and what is asked of the place."""
 
-from distckpt.storage.interface import ObjectInfo, Source, Store
+from distckpt.storage.interface import ObjectInfo, Source, Store, SupportsSweep
 from distckpt.storage.local import LocalStore
 from distckpt.storage.location import canonical, join, open_store, split_path
 from distckpt.storage.memory import MemoryStore
+from distckpt.storage.probe import FOLDER as PROBES
 from distckpt.storage.probe import probe
 
 __all__ = [
+    "PROBES",
     "LocalStore",
     "MemoryStore",
     "ObjectInfo",
     "Source",
     "Store",
+    "SupportsSweep",
     "canonical",
     "join",
     "open_store",

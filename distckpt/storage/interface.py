@@ -81,3 +81,11 @@ class Store(Protocol):
 
     def delete(self, path: str) -> None:
         """Remove an object; no error if it is gone already."""
+
+
+@runtime_checkable
+class SupportsSweep(Protocol):
+    """A store whose killed writers leave things behind that no listing shows."""
+
+    def sweep(self, min_age: float) -> int:
+        """Remove what killed writers left and nobody has touched for ``min_age`` seconds; how many things went."""

@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import re
 import stat
+import time
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -22,6 +24,7 @@ _NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
 _EXISTING = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK  # O_NONBLOCK: a planted FIFO must not hang the reader
 _READ_BYTES = 1 << 30
 _FOLDER_TRIES = 16
+_TEMPORARY = re.compile(r"\.[0-9a-f]{32}\.tmp")
 
 
 class LocalStore:
@@ -118,6 +121,17 @@ class LocalStore:
     def folders(self, folder: str) -> Iterator[str]:
         """Names of the folders directly below ``folder``."""
         return iter(self._scan(folder_parts(folder)).folders)
+
+    def sweep(self, min_age: float) -> int:
+        """Remove temporary files of writers that were killed, and the folders that only they kept."""
+        gone = 0
+        for folder, _, files in os.walk(self._root, topdown=False):
+            for name in files:
+                if _TEMPORARY.fullmatch(name) and _remove_old(os.path.join(folder, name), time.time() - min_age):
+                    gone += 1
+                    with contextlib.suppress(OSError):  # not empty: others still use it
+                        os.rmdir(folder)
+        return gone
 
     def delete(self, path: str) -> None:
         """Remove an object, and the folders that are empty then. After a power loss it may be there again."""
@@ -313,3 +327,11 @@ def _refuse_other_than_file(full: str, status: os.stat_result) -> None:
         raise ObjectNotFoundError(full)
     if not stat.S_ISREG(status.st_mode):
         raise StorageError(full, "is not a plain file, so it is not read")
+
+
+def _remove_old(path: str, before: float) -> bool:
+    with contextlib.suppress(OSError):  # another sweeper was faster, or it cannot be removed: it is only in the way
+        if os.lstat(path).st_mtime < before:
+            os.unlink(path)
+            return True
+    return False

@@ -25,10 +25,10 @@ from distckpt.coordinator.messages import (
     RestoreRound,
     Retention,
     RunOpened,
-    ShardReceipt,
     Skipped,
     Unknown,
 )
+from distckpt.format.receipt import ShardReceipt
 from distckpt.errors import CoordinatorUnavailableError, DistckptError, FencedError, SaveError, StaleRunError
 from distckpt.format.log import CheckpointRecord
 from distckpt.testing.history import Agreed, Content, Held, LetGo, Piece, Returned

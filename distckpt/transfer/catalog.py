@@ -103,10 +103,17 @@ def _read(store: Store, path: str, max_bytes: int) -> bytes:
         raise DamagedError(f"{store.url}/{path}", "missing: it was deleted, or retired while it was read") from error
 
 
+def _own_manifest(store: Store, attempt: str) -> Manifest:
+    manifest = read_manifest(store, attempt)
+    if manifest.attempt != attempt:
+        raise DamagedError(f"{store.url}/{attempt}/{names.MANIFEST}", "it is the manifest of another attempt")
+    return manifest
+
+
 def _lone_copy(store: Store) -> Located:
     attempts = [folder for folder in store.folders("") if names.is_attempt(folder)]
     found = [
-        Located(store, attempt, store.url, read_manifest(store, attempt))
+        Located(store, attempt, store.url, _own_manifest(store, attempt))
         for attempt in attempts
         if store.stat(f"{attempt}/{names.MANIFEST}") is not None
     ]

@@ -12,6 +12,7 @@ from distckpt.errors import (
     ObjectNotFoundError,
     StorageError,
     StoreOutcomeUnknownError,
+    UnsupportedFormatError,
 )
 from distckpt.format import names
 from distckpt.format.log import MAX_ENTRY_BYTES, CheckpointRecord, Entry, State, check_entry
@@ -69,7 +70,10 @@ def read_entry(store: Store, seq: int) -> Entry:
 
 
 def read_tail(store: Store) -> Tail:
-    """The log's tail as it stands. Damaged entries are passed over, remembered and logged, never mended."""
+    """The log's tail as it stands. Damaged entries are passed over, remembered and logged, never mended.
+
+    Raises UnsupportedFormatError if a newer release wrote one of them, DamagedError if none can be read.
+    """
     for _ in range(8):
         numbers = sequence_numbers(store)
         tail = _newest_readable(store, numbers)
@@ -83,6 +87,8 @@ def _newest_readable(store: Store, numbers: list[int]) -> Tail | None:
     for seq in reversed(numbers):
         try:
             return Tail(numbers[-1], read_entry(store, seq), tuple(damaged))
+        except UnsupportedFormatError:
+            raise  # a newer release wrote it: to go on from an older entry would undo what it says
         except DamagedError as error:
             logger.warning("log entry passed over: %s", error)
             damaged.append(error)

@@ -46,7 +46,7 @@ class Pace:
     threads: int
 
 
-LOCAL = Pace(piece=1 << 20, small=64 << 10, gap=4 << 10, batch=16 << 20, threads=1)
+LOCAL = Pace(piece=2 << 20, small=64 << 10, gap=4 << 10, batch=16 << 20, threads=1)
 """For files: a piece stays in the processor's cache until its CRC is taken, and a request costs microseconds."""
 
 REMOTE = Pace(piece=8 << 20, small=1 << 20, gap=256 << 10, batch=16 << 20, threads=16)

@@ -1,0 +1,532 @@
+"""Directories that fill up, vanish, are read-only, are shared by two runs, are copied and moved; and what stays in them."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+import distckpt
+from distckpt.cli import main
+from distckpt.errors import (
+    CoordinatorError,
+    DamagedError,
+    DistckptError,
+    FencedError,
+    StaleRunError,
+    StorageError,
+    StorageFullError,
+)
+from distckpt.format import names
+from distckpt.format.lease import Lease
+from distckpt.format.sealed import seal
+from distckpt.storage import LocalStore
+from tests.crashing import save_against_others, save_below_a_limit, warm
+from tests.small_runs import (
+    Trainer,
+    assert_loads,
+    assert_sound_log,
+    attempt_folder,
+    holds,
+    leftovers,
+    numbers,
+    on_disk,
+    records,
+    run,
+    settled,
+    target,
+)
+
+
+# ---- full, read-only, gone ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def tmpfs(tmp_path: Path) -> Iterator[Path]:
+    """A file system of one MiB of its own."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)], capture_output=True, check=False
+    )
+    if mounted.returncode != 0:
+        pytest.skip("mounting is not permitted here")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def test_a_disk_that_fills_up(tmpfs: Path) -> None:
+    with Trainer(tmpfs, save_timeout=30) as trainer:
+        trainer.saved(1)
+        ballast = tmpfs / "ballast"
+        _fill_up(ballast)
+        error = trainer.save(2).exception(30)
+        assert isinstance(error, DistckptError)
+        assert "No space left" in str(error)
+        assert_loads(tmpfs / "ckpt-1", 1)
+        assert trainer.manager.latest_checkpoint == f"{tmpfs}/ckpt-1"
+        ballast.unlink()
+        trainer.saved(3)
+    assert numbers(tmpfs) == [1, 3]
+    assert_loads(tmpfs / "ckpt-3", 3)
+    assert_sound_log(tmpfs)
+
+
+def test_a_full_disk_says_so_by_its_type(tmpfs: Path) -> None:
+    trainer = Trainer(tmpfs, save_timeout=30)
+    trainer.saved(1)
+    _fill_up(tmpfs / "ballast")
+    with pytest.raises(StorageFullError, match=r"ckpt-2.*No space left"):
+        trainer.saved(2)
+    (tmpfs / "ballast").unlink()
+    trainer.manager.close()
+
+
+def _fill_up(ballast: Path) -> None:
+    with ballast.open("wb", buffering=0) as file:
+        for piece in (1 << 16, 1 << 12, 1):
+            try:
+                while True:
+                    file.write(b"x" * piece)
+            except OSError:
+                continue
+
+
+def test_room_for_the_shard_but_not_for_the_rest(tmpfs: Path) -> None:
+    """The disk fills up at every single block from plenty down to none."""
+    block = 4096
+    with Trainer(tmpfs, max_to_keep=2, save_timeout=30) as trainer:
+        trainer.saved(1)
+        last, number = 1, 1
+        ballast = tmpfs / "ballast"
+        for spare in range(12):
+            _fill_up(ballast)
+            os.truncate(ballast, max(0, ballast.stat().st_size - spare * block))
+            number += 1
+            pending = trainer.save(number)
+            time.sleep(0.1)  # an entry that found no room is tried again until there is some
+            ballast.unlink()
+            error = pending.exception(40)
+            assert error is None or "No space left" in str(error)
+            last = last if error else number
+            assert numbers(tmpfs)[-1] == last
+            assert_loads(tmpfs / f"ckpt-{last}", last)
+        assert last > 1
+    assert_sound_log(tmpfs)
+
+
+def test_a_file_size_limit(tmp_path: Path) -> None:
+    error, path = warm().run(save_below_a_limit, directory=str(tmp_path), limit=2000).said
+    assert error.startswith("StorageFullError")
+    assert "File too large" in error
+    assert path == f"{tmp_path}/ckpt-3"
+    assert numbers(tmp_path) == [1, 3]
+
+
+@pytest.fixture
+def read_only(tmp_path: Path) -> Iterator[Path]:
+    """A directory with ckpt-1, mounted so that nothing in it can be written."""
+    folder = tmp_path / "run"
+    run(folder, 1)
+    mount = ["mount", "--bind", str(folder), str(folder)]
+    remount = ["mount", "-o", "remount,bind,ro", str(folder)]
+    if any(subprocess.run(command, capture_output=True, check=False).returncode for command in (mount, remount)):
+        pytest.skip("mounting is not permitted here")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def test_a_read_only_directory_is_readable_and_refused_by_managers(read_only: Path) -> None:
+    assert_loads(read_only / "ckpt-1", 1)
+    assert distckpt.latest_checkpoint(read_only) == f"{read_only}/ckpt-1"
+    assert CliRunner().invoke(main, ["verify", str(read_only)]).exit_code == 0
+    target().restore(read_only)
+    with pytest.raises(StorageError, match="Read-only file system"):
+        Trainer(read_only)
+
+
+def test_a_directory_that_becomes_read_only(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    with Trainer(folder, save_timeout=10) as trainer:
+        trainer.saved(1)
+        if subprocess.run(["mount", "--bind", str(folder), str(folder)], capture_output=True, check=False).returncode:
+            pytest.skip("mounting is not permitted here")
+        try:
+            settled(folder)  # a file that is open for writing would be in the way
+            subprocess.run(["mount", "-o", "remount,bind,ro", str(folder)], check=True)
+            with pytest.raises(DistckptError, match="Read-only file system"):
+                trainer.saved(2)
+        finally:
+            subprocess.run(["umount", "-l", str(folder)], check=True)
+        trainer.saved(3)
+    assert numbers(folder) == [1, 3]
+
+
+@pytest.mark.parametrize("where", ["", "above"])
+def test_a_file_in_the_way(tmp_path: Path, where: str) -> None:
+    (tmp_path / "run").write_text("precious")
+    with pytest.raises(StorageError, match="file is where a folder should be|Not a directory|exists"):
+        Trainer(tmp_path / "run" / where)
+    assert (tmp_path / "run").read_text() == "precious"
+
+
+def test_a_file_in_the_way_of_one_checkpoint(tmp_path: Path) -> None:
+    with Trainer(tmp_path) as trainer:
+        trainer.saved(1)
+        (tmp_path / "ckpt-2").write_text("precious")
+        with pytest.raises(StorageError, match="ckpt-2"):
+            trainer.saved(2)
+        trainer.saved(3)
+    assert (tmp_path / "ckpt-2").read_text() == "precious"
+    assert numbers(tmp_path) == [1, 3]
+    run(tmp_path, 4)
+    assert (tmp_path / "ckpt-2").read_text() == "precious"
+
+
+def test_a_directory_that_vanishes_is_not_made_again(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    with Trainer(folder, save_timeout=10) as trainer:
+        trainer.saved(1)
+        folder.rename(tmp_path / "away")
+        with pytest.raises(DistckptError, match="vanished"):
+            trainer.saved(2)
+        assert not folder.exists()
+        assert trainer.manager.checkpoints == []
+        (tmp_path / "away").rename(folder)
+        trainer.saved(3)
+    assert numbers(folder) == [1, 3]
+    assert_loads(folder / "ckpt-1", 1)
+
+
+def test_a_directory_that_is_emptied_under_a_run(tmp_path: Path) -> None:
+    """Somebody cleans up by hand: what is reported as saved afterwards must be there all the same."""
+    folder = tmp_path / "run"
+    trainer = Trainer(folder, save_timeout=10)
+    trainer.saved(1)
+    settled(folder)
+    for path in folder.iterdir():
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    error = trainer.save(2).exception(60)
+    if error is None:
+        assert_loads(folder / "ckpt-2", 2)
+    try:
+        trainer.manager.close()
+    except DistckptError as failure:
+        assert error is None or failure is error
+    run(folder, 3)
+    assert_loads(folder / "ckpt-3", 3)
+    assert numbers(folder)[-1] == 3
+
+
+# ---- two runs on one directory ------------------------------------------------------------------------------------------
+
+
+def test_two_managers_in_one_process(tmp_path: Path) -> None:
+    old = Trainer(tmp_path)
+    old.saved(1)
+    with Trainer(tmp_path) as new:
+        assert new.manager.restore_or_initialize() == f"{tmp_path}/ckpt-1"
+        new.saved(2)
+        before = settled(tmp_path)
+        error = old.save(3).exception(30)
+        assert isinstance(error, FencedError | StaleRunError)
+        assert str(tmp_path) in str(error)
+        with pytest.raises(CoordinatorError):
+            old.saved(4)
+        changed = {path for path, content in settled(tmp_path).items() if before.get(path) != content}
+        assert {path for path in changed if not path.startswith(("ckpt-3/", "ckpt-4/"))} == set()
+        new.saved(5)
+        old.manager.close()
+        new.saved(6)
+    assert numbers(tmp_path) == [1, 2, 5, 6]
+    for number in (1, 2, 5, 6):
+        assert_loads(tmp_path / f"ckpt-{number}", number)
+    assert_sound_log(tmp_path)
+
+
+def test_the_older_one_is_in_the_middle_of_a_save(tmp_path: Path) -> None:
+    from distckpt.testing.faulty import Call, Fault, FaultyStore
+    from tests.small_runs import mount, mounting
+
+    reached, go_on = threading.Event(), threading.Event()
+
+    class Hold:
+        """Holds the commit entry of ckpt-2 back."""
+
+        def fault(self, call: Call) -> Fault | None:
+            return Fault.DELAYED if call.operation == "put_if_absent" and call.path.endswith("manifest.json") else None
+
+    def sleep(_: float) -> None:
+        reached.set()
+        assert go_on.wait(30)
+
+    with mounting():
+        run(tmp_path, 1)
+        old = Trainer(mount(FaultyStore(LocalStore(tmp_path), Hold(), sleep=sleep)))
+        pending = old.save(2)
+        assert reached.wait(30)
+        with Trainer(tmp_path) as new:
+            new.saved(3)
+            go_on.set()
+            assert isinstance(pending.exception(30), FencedError | StaleRunError)
+            new.saved(4)
+        with pytest.raises(DistckptError):
+            old.saved(5)
+        old.manager.close()
+    assert numbers(tmp_path) == [1, 3, 4]
+    for number in (1, 3, 4):
+        assert_loads(tmp_path / f"ckpt-{number}", number)
+    assert_sound_log(tmp_path)
+    run(tmp_path, 6)
+    assert numbers(tmp_path) == [1, 3, 4, 6], "what the older one had sealed when it was fenced does not come back"
+
+
+def test_two_managers_in_two_processes(tmp_path: Path) -> None:
+    started = [warm().start(save_against_others, directory=str(tmp_path), first=first) for first in (100, 200)]
+    told = [one for number in started for one in warm().end(number).said]
+    saved = {number for number, word in told if word == "saved"}
+    assert {word for _, word in told if word != "saved"} <= {"FencedError", "StaleRunError"}
+    log = assert_sound_log(tmp_path)
+    committed = {record.number for entry in log for record in entry.state.active}
+    assert committed <= saved, "who is told that a save failed is not lied to"
+    last = numbers(tmp_path)
+    assert len(last) == 3
+    for number in last:
+        assert_loads(tmp_path / f"ckpt-{number}", number)
+
+
+# ---- the same number twice ------------------------------------------------------------------------------------------------
+
+
+def test_the_newer_attempt_at_a_number_wins(tmp_path: Path) -> None:
+    with Trainer(tmp_path) as trainer:
+        trainer.saved(1)
+        trainer.saved(2)
+        first = trainer.saved(7)
+        assert_loads(first, 7)
+        state = trainer.checkpoint.state
+        state["weights"].fill_(5)
+        again = trainer.manager.save(7).result(30)
+        assert again == first
+        assert distckpt.load(again)["state"]["weights"].unique().tolist() == [5]
+        trainer.manager.wait()
+    assert numbers(tmp_path) == [1, 2, 7]
+    assert len(list((tmp_path / "ckpt-7").iterdir())) == 1
+
+
+def test_a_reader_of_the_older_attempt_is_never_torn(tmp_path: Path) -> None:
+    with Trainer(tmp_path) as trainer:
+        trainer.saved(7)
+        wrong, old, told, rounds = [], 0, 0, 12
+        for turn in range(rounds):
+            readers = [distckpt.open(tmp_path / "ckpt-7") for _ in range(4)]
+            expected = readers[0].load("state")["weights"].clone()
+            trainer.checkpoint.state["weights"].fill_(turn)
+            trainer.checkpoint.state["nested"]["step"] = turn
+            pending = trainer.manager.save(7)
+            for reader in readers:
+                try:
+                    loaded = reader.load("state")
+                    old += 1
+                    if loaded["weights"].tolist() != expected.tolist():
+                        wrong.append(turn)
+                except DamagedError as error:
+                    told += 1
+                    assert "missing" in str(error)
+                time.sleep(0.01)
+            pending.result(30)
+        assert wrong == []
+        assert old + told == 4 * rounds
+        assert old > 0
+
+
+# ---- what stays on disk ---------------------------------------------------------------------------------------------------
+
+
+def test_only_the_newest_stay_on_disk(tmp_path: Path) -> None:
+    with Trainer(tmp_path, max_to_keep=3) as trainer:
+        for number in (5, 3, 9, 4, 8, 6):
+            trainer.saved(number)
+        trainer.manager.wait()
+    assert numbers(tmp_path) == [4, 8, 6], "by save order, not by number"
+    assert on_disk(tmp_path) == [4, 6, 8]
+    assert leftovers(tmp_path) == set()
+    assert sorted(path.name for path in tmp_path.glob("ckpt-*")) == ["ckpt-4", "ckpt-6", "ckpt-8"]
+
+
+def test_none_keeps_all(tmp_path: Path) -> None:
+    run(tmp_path, *range(1, 12), max_to_keep=None)
+    assert on_disk(tmp_path) == list(range(1, 12))
+    run(tmp_path, 12, max_to_keep=2)
+    assert on_disk(tmp_path) == [11, 12]
+
+
+def test_what_a_run_could_not_delete_the_next_one_does(tmp_path: Path) -> None:
+    run(tmp_path, 1, 2, max_to_keep=None)
+    (tmp_path / "ckpt-1" / "notes.txt").write_text("mine")
+    run(tmp_path, 3, max_to_keep=1)
+    assert numbers(tmp_path) == [3]
+    assert (tmp_path / "ckpt-1" / "notes.txt").read_text() == "mine", "only what distckpt wrote is deleted"
+    assert on_disk(tmp_path) == [1, 3]
+    assert [path.name for path in (tmp_path / "ckpt-1").iterdir()] == ["notes.txt"]
+
+
+def test_a_lease_keeps_a_checkpoint(tmp_path: Path) -> None:
+    run(tmp_path, 1, 2)
+    lease = lease_on(tmp_path, 1, seconds=60)
+    with Trainer(tmp_path, max_to_keep=1) as trainer:
+        trainer.saved(3)
+        trainer.saved(4)
+        trainer.manager.wait()
+    assert_loads(tmp_path / "ckpt-1", 1)
+    assert on_disk(tmp_path) == [1, 4]
+    (tmp_path / lease).unlink()
+    run(tmp_path, 5, max_to_keep=1)
+    assert on_disk(tmp_path) == [5]
+
+
+def test_a_lease_that_has_expired_keeps_nothing(tmp_path: Path) -> None:
+    run(tmp_path, 1, 2)
+    lease = lease_on(tmp_path, 1, seconds=-1)
+    run(tmp_path, 3, max_to_keep=1)
+    assert on_disk(tmp_path) == [3]
+    assert not (tmp_path / lease).exists()
+
+
+def test_a_lease_that_cannot_be_read_keeps_everything(tmp_path: Path) -> None:
+    run(tmp_path, 1, 2)
+    lease = lease_on(tmp_path, 1, seconds=60)
+    (tmp_path / lease).write_text("{")
+    run(tmp_path, 3, max_to_keep=1)
+    assert {1, 2, 3} <= set(on_disk(tmp_path))
+    (tmp_path / lease).unlink()
+    run(tmp_path, 4, max_to_keep=1)
+    assert on_disk(tmp_path) == [4]
+
+
+def lease_on(directory: Path, number: int, seconds: float) -> str:
+    """Claim an active checkpoint, as a reader does; the lease's path inside the directory."""
+    attempt = next(record.attempt for record in records(directory) if record.number == number)
+    path = f"{names.LEASES}/reader-1.json"
+    LocalStore(directory).replace(path, seal(Lease(1, attempt, "reader-1", time.time() + seconds)))
+    return path
+
+
+def test_a_pinned_checkpoint_stays(tmp_path: Path) -> None:
+    with Trainer(tmp_path, max_to_keep=1) as trainer:
+        trainer.saved(1)
+        trainer.pin(1)
+        for number in (2, 3):
+            trainer.saved(number)
+    run(tmp_path, 4, max_to_keep=1)
+    assert on_disk(tmp_path) == [1, 4]
+    assert_loads(tmp_path / "ckpt-1", 1)
+
+
+def test_hours_between_preserved_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The trace that TensorFlow's own test has, seen on disk: which are preserved is decided when they are evicted."""
+    now = [3.0]
+    monkeypatch.setattr(time, "time", lambda: now[0])
+    with Trainer(tmp_path, max_to_keep=2) as trainer:
+        for number, at in ((1, 10_000.0), (2, 13_610.0)):
+            now[0] = at
+            trainer.saved(number)
+    with Trainer(tmp_path, max_to_keep=2, keep_checkpoint_every_n_hours=1.5) as trainer:
+        for number, at in ((3, 14_330.0), (4, 16_130.0), (5, 17_930.0)):
+            now[0] = at
+            trainer.saved(number)
+    assert on_disk(tmp_path) == [1, 4, 5]
+    with Trainer(tmp_path, max_to_keep=2, keep_checkpoint_every_n_hours=1.5) as trainer:
+        now[0] = 17_940.0
+        trainer.saved(6)
+    assert on_disk(tmp_path) == [1, 4, 5, 6]
+    assert numbers(tmp_path) == [5, 6]
+    assert_listed(tmp_path, {"ckpt-1": ["preserved"], "ckpt-4": ["preserved"], "ckpt-5": ["active"], "ckpt-6": ["newest"]})
+    run(tmp_path, 7, 8, 9, max_to_keep=1)
+    assert on_disk(tmp_path) == [1, 4, 9], "no later manager deletes them, whatever its settings"
+    assert_loads(tmp_path / "ckpt-4", 4)
+    assert CliRunner().invoke(main, ["verify", str(tmp_path)]).exit_code == 0
+
+
+def assert_listed(directory: Path, expected: dict[str, list[str]]) -> None:
+    """What ``distckpt ls`` says."""
+    result = CliRunner().invoke(main, ["ls", "--json", str(directory)])
+    assert result.exit_code == 0
+    listed = json.loads(result.stdout)["checkpoints"]
+    assert {one["checkpoint"]: one["state"] for one in listed} == expected
+
+
+def test_a_clock_that_goes_back_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other trace of TensorFlow's tests."""
+    now = [3.0]
+    monkeypatch.setattr(time, "time", lambda: now[0])
+    with Trainer(tmp_path, max_to_keep=1, keep_checkpoint_every_n_hours=1) as trainer:
+        for number, at in ((1, 10_000.0), (2, 13_600.0), (3, 17_200.0)):
+            now[0] = at
+            trainer.saved(number)
+    assert on_disk(tmp_path) == [2, 3] or on_disk(tmp_path) == [1, 2, 3]
+    kept = on_disk(tmp_path)
+    now[0] = 5_000.0
+    with Trainer(tmp_path, max_to_keep=1) as trainer:
+        assert trainer.manager.restore_or_initialize() == f"{tmp_path}/ckpt-3"
+        for number, at in ((4, 5_010.0), (5, 5_020.0)):
+            now[0] = at
+            trainer.saved(number)
+    assert on_disk(tmp_path) == [*kept, 5]
+    assert numbers(tmp_path) == [5]
+    assert_loads(tmp_path / "ckpt-3", 3)
+
+
+# ---- copied and moved -----------------------------------------------------------------------------------------------------
+
+
+def test_a_checkpoint_copied_alone_opens(tmp_path: Path) -> None:
+    run(tmp_path / "run", 1, 2)
+    copy = Path(shutil.copytree(tmp_path / "run" / "ckpt-2", tmp_path / "elsewhere" / "anything"))
+    shutil.rmtree(tmp_path / "run")
+    assert_loads(copy, 2)
+    checkpoint = target()
+    checkpoint.restore(copy).assert_consumed()
+    assert holds(checkpoint.state, 2)
+    assert CliRunner().invoke(main, ["verify", str(copy)]).exit_code == 0
+
+
+def test_a_whole_run_moved_elsewhere_goes_on(tmp_path: Path) -> None:
+    before = tmp_path / "before"
+    run(before, 1, 2)
+    after = tmp_path / "somewhere" / "else"
+    after.parent.mkdir()
+    before.rename(after)
+    assert distckpt.latest_checkpoint(after) == f"{after}/ckpt-2"
+    assert "before" not in (after / "checkpoint").read_text()
+    state = distckpt.get_checkpoint_state(after)
+    assert state is not None
+    assert state.model_checkpoint_path == f"{after}/ckpt-2"
+    with Trainer(after) as trainer:
+        assert trainer.manager.restore_or_initialize() == f"{after}/ckpt-2"
+        trainer.saved(3)
+    assert numbers(after) == [1, 2, 3]
+    for number in (1, 2, 3):
+        assert_loads(after / f"ckpt-{number}", number)
+    assert not before.exists()
+
+
+def test_a_directory_by_other_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A relative path, a link, a URL: one directory, one log."""
+    monkeypatch.chdir(tmp_path)
+    run("run", 1)
+    (tmp_path / "link").symlink_to(tmp_path / "run")
+    run("link", 2)
+    run(f"file://{tmp_path}/run", 3)
+    run(f"{tmp_path}/run/", 4)
+    assert numbers(tmp_path / "run") == [1, 2, 3, 4]
+    assert len(attempt_folder(tmp_path / "run", 3).parts) > 2
+    assert_sound_log(tmp_path / "run")
