@@ -213,7 +213,8 @@ def main() -> int:
     except DemoError as error:
         console.print(f"[bold red]The demo failed:[/bold red] {error}")
         for child in error.children:
-            console.print(f"[bold]The end of {child.log}:[/bold]\n{child.log_tail()}", markup=False, highlight=False)
+            console.print(f"[bold]The end of {child.log}:[/bold]")
+            console.print(child.log_tail(), markup=False, highlight=False)
         return 1
     except KeyboardInterrupt:
         console.print("stopped; all processes have been ended")

@@ -23,7 +23,7 @@ def held_out_loss(model: GPT, samples: int) -> float:
     """The mean loss on modules that training never sees, in nats a byte."""
     text, context = standard_library(held_out=True), Shape().context
     starts = torch.linspace(0, len(text) - context - 1, samples).long()
-    losses = [model(*windows(text, some, context)) for some in starts.split(16)]
+    losses = [model(*windows(text, starts[at : at + 16], context)) for at in range(0, samples, 16)]
     return torch.stack(losses).mean().item()
 
 

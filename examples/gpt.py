@@ -39,14 +39,16 @@ class Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[batch, length, width] to the same."""
         x = x + self.attention(self.norm_attention(x))
-        return x + self.down(F.gelu(self.up(self.norm_layers(x))))
+        onward: Tensor = x + self.down(F.gelu(self.up(self.norm_layers(x))))
+        return onward
 
     def attention(self, x: Tensor) -> Tensor:
         """[batch, length, width] to the same."""
         batch, length, width = x.shape
         q, k, v = self.qkv(x).view(batch, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
         attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        return self.mixed(attended.transpose(1, 2).reshape(batch, length, width))
+        mixed: Tensor = self.mixed(attended.transpose(1, 2).reshape(batch, length, width))
+        return mixed
 
 
 class GPT(nn.Module):

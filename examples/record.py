@@ -77,11 +77,11 @@ class Record:
 
     def stall(self, commit: Commit) -> float:
         """Seconds that training stood still for this save, on the slowest rank."""
-        return max(saving["stall"] for saving in self._savings_of(commit))
+        return max(float(saving["stall"]) for saving in self._savings_of(commit))
 
     def until_commit(self, commit: Commit) -> float:
         """Seconds from the first rank's call of save to the entry in the log."""
-        return commit.time - min(saving["called"] for saving in self._savings_of(commit))
+        return commit.time - min(float(saving["called"]) for saving in self._savings_of(commit))
 
     def evaluation(self, commit: Commit) -> dict[str, Any] | None:
         """What the evaluation found, unless it was busy with an older one and passed this one over."""

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import matplotlib as mpl
 from checks import Check, Reading
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from record import Commit, Record
 from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
-
-mpl.use("Agg")
-import matplotlib.pyplot as plt  # after the choice of a backend that needs no screen
 
 TWO, THREE, EVALUATION, CRASH = "#1f6fb2", "#12876f", "#d9822b", "#b3261e"
 
@@ -66,8 +64,9 @@ def print_checks(console: Console, checks: list[Check]) -> None:
 
 def draw(record: Record, crash: int, resumed: Commit, path: Path) -> None:
     """Training and evaluation loss over steps, with the crash and who trained what, as a PNG."""
-    plt.rcParams.update({"font.size": 11, "axes.spines.top": False, "axes.spines.right": False})
-    figure, axes = plt.subplots(figsize=(10, 5), dpi=120, layout="constrained")
+    figure = Figure(figsize=(10, 5), dpi=120, layout="constrained")
+    axes = figure.subplots()
+    axes.spines[["top", "right"]].set_visible(False)
     last = max(event["step"] for event in record.steps)
     _shade(axes, crash, resumed, last)
     two, three = _losses(record, 2), _losses(record, 3)
@@ -86,7 +85,6 @@ def draw(record: Record, crash: int, resumed: Commit, path: Path) -> None:
     axes.legend(loc="upper right", frameon=True, framealpha=1, edgecolor="#dddddd")
     axes.set_title("A rank is killed while it saves; training goes on with another number of ranks", loc="left", pad=12)
     figure.savefig(path)
-    plt.close(figure)
 
 
 def _losses(record: Record, world_size: int) -> tuple[list[int], list[float]]:
@@ -95,23 +93,22 @@ def _losses(record: Record, world_size: int) -> tuple[list[int], list[float]]:
     return [event["step"] for event in events], [event["loss"] for event in events]
 
 
-def _shade(axes: plt.Axes, crash: int, resumed: Commit, last: int) -> None:
+def _shade(axes: Axes, crash: int, resumed: Commit, last: int) -> None:
     axes.axvspan(0, resumed.number, color=TWO, alpha=0.08, lw=0)
     axes.axvspan(resumed.number, crash, facecolor="#f4e3c8", alpha=0.6, lw=0)
     axes.axvspan(crash, last + 1, color=THREE, alpha=0.08, lw=0)
-    middle = {
-        "transform": axes.get_xaxis_transform(),
-        "ha": "center",
-        "va": "bottom",
-        "fontsize": 10,
-        "linespacing": 1.25,
-    }
-    axes.text(resumed.number / 2, 0.025, "2 ranks", color=TWO, **middle)
-    axes.text((resumed.number + crash) / 2, 0.025, "lost,\nthen trained\nagain", color="#8a6a2f", **middle)
-    axes.text((crash + last) / 2, 0.025, "3 ranks", color=THREE, **middle)
+    _caption(axes, resumed.number / 2, "2 ranks", TWO)
+    _caption(axes, (resumed.number + crash) / 2, "lost,\nthen trained\nagain", "#8a6a2f")
+    _caption(axes, (crash + last) / 2, "3 ranks", THREE)
 
 
-def _mark_crash(axes: plt.Axes, crash: int, resumed: Commit) -> None:
+def _caption(axes: Axes, step: float, text: str, color: str) -> None:
+    """At the foot of the picture."""
+    across = axes.get_xaxis_transform()
+    axes.text(step, 0.025, text, color=color, transform=across, ha="center", va="bottom", linespacing=1.25)
+
+
+def _mark_crash(axes: Axes, crash: int, resumed: Commit) -> None:
     axes.axvline(crash, color=CRASH, lw=1.6)
     top = axes.get_ylim()[1]
     axes.annotate(

@@ -96,21 +96,19 @@ class Witness:
         if self._options.digests is None:
             return
         tensors = {key: digest(whole(tensor)) for key, tensor in self._tensors()}
+        values = {
+            name: value if isinstance(value, dict) else value.state_dict() for name, value in self._values.items()
+        }
         if self._rank == 0:
-            name = digests_name(moment, step, self._world)
-            values = {
-                name: getattr(value, "state_dict", lambda value=value: value)() for name, value in self._values.items()
-            }
-            Path(self._options.digests, name).write_text(json.dumps({"tensors": tensors, "values": values}))
+            path = Path(self._options.digests, digests_name(moment, step, self._world))
+            path.write_text(json.dumps({"tensors": tensors, "values": values}))
 
     def _tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """The tensors of model and optimizer with the keys that a checkpoint has for them."""
-        names = {parameter: name for name, parameter in self._model.named_parameters()}
-        for parameter, name in names.items():
-            yield f"model.{name}", parameter
+        names: dict[object, str] = {parameter: name for name, parameter in self._model.named_parameters()}
+        yield from ((f"model.{name}", parameter) for parameter, name in names.items())
         for parameter, state in self._optimizer.state.items():
-            for field, tensor in state.items():
-                yield f"optimizer.state.{names[parameter]}.{field}", tensor
+            yield from ((f"optimizer.state.{names[parameter]}.{field}", value) for field, value in state.items())
 
 
 def digests_name(moment: str, step: int, world_size: int) -> str:

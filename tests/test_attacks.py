@@ -233,6 +233,7 @@ def test_an_honest_index_passes_this_way_too() -> None:
         ("length", [[3, 8], [(1 << 63) - 1, 8], [], [10]], "its chunk lies outside the tensor"),
         ("length", [[3, 8], [3, 7], [], [10]], "its size is not what its elements take"),
         ("shape", [[6, 8], [6, 9], [], [10]], "disagrees with others"),
+        ("shape", [[1 << 30, 8], [1 << 30, 8], [], [10]], "not as many bytes as the tensor"),
         ("shape", [[-6, 8], [-6, 8], [], [10]], "out of bounds"),
         ("shape", [[1 << 40, 1 << 40]] * 2 + [[], [10]], "more bytes than can exist"),
         ("dtype", ["float32", "int32", "json", "uint8"], "disagrees with others"),

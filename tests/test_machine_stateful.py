@@ -98,7 +98,9 @@ class Coordinators(RuleBasedStateMachine):
         self.joined: list[tuple[Join, Joined]] = []
         self.planned: list[tuple[Join, str, Planned]] = []
         self.restoring: list[tuple[RestoreRound, RestoreFrom]] = []
+        self.written: set[tuple[str, int]] = set()
         self.started = 0
+        self.token = "one"
 
     # ---- coordinators ------------------------------------------------------------------------------------------------
 
@@ -157,16 +159,54 @@ class Coordinators(RuleBasedStateMachine):
 
     @rule(token=st.sampled_from(["one", "two"]), rank=st.integers(0, 1), to=PICK)
     def open_run(self, token: str, rank: int, to: int) -> None:
+        self.token = token
         run = self.runs.get(f"{token}/{rank}", 0)
-        self._ask(to, OpenRun(token, rank, WORLD, "h", "ckpt", Retention(1 + len(token) % 2), 20.0, run))
+        self._ask(to, OpenRun(token, rank, WORLD, "h", "ckpt", Retention(1), 20.0, run))
 
     @precondition(lambda self: self.runs)
-    @rule(which=PICK, order=st.integers(1, 5), again=st.integers(1, 3), to=PICK, both=st.booleans())
-    def join(self, which: int, order: int, again: int, to: int, both: bool) -> None:
-        run = sorted(self.runs.values())[which % len(self.runs)]
-        for rank in (0, 1) if both else (which % WORLD,):
-            number = order if order < again else order - again + 1
-            self._ask(to, Join(run, rank, str(order), number, "8"))
+    @rule(
+        ahead=st.integers(-1, 1),
+        to=PICK,
+        stages=st.sampled_from([6, 6, 6, 6, 6, 6, 5, 4, 3, 2, 1]),
+        again=st.booleans(),
+    )
+    def save(self, ahead: int, to: int, stages: int, again: bool) -> None:
+        """Both ranks go through the first ``stages`` of a save; ``again`` saves a number that was saved before."""
+        run = max(self.runs.values())
+        order = max([int(join.ask) for join, _ in self.joined if join.run == run], default=0) + ahead
+        order = max(1, order)
+        number = order - 1 if again and order % 2 else order
+        self._work(to)
+        for rank in range(WORLD):
+            self.open_run(self.token, rank, to)
+        self._work(to)
+        for stage in (self._join, self._describe, self._work, self._await_plan, self._land, self._work)[:stages]:
+            for rank in range(WORLD):
+                stage(to, run, rank, order, number)
+
+    def _join(self, to: int, run: int, rank: int, order: int, number: int) -> None:
+        self._ask(to, Join(run, rank, str(order), number, "8"))
+
+    def _describe(self, to: int, run: int, rank: int, order: int, number: int) -> None:
+        for join, joined in self.joined[-2:]:
+            if (join.run, join.rank, join.ask) == (run, rank, str(order)) and joined.describe:
+                self._ask(to, Describe(run, rank, joined.attempt, "8", describe(8)))
+
+    def _work(self, to: int, *_: int) -> None:
+        shell = self.shells[to % len(self.shells)]
+        for _ in range(6):
+            if shell.pending:
+                self._perform(shell, shell.pending.pop(0), "")
+
+    def _await_plan(self, to: int, run: int, rank: int, order: int, number: int) -> None:
+        for join, joined in self.joined[-2:]:
+            if (join.run, join.rank, join.ask) == (run, rank, str(order)):
+                self._ask(to, AwaitPlan(run, rank, joined.attempt))
+
+    def _land(self, to: int, run: int, rank: int, order: int, number: int) -> None:
+        for join, attempt, planned in self.planned[-2:]:
+            if (join.run, join.rank, join.ask) == (run, rank, str(order)):
+                self._send_receipt(to, join, attempt, planned)
 
     @precondition(lambda self: self.joined)
     @rule(which=PICK, to=PICK)
@@ -189,11 +229,15 @@ class Coordinators(RuleBasedStateMachine):
     @rule(which=PICK, to=PICK, count=st.integers(1, 4))
     def land(self, which: int, to: int, count: int) -> None:
         for join, attempt, planned in self.planned[-1 - which % len(self.planned) :][:count]:
-            if self.store.get(attempt, str(join.rank)) is None:
-                piece = Piece(join.run, int(join.ask), cast(int, join.number), join.rank, planned.rows, 8)
-                self.store.put(attempt, str(join.rank), piece, self.time)
-            shard = ShardReceipt(0, 1, 1, len(planned.rows) // 4, b"", b"", b"", b"")
-            self._ask(to, Receipt(join.run, join.rank, attempt, (shard,)))
+            self._send_receipt(to, join, attempt, planned)
+
+    def _send_receipt(self, to: int, join: Join, attempt: str, planned: Planned) -> None:
+        if (attempt, join.rank) not in self.written:
+            self.written.add((attempt, join.rank))
+            piece = Piece(join.run, int(join.ask), cast(int, join.number), join.rank, planned.rows, 8)
+            self.store.put(attempt, str(join.rank), piece, self.time)
+        shard = ShardReceipt(0, 1, 1, len(planned.rows) // 4, b"", b"", b"", b"")
+        self._ask(to, Receipt(join.run, join.rank, attempt, (shard,)))
 
     @precondition(lambda self: self.runs)
     @rule(which=PICK, rank=st.integers(0, 1), to=PICK)

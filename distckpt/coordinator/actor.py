@@ -111,7 +111,7 @@ def _adopt(access: dict[str, str]) -> None:
         if access["token"]:
             os.environ.setdefault("RAY_AUTH_TOKEN", access["token"])
         # Ray read its settings when it was imported; this is how its own ray.init makes them follow the environment.
-        from ray._raylet import Config
+        from ray._raylet import Config  # type: ignore[attr-defined]  # a compiled module
 
         Config.initialize("")
 
