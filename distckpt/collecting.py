@@ -154,13 +154,18 @@ def _optimizer_sections(
                     if isinstance(value, torch.Tensor):
                         yield value
 
+    def read_state() -> Any:
+        # An optimizer that has not stepped yet is saved as it is: torch's helper would make the state by a step with a
+        # learning rate of 0, which Adam counts.
+        return optimizer_tree(optimizer, modules)["state"] if optimizer.state else {}
+
     def read_groups() -> Any:
         # Without the parameters' names: which group a parameter is in is the program's business, and ranks that hold
         # different parameters (pipeline stages) must agree on this value.
         return [{name: value for name, value in group.items() if name not in NAMES} for group in optimizer.param_groups]
 
     return [
-        Section((*prefix, DictStep("state")), lambda: optimizer_tree(optimizer, modules)["state"], shared, witness),
+        Section((*prefix, DictStep("state")), read_state, shared, witness),
         Section((*prefix, DictStep("param_groups")), read_groups, shared),
     ]
 

@@ -111,15 +111,26 @@ def _prepare_module(filling: _Filling, prefix: Path, module: torch.nn.Module) ->
 
 
 def _prepare_optimizer(filling: _Filling, prefix: Path, optimizer: torch.optim.Optimizer) -> None:
-    tree = _initialized(optimizer, filling.modules)
     groups_path = (*prefix, DictStep("param_groups"))
-    for leaf in flatten(tree["state"], is_array, (*prefix, DictStep("state"))):
+    _prepare_groups(filling, groups_path, optimizer)
+    state_path = (*prefix, DictStep("state"))
+    saved = _below(filling, state_path)
+    if list(saved) == [key_of(state_path)]:
+        # It had not stepped when it was saved.
+        filling.known.update(saved)
+        filling.finish.append(lambda _: optimizer.state.clear())
+        return
+    tree = _initialized(optimizer, filling.modules)
+    for leaf in flatten(tree["state"], is_array, state_path):
         if is_array(leaf.value):
             _want_tensor(filling, leaf.key, leaf.value)
         elif leaf.value != {}:
             _want_state_value(filling, leaf.key, leaf.path[len(prefix) + 1 :], tree["state"])
         elif leaf.key in filling.saved:
             filling.known.add(leaf.key)
+
+
+def _prepare_groups(filling: _Filling, groups_path: Path, optimizer: torch.optim.Optimizer) -> None:
     saved = _below(filling, groups_path)
     if not saved:
         filling.missing.append(key_of(groups_path))

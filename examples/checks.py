@@ -33,7 +33,7 @@ def equal_digests(expected: Digests, found: Digests) -> list[str]:
 
 def check_crash(record: Record, step: int, rank: int, committed: list[str]) -> Check:
     """The save of ``step`` was asked for by the others, its rank died in it, and it was not committed."""
-    asked = sorted(saving["rank"] for saving in record.savings if saving["step"] == step)
+    asked = sorted(save["rank"] for save in record.saves if save["step"] == step)
     names = [commit.name for commit in record.commits]
     holds = rank not in asked and f"ckpt-{step}" not in names and names == committed
     found = f"committed: {', '.join(names) or 'nothing'}; ckpt-{step} was in flight and is not among them"

@@ -122,9 +122,7 @@ class Demo:
         """Tell of a commit, an evaluation or a start; steps are shown by the bar."""
         if isinstance(news, Commit):
             loss = next(event["loss"] for event in reversed(self.record.steps) if event["step"] == news.number)
-            times = (
-                f"stall {1e3 * self.record.stall(news):.0f} ms, commit {1e3 * self.record.until_commit(news):.0f} ms"
-            )
+            times = f"stall {1e3 * news.stall:.0f} ms, commit {1e3 * news.decided:.0f} ms"
             self.say(f"[green]{news.name} committed[/green]  {news.world_size} ranks, loss {loss:.3f}, {times}")
         elif "checkpoint" in news:
             name = news["checkpoint"].rpartition("/")[2]

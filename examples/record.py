@@ -15,13 +15,18 @@ import distckpt
 
 @dataclass(frozen=True, slots=True)
 class Commit:
-    """A committed checkpoint; ``time`` is when it was, in epoch seconds, ``nbytes`` the sum of its shards."""
+    """A committed checkpoint; ``nbytes`` is the sum of its shards, ``stall`` and ``decided`` are seconds.
+
+    ``stall`` is how long training stood still, on the slowest rank; ``decided`` is the time from the call of save until
+    rank 0 knew that the checkpoint was durable and visible.
+    """
 
     path: str
     number: int
-    time: float
     world_size: int
     nbytes: int
+    stall: float
+    decided: float
 
     @property
     def name(self) -> str:
@@ -39,12 +44,13 @@ class Digests:
 
 @dataclass
 class Record:
-    """Grows with every ``look``: ``steps`` and ``savings`` are events of train.py, evaluations lines of evaluate.py."""
+    """Grows with every ``look``: ``evaluations`` are lines of evaluate.py, the others but ``commits`` events of train.py."""
 
     folder: Path
     directory: str
     steps: list[dict[str, Any]] = field(default_factory=list)
-    savings: list[dict[str, Any]] = field(default_factory=list)
+    saves: list[dict[str, Any]] = field(default_factory=list)
+    decisions: list[dict[str, Any]] = field(default_factory=list)
     starts: list[dict[str, Any]] = field(default_factory=list)
     evaluations: list[dict[str, Any]] = field(default_factory=list)
     commits: list[Commit] = field(default_factory=list)
@@ -64,7 +70,8 @@ class Record:
         """Read on, and return what is new: events, evaluations (without "event"), commits."""
         events = list(self._new_lines(self.events_path))
         for event in events:
-            {"step": self.steps, "saving": self.savings, "started": self.starts}[event["event"]].append(event)
+            kinds = {"started": self.starts, "step": self.steps, "saved": self.saves, "decided": self.decisions}
+            kinds[event["event"]].append(event)
         commits = list(self._new_commits())
         self.commits += commits
         evaluations = list(self._new_lines(self.evaluations_path))
@@ -75,24 +82,9 @@ class Record:
         """What train.py wrote at that moment."""
         return Digests(**json.loads((self.folder / "digests" / digests_name(moment, step, world_size)).read_text()))
 
-    def stall(self, commit: Commit) -> float:
-        """Seconds that training stood still for this save, on the slowest rank."""
-        return max(float(saving["stall"]) for saving in self._savings_of(commit))
-
-    def until_commit(self, commit: Commit) -> float:
-        """Seconds from the first rank's call of save to the entry in the log."""
-        return commit.time - min(float(saving["called"]) for saving in self._savings_of(commit))
-
     def evaluation(self, commit: Commit) -> dict[str, Any] | None:
         """What the evaluation found, unless it was busy with an older one and passed this one over."""
         return next((found for found in self.evaluations if found["checkpoint"] == commit.path), None)
-
-    def _savings_of(self, commit: Commit) -> list[dict[str, Any]]:
-        return [
-            saving
-            for saving in self.savings
-            if (saving["step"], saving["world_size"]) == (commit.number, commit.world_size)
-        ]
 
     def _new_lines(self, path: Path) -> Iterator[dict[str, Any]]:
         if not path.exists():
@@ -106,17 +98,23 @@ class Record:
                 yield json.loads(line)
 
     def _new_commits(self) -> Iterator[Commit]:
-        try:
-            state = distckpt.get_checkpoint_state(self.directory)
-        except ValueError:
-            return  # the first checkpoint has yet to come
-        if state is None:
-            return
         known = {commit.path for commit in self.commits}
-        for path, time in zip(state.all_model_checkpoint_paths, state.all_model_checkpoint_timestamps, strict=True):
-            if path not in known:
-                manifest = distckpt.open(path).manifest
-                nbytes = sum(shard.size for shard in manifest.shards)
-                commit = Commit(path, manifest.number, time, manifest.world_size, nbytes)
-                if len(self._savings_of(commit)) == commit.world_size:  # else it was faster than its ranks' events
-                    yield commit
+        for path in self._retained():
+            commit = self._commit(path) if path not in known else None
+            if commit is not None:
+                yield commit
+
+    def _retained(self) -> tuple[str, ...]:
+        state = distckpt.get_checkpoint_state(self.directory)
+        return state.all_model_checkpoint_paths if state is not None else ()
+
+    def _commit(self, path: str) -> Commit | None:
+        """None as long as its ranks have not told all of it."""
+        manifest = distckpt.open(path).manifest
+        told = {"step": manifest.number, "world_size": manifest.world_size}
+        stalls = [event["stall"] for event in self.saves if told.items() <= event.items()]
+        decided = [event["seconds"] for event in self.decisions if told.items() <= event.items()]
+        if len(stalls) < manifest.world_size or not decided:
+            return None
+        nbytes = sum(shard.size for shard in manifest.shards)
+        return Commit(path, manifest.number, manifest.world_size, nbytes, max(stalls), decided[0])

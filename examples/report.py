@@ -32,15 +32,15 @@ def print_table(console: Console, record: Record, whole: dict[str, Reading], par
             commit.name,
             str(commit.world_size),
             f"{commit.nbytes / 1e6:.1f} MB",
-            f"{1e3 * record.stall(commit):.0f} ms",
-            f"{1e3 * record.until_commit(commit):.0f} ms",
+            f"{1e3 * commit.stall:.0f} ms",
+            f"{1e3 * commit.decided:.0f} ms",
             f"{evaluation['loss']:.4f}" if evaluation else "passed over",
             "kept" if commit.path in whole else "retired",
             _comparison(whole.get(commit.path), partial[commit.path]),
         )
     console.print(table)
     console.print(
-        "stall: training stood still, slowest rank.  commit: from the call of save to the entry in the log.",
+        "stall: training stood still, slowest rank.  commit: from the call of save until rank 0 knew it to be durable.",
         style="dim",
     )
 

@@ -57,6 +57,7 @@ def train(options: Options) -> None:
     )
     with distckpt.CheckpointManager(checkpoint, options.directory, max_to_keep=options.keep) as manager:
         restored = manager.restore_or_initialize()
+        manager.prepare()  # so that already the first save only copies
         witness.started(restored, progress["step"])
         for tokens, targets in loader:
             if progress["step"] >= options.steps:
@@ -69,8 +70,10 @@ def train(options: Options) -> None:
             progress["step"] += 1
             witness.stepped(progress["step"], mean(loss), loader.start + world_size * loader.taken)
             if progress["step"] % options.save_every == 0:
-                with witness.saving(progress["step"]):
-                    manager.save(progress["step"])  # copies the state; the rest happens while training goes on
+                witness.saving(progress["step"])
+                pending = manager.save(progress["step"])  # copies the state; the rest happens while training goes on
+                witness.saved(progress["step"], pending)
+    witness.ended()
 
 
 def build(device: torch.device) -> tuple[GPT, torch.optim.Optimizer, LambdaLR]:

@@ -10,9 +10,9 @@ import hashlib
 import json
 import os
 import signal
+import threading
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
+
+import distckpt
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +59,8 @@ class Witness:
         self._optimizer = optimizer
         self._values = values
         self._rank, self._world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-        self._last = time.perf_counter()
+        self._last = self._called = time.perf_counter()
+        self._watching: threading.Thread | None = None
 
     def started(self, restored: str | None, step: int) -> None:
         """The objects have been restored, or are fresh."""
@@ -75,16 +78,31 @@ class Witness:
                 print(f"step {step}: loss {loss:.4f}", flush=True)
         self._last = now
 
-    @contextmanager
-    def saving(self, step: int) -> Iterator[None]:
-        """Around ``manager.save``: digests before it, how long it took after it, or death."""
+    def saving(self, step: int) -> None:
+        """``save`` is about to be called."""
         self._write_digests("saved", step)
-        called, began = time.time(), time.perf_counter()
-        yield
+        self._called = time.perf_counter()
+
+    def saved(self, step: int, pending: distckpt.PendingSave | None) -> None:
+        """``save`` has returned. This process dies if it was told to; if not, how long the call took is recorded."""
         if step == self._options.die_at_step and self._rank == self._options.die_rank:
             os.kill(os.getpid(), signal.SIGKILL)
-        self._event("saving", step=step, called=called, stall=time.perf_counter() - began)
+        self._event("saved", step=step, stall=time.perf_counter() - self._called)
+        if self._rank == 0 and self._options.events is not None and pending is not None:
+            self._watching = threading.Thread(target=self._watch, args=(step, self._called, pending), daemon=True)
+            self._watching.start()
         self._last = time.perf_counter()
+
+    def ended(self) -> None:
+        """All saves are decided, and so their events are about to be written."""
+        if self._watching is not None:
+            self._watching.join()
+
+    def _watch(self, step: int, called: float, pending: distckpt.PendingSave) -> None:
+        # Asks again and again, since whoever waits for a result is the one who is told of a failure: not our business.
+        while not pending.done():
+            time.sleep(0.002)
+        self._event("decided", step=step, seconds=time.perf_counter() - called)
 
     def _event(self, kind: str, **fields: object) -> None:
         if self._options.events is not None:
@@ -105,8 +123,9 @@ class Witness:
 
     def _tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """The tensors of model and optimizer with the keys that a checkpoint has for them."""
-        names: dict[object, str] = {parameter: name for name, parameter in self._model.named_parameters()}
-        yield from ((f"model.{name}", parameter) for parameter, name in names.items())
+        named = dict(self._model.named_parameters())
+        yield from ((f"model.{name}", parameter) for name, parameter in named.items())
+        names: dict[object, str] = {parameter: name for name, parameter in named.items()}
         for parameter, state in self._optimizer.state.items():
             yield from ((f"optimizer.state.{names[parameter]}.{field}", value) for field, value in state.items())
 

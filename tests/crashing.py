@@ -113,9 +113,7 @@ class Death:
         self.pass_by()
 
 
-def save_and_die(
-    say: Say, directory: str, numbers: Sequence[int], count: str, at: int | None, **options: Any
-) -> None:
+def save_and_die(say: Say, directory: str, numbers: Sequence[int], count: str, at: int | None, **options: Any) -> None:
     """Save ``numbers``, saying each; die before store call ("calls") or system call ("system") number ``at``.
 
     Or right after that many saves were acknowledged ("saves"). None: live, and say last how many moments there were.
@@ -126,14 +124,17 @@ def save_and_die(
 
     death = Death(at)
     store = FaultyStore(LocalStore(directory), death if count == "calls" else None)  # type: ignore[arg-type]
-    with mounting(), _system_calls(death if count == "system" else Death(None)):
-        with Trainer(mount(store), **options) as trainer:
-            trainer.manager.restore_or_initialize()
-            for number in numbers:
-                trainer.saved(number)
-                say(number)
-                if count == "saves":
-                    death.pass_by()
+    with (
+        mounting(),
+        _system_calls(death if count == "system" else Death(None)),
+        Trainer(mount(store), **options) as trainer,
+    ):
+        trainer.manager.restore_or_initialize()
+        for number in numbers:
+            trainer.saved(number)
+            say(number)
+            if count == "saves":
+                death.pass_by()
     say(death.moments)
 
 
@@ -196,7 +197,7 @@ def save_against_others(say: Say, directory: str, first: int) -> None:
 def _serve() -> None:
     import torch  # noqa: F401 - what takes long is imported once
 
-    import distckpt.manager  # noqa: F401
+    import distckpt.manager
     import distckpt.testing.faulty  # noqa: F401
     import tests.small_runs  # noqa: F401
 

@@ -69,8 +69,8 @@ class Trainer:
     def __enter__(self) -> Trainer:
         return self
 
-    def __exit__(self, *error: Any) -> None:
-        self.manager.__exit__(*error)
+    def __exit__(self, *error: object) -> None:
+        self.manager.__exit__(*error)  # type: ignore[arg-type]
 
 
 def fill(checkpoint: distckpt.Checkpoint, number: int) -> None:

@@ -278,14 +278,10 @@ def _age(directory: Path, hours: float) -> None:
 
 
 def _saving(directory: Path, count: str, moment: int | None) -> Ended:
-    return warm().run(
-        save_and_die, directory=str(directory), numbers=[2], count=count, at=moment, max_to_keep=KEEP
-    )
+    return warm().run(save_and_die, directory=str(directory), numbers=[2], count=count, at=moment, max_to_keep=KEEP)
 
 
-def _die_at(
-    template: Path, tmp_path: Path, count: str, chosen: Callable[[int], Sequence[int]]
-) -> list[Aftermath]:
+def _die_at(template: Path, tmp_path: Path, count: str, chosen: Callable[[int], Sequence[int]]) -> list[Aftermath]:
     quiet = _saving(copied(template, tmp_path, "quiet"), count, None)
     assert quiet.signal == 0
     number, moments = quiet.said

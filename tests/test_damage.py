@@ -614,7 +614,18 @@ def _two_trees(rows: list[dict[str, Any]]) -> None:
 
 @pytest.mark.parametrize(
     "change",
-    [_huge, _hole, _elsewhere, _other_rank, _other_bytes, _pickled_dtype, _not_json, _climbing_path, _deep_path, _two_trees],
+    [
+        _huge,
+        _hole,
+        _elsewhere,
+        _other_rank,
+        _other_bytes,
+        _pickled_dtype,
+        _not_json,
+        _climbing_path,
+        _deep_path,
+        _two_trees,
+    ],
 )
 def test_a_forged_index_is_refused(alone: Path, change: Callable[[list[dict[str, Any]]], object]) -> None:
     forge_index(alone, change)

@@ -104,7 +104,7 @@ def test_another_number_of_ranks_takes_the_samples_that_are_left(monkeypatch: py
 def test_the_demo_notices_a_single_other_bit(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(EXAMPLES))
     checks, record = importlib.import_module("checks"), importlib.import_module("record")
-    commit = record.Commit(str(trained / "run" / "ckpt-2"), 2, 0.0, 1, 0)
+    commit = record.Commit(str(trained / "run" / "ckpt-2"), 2, 1, 0, 0.0, 0.0)
     (tmp_path / "digests").mkdir()
     name = "saved-2-on-1.json"
     digests = json.loads((trained / "digests" / name).read_text())

@@ -124,9 +124,7 @@ def test_G2_the_log_is_contiguous_with_one_writer_a_sequence_number(tmp_path: Pa
     run(tmp_path, 999)
     log = assert_sound_log(tmp_path)
     assert log[0].seq == 1
-    writers = Counter(
-        call.path for store in stores for call in store.calls if call.applied and _writes_entry(call)
-    )
+    writers = Counter(call.path for store in stores for call in store.calls if call.applied and _writes_entry(call))
     assert len(writers) > 6
     assert set(writers.values()) == {1}
 
@@ -348,5 +346,3 @@ def test_G8_after_a_crash_at_any_point_the_previous_loads_and_the_next_save_succ
 def test_every_promise_has_its_test() -> None:
     named = {name.split("_")[1] for name in globals() if name.startswith("test_G")}
     assert named == {f"G{number}" for number in range(1, 9)}
-
-

@@ -13,6 +13,7 @@ from distckpt.coordinator.actions import (
     Publish,
     ReadLeases,
     Seal,
+    Seal,
     StepFailed,
 )
 from distckpt.coordinator.messages import (
@@ -55,10 +56,10 @@ def test_retire_is_logged_before_anything_is_deleted_and_forgotten_after():
     driver = Driver().lead()
     run = saving(driver, 1)
     old, new = driver.save(run, 1, 1, 1), driver.save(run, 1, 2, 2)
-    assert kinds(driver) == ["claim", "run", "commit", "commit", "retire", "forget"]
+    assert kinds(driver) == ["claim", "run", "commit", "commit", "forget"]
     assert driver.machine.state.active == (new,)
     order = [type(action) for action in driver.done if not isinstance(action, Publish | CollectGarbage)]
-    assert order[-5:] == [ReadLeases, Append, ReadLeases, Delete, Append]
+    assert order[-6:] == [ReadLeases, Seal, Append, ReadLeases, Delete, Append]
     assert Delete((old,)) in driver.done
     assert driver.machine.state.retiring == ()
 
@@ -169,9 +170,10 @@ def test_unreadable_leases_retire_nothing_and_are_read_again():
     run = saving(driver, 1)
     driver.save(run, 1, 1, 1)
     driver.land(run, driver.plan(run, 1, 2, 2))
-    driver.settle(ReadLeases)
-    driver.take(ReadLeases)
-    driver.feed(LeasesRead(frozenset(), "timeout"))
+    for _ in ("before the commit", "after it"):
+        driver.settle(ReadLeases)
+        driver.take(ReadLeases)
+        driver.feed(LeasesRead(frozenset(), "timeout"))
     driver.settle()
     assert len(driver.machine.state.active) == 2
     driver.wait(30.0)

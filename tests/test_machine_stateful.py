@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import cast
 
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
@@ -114,18 +114,11 @@ class Coordinators(RuleBasedStateMachine):
             while self.shells[0].pending:
                 self._perform(self.shells[0], self.shells[0].pending.pop(0), "")
 
-    @precondition(lambda self: len(self.shells) < 3)
-    @rule()
     def start(self) -> None:
         self.started += 1
         shell = Shell(f"{self.started}")
         self.shells.append(shell)
         self._feed(shell, Tick())
-
-    @precondition(lambda self: len(self.shells) > 1)
-    @rule(which=PICK)
-    def crash(self, which: int) -> None:
-        self.shells.pop(which % len(self.shells))
 
     @precondition(lambda self: any(shell.pending for shell in self.shells))
     @rule(which=PICK, fault=FAULTS)
@@ -143,21 +136,38 @@ class Coordinators(RuleBasedStateMachine):
             if shell.pending:
                 self._perform(shell, shell.pending.pop(0), "")
 
-    @precondition(lambda self: self.late)
-    @rule(which=PICK)
-    def a_write_lands_late(self, which: int) -> None:
-        who, append = self.late.pop(which % len(self.late))
-        self.store.put_entry(who, append.entry, heard=False)
-
-    @rule(seconds=st.sampled_from([0.5, 5.0, 31.0]))
     def wait(self, seconds: float) -> None:
         self.time += seconds
         for shell in self.shells:
             self._feed(shell, Tick())
 
+    @rule(
+        what=st.sampled_from(
+            ["start", "start", "crash", "late", "wait", "pin", "unpin", "status", "open", "supersede"]
+        ),
+        which=PICK,
+        to=PICK,
+    )
+    def disturb(self, what: str, which: int, to: int) -> None:
+        if what == "start" and len(self.shells) < 3:
+            self.start()
+        elif what == "crash" and len(self.shells) > 1:
+            self.shells.pop(which % len(self.shells))
+        elif what == "late" and self.late:
+            who, append = self.late.pop(which % len(self.late))
+            self.store.put_entry(who, append.entry, heard=False)
+        elif what == "wait":
+            self.wait([0.5, 5.0, 31.0][which % 3])
+        elif what in ("pin", "unpin"):
+            self._ask(to, Pin(1 + which % 5, what == "pin"))
+        elif what == "status":
+            self._ask(to, Status())
+            self._ask(to, Heartbeat(max(self.runs.values(), default=0), 0))
+        elif what in ("open", "supersede"):
+            self.open_run(["one", "two", "three"][which % 3] if what == "supersede" else self.token, which % WORLD, to)
+
     # ---- ranks -----------------------------------------------------------------------------------------------------------
 
-    @rule(token=st.sampled_from(["one", "two"]), rank=st.integers(0, 1), to=PICK)
     def open_run(self, token: str, rank: int, to: int) -> None:
         self.token = token
         run = self.runs.get(f"{token}/{rank}", 0)
@@ -240,12 +250,14 @@ class Coordinators(RuleBasedStateMachine):
         self._ask(to, Receipt(join.run, join.rank, attempt, (shard,)))
 
     @precondition(lambda self: self.runs)
-    @rule(which=PICK, rank=st.integers(0, 1), to=PICK)
-    def restore(self, which: int, rank: int, to: int) -> None:
+    @rule(which=PICK, to=PICK, refused=st.sampled_from(["", "", "bad"]))
+    def restore(self, which: int, to: int, refused: str) -> None:
+        if which % 3 and self.restoring:
+            self.report_restored(which, to, refused)
+            return
+        rank = which % WORLD
         self._ask(to, RestoreRound(sorted(self.runs.values())[which % len(self.runs)], rank, str(which % 2), None))
 
-    @precondition(lambda self: self.restoring)
-    @rule(which=PICK, to=PICK, refused=st.sampled_from(["", "", "bad"]))
     def report_restored(self, which: int, to: int, refused: str) -> None:
         asked, reply = self.restoring[which % len(self.restoring)]
         self._ask(to, RestoreRound(asked.run, asked.rank, asked.ask, None, reply.record.attempt, refused))
@@ -255,14 +267,12 @@ class Coordinators(RuleBasedStateMachine):
     def repeat_anything(self, which: int, to: int) -> None:
         self._ask(to, self.asked[which % len(self.asked)])
 
-    @rule(number=st.integers(1, 5), pinned=st.booleans(), to=PICK)
-    def pin(self, number: int, pinned: bool, to: int) -> None:
-        self._ask(to, Pin(number, pinned))
-
     @precondition(lambda self: self.store.log)
-    @rule(which=PICK, reader=st.sampled_from(["r1", "r2"]))
-    def take_a_lease(self, which: int, reader: str) -> None:
+    @rule(which=PICK, reader=st.sampled_from(["r1", "r2"]), take=st.booleans())
+    def lease(self, which: int, reader: str, take: bool) -> None:
         self.drop_a_lease(reader)
+        if not take:
+            return
         entry = self.store.newest_entry()
         assert entry is not None
         records = (*entry.state.active, *entry.state.preserved)
@@ -271,7 +281,6 @@ class Coordinators(RuleBasedStateMachine):
             self.store.leases[reader] = (attempt, 1e9)
             self.history.add(Held(reader, attempt))
 
-    @rule(reader=st.sampled_from(["r1", "r2"]))
     def drop_a_lease(self, reader: str) -> None:
         if self.store.leases.pop(reader, None) is not None:
             self.history.add(LetGo(reader))
@@ -388,13 +397,13 @@ class Coordinators(RuleBasedStateMachine):
             deadline = shell.machine.next_deadline()
             assert deadline is None or deadline > self.time or any(isinstance(a, Append) for a in shell.pending)
 
-    @rule(to=PICK)
-    def ask_for_status(self, to: int) -> None:
-        self._ask(to, Status())
-        self._ask(to, Heartbeat(max(self.runs.values(), default=0), 0))
-
 
 Coordinators.TestCase.settings = settings(
-    max_examples=120, stateful_step_count=60, deadline=None, suppress_health_check=list(HealthCheck)
+    max_examples=100,
+    stateful_step_count=60,
+    deadline=None,
+    suppress_health_check=list(HealthCheck),
+    # Shrinking would outlast the time limit of a test; the steps are printed as they are.
+    phases=(Phase.explicit, Phase.reuse, Phase.generate),
 )
 test_promises_hold_in_any_order = Coordinators.TestCase

@@ -134,6 +134,37 @@ def test_restores_into_an_optimizer_that_never_stepped(tmp_path: Path) -> None:
     assert train(model, optimizer, 2, seed=9) == expected
 
 
+def test_saving_before_the_first_step_changes_nothing(tmp_path: Path) -> None:
+    def losses(folder: Path | None) -> list[float]:
+        model = make_model()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+        if folder is not None:
+            manager = distckpt.CheckpointManager(distckpt.Checkpoint(model=model, optimizer=optimizer), folder)
+            manager.prepare()
+            manager.save(0).result(30)
+            manager.close()
+        return [train(model, optimizer, 3), train(model, optimizer, 2)]
+
+    plain = losses(None)
+    assert losses(tmp_path) == plain
+    model = make_model(5)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.5)
+    train(model, optimizer, 2)
+    distckpt.Checkpoint(model=model, optimizer=optimizer).restore(tmp_path / "ckpt-0").assert_consumed()
+    assert [train(model, optimizer, 3), train(model, optimizer, 2)] == plain
+
+
+def test_grad_scaler_comes_back(tmp_path: Path) -> None:
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    scaler.scale(torch.ones(()))
+    checkpoint = distckpt.Checkpoint(scaler=scaler)
+    with distckpt.CheckpointManager(checkpoint, tmp_path) as manager:
+        path = manager.save().result(30)
+    other = torch.amp.GradScaler("cpu", init_scale=2.0)
+    distckpt.Checkpoint(scaler=other).restore(path).assert_consumed()
+    assert other.state_dict() == scaler.state_dict()
+
+
 def test_random_numbers_go_on_where_they_were(tmp_path: Path) -> None:
     checkpoint = distckpt.Checkpoint(rng=distckpt.PerRank(distckpt.RandomState()))
     with distckpt.CheckpointManager(checkpoint, tmp_path) as manager:

@@ -174,13 +174,15 @@ class Append:
 class MakePlan:
     """Plan ``attempt`` from every rank's description; ``staged`` fixes rows of ranks that copied theirs already.
 
-    PlanMade or StepFailed follows.
+    ``fresh`` are the ranks that described in this very save: the values that the others described are of an earlier
+    one. PlanMade or StepFailed follows.
     """
 
     attempt: str
     number: int | None
     descriptions: Mapping[int, bytes] = field(repr=False)
     staged: Mapping[int, bytes] = field(repr=False)
+    fresh: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -239,6 +241,4 @@ class Stop:
     reason: str
 
 
-Action = (
-    Answer | ReadTail | Append | MakePlan | Seal | ReadLeases | Delete | CollectGarbage | Publish | Stop
-)
+Action = Answer | ReadTail | Append | MakePlan | Seal | ReadLeases | Delete | CollectGarbage | Publish | Stop

@@ -16,10 +16,12 @@ from typing import Any, cast
 
 import ray
 
-from distckpt.coordinator.messages import Refused, Reply, Request
+from distckpt.coordinator.messages import OpenRun, Refused, Reply, Request, Unknown
+from distckpt.coordinator.runs import is_superseded
 from distckpt.coordinator.shell import Settings, Shell
-from distckpt.errors import CoordinatorUnavailableError, DistckptError
+from distckpt.errors import CoordinatorUnavailableError, DistckptError, StaleRunError
 from distckpt.storage import open_store
+from distckpt.transfer.log import read_tail
 from distckpt.world import World
 
 logger = logging.getLogger(__name__)
@@ -47,18 +49,28 @@ class CoordinatorActor:
     async def ask(self, request: Request, wait: float) -> Reply | None:
         """The answer to a request, or None when there is none within ``wait`` seconds: then ask again."""
         try:
-            shell = self._started()
+            shell = self._started_for(request)
         except DistckptError as error:
             return Refused(error)
+        if shell is None:
+            return Unknown()
         try:
             return await asyncio.wait_for(asyncio.wrap_future(shell.ask(request)), wait)
         except asyncio.TimeoutError:
             return None
 
-    def _started(self) -> Shell:
-        # Not in __init__: an actor that dies while it is made tells its callers much less than an answer does.
-        if self._shell is None:
-            shell = Shell(open_store(self._directory, self._storage_options), self._settings, self._stopped)
+    def _started_for(self, request: Request) -> Shell | None:
+        """The running shell, started if a run opens; None if nothing runs yet. Raises what starting it raises.
+
+        Not in __init__: an actor that dies while it is made tells its callers less than an answer does. And not for a
+        run that has been superseded: a restarted actor would fence the coordinator of the newer run.
+        """
+        if self._shell is None and isinstance(request, OpenRun):
+            store = open_store(self._directory, self._storage_options)
+            state = read_tail(store).state
+            if is_superseded(request, state):
+                raise StaleRunError(self._directory, request.run, state.run)
+            shell = Shell(store, self._settings, self._stopped)
             shell.start()
             self._shell = shell
         return self._shell

@@ -16,12 +16,22 @@ from distckpt.format.log import CheckpointRecord, Entry, State
 
 
 class Commits:
-    """Seals rounds and commits them. ``on_committed`` gets the round and what to answer its ranks."""
+    """Seals rounds and commits them. ``on_committed`` gets the round and what to answer its ranks.
 
-    def __init__(self, desk: Desk, ledger: Ledger, on_committed: Callable[[SaveRound, Committed], None]) -> None:
+    ``swept`` applies retention to a state, so that one entry both commits and retires.
+    """
+
+    def __init__(
+        self,
+        desk: Desk,
+        ledger: Ledger,
+        on_committed: Callable[[SaveRound, Committed], None],
+        swept: Callable[[State], State],
+    ) -> None:
         self._desk = desk
         self._ledger = ledger
         self._on_committed = on_committed
+        self._swept = swept
 
     def seal(self, round: SaveRound, run: Run) -> None:
         """Have everything checked and the manifest written. From here on no deadline abandons the round."""
@@ -59,7 +69,7 @@ class Commits:
         round.record = record
 
         def change(state: State) -> State | None:
-            return committed(state, record, round.order + 1) if round.outcome is None else None
+            return self._swept(committed(state, record, round.order + 1)) if round.outcome is None else None
 
         def counted(entry: Entry) -> None:
             self._on_committed(round, Committed(record))

@@ -41,6 +41,7 @@ class Keeping:
         self._look_wanted = False
         self._look_at: float | None = None
         self._looking: frozenset[str] | None = None
+        self._leased: frozenset[str] | None = None
         self._deleting: frozenset[str] = frozenset()
         self._garbage_wanted = False
         self._garbage_at: float | None = None
@@ -59,6 +60,22 @@ class Keeping:
         self._run = run
         self.collect()
 
+    def peek(self) -> None:
+        """Learn who reads what, so that the commit that is about to come can retire what makes room for it."""
+        self._leased = None
+        if not self.busy:
+            self._looking = frozenset()
+            self._desk.emit(ReadLeases())
+
+    def swept(self, state: State) -> State:
+        """``state`` after a sweep; unchanged if nobody knows who reads what since the last peek: then it comes later."""
+        if self._leased is None:
+            return state
+        swept = self._sweep(state, self._leased | self._protected())
+        if swept is None:
+            return state
+        return retired(state, swept.active, swept.preserved, swept.retire, swept.last_preserved)
+
     def look(self) -> None:
         """See what is due, at the end of this step."""
         self._look_wanted = True
@@ -73,6 +90,7 @@ class Keeping:
             return
         retiring, self._looking = self._looking, None
         self._look_at = None
+        self._leased = None if event.failed else event.attempts
         if event.failed:
             self._look_at = self._desk.mono + LOOK_AGAIN
             return

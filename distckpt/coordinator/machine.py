@@ -77,7 +77,15 @@ class Machine:
         self._early: dict[int, Request] = {}
         self._ledger = Ledger(self._desk, identities, self._lead)
         self._runs = Runs(self._desk, self._ledger, self._run_ended, self._run_known)
-        self._saves = Saves(self._desk, self._ledger, identities, self._committed, self._failed)
+        self._saves = Saves(
+            self._desk,
+            self._ledger,
+            identities,
+            self._committed,
+            self._failed,
+            lambda: self._keeping.peek(),
+            lambda state: self._keeping.swept(state),
+        )
         self._restores = Restores(self._desk, self._ledger)
         self._keeping = Keeping(
             self._desk,

@@ -234,9 +234,7 @@ class Unknown:
     """The coordinator does not know that run or attempt (it was replaced): OpenRun and Join again."""
 
 
-Request = (
-    OpenRun | Join | Describe | AwaitPlan | Receipt | Fail | RestoreRound | Pin | Heartbeat | Leave | Status
-)
+Request = OpenRun | Join | Describe | AwaitPlan | Receipt | Fail | RestoreRound | Pin | Heartbeat | Leave | Status
 Reply = (
     RunOpened
     | Joined

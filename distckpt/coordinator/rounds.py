@@ -29,6 +29,7 @@ class SaveRound:
     joins: dict[int, Join] = field(default_factory=dict)
     undescribed: set[int] = field(default_factory=set)
     descriptions: dict[int, bytes] = field(default_factory=dict)
+    fresh: set[int] = field(default_factory=set)
     staged_plans: dict[int, HeldPlan] = field(default_factory=dict)
     staged_rows: dict[int, bytes] = field(default_factory=dict)
     planning: bool = False
@@ -84,7 +85,9 @@ class SaveRound:
         self.undescribed.discard(message.rank)
         self.joins[message.rank] = dataclasses.replace(self.joins[message.rank], digest=message.digest)
         self.descriptions[message.rank] = message.description
-        if message.staged is not None:
+        if message.staged is None:
+            self.fresh.add(message.rank)
+        else:
             self.staged_rows[message.rank] = message.staged
 
     def copied(self, rank: int) -> bytes | None:

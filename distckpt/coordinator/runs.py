@@ -67,7 +67,7 @@ class Runs:
             self._desk.hold(ticket, self._opening[message.token], message)
         elif state.run and message.token == state.run_token:
             self._register(ticket, message)
-        elif message.token in self._superseded or 0 < message.run <= state.run:
+        elif message.token in self._superseded or is_superseded(message, state):
             known = self._superseded.get(message.token, message.run)
             self._desk.answer(ticket, Refused(StaleRunError(self._desk.directory, known, state.run)))
         else:
@@ -128,6 +128,11 @@ class Runs:
         if message.name != run.name:
             return f"rank {message.rank} saves as {message.name!r}, but others of its run as {run.name!r}"
         return ""
+
+
+def is_superseded(opening: OpenRun, state: State) -> bool:
+    """Whether a process that opens its run again belongs to one that another has followed."""
+    return 0 < opening.run <= state.run and opening.token != state.run_token
 
 
 def _wrong_rank(rank: int, world_size: int) -> str:

@@ -37,6 +37,7 @@ from distckpt.errors import (
     RankFailedError,
     SaveError,
 )
+from distckpt.format.log import State
 
 
 class Saves:
@@ -52,7 +53,10 @@ class Saves:
         identities: Identities,
         on_committed: Callable[[], None],
         on_failed: Callable[[], None],
+        on_sealing: Callable[[], None],
+        swept: Callable[[State], State],
     ) -> None:
+        self._on_sealing = on_sealing
         self.book = RoundBook()
         self._desk = desk
         self._ledger = ledger
@@ -61,7 +65,7 @@ class Saves:
         self._on_failed = on_failed
         self._plans = Plans()
         self._run: Run | None = None
-        self._commits = Commits(desk, ledger, self._committed)
+        self._commits = Commits(desk, ledger, self._committed, swept)
 
     @property
     def live(self) -> frozenset[str]:
@@ -253,6 +257,7 @@ class Saves:
             self._plan(round)
         # Checkpoints are committed in save order, so a fast save waits for an earlier one that all have joined.
         if round.outcome is None and round.saves and round.all_landed and not self.book.must_wait(round):
+            self._on_sealing()
             self._commits.seal(round, self._current)
 
     def _plan(self, round: SaveRound) -> None:
@@ -269,7 +274,7 @@ class Saves:
             staged[rank] = rows
         round.planning = True
         round.deadline = None
-        self._desk.emit(MakePlan(round.attempt, round.number, round.descriptions, staged))
+        self._desk.emit(MakePlan(round.attempt, round.number, round.descriptions, staged, frozenset(round.fresh)))
 
     def _adopt(self, round: SaveRound, held: HeldPlan) -> None:
         round.planning = False

@@ -84,9 +84,11 @@ class Shell:
         self._timer = threading.Thread(target=self._run_timer, name="distckpt-timer", daemon=True)
 
     def start(self) -> None:
-        """Check that the store can keep our promises and begin. StoreUnsuitableError or StorageError if it cannot."""
+        """Check that the store can keep our promises. StoreUnsuitableError or StorageError if it cannot.
+
+        The directory is claimed when the first request comes.
+        """
         probe(self._store)
-        self._handle(Tick())
         self._timer.start()
 
     def ask(self, request: Request) -> Future[Reply]:
@@ -175,7 +177,7 @@ class Shell:
             case Append():
                 return self._append(action)
             case MakePlan():
-                plan = make_plan(action.number, action.descriptions, action.staged)
+                plan = make_plan(action.number, action.descriptions, action.staged, action.fresh)
                 return PlanMade(action.attempt, plan)
             case Seal():
                 return seal_checkpoint(self._store, action, cast(ShardingPlan, action.plan).table)
@@ -186,7 +188,8 @@ class Shell:
             case CollectGarbage():
                 collect_garbage(self._store, action, self._settings.garbage_age)
             case Publish():
-                self._store.replace(names.STATE_FILE, render(from_log_state(action.entry.state)).encode())
+                if action.entry.state.active:
+                    self._store.replace(names.STATE_FILE, render(from_log_state(action.entry.state)).encode())
                 prune(self._store, action.entry.seq)
             case Stop():
                 if self._on_stop is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 import numpy as np
@@ -38,10 +38,10 @@ class Chunks:
         return self.rows[self.starts[chunk] : self.starts[chunk + 1]]
 
 
-def checked_chunks(number: int | None, merged: Merged) -> Chunks:
+def checked_chunks(number: int | None, merged: Merged, fresh: Collection[int] | None = None) -> Chunks:
     """The distinct chunks, once it is sure that they tile every tensor and that all ranks agree on them.
 
-    PlanError, about checkpoint ``number``, otherwise.
+    Values are compared between the ``fresh`` ranks, None meaning all. PlanError, about checkpoint ``number``, otherwise.
     """
     _check_agreement(number, merged, merged.path, "path", lambda code: str(merged.paths[code].as_py()))
     _check_agreement(number, merged, merged.dtype, "dtype", lambda code: str(merged.dtypes[code].as_py()))
@@ -50,7 +50,7 @@ def checked_chunks(number: int | None, merged: Merged) -> Chunks:
     _check_sizes(number, merged)
     chunks = _distinct(merged)
     _check_once_a_rank(number, merged, chunks)
-    _check_same_values(number, merged, chunks)
+    _check_same_values(number, merged, chunks, fresh)
     _check_tiling(number, merged, chunks)
     return chunks
 
@@ -151,11 +151,19 @@ def _check_once_a_rank(number: int | None, merged: Merged, chunks: Chunks) -> No
         raise PlanError(number, merged.key_text(row), merged.ranks_of(np.array([row])), message)
 
 
-def _check_same_values(number: int | None, merged: Merged, chunks: Chunks) -> None:
-    differ = np.flatnonzero(merged.crc != merged.crc[chunks.first][chunks.of_row])
+def _check_same_values(number: int | None, merged: Merged, chunks: Chunks, fresh: Collection[int] | None) -> None:
+    told_now = (
+        np.ones(len(merged.rank), bool) if fresh is None else np.isin(merged.rank, np.array(sorted(fresh), np.int32))
+    )
+    low = np.full(len(chunks.first), np.iinfo(np.int64).max)
+    high = np.full(len(chunks.first), np.iinfo(np.int64).min)
+    np.minimum.at(low, chunks.of_row[told_now], merged.crc[told_now])
+    np.maximum.at(high, chunks.of_row[told_now], merged.crc[told_now])
+    differ = np.flatnonzero(low < high)
     if len(differ) == 0:
         return
-    rows = chunks.rows_of(int(chunks.of_row[differ[0]]))
+    rows = chunks.rows_of(int(differ[0]))
+    rows = rows[told_now[rows]]
     same = merged.crc[rows] == merged.crc[rows[0]]
     message = (
         f"{told(merged.ranks_of(rows[~same]))} holds another value than {told(merged.ranks_of(rows[same]))}. "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -53,15 +53,19 @@ class ShardingPlan:
 
 
 def make_plan(
-    number: int | None, descriptions: Mapping[int, bytes], staged: Mapping[int, bytes] | None = None
+    number: int | None,
+    descriptions: Mapping[int, bytes],
+    staged: Mapping[int, bytes] | None = None,
+    fresh: Collection[int] | None = None,
 ) -> ShardingPlan:
     """Plan the writing of what ranks 0, 1, 2 ... described, balanced by bytes; the same input gives the same plan.
 
-    ``staged`` names ranks that have copied rows already (int32, little endian): they write exactly those. PlanError,
+    ``staged`` names ranks that have copied rows already (int32, little endian): they write exactly those. ``fresh``
+    names those that described what they hold just now, None meaning all: values are compared between them. PlanError,
     about checkpoint ``number``, for a hole, an overlap, ranks that disagree, and staged rows that do not fit.
     """
     merged = merge(number, descriptions)
-    chunks = checked_chunks(number, merged)
+    chunks = checked_chunks(number, merged, fresh)
     owner = _keep_staged(number, merged, chunks, staged or {})
     _assign(number, merged, chunks, owner, np.array(sorted(staged or {}), np.int32))
     written = np.flatnonzero(merged.rank == owner[chunks.of_row])

@@ -317,7 +317,7 @@ def g7_retention_spares(history: History) -> list[str]:
 
 def _unspared(before: Entry, after: Entry) -> list[str]:
     gone = set(alive(before.state)) - set(alive(after.state))
-    replaced = {(record.name, record.number) for record in after.state.active}
+    newer = bool(set(alive(after.state)) - set(alive(before.state)))
     preserved = {record.attempt for record in before.state.preserved}
     reasons = []
     for record in (*before.state.active, *before.state.preserved):
@@ -326,8 +326,8 @@ def _unspared(before: Entry, after: Entry) -> list[str]:
         if record.pinned or record.attempt in preserved:
             reasons.append(f"entry {after.seq} removed {record.attempt}, which is pinned or preserved")
         newest = record is before.state.active[-1] if before.state.active else False
-        if newest and (record.name, record.number) not in replaced:
-            reasons.append(f"entry {after.seq} removed {record.attempt}, the newest")
+        if newest and not newer:
+            reasons.append(f"entry {after.seq} removed {record.attempt}, the newest, and brought no newer one")
     return reasons
 
 
