@@ -19,10 +19,14 @@ from torch.distributed.tensor import DTensor
 
 from distckpt.checkpoint import SAVE_COUNTER, Checkpoint, PerRank
 from distckpt.errors import EncodeError
-from distckpt.format.tree import DictStep, Path, RankStep, encode_path, flatten
+from distckpt.format.limits import MAX_DIMENSIONS
+from distckpt.format.tree import DictStep, Leaf, Path, RankStep, encode_path, flatten
 from distckpt.format.values import encode_value
 from distckpt.sharding.chunks import dtype_name, global_shape, local_tensor, pieces
 from distckpt.sharding.description import Description, Row, build_description
+
+Memory = tuple[int, torch.Size, tuple[int, ...]]
+"""Address, shape and strides of what this rank holds of a tensor."""
 
 NAMES = ("params", "param_names")
 """What a parameter group says of who is in it."""
@@ -56,14 +60,25 @@ class Section:
 
 
 @dataclass(frozen=True, slots=True)
+class _Taken:
+    """A tensor leaf as it was last taken apart: the tensor itself, its memory then, its rows and their sources."""
+
+    path: Path
+    array: torch.Tensor
+    memory: Memory
+    parts: tuple[tuple[Row, torch.Tensor], ...]
+
+
+@dataclass(frozen=True, slots=True)
 class _Read:
     """A section as it was last read; ``seen`` identifies its witness tensors, () when it is not steady."""
 
     rows: list[Row]
     sources: list[torch.Tensor | None]
     values: list[bytes | None]
-    seen: tuple[tuple[int, int], ...]
+    seen: tuple[tuple[int, Memory], ...]
     kept: tuple[torch.Tensor, ...]
+    taken: dict[str, _Taken]
 
 
 class Collector:
@@ -87,7 +102,7 @@ class Collector:
             elif last.seen:
                 return self._collect_afresh()
             else:
-                reads.append(_read(section))
+                reads.append(_read(section, last.taken))
         if any(not _same_rows(new.rows, old.rows) for new, old in zip(reads, self._last, strict=True)):
             return self._collect_afresh()
         return self._joined(reads, self._holding.description)
@@ -97,7 +112,7 @@ class Collector:
             *sections(self._checkpoint, self._rank),
             Section((DictStep(SAVE_COUNTER),), lambda: self._checkpoint.save_counter, shared=True),
         ]
-        reads = [_read(section) for section in self._sections]
+        reads = [_read(section, {}) for section in self._sections]
         rows = [row for read in reads for row in read.rows]
         _check_distinct(rows)
         return self._joined(reads, build_description(rows))
@@ -219,13 +234,15 @@ def as_tensor(array: torch.Tensor | np.ndarray[Any, Any], key: str) -> torch.Ten
         raise EncodeError(key, f"a NumPy array of dtype {array.dtype} has no counterpart in torch: {error}") from error
 
 
-def _read(section: Section) -> _Read:
+def _read(section: Section, before: Mapping[str, _Taken]) -> _Read:
     rows: list[Row] = []
     sources: list[torch.Tensor | None] = []
     values: list[bytes | None] = []
+    taken: dict[str, _Taken] = {}
     for leaf in flatten(section.read(), is_array, section.prefix):
         if is_array(leaf.value):
-            for row, source in _tensor_rows(as_tensor(leaf.value, leaf.key), leaf.path, leaf.key):
+            taken[leaf.key] = _take(leaf, before.get(leaf.key))
+            for row, source in taken[leaf.key].parts:
                 rows.append(row)
                 sources.append(source)
                 values.append(None)
@@ -236,12 +253,32 @@ def _read(section: Section) -> _Read:
             sources.append(None)
             values.append(data)
     seen, kept = _steadiness(section, sources, values)
-    return _Read(rows, sources, values, seen, kept)
+    return _Read(rows, sources, values, seen, kept, taken)
+
+
+def _take(leaf: Leaf, before: _Taken | None) -> _Taken:
+    """The leaf's rows; those of before if it is the same tensor at the same place, which is much cheaper to see."""
+    array = leaf.value
+    if before is not None and before.array is array and before.memory == _memory(array) and before.path == leaf.path:
+        return before
+    tensor = as_tensor(array, leaf.key)
+    kept = array if isinstance(array, torch.Tensor) and not (array.is_conj() or array.is_neg()) else tensor
+    return _Taken(leaf.path, kept, _memory(kept), tuple(_tensor_rows(tensor, leaf.path, leaf.key)))
+
+
+def _memory(tensor: torch.Tensor) -> Memory:
+    # Once a save for every tensor: the attribute is fifty times cheaper than to_local, which it stands for here.
+    local = tensor._local_tensor if isinstance(tensor, DTensor) else tensor
+    return local.data_ptr(), local.shape, local.stride()
 
 
 def _tensor_rows(tensor: torch.Tensor, path: Path, key: str) -> Iterable[tuple[Row, torch.Tensor]]:
     try:
         name, shape, held = dtype_name(tensor.dtype), global_shape(tensor), pieces(tensor)
+        if len(shape) > MAX_DIMENSIONS:
+            raise EncodeError(
+                key, f"the tensor has {len(shape)} dimensions, and {MAX_DIMENSIONS} is the most that can be stored"
+            )
     except ValueError as error:
         raise EncodeError(key, str(error)) from error
     text = encode_path(path)
@@ -251,7 +288,7 @@ def _tensor_rows(tensor: torch.Tensor, path: Path, key: str) -> Iterable[tuple[R
 
 def _steadiness(
     section: Section, sources: Sequence[torch.Tensor | None], values: Sequence[bytes | None]
-) -> tuple[tuple[tuple[int, int], ...], tuple[torch.Tensor, ...]]:
+) -> tuple[tuple[tuple[int, Memory], ...], tuple[torch.Tensor, ...]]:
     """What identifies the witness, and the tensors themselves so that no identity is used twice; empty if unsteady.
 
     Steady means that every source lies in the witness's own memory. Hooks that hand out copies make a section unsteady.
@@ -266,11 +303,8 @@ def _steadiness(
     return _identify(kept), kept
 
 
-def _identify(tensors: Iterable[torch.Tensor]) -> tuple[tuple[int, int], ...]:
-    # Once a save for every tensor: the attribute is fifty times cheaper than to_local, which it stands for here.
-    return tuple(
-        (id(tensor), (tensor._local_tensor if isinstance(tensor, DTensor) else tensor).data_ptr()) for tensor in tensors
-    )
+def _identify(tensors: Iterable[torch.Tensor]) -> tuple[tuple[int, Memory], ...]:
+    return tuple((id(tensor), _memory(tensor)) for tensor in tensors)
 
 
 def _same_rows(new: Sequence[Row], old: Sequence[Row]) -> bool:

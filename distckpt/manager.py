@@ -26,6 +26,7 @@ from distckpt.coordinator.messages import (
     Unknown,
 )
 from distckpt.coordinator.shell import Settings
+from distckpt.ending import close_at_exit, forget_at_exit
 from distckpt.errors import (
     CheckpointNotFoundError,
     DamagedError,
@@ -35,6 +36,7 @@ from distckpt.errors import (
     StorageError,
 )
 from distckpt.format import names
+from distckpt.format.limits import MAX_NUMBER
 from distckpt.format.log import CheckpointRecord
 from distckpt.restoring import restore_objects
 from distckpt.saving import PendingSave, Saver
@@ -146,6 +148,7 @@ class CheckpointManager:
         self._closed = threading.Event()
         self._heart = threading.Thread(target=self._beat, name="distckpt-heartbeat", daemon=True)
         self._heart.start()
+        close_at_exit(self)
 
     # ---- what there is -----------------------------------------------------------------------------------------
 
@@ -197,10 +200,10 @@ class CheckpointManager:
         step = self._step()
         if step is not None and self._too_early(step, check_interval):
             return None
+        number = int(checkpoint_number) if checkpoint_number is not None else self._checkpoint.save_counter + 1
+        if not 0 <= number <= MAX_NUMBER:
+            raise ValueError(f"checkpoint numbers go from 0 to {MAX_NUMBER}, but this one is {number}")
         self._checkpoint.save_counter += 1
-        number = int(checkpoint_number) if checkpoint_number is not None else self._checkpoint.save_counter
-        if number < 0:
-            raise ValueError(f"checkpoint numbers are not negative, but this one is {number}")
         pending = self._saver.save(number, self._path(self._name, number))
         if pending is None:
             self._checkpoint.save_counter -= 1
@@ -261,7 +264,8 @@ class CheckpointManager:
 
         ``which`` is a number or a path of this directory; None means the newest good one: what any rank finds
         damaged is refused by all, with the reason in the log, and the next older is tried. ``partial`` allows keys
-        that the checkpoint lacks, or that no object asked for.
+        that the checkpoint lacks, or that no object asked for (with many ranks: whole objects, since ranks may hold
+        different keys of one).
 
         Raises CheckpointNotFoundError, NoGoodCheckpointError, MismatchError, ResizeError, MissingRanksError.
         """
@@ -296,9 +300,15 @@ class CheckpointManager:
         except (DamagedError, StorageError) as error:
             logger.warning("checkpoint %d cannot be restored here: %s", record.number, error)
             return str(error) or type(error).__name__
-        if not partial and (status.missing or status.unexpected):
-            raise MismatchError(where.path, status.missing, status.unexpected, {})
+        unexpected = [key for key in status.unexpected if self._is_nobodys(key)]
+        if not partial and (status.missing or unexpected):
+            raise MismatchError(where.path, status.missing, unexpected, {})
         return ""
+
+    def _is_nobodys(self, key: str) -> bool:
+        """Whether no rank asks for a key that this one does not: of an object of ours, another rank may hold it."""
+        name = key.partition(".")[0].partition("@")[0]
+        return self._world.size == 1 or name not in self._checkpoint.objects
 
     def _restored(self, record: CheckpointRecord | None) -> CheckpointRecord | None:
         if record is not None and self._interval is not None:
@@ -333,6 +343,7 @@ class CheckpointManager:
 
     def _leave(self) -> None:
         self._closed.set()
+        forget_at_exit(self)
         self._saver.close()
         self._heart.join()
         with contextlib.suppress(DistckptError):  # the coordinator notices by itself that we are gone

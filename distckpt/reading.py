@@ -26,7 +26,7 @@ def read_tensors(where: Located, index: Index, targets: Mapping[str, Sequence[to
     memory: list[memoryview] = []
     finish: list[Callable[[], object]] = []
     for key, tensors in targets.items():
-        dtype = dtype_from_name(index.info(key).dtype)
+        dtype = dtype_from_name(index.layout(key)[0])
         for piece in _distinct(tensors):
             landing = piece.local if _is_plain(piece.local, dtype) else torch.empty(piece.length, dtype=dtype)
             if landing is not piece.local:

@@ -41,7 +41,7 @@ class _Filling:
 def restore_objects(checkpoint: Checkpoint, where: Located, index: Index, rank: int, world_size: int) -> LoadStatus:
     """Fill every object of ``checkpoint``. See Checkpoint.restore for the promise and the errors."""
     objects = checkpoint.objects
-    paths = {key: decode_path(index.info(key).path, where.path) for key in index.keys()}  # noqa: SIM118 - not a dict
+    paths = {key: decode_path(path, where.path) for key, path in zip(index.names, index.paths, strict=True)}
     modules = {name: obj for name, obj in objects.items() if isinstance(obj, torch.nn.Module)}
     filling = _Filling(where, index, rank, world_size, modules, paths)
     for name, obj in objects.items():
@@ -293,13 +293,13 @@ def _rebuild_leaves(
     made: dict[str, torch.Tensor] = {}
     values: list[str] = []
     for key in keys:
-        info = filling.index.info(key)
+        dtype, shape = filling.index.layout(key)
         filling.known.add(key)
-        if info.dtype == "json":
+        if dtype == "json":
             filling.values.add(key)
             values.append(key)
             continue
-        made[key] = _like(current.get(key), info.shape, info.dtype)
+        made[key] = _like(current.get(key), shape, dtype)
         filling.tensors.setdefault(key, []).append(made[key])
 
     def found(read: Mapping[str, Any]) -> dict[str, Any]:
@@ -324,13 +324,13 @@ def _want_tensor(filling: _Filling, key: str, array: torch.Tensor | np.ndarray[A
         filling.missing.append(key)
         return
     filling.known.add(key)
-    info = filling.index.info(key)
+    dtype, shape = filling.index.layout(key)
     tensor = array if isinstance(array, torch.Tensor) else _writable(array, key)
-    if info.dtype == "json" or tuple(info.shape) != global_shape(tensor):
-        saved = "a plain value" if info.dtype == "json" else f"{list(info.shape)}"
+    if dtype == "json" or shape != global_shape(tensor):
+        saved = "a plain value" if dtype == "json" else f"{list(shape)}"
         filling.misshaped[key] = f"saved {saved}, here {list(global_shape(tensor))}"
         return
-    filling.tensors.setdefault(key, []).append(tensor.detach())
+    filling.tensors.setdefault(key, []).append(tensor)
 
 
 def _writable(array: np.ndarray[Any, Any], key: str) -> torch.Tensor:
@@ -344,7 +344,7 @@ def _want_value(filling: _Filling, key: str) -> bool:
         filling.missing.append(key)
         return False
     filling.known.add(key)
-    if filling.index.info(key).dtype != "json":
+    if filling.index.layout(key)[0] != "json":
         filling.misshaped[key] = "saved a tensor, here a plain value"
         return False
     filling.values.add(key)

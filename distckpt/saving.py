@@ -134,6 +134,7 @@ class _Task:
     staging: Staging
     description: Callable[[], bytes] = field(repr=False)
     joined: Joined | None
+    staged: Future[StagedCopy] = field(default_factory=Future, repr=False)
     written: dict[str, tuple[ShardReceipt, ...]] = field(default_factory=dict)
     attempt: str = ""
 
@@ -206,11 +207,20 @@ class Saver:
             pending._future.set_exception(error)
             return pending
         staging = self._staging_of(buffer)
-        pending._staged = self._order.after(staging, *_contents(self._layout, holding))
         buffer.pending = pending
         task = _Task(ask, number, self._layout, staging, holding.describe, joined)
         self._pool.submit(self._run, task, pending)
+        self._stage(task, pending, holding)
         return pending
+
+    def _stage(self, task: _Task, pending: PendingSave, holding: Holding) -> None:
+        """Copy the state, while the background thread joins the save already."""
+        try:
+            pending._staged = self._order.after(task.staging, *_contents(task.layout, holding))
+        except BaseException as error:
+            task.staged.set_exception(error)
+            raise
+        task.staged.set_result(pending._staged)
 
     def close(self) -> None:
         """Wait for what is under way and let the memory go."""
@@ -360,6 +370,7 @@ class Saver:
     def _write(self, task: _Task, attempt: str) -> tuple[ShardReceipt, ...]:
         if attempt not in task.written:
             try:
+                task.staged.result()
                 task.written[attempt] = tuple(
                     self._write_shard(task, attempt, shard) for shard in range(len(task.staging.shards))
                 )

@@ -40,7 +40,8 @@ def print_table(console: Console, record: Record, whole: dict[str, Reading], par
         )
     console.print(table)
     console.print(
-        "stall: training stood still, slowest rank.  commit: from the call of save until rank 0 knew it to be durable.",
+        "stall: training stood still, slowest rank; the first save of a run also plans who writes what.\n"
+        "commit: from the call of save until rank 0 knew the checkpoint to be durable and visible.",
         style="dim",
     )
 

@@ -57,7 +57,6 @@ def train(options: Options) -> None:
     )
     with distckpt.CheckpointManager(checkpoint, options.directory, max_to_keep=options.keep) as manager:
         restored = manager.restore_or_initialize()
-        manager.prepare()  # so that already the first save only copies
         witness.started(restored, progress["step"])
         for tokens, targets in loader:
             if progress["step"] >= options.steps:

@@ -233,7 +233,6 @@ def test_other_things_in_a_directory_are_left_alone(tmp_path: Path) -> None:
         "_log/README",
         "_log/backup/00000000000000009999.json",
         "_log/123.json",
-        "_probe/mine",
         "ckpt-2/notes.txt",
         "ckpt-5/data/manifest.json",
         "ckpt-x/y",

@@ -29,6 +29,7 @@ from distckpt.coordinator.actions import (
     Seal,
     Sealed,
     StepFailed,
+    Stop,
     TailRead,
     Tick,
 )
@@ -73,6 +74,7 @@ from distckpt.testing.sim_store import SimulatedPlan, SimulatedStore, describe, 
 WORLD = 2
 FAULTS = st.sampled_from(["", "", "", "", "lost", "unknown", "late"])
 PICK = st.integers(0, 1 << 20)
+TO = st.sampled_from([-1, -1, -1, 0, 1])
 
 
 class Shell:
@@ -173,23 +175,29 @@ class Coordinators(RuleBasedStateMachine):
         run = self.runs.get(f"{token}/{rank}", 0)
         self._ask(to, OpenRun(token, rank, WORLD, "h", "ckpt", Retention(1), 20.0, run))
 
-    @precondition(lambda self: self.runs)
+    @rule(to=TO)
+    def save_at_once(self, to: int) -> None:
+        self._save(1, to, 6, again=False)
+
     @rule(
         ahead=st.integers(-1, 1),
-        to=PICK,
+        to=TO,
         stages=st.sampled_from([6, 6, 6, 6, 6, 6, 5, 4, 3, 2, 1]),
         again=st.booleans(),
     )
     def save(self, ahead: int, to: int, stages: int, again: bool) -> None:
+        self._save(ahead, to, stages, again=again)
+
+    def _save(self, ahead: int, to: int, stages: int, *, again: bool) -> None:
         """Both ranks go through the first ``stages`` of a save; ``again`` saves a number that was saved before."""
-        run = max(self.runs.values())
-        order = max([int(join.ask) for join, _ in self.joined if join.run == run], default=0) + ahead
-        order = max(1, order)
-        number = order - 1 if again and order % 2 else order
         self._work(to)
         for rank in range(WORLD):
             self.open_run(self.token, rank, to)
         self._work(to)
+        run = self.runs.get(f"{self.token}/0", 0)
+        order = max([int(join.ask) for join, _ in self.joined if join.run == run], default=0) + ahead
+        order = max(1, order)
+        number = order - 1 if again and order % 2 else order
         for stage in (self._join, self._describe, self._work, self._await_plan, self._land, self._work)[:stages]:
             for rank in range(WORLD):
                 stage(to, run, rank, order, number)
@@ -348,6 +356,10 @@ class Coordinators(RuleBasedStateMachine):
                         self._erase(shell, attempt)
             case Publish(entry):
                 self.store.prune(entry.seq)
+            case Stop():
+                self.shells.remove(shell)
+                if not self.shells:
+                    self.start()
 
     def _tail(self) -> TailRead:
         entry = self.store.newest_entry()
@@ -399,7 +411,7 @@ class Coordinators(RuleBasedStateMachine):
 
 
 Coordinators.TestCase.settings = settings(
-    max_examples=100,
+    max_examples=150,
     stateful_step_count=60,
     deadline=None,
     suppress_health_check=list(HealthCheck),

@@ -65,18 +65,15 @@ class Identities:
     """Ids that are unique for ever, given that ``claim_id`` is, and the same again for the same sequence of calls."""
 
     def __init__(self, claim_id: str) -> None:
-        self._claim_id = claim_id
+        self._claim = hashlib.sha256(claim_id.encode()).hexdigest()[:24]
         self._made = 0
 
     def attempt(self, epoch: int) -> str:
         """The id of a new attempt. Ids of one epoch sort by age (``names.attempt_age``)."""
-        unique = self._next("attempt")
-        return f"e{epoch}-{self._made:08x}{unique[:24]}"
+        self._made += 1
+        return f"e{epoch}-{self._made:08x}{self._claim}"
 
     def commit(self) -> str:
         """The id of a new log entry."""
-        return self._next("commit")
-
-    def _next(self, what: str) -> str:
         self._made += 1
-        return hashlib.sha256(f"{self._claim_id}/{what}/{self._made}".encode()).hexdigest()[:32]
+        return f"{self._made:08x}{self._claim}"

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
+from collections.abc import Iterator
 
 from distckpt.coordinator.actions import CollectGarbage, Deleted, LeasesRead
 from distckpt.errors import DamagedError, ObjectNotFoundError, StorageError
@@ -12,6 +14,7 @@ from distckpt.format.lease import MAX_LEASE_BYTES, Lease
 from distckpt.format.log import CheckpointRecord
 from distckpt.format.sealed import unseal
 from distckpt.storage import PROBES, Store, SupportsSweep
+from distckpt.transfer.log import read_entry, sequence_numbers
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +49,7 @@ def read_leases(store: Store) -> LeasesRead:
         except ObjectNotFoundError:
             continue  # released between listing and reading
         except (DamagedError, StorageError) as error:
+            logger.warning("nothing is deleted while the lease %s cannot be read: %s", info.path, error)
             return LeasesRead(frozenset(), f"lease {info.path}: {error}")
         if lease.expires > now:
             attempts.add(lease.attempt)
@@ -58,9 +62,11 @@ def collect_garbage(store: Store, action: CollectGarbage, min_age: float) -> int
     """Delete attempts that came to nothing and that nobody has touched for ``min_age`` seconds; returns how many.
 
     Those of earlier epochs that the log does not know, and those of this epoch that have failed; what a later
-    coordinator began is left alone.
+    coordinator began is left alone, and so is a whole checkpoint that no coordinator in the log has written: somebody
+    copied it here.
     """
     gone = 0
+    claims = set(_claims(store))
     for folder in store.folders(""):
         if names.parse_checkpoint(folder) is None:
             continue
@@ -68,11 +74,20 @@ def collect_garbage(store: Store, action: CollectGarbage, min_age: float) -> int
             if not names.is_attempt(attempt) or not _is_garbage(attempt, action):
                 continue
             objects = list(store.list(f"{folder}/{attempt}"))
-            if all(info.modified < time.time() - min_age for info in objects):
+            whole = any(info.path.endswith(f"/{names.MANIFEST}") for info in objects)
+            if whole and names.claim_of(attempt) not in claims:
+                logger.warning("%s/%s is not of this directory's log and is left alone", folder, attempt)
+            elif all(info.modified < time.time() - min_age for info in objects):
                 logger.info("collecting the unfinished attempt %s/%s", folder, attempt)
                 _delete_attempt(store, f"{folder}/{attempt}")
                 gone += 1
     return gone + _sweep(store, min_age)
+
+
+def _claims(store: Store) -> Iterator[str]:
+    for seq in sequence_numbers(store):
+        with contextlib.suppress(DamagedError, ObjectNotFoundError):  # whom it names is then spared, not deleted
+            yield names.claim_of(read_entry(store, seq).commit_id)
 
 
 def _sweep(store: Store, min_age: float) -> int:

@@ -123,6 +123,6 @@ class SaveRound:
         self.deadline = None
         # New containers, not cleared ones: an action that is still being performed may hold the old ones.
         self.joins, self.descriptions, self.staged_plans, self.staged_rows, self.receipts = {}, {}, {}, {}, {}
-        self.undescribed, self.told = set(), set()
+        self.undescribed, self.told, self.fresh = set(), set(), set()
         if self.saves:
             self.plan = None

@@ -136,7 +136,9 @@ def _complete(store: Store, entry: Entry) -> Iterator[CheckpointRecord]:
         if names.parse_checkpoint(folder) is None:
             continue
         for attempt in store.folders(folder):
-            if names.is_attempt(attempt) and attempt not in known and names.attempt_epoch(attempt) >= entry.epoch:
+            # Of the same coordinator as the newest entry: a folder that was copied here from another run is not ours.
+            ours = names.is_attempt(attempt) and names.claim_of(attempt) == names.claim_of(entry.commit_id)
+            if ours and attempt not in known:
                 record = _complete_record(store, f"{folder}/{attempt}")
                 if record is not None:
                     yield record

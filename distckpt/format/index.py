@@ -90,6 +90,11 @@ class Index:
         number = self.ids.get(key)
         return self.grouped[:0] if number is None else self.grouped[self.groups[number] : self.groups[number + 1]]
 
+    def layout(self, key: str) -> tuple[str, tuple[int, ...]]:
+        """Dtype and shape of a key. KeyError if there is no such key."""
+        number = self.ids[key]
+        return self.dtypes[number], tuple(self.shapes[number, : self.ndims[number]].tolist())
+
     def info(self, key: str) -> KeyInfo:
         """What is known of ``key``. ValueError if the checkpoint does not have it."""
         number = self.ids.get(key)

@@ -39,6 +39,11 @@ def attempt_age(attempt: str) -> tuple[int, str]:
     return attempt_epoch(attempt), attempt.rpartition("-")[2]
 
 
+def claim_of(unique: str) -> str:
+    """Which coordinator made an attempt id or a commit id: both end in what is unique to its claim."""
+    return unique[-24:]
+
+
 def entry_path(seq: int) -> str:
     """The log entry with that sequence number."""
     return f"{LOG}/{seq:020d}.json"
@@ -46,7 +51,7 @@ def entry_path(seq: int) -> str:
 
 def entry_seq(path: str) -> int | None:
     """The sequence number of a log entry's path, or None for any other object."""
-    match = _ENTRY.fullmatch(path.rpartition("/")[2])
+    match = _ENTRY.fullmatch(path.removeprefix(f"{LOG}/"))
     return int(match[1]) if match else None
 
 

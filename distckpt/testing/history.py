@@ -259,14 +259,16 @@ def g5_epochs_only_grow(history: History) -> list[str]:
             broken.append(f"entry {logged.seq} of epoch {logged.epoch} follows epoch {before.epoch}")
         if owner.setdefault(logged.epoch, happening.who) != happening.who:
             broken.append(f"{happening.who} and {owner[logged.epoch]} both wrote in epoch {logged.epoch}")
-        if logged.kind == "commit" and saves[logged.state.active[-1].attempt][0] != logged.state.run:
-            broken.append(f"entry {logged.seq} commits a save of an older run than {logged.state.run}")
-        if logged.kind == "commit":
-            acknowledged.add(logged.state.active[-1].attempt)
+        if logged.kind == "commit" and logged.state.active:
+            newest = logged.state.active[-1].attempt
+            acknowledged.add(newest)
+            if newest in saves and saves[newest][0] != logged.state.run:
+                broken.append(f"entry {logged.seq} commits a save of run {saves[newest][0]} in run {logged.state.run}")
         if logged.kind in ("commit", "claim"):
             # The log does not say which save of its run a rolled forward one was, so an older one may still follow it.
             old = set(alive(before.state)) - acknowledged if before is not None else set()
-            listed = [saves[record.attempt] for record in logged.state.active if record.attempt not in old]
+            attempts = [record.attempt for record in logged.state.active if record.attempt not in old]
+            listed = [saves[attempt] for attempt in attempts if attempt in saves]
             if listed and listed[-1] < max(listed):
                 broken.append(f"entry {logged.seq} makes an older save the newest: {listed}")
     return broken

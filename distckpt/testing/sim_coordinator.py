@@ -249,9 +249,9 @@ class SimulatedCoordinator:
                 self._later(lambda attempt=attempt: self._erase_objects(attempt, _nothing))  # type: ignore[misc]
 
     def _is_garbage(self, action: CollectGarbage, attempt: str) -> bool:
-        epoch = attempt_epoch(attempt)
         if "collect_by_age" in self._world.unsafe:
-            return epoch <= action.epoch and attempt not in action.known and attempt not in action.live
+            return attempt not in action.known and attempt not in action.live
+        epoch = attempt_epoch(attempt)
         return (epoch < action.epoch and attempt not in action.known) or attempt in action.failed
 
 

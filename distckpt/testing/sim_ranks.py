@@ -28,9 +28,9 @@ from distckpt.coordinator.messages import (
     Skipped,
     Unknown,
 )
-from distckpt.format.receipt import ShardReceipt
 from distckpt.errors import CoordinatorUnavailableError, DistckptError, FencedError, SaveError, StaleRunError
 from distckpt.format.log import CheckpointRecord
+from distckpt.format.receipt import ShardReceipt
 from distckpt.testing.history import Agreed, Content, Held, LetGo, Piece, Returned
 from distckpt.testing.sim_store import describe
 from distckpt.testing.sim_world import World
@@ -245,9 +245,7 @@ class Rank(Process):
         self._saving += 1
         self.start(self._finish_save(order, number, self._plan, joined))
 
-    def _agree(
-        self, order: int, number: int, chunks: int
-    ) -> Generator[Sleep | Say, Reply | None, Joined | None]:
+    def _agree(self, order: int, number: int, chunks: int) -> Generator[Sleep | Say, Reply | None, Joined | None]:
         while True:
             joined = yield from self._join(order, number, chunks)
             if isinstance(joined, Skipped):
@@ -313,12 +311,8 @@ class Rank(Process):
             if not isinstance(reply, Unknown):
                 return reply
 
-    def _describe(
-        self, attempt: str, chunks: int, rows: bytes | None
-    ) -> Generator[Sleep | Say, Reply | None, bool]:
-        reply = yield from self._ask(
-            lambda run: Describe(run, self.rank, attempt, str(chunks), describe(chunks), rows)
-        )
+    def _describe(self, attempt: str, chunks: int, rows: bytes | None) -> Generator[Sleep | Say, Reply | None, bool]:
+        reply = yield from self._ask(lambda run: Describe(run, self.rank, attempt, str(chunks), describe(chunks), rows))
         return not isinstance(reply, Unknown)
 
     def _write(

@@ -17,7 +17,7 @@ from distckpt.testing.sim_world import Faults, World
 UNSAFE = {
     "ignore_newest": "an append counts although a listing after it shows higher numbers",
     "overwrite": "the store overwrites log entries instead of refusing to",
-    "collect_by_age": "garbage is also what is old, of the same epoch, and was not known when the collection was asked for",
+    "collect_by_age": "garbage is whatever is old and was not known when the collection was asked for",
 }
 """Rules that a simulation can be told to break, to show that it would notice."""
 
@@ -161,7 +161,9 @@ class Simulation:
         known = expected.state if expected is not None else None
         if known is not None and (known.active or known.preserved) and first.restored is None:
             lost.append("the last job restored nothing although there are checkpoints")
-        self.world.history.add(CameBack(first.restored, tuple(sorted(first.saved, key=lambda record: record.number)), "; ".join(lost)))
+        self.world.history.add(
+            CameBack(first.restored, tuple(sorted(first.saved, key=lambda record: record.number)), "; ".join(lost))
+        )
 
     # ---- the network -----------------------------------------------------------------------------------------------
 

@@ -1,0 +1,48 @@
+"""A script that ends without closing its managers has saved all the same."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import weakref
+from typing import Protocol
+
+logger = logging.getLogger(__name__)
+
+
+class Closes(Protocol):
+    """Something with work under way."""
+
+    def close(self) -> None:
+        """Finish it."""
+
+
+_open: weakref.WeakSet[Closes] = weakref.WeakSet()
+_lock = threading.Lock()
+_registered = False
+
+
+def close_at_exit(work: Closes) -> None:
+    """Close ``work`` when the interpreter ends, if it is still open then."""
+    global _registered
+    with _lock:
+        _open.add(work)
+        if not _registered:
+            # Not atexit: its hooks run when concurrent.futures takes no more work, and a save in flight needs some. This
+            # is the hook that concurrent.futures itself uses; those that were registered later run earlier.
+            threading._register_atexit(_close_all)  # type: ignore[attr-defined]
+            _registered = True
+
+
+def forget_at_exit(work: Closes) -> None:
+    """``work`` has been closed."""
+    with _lock:
+        _open.discard(work)
+
+
+def _close_all() -> None:
+    for work in list(_open):
+        try:
+            work.close()
+        except Exception as error:
+            logger.error("at the end of the program: %s", error, exc_info=error)  # noqa: TRY400 - the message comes first
