@@ -13,13 +13,16 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import numpy as np
+import planning
 import pyarrow.compute as pc
 from planning import LAYOUTS, describe, model
 
@@ -45,7 +48,7 @@ from distckpt.sharding.plan import make_plan
 from distckpt.storage import LocalStore
 
 RANKS = (128, 512, 1024, 2048)
-WARM_SAVES = 3
+WARM_SAVES = 1
 NAME = "ckpt"
 WAIT_SECONDS = 60.0
 
@@ -66,35 +69,52 @@ class Figure:
     memory: float
 
 
-def measure(ranks: int, folder: Path) -> Figure:
-    """Measure in a new process."""
+def measure(ranks: int, folder: Path, repetitions: int) -> list[Figure]:
+    """Measure several times, each in a new process."""
+    with _descriptions("fsdp", ranks, folder) as file:
+        return [Figure(**_run(__file__, "--child", str(file))) for _ in range(repetitions)]
+
+
+def plan_alone(layout: str, ranks: int, folder: Path, repetitions: int) -> list[float]:
+    """Seconds that a cold planner takes for this layout, each in a new process."""
+    with _descriptions(layout, ranks, folder) as file:
+        runs = [_run(planning.__file__, "--child", layout, str(ranks), str(file)) for _ in range(repetitions)]
+    return [run["seconds"] for run in runs]
+
+
+@contextmanager
+def _descriptions(layout: str, ranks: int, folder: Path) -> Iterator[Path]:
+    """A file of what all ranks would describe, and beside it how long each description is; gone on exit."""
     folder.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=folder) as inside:
         file = Path(inside) / "descriptions"
         with file.open("wb") as out:
-            sizes = [out.write(data) for data in describe(LAYOUTS["fsdp"](ranks), model())]
-        command = [sys.executable, __file__, "--child", inside, json.dumps(sizes)]
-        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-    return Figure(**json.loads(done.stdout))
+            sizes = [out.write(data) for data in describe(LAYOUTS[layout](ranks), model())]
+        file.with_suffix(".json").write_text(json.dumps(sizes))
+        yield file
 
 
-def _measure_here(folder: Path, sizes: Sequence[int]) -> Figure:
+def _run(script: str, *arguments: str) -> dict[str, Any]:
+    done = subprocess.run([sys.executable, script, *arguments], check=True, stdout=subprocess.PIPE, text=True)
+    return dict(json.loads(done.stdout))
+
+
+def _measure_here(file: Path) -> Figure:
     empty = _memory("VmRSS")
-    store = LocalStore(folder / "run")
-    shell = Shell(store, Settings())
-    shell.start()
-    with (folder / "descriptions").open("rb") as file:
-        gang = _Gang(shell, store, [file.read(size) for size in sizes])
-    try:
+    with TemporaryDirectory(dir=file.parent) as run, file.open("rb") as source:
+        store = LocalStore(run)
+        shell = Shell(store, Settings())
+        shell.start()
+        sizes = json.loads(file.with_suffix(".json").read_text())
+        gang = _Gang(shell, store, [source.read(size) for size in sizes])
         gang.open()
-        colds, joins, commits = [gang.first_join()], [], []
+        cold, joins, commits = gang.first_join(), [], []
         for number in range(1, WARM_SAVES + 2):
             commits.append(gang.commit(number))
             joins.append(gang.later_join(number + 1))
-    finally:
         memory = _memory("VmHWM") - empty
         shell.close()
-    return Figure(len(sizes), colds[0], float(np.median(joins)), float(np.median(commits)), memory)
+    return Figure(len(sizes), cold, float(np.median(joins)), float(np.median(commits)), memory)
 
 
 class _Gang:
@@ -114,7 +134,7 @@ class _Gang:
         """All ranks report."""
         world = len(self._ranks)
         opened = self._ask(
-            OpenRun("token", rank, world, "host", NAME, Retention(2), WAIT_SECONDS) for rank in self._ranks
+            OpenRun("token", rank, world, "host", NAME, Retention(None), WAIT_SECONDS) for rank in self._ranks
         )
         assert isinstance(opened[0], RunOpened)
         self._run = opened[0].run
@@ -173,7 +193,8 @@ def _receipts(descriptions: list[bytes]) -> Iterator[ShardReceipt]:
     plan = make_plan(None, dict(enumerate(descriptions)))
     sizes = np.asarray(plan.table["nbytes"])
     rows = np.asarray(pc.list_element(plan.table["length"], 0))
-    blocks = np.array([block_size(int(size), int(size) // int(count)) for size, count in zip(sizes, rows, strict=True)])
+    kinds, kind = np.unique(np.column_stack((sizes, rows)), axis=0, return_inverse=True)
+    blocks = np.array([block_size(size, size // count) for size, count in kinds.tolist()])[kind]
     ends = np.cumsum([plan.row_count(rank) for rank in range(plan.world_size)])
     for begin, end in zip((0, *ends[:-1]), ends, strict=True):
         size, block = sizes[begin:end], blocks[begin:end]
@@ -203,14 +224,14 @@ def main() -> None:
     """Print the figures for growing numbers of ranks."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--ranks", type=int, nargs="+", default=RANKS)
-    parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
-        print(json.dumps(asdict(_measure_here(Path(args.child[0]), json.loads(args.child[1])))))
+        print(json.dumps(asdict(_measure_here(args.child))))
         return
     print("ranks  cold plan s  warm join s  commit s  memory MB")
     for ranks in args.ranks:
-        figure = measure(ranks, Path("bench-output"))
+        (figure,) = measure(ranks, Path("bench-output"), 1)
         print(f"{ranks:5}{figure.cold_plan:13.3f}{figure.warm_join:13.3f}{figure.commit:10.3f}{figure.memory:11.0f}")
 
 

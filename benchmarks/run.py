@@ -30,6 +30,7 @@ from rounds import in_all, longest, together
 REPETITIONS = 5
 QUICK_REPETITIONS = 3
 SMALL_SAVES = 24
+MOST_GROWTH = 1.2
 FOLDER = Path("bench-output")
 Results = Sequence[dict[str, Any]]
 
@@ -141,18 +142,18 @@ def landing(folder: Path, repetitions: int) -> list[Figure]:
 
 def coordinator(folder: Path, repetitions: int) -> list[Figure]:
     """The coordinator alone: ranks with 300 tensors each, no Ray; shards are stand-ins, log and index are real."""
-    found = {
-        ranks: [
-            coordination.measure(ranks, folder) for _ in range(min(repetitions, 3) if ranks != 1024 else repetitions)
-        ]
-        for ranks in coordination.RANKS
-    }
+    found = {ranks: coordination.measure(ranks, folder, repetitions) for ranks in coordination.RANKS}
     main = found[1024]
     layouts = [name for name in planning.LAYOUTS if name != "fsdp"]
     return [
         plain("1,024 ranks: cold plan", "s", [each.cold_plan for each in main], 2.0),
         *(
-            plain(f"1,024 ranks: planner alone, {name}", "s", [planning.measure(name, 1024).seconds], 2.0)
+            plain(
+                f"1,024 ranks: planner alone, {name}",
+                "s",
+                coordination.plan_alone(name, 1024, folder, repetitions),
+                2.0,
+            )
             for name in layouts
         ),
         plain("1,024 ranks: joining a warm save", "s", [each.warm_join for each in main]),
@@ -162,19 +163,19 @@ def coordinator(folder: Path, repetitions: int) -> list[Figure]:
             plain(f"{ranks:,} ranks: cold plan and commit", "s", [each.cold_plan + each.commit for each in figures])
             for ranks, figures in found.items()
         ),
-        _growth(
-            "growth of seconds with ranks, exponent from 512 to 2,048", found, lambda each: each.cold_plan + each.commit
-        ),
-        _growth("growth of memory with ranks, exponent from 512 to 2,048", found, lambda each: each.memory),
+        _growth("growth of seconds with ranks: exponent", found, lambda each: each.cold_plan + each.commit),
+        _growth("growth of memory with ranks: exponent", found, lambda each: each.memory),
     ]
 
 
 def _growth(
     name: str, found: dict[int, list[coordination.Figure]], what: Callable[[coordination.Figure], float]
 ) -> Figure:
-    """The exponent b where the cost is as ranks to the power b; 1 is linear."""
-    few, many = (statistics.median(map(what, found[ranks])) for ranks in (512, 2048))
-    return plain(name, "", [math.log(many / few) / math.log(4)], 1.2)
+    """The exponent b where the cost is as ranks to the power b; 1 is linear. Fitted to all sizes, repetition by repetition."""
+    sizes = [math.log(ranks) for ranks in found]
+    repetitions = zip(*found.values(), strict=True)
+    samples = [statistics.linear_regression(sizes, [math.log(what(each)) for each in run]).slope for run in repetitions]
+    return plain(name, "", samples, MOST_GROWTH)
 
 
 def _measured(results: Results) -> list[Any]:

@@ -31,13 +31,35 @@ LAYERS = (
     ("transfer",),
     ("state_file", "world"),
     ("coordinator",),
-    ("checkpoint", "collecting", "loading", "manager", "ordering", "reading", "restoring", "saving", "watching"),
+    (
+        "checkpoint",
+        "collecting",
+        "ending",
+        "loading",
+        "manager",
+        "ordering",
+        "reading",
+        "restoring",
+        "saving",
+        "watching",
+    ),
     ("hooks", "exporting", "threads"),
     ("cli", "integrations", "testing"),
 )
 """From the lowest up. What is in one layer may use its own part of it, and the layers below."""
 
-ONE_LEVEL = {"checkpoint", "collecting", "loading", "manager", "ordering", "reading", "restoring", "saving", "watching"}
+ONE_LEVEL = {
+    "ending",
+    "checkpoint",
+    "collecting",
+    "loading",
+    "manager",
+    "ordering",
+    "reading",
+    "restoring",
+    "saving",
+    "watching",
+}
 """These modules are one layer together, and may use each other."""
 
 

@@ -13,7 +13,6 @@ from distckpt.coordinator.actions import (
     Publish,
     ReadLeases,
     Seal,
-    Seal,
     StepFailed,
 )
 from distckpt.coordinator.messages import (

@@ -52,6 +52,7 @@ from tests.driving import (
     Driver,
     attempt_of,
     receipt,
+    record,
     refusal,
     simulated_plan,
 )
@@ -242,6 +243,25 @@ def test_a_failed_seal_fails_the_save_and_the_next_one_works():
     driver.feed(StepFailed(driver.take(Seal).attempt, error))
     assert refusal(driver.replies[tickets[0]]) is error
     driver.save(run, 1, 2, 6)
+
+
+def test_a_save_that_failed_while_it_was_sealed_is_deleted_and_never_rolled_forward():
+    driver = Driver().lead()
+    run = driver.open()
+    planned = driver.plan(run, 1, 1, 5)
+    driver.land(run, planned)
+    attempt = driver.take(Seal).attempt
+    driver.feed(StepFailed(attempt, SaveError(5, "the answer was lost")))
+    driver.settle(Delete)
+    (discarded,) = driver.machine.state.retiring
+    assert (discarded.attempt, discarded.manifest_size) == (attempt, 0)
+    other = Driver(dict(driver.log), "b")
+    other.complete = (record(5, attempt),)
+    other.lead()
+    assert other.machine.state.active == ()
+    assert other.answer(receipt(run, 0, attempt, 1)) == Unknown()
+    driver.settle()
+    assert Delete((discarded,)) in driver.done
 
 
 def test_a_receipt_with_other_rows_than_planned_names_the_rank():

@@ -8,7 +8,7 @@ from distckpt.coordinator.actions import Publish, Seal, Sealed
 from distckpt.coordinator.desk import Desk
 from distckpt.coordinator.ledger import Ledger
 from distckpt.coordinator.messages import Committed, Refused
-from distckpt.coordinator.records import committed
+from distckpt.coordinator.records import committed, discarded, never_committed
 from distckpt.coordinator.rounds import SaveRound
 from distckpt.coordinator.runs import Run
 from distckpt.errors import CommitUnknownError
@@ -18,7 +18,8 @@ from distckpt.format.log import CheckpointRecord, Entry, State
 class Commits:
     """Seals rounds and commits them. ``on_committed`` gets the round and what to answer its ranks.
 
-    ``swept`` applies retention to a state, so that one entry both commits and retires.
+    ``swept`` applies retention to a state, so that one entry both commits and retires. ``on_retiring`` is called when
+    something is to be deleted.
     """
 
     def __init__(
@@ -27,11 +28,13 @@ class Commits:
         ledger: Ledger,
         on_committed: Callable[[SaveRound, Committed], None],
         swept: Callable[[State], State],
+        on_retiring: Callable[[], None],
     ) -> None:
         self._desk = desk
         self._ledger = ledger
         self._on_committed = on_committed
         self._swept = swept
+        self._on_retiring = on_retiring
 
     def seal(self, round: SaveRound, run: Run) -> None:
         """Have everything checked and the manifest written. From here on no deadline abandons the round."""
@@ -76,6 +79,14 @@ class Commits:
             self._desk.emit(Publish(entry))
 
         self._ledger.intend("commit", change, counted)
+
+    def discard(self, round: SaveRound, name: str) -> None:
+        """Log that a round which failed while it was being sealed will never be a checkpoint; then it is deleted.
+
+        Its manifest may be on storage all the same, and without this entry the next coordinator would roll it forward.
+        """
+        record = never_committed(name, round.number or 0, round.attempt, round.time, round.world_size)
+        self._ledger.intend("retire", lambda state: discarded(state, record), lambda _: self._on_retiring())
 
     def overdue(self, round: SaveRound, timeout: float) -> None:
         """Tell who waits that the store does not say what became of the log entry. It is retried all the same."""

@@ -20,7 +20,21 @@ def known_attempts(state: State) -> frozenset[str]:
 def find_attempt(state: State, attempt: str) -> CheckpointRecord | None:
     """The committed record of an attempt, retiring ones too, or None."""
     everything = (*reversed(state.active), *reversed(state.preserved), *state.retiring)
-    return next((record for record in everything if record.attempt == attempt), None)
+    return next((record for record in everything if record.attempt == attempt and record.manifest_size), None)
+
+
+def never_committed(name: str, number: int, attempt: str, time: float, world_size: int) -> CheckpointRecord:
+    """What stands among the retiring for an attempt that failed: a record without a manifest."""
+    return CheckpointRecord(
+        name=name,
+        number=number,
+        attempt=attempt,
+        manifest_size=0,
+        manifest_crc32c=0,
+        time=time,
+        world_size=world_size,
+        nbytes=0,
+    )
 
 
 def newest_first(state: State) -> Records:
@@ -78,6 +92,13 @@ def retired(state: State, active: Records, preserved: Records, retire: Records, 
         retiring=state.retiring + retire,
         last_preserved_timestamp=last_preserved,
     )
+
+
+def discarded(state: State, record: CheckpointRecord) -> State | None:
+    """A failed attempt is to be deleted and never committed. None if the state knows it already."""
+    if record.attempt in known_attempts(state):
+        return None
+    return msgspec.structs.replace(state, retiring=(*state.retiring, record))
 
 
 def forgotten(state: State, attempts: frozenset[str]) -> State | None:

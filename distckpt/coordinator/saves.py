@@ -43,7 +43,8 @@ from distckpt.format.log import State
 class Saves:
     """All save rounds of the current run, and the outcomes of the latest ones.
 
-    ``on_committed`` and ``on_failed`` are called after the ranks have been answered.
+    ``on_committed`` and ``on_failed`` are called after the ranks have been answered, ``on_committed`` also when a failed
+    save is to be deleted.
     """
 
     def __init__(
@@ -65,7 +66,7 @@ class Saves:
         self._on_failed = on_failed
         self._plans = Plans()
         self._run: Run | None = None
-        self._commits = Commits(desk, ledger, self._committed, swept)
+        self._commits = Commits(desk, ledger, self._committed, swept, on_committed)
 
     @property
     def live(self) -> frozenset[str]:
@@ -324,6 +325,8 @@ class Saves:
 
     def _fail(self, round: SaveRound, error: DistckptError) -> None:
         self._end(round, Refused(error))
+        if round.sealing:
+            self._commits.discard(round, self._current.name)
         self._on_failed()
 
     def _end(self, round: SaveRound, outcome: Reply) -> None:

@@ -38,7 +38,8 @@ class CheckpointRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class State(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Everything the log knows. ``active`` is in save order, oldest first; its last element is the newest checkpoint.
 
-    ``retiring`` are checkpoints that nobody may open any more and whose objects are being deleted.
+    ``retiring`` are checkpoints that nobody may open any more and whose objects are being deleted; one with a manifest
+    size of 0 never was a checkpoint, its save failed.
     ``run`` counts incarnations of the job; ``run_token`` names the current one. ``saves`` counts its saves up to the
     newest that was committed: whatever of them is not committed by then never will be.
     """

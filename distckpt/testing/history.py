@@ -217,7 +217,8 @@ def g3_acknowledged_is_durable(history: History) -> list[str]:
             broken.append(f"{happening.who} acknowledged {happening.record.attempt}, which is not in the log")
         if logged is None:
             continue
-        committed |= set(alive(logged.state)) | {record.attempt for record in logged.state.retiring}
+        committed |= set(alive(logged.state))
+        committed |= {record.attempt for record in logged.state.retiring if record.manifest_size}
         if before is not None:
             broken += _vanished(before, logged)
     return broken
