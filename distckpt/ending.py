@@ -44,5 +44,5 @@ def _close_all() -> None:
     for work in list(_open):
         try:
             work.close()
-        except Exception as error:
+        except Exception as error:  # nobody is left to raise it to, and the others are to be closed too
             logger.error("at the end of the program: %s", error, exc_info=error)  # noqa: TRY400 - the message comes first

@@ -29,6 +29,7 @@ from distckpt.coordinator.shell import Settings
 from distckpt.ending import close_at_exit, forget_at_exit
 from distckpt.errors import (
     CheckpointNotFoundError,
+    CoordinatorError,
     DamagedError,
     DistckptError,
     MismatchError,
@@ -185,6 +186,7 @@ class CheckpointManager:
 
         Raises what a save would raise: EncodeError, PlanError, MissingRanksError ...
         """
+        self._check_open()
         self._saver.prepare()
 
     def save(self, checkpoint_number: Any = None, check_interval: bool = True) -> PendingSave | None:
@@ -196,6 +198,7 @@ class CheckpointManager:
 
         Raises EncodeError for what cannot be stored, and the failure of an earlier save that nobody has collected.
         """
+        self._check_open()
         self._raise_uncollected()
         step = self._step()
         if step is not None and self._too_early(step, check_interval):
@@ -276,6 +279,7 @@ class CheckpointManager:
         return self._path(record.name, record.number)
 
     def _restore(self, number: int | None, partial: bool) -> CheckpointRecord | None:
+        self._check_open()
         self._restores += 1
         ask, tried, refused = f"restore-{self._restores}", "", ""
         while True:
@@ -340,6 +344,10 @@ class CheckpointManager:
             self.wait()
         finally:
             self._leave()
+
+    def _check_open(self) -> None:
+        if self._closed.is_set():
+            raise CoordinatorError(f"{self.directory}: this manager has been closed; make another one to go on")
 
     def _leave(self) -> None:
         self._closed.set()

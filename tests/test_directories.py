@@ -689,6 +689,26 @@ def test_a_whole_run_moved_elsewhere_goes_on(tmp_path: Path) -> None:
     assert not before.exists()
 
 
+@pytest.mark.parametrize("epochs", [1, 4])
+def test_a_checkpoint_of_another_run_that_is_copied_here_is_left_alone(tmp_path: Path, epochs: int) -> None:
+    """Neither resumed from, as if a save of this run had only lacked its commit, nor collected as garbage."""
+    for epoch in range(epochs):
+        run(tmp_path / "other", 50 + epoch)
+    for number in (1, 2):
+        run(tmp_path / "run", number)
+    name = f"ckpt-{50 + epochs - 1}"
+    shutil.copytree(tmp_path / "other" / name, tmp_path / "run" / name)
+    for path in (tmp_path / "run" / name).rglob("*"):
+        os.utime(path, (1, 1))
+    with Trainer(tmp_path / "run") as trainer:
+        assert trainer.manager.restore_or_initialize() == f"{tmp_path}/run/ckpt-2"
+        trainer.saved(3)
+    run(tmp_path / "run", 4)
+    assert numbers(tmp_path / "run") == [1, 2, 3, 4]
+    moved = shutil.move(tmp_path / "run" / name, tmp_path / "moved")
+    assert_loads(moved, 50 + epochs - 1)
+
+
 def test_a_directory_by_other_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A relative path, a link, a URL: one directory, one log."""
     monkeypatch.chdir(tmp_path)

@@ -13,10 +13,13 @@ from distckpt.format import names
 from distckpt.format.lease import MAX_LEASE_BYTES, Lease
 from distckpt.format.log import CheckpointRecord
 from distckpt.format.sealed import unseal
-from distckpt.storage import PROBES, Store, SupportsSweep
+from distckpt.storage import PROBES, ObjectInfo, Store, SupportsSweep
 from distckpt.transfer.log import read_entry, sequence_numbers
 
 logger = logging.getLogger(__name__)
+
+FAILED_AGE = 60.0
+"""Seconds until what a failed attempt has written is deleted, at most: it can never be committed, and takes room."""
 
 
 def delete_checkpoints(store: Store, records: tuple[CheckpointRecord, ...]) -> Deleted:
@@ -61,6 +64,8 @@ def read_leases(store: Store) -> LeasesRead:
 def collect_garbage(store: Store, action: CollectGarbage, min_age: float) -> int:
     """Delete attempts that came to nothing and that nobody has touched for ``min_age`` seconds; returns how many.
 
+    Those that are known to have failed need not be as old.
+
     Those of earlier epochs that the log does not know, and those of this epoch that have failed; what a later
     coordinator began is left alone, and so is a whole checkpoint that no coordinator in the log has written: somebody
     copied it here.
@@ -77,11 +82,15 @@ def collect_garbage(store: Store, action: CollectGarbage, min_age: float) -> int
             whole = any(info.path.endswith(f"/{names.MANIFEST}") for info in objects)
             if whole and names.claim_of(attempt) not in claims:
                 logger.warning("%s/%s is not of this directory's log and is left alone", folder, attempt)
-            elif all(info.modified < time.time() - min_age for info in objects):
+            elif _untouched(objects, min(FAILED_AGE, min_age) if attempt in action.failed else min_age):
                 logger.info("collecting the unfinished attempt %s/%s", folder, attempt)
                 _delete_attempt(store, f"{folder}/{attempt}")
                 gone += 1
     return gone + _sweep(store, min_age)
+
+
+def _untouched(objects: list[ObjectInfo], min_age: float) -> bool:
+    return all(info.modified < time.time() - min_age for info in objects)
 
 
 def _claims(store: Store) -> Iterator[str]:

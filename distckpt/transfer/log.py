@@ -154,5 +154,5 @@ def newest_record(state: State, where: str) -> CheckpointRecord:
     if state.active:
         return state.active[-1]
     if state.preserved:
-        return max(state.preserved, key=lambda record: record.time)
+        return max(state.preserved, key=lambda record: names.attempt_age(record.attempt))
     raise CheckpointNotFoundError(where, "no checkpoint has been committed here")
