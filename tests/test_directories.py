@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
@@ -33,6 +34,7 @@ from distckpt.format import names
 from distckpt.format.lease import Lease
 from distckpt.format.sealed import seal
 from distckpt.storage import LocalStore, ObjectInfo
+from distckpt.testing.faulty import Call, Fault, FaultyStore
 from tests.crashing import save_against_others, save_below_a_limit, warm
 from tests.small_runs import (
     Trainer,
@@ -50,6 +52,13 @@ from tests.small_runs import (
     settled,
     target,
 )
+
+
+@pytest.fixture(autouse=True)
+def _mounting() -> Iterator[None]:
+    with mounting():
+        yield
+
 
 # ---- full, read-only, gone ------------------------------------------------------------------------------------------
 
@@ -335,6 +344,44 @@ def test_a_destination_of_other_shapes_is_refused_and_the_run_goes_on(tmp_path: 
     assert_loads(tmp_path / "ckpt-2", 2)
 
 
+@dataclass
+class Hold:
+    """Holds calls back that write what ends in ``name``, until they may go on."""
+
+    name: str
+    reached: threading.Event = field(default_factory=threading.Event)
+    go_on: threading.Event = field(default_factory=threading.Event)
+
+    def fault(self, call: Call) -> Fault | None:
+        """A delay."""
+        return Fault.DELAYED if call.operation.startswith("put") and call.path.endswith(self.name) else None
+
+    def sleep(self, _: float) -> None:
+        """For as long as it is held back."""
+        self.reached.set()
+        assert self.go_on.wait(30)
+
+    def around(self, directory: Path) -> FaultyStore:
+        """The store that is held back."""
+        return FaultyStore(LocalStore(directory), self, sleep=self.sleep)
+
+
+@pytest.mark.parametrize("buffers", [1, 2])
+def test_skip_means_that_no_buffer_is_free(tmp_path: Path, buffers: int) -> None:
+    hold = Hold("00000-0.arrow")
+    url = mount(hold.around(tmp_path))
+    with Trainer(url, buffers=buffers, on_busy="skip") as trainer:
+        pending = [trainer.save(number) for number in range(buffers)]
+        assert hold.reached.wait(30)
+        assert trainer.manager.save(77) is None
+        hold.go_on.set()
+        for one in pending:
+            one.result(30)
+    assert numbers(tmp_path) == list(range(buffers))
+    for number in range(buffers):
+        assert_loads(tmp_path / f"ckpt-{number}", number)
+
+
 class LyingStore(LocalStore):
     """Takes in one byte otherwise than it was given, and says nothing."""
 
@@ -353,7 +400,7 @@ class LyingStore(LocalStore):
 
 def test_a_store_that_takes_in_other_bytes_is_found_out(tmp_path: Path) -> None:
     store = LyingStore(tmp_path)
-    with mounting(), Trainer(mount(store), verify=True) as trainer:
+    with Trainer(mount(store), verify=True) as trainer:
         trainer.saved(1)
         store.lies = True
         with pytest.raises(DamagedError, match=r"ckpt-2.*not what was written"):
@@ -418,33 +465,19 @@ def test_two_managers_in_one_process(tmp_path: Path) -> None:
 
 
 def test_the_older_one_is_in_the_middle_of_a_save(tmp_path: Path) -> None:
-    from distckpt.testing.faulty import Call, Fault, FaultyStore
-
-    reached, go_on = threading.Event(), threading.Event()
-
-    class Hold:
-        """Holds the commit entry of ckpt-2 back."""
-
-        def fault(self, call: Call) -> Fault | None:
-            return Fault.DELAYED if call.operation == "put_if_absent" and call.path.endswith("manifest.json") else None
-
-    def sleep(_: float) -> None:
-        reached.set()
-        assert go_on.wait(30)
-
-    with mounting():
-        run(tmp_path, 1)
-        old = Trainer(mount(FaultyStore(LocalStore(tmp_path), Hold(), sleep=sleep)))
-        pending = old.save(2)
-        assert reached.wait(30)
-        with Trainer(tmp_path) as new:
-            new.saved(3)
-            go_on.set()
-            assert isinstance(pending.exception(30), FencedError | StaleRunError)
-            new.saved(4)
-        with pytest.raises(DistckptError):
-            old.saved(5)
-        old.manager.close()
+    run(tmp_path, 1)
+    hold = Hold(names.MANIFEST)
+    old = Trainer(mount(hold.around(tmp_path)))
+    pending = old.save(2)
+    assert hold.reached.wait(30)
+    with Trainer(tmp_path) as new:
+        new.saved(3)
+        hold.go_on.set()
+        assert isinstance(pending.exception(30), FencedError | StaleRunError)
+        new.saved(4)
+    with pytest.raises(DistckptError):
+        old.saved(5)
+    old.manager.close()
     assert numbers(tmp_path) == [1, 3, 4]
     for number in (1, 3, 4):
         assert_loads(tmp_path / f"ckpt-{number}", number)

@@ -104,7 +104,7 @@ def test_G1_a_committed_checkpoint_has_every_shard_with_its_digest_until_it_is_r
                 trainer.saved(number)
     kinds = Counter(entry.kind for entry in store.looked)
     assert kinds["commit"] == 12
-    assert kinds["retire"] > 0
+    assert kinds["forget"] > 0
     assert kinds["claim"] == 2
     assert store.wrong == []
     for entry in store.looked:
@@ -126,7 +126,7 @@ def test_G2_the_log_is_contiguous_with_one_writer_a_sequence_number(tmp_path: Pa
     log = assert_sound_log(tmp_path)
     assert log[0].seq == 1
     writers = Counter(call.path for store in stores for call in store.calls if call.applied and _writes_entry(call))
-    assert len(writers) > 6
+    assert len(writers) > 2
     assert set(writers.values()) == {1}
 
 

@@ -90,7 +90,6 @@ def check_wholes(key: Ints, boxes: Boxes, size: Ints) -> Iterator[Finding]:
     yield from _first((boxes.item > 0) & wrong, "the chunks of its tensor are not as many bytes as the tensor")
 
 
-
 def check_blocks(rows: Places, blocks: Blocks, crc32c: Crcs) -> Iterator[Finding]:
     """Every row has as many blocks as its size asks for, and the last running value is the row's own CRC32C."""
     yield from _first(np.diff(blocks.starts) != block_counts(rows), "its number of blocks is wrong")
