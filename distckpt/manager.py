@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Any, Literal
 
-from distckpt.checkpoint import Checkpoint
+from distckpt.checkpoint import Checkpoint, LoadStatus
 from distckpt.collecting import Collector, optimizers_of
 from distckpt.coordinator.client import Session, open_session
 from distckpt.coordinator.messages import (
@@ -42,7 +42,7 @@ from distckpt.format.log import CheckpointRecord
 from distckpt.restoring import restore_objects
 from distckpt.saving import PendingSave, Saver
 from distckpt.storage import open_store
-from distckpt.transfer.catalog import located, read_index
+from distckpt.transfer.catalog import Located, located, read_index
 from distckpt.transfer.log import read_tail
 from distckpt.world import find_world
 
@@ -50,6 +50,7 @@ logger = logging.getLogger(__name__)
 
 HEARTBEAT_SECONDS = 20.0
 IDLE_SECONDS = 600.0
+READ_PAUSES = (0.2, 1.0)
 LAST_SAVE_SECONDS = 30.0
 """How long a manager that is left by an exception still waits for a save in flight."""
 
@@ -300,7 +301,7 @@ class CheckpointManager:
         """Restore this one; the reason if its bytes are not what was written, '' if all went well."""
         try:
             where = located(self._store, record)
-            status = restore_objects(self._checkpoint, where, read_index(where), self._world.rank, self._world.size)
+            status = self._filled(where)
         except (DamagedError, StorageError) as error:
             logger.warning("checkpoint %d cannot be restored here: %s", record.number, error)
             return str(error) or type(error).__name__
@@ -308,6 +309,16 @@ class CheckpointManager:
         if not partial and (status.missing or unexpected):
             raise MismatchError(where.path, status.missing, unexpected, {})
         return ""
+
+    def _filled(self, where: Located) -> LoadStatus:
+        """Fill the objects. A store that fails to answer is asked again before an older checkpoint is considered."""
+        for pause in READ_PAUSES:
+            try:
+                return restore_objects(self._checkpoint, where, read_index(where), self._world.rank, self._world.size)
+            except StorageError as error:
+                logger.warning("reading %s failed and is tried again in %g s: %s", where.path, pause, error)
+                time.sleep(pause)
+        return restore_objects(self._checkpoint, where, read_index(where), self._world.rank, self._world.size)
 
     def _is_nobodys(self, key: str) -> bool:
         """Whether no rank asks for a key that this one does not: of an object of ours, another rank may hold it."""

@@ -296,7 +296,7 @@ class Saver:
                     plan,
                     staged,
                     attempt,
-                    self._skip_if_busy and number is not None,
+                    len(self._buffers) if self._skip_if_busy and number is not None else 0,
                 )
             )
             if not isinstance(reply, Unknown):

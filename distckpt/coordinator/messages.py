@@ -55,7 +55,7 @@ class Join:
 
     ``digest`` names its description. ``staged`` says that it has already copied what plan ``plan`` assigned to it.
     ``attempt`` is the attempt it was part of before the coordinator was replaced, else ''.
-    ``skip_if_busy`` asks for Skipped if a save is in flight; the first rank's answer is everyone's.
+    ``skip_if_busy`` asks for Skipped if so many saves are in flight (0: never); the first rank's answer is everyone's.
     """
 
     run: int
@@ -66,7 +66,7 @@ class Join:
     plan: str = ""
     staged: bool = False
     attempt: str = ""
-    skip_if_busy: bool = False
+    skip_if_busy: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -42,9 +42,9 @@ class RoundBook:
         """Whether that save was finished, or overtaken, before what is remembered."""
         return order < self._over
 
-    def saving(self) -> bool:
-        """Whether an unfinished round saves rather than only prepares."""
-        return any(round.saves for round in self._open.values())
+    def saving(self) -> int:
+        """How many unfinished rounds save rather than only prepare."""
+        return sum(round.saves for round in self._open.values())
 
     def must_wait(self, round: SaveRound) -> bool:
         """Whether another save comes first: an earlier one that all ranks have joined, or one being sealed already."""

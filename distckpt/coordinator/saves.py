@@ -239,7 +239,7 @@ class Saves:
         round = SaveRound(order, first.number, attempt, self._current.world_size, self._later())
         self.book.add(round)
         # A rank that has staged is past the question: it joins again after the coordinator was replaced.
-        if first.skip_if_busy and round.saves and busy and not first.staged:
+        if 0 < first.skip_if_busy <= busy and round.saves and not first.staged:
             self._end(round, Skipped())
         return round
 
