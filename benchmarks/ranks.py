@@ -49,7 +49,6 @@ def _environment(size: int, ray_folder: str) -> dict[str, str]:
         "MASTER_PORT": str(_free_port()),
         "OMP_NUM_THREADS": "1",
         "RAY_TMPDIR": ray_folder,
-        "RAY_AUTH_MODE": "token",
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     }

@@ -50,6 +50,7 @@ def saves(folder: Path, repetitions: int) -> list[Figure]:
         plain(f"best bare writes ({_raw_label(raw)}), GB a second", "GB/s", [size / 1e9 / each for each in done[raw]]),
         ratio("speed, compared with dcp.save", done["dcp"], done["distckpt"], 3.5, "at least"),
         ratio("speed, compared with the best bare writes", done[raw], done["distckpt"], 0.8, "at least"),
+        ratio("speed of the best bare writes, compared with dcp.save", done["dcp"], done[raw]),
         plain("stall: distckpt", "ms", _ms(stall["distckpt"])),
         plain("stall: copying the same bytes once", "ms", _ms(stall["copy"])),
         plain("stall: dcp.async_save, process and shared memory", "ms", _ms(stall["dcp-async"])),

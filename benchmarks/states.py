@@ -75,6 +75,7 @@ class Copy:
         if hasattr(mmap, "MADV_HUGEPAGE"):
             self.memory.madvise(mmap.MADV_HUGEPAGE)
         self._targets = list(_slices(torch.frombuffer(self.memory, dtype=torch.uint8), self._sources))
+        self.run(0)
 
     def run(self, number: int) -> dict[str, tuple[float, float]]:
         """Copy all of it once."""

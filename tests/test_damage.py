@@ -455,6 +455,18 @@ def test_a_forged_manifest_is_refused(alone: Path, fields: dict[str, Any]) -> No
     assert time.monotonic() - began < 20
 
 
+def test_a_manifest_that_is_sound_but_not_the_one_in_the_log(of_one_rank: Path, tmp_path: Path) -> None:
+    directory = copied(of_one_rank, tmp_path)
+    file = attempt_folder(directory, 2) / names.MANIFEST
+    manifest = unseal(file.read_bytes(), Manifest, str(file), 1 << 20)
+    file.write_bytes(seal(msgspec.structs.replace(manifest, time=manifest.time + 1)))
+    with pytest.raises(DamagedError, match="not what the log says"):
+        distckpt.load(directory / "ckpt-2")
+    assert verify(directory)[0] == 1
+    with Trainer(directory) as trainer:
+        assert trainer.manager.restore_or_initialize() == f"{directory}/ckpt-1"
+
+
 @pytest.mark.parametrize(
     "text", ["[" * 1_000_000, '{"format":1,"a":' * 200_000, '{"format":1,"name":"' + "x" * 30_000_000], ids=len
 )

@@ -14,13 +14,14 @@ import crc32c
 import pytest
 
 import distckpt
-from distckpt.errors import DamagedError, DistckptError, FencedError, StaleRunError
+from distckpt.errors import CheckpointNotFoundError, DamagedError, DistckptError, FencedError, StaleRunError
 from distckpt.format import names
 from distckpt.format.log import CheckpointRecord, Entry
 from distckpt.format.manifest import Manifest
 from distckpt.format.sealed import unseal
 from distckpt.storage import LocalStore
 from distckpt.testing.faulty import Call, Fault, FaultyStore, RandomFaults, rewritten
+from distckpt.transfer import log
 from distckpt.transfer.log import read_entry
 from tests.crashing import save_and_die, warm
 from tests.small_runs import (
@@ -36,6 +37,7 @@ from tests.small_runs import (
     on_disk,
     records,
     run,
+    settled,
 )
 from tests.test_damage import flip
 from tests.test_directories import lease_on
@@ -123,8 +125,7 @@ def test_G2_the_log_is_contiguous_with_one_writer_a_sequence_number(tmp_path: Pa
     for store in stores:
         store.heal()
     run(tmp_path, 999)
-    log = assert_sound_log(tmp_path)
-    assert log[0].seq == 1
+    assert assert_sound_log(tmp_path)[0].seq == 1
     writers = Counter(call.path for store in stores for call in store.calls if call.applied and _writes_entry(call))
     assert len(writers) > 2
     assert set(writers.values()) == {1}
@@ -239,9 +240,61 @@ def test_G5_after_an_epoch_is_logged_no_entry_of_an_earlier_one_follows(tmp_path
         with pytest.raises(DistckptError):
             old.saved(number + 6)
         old.manager.close()
-        log = assert_sound_log(tmp_path)
-        assert all(entry.epoch == before[-1].epoch for entry in log[len(before) :])
+        after_it = assert_sound_log(tmp_path)[len(before) :]
+        assert all(entry.epoch == before[-1].epoch for entry in after_it)
         assert number + 6 not in numbers(tmp_path)
+
+
+def test_G5_an_older_one_is_fenced_by_the_very_first_entry_of_a_newer_one(tmp_path: Path) -> None:
+    """G5 after epoch E+1 is logged, no entry of an epoch up to E follows. Not even while E+1 has logged its claim only."""
+    slow_old, slow_new = Straggler(2), Straggler(1)
+    old = Trainer(mount(FaultyStore(LocalStore(tmp_path), slow_old, sleep=slow_old.sleep)))
+    pending = old.save(1)
+    assert slow_old.reached.wait(30)
+    newer: list[Trainer] = []
+    url = mount(FaultyStore(LocalStore(tmp_path), slow_new, sleep=slow_new.sleep))
+    opening = threading.Thread(target=lambda: newer.append(Trainer(url)))
+    opening.start()
+    assert slow_new.reached.wait(30)
+    assert [entry.kind for entry in entries(tmp_path)] == ["claim", "run", "claim"]
+    slow_old.go_on.set()
+    assert isinstance(pending.exception(30), FencedError)
+    assert len(entries(tmp_path)) == 3
+    slow_new.go_on.set()
+    opening.join()
+    newer[0].saved(2)
+    newer[0].manager.close()
+    old.manager.close()
+    assert_sound_log(tmp_path)
+    assert numbers(tmp_path) == [1, 2], "the claim has taken over what was sealed"
+
+
+def test_G5_an_older_one_is_fenced_though_its_next_number_was_pruned(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """G5 after epoch E+1 is logged, no entry of an epoch up to E follows. Pruning re-opens names, and that must not help."""
+    monkeypatch.setattr(log, "KEEP_ENTRIES", 4)
+    straggler = Straggler(2)
+    old = Trainer(mount(FaultyStore(LocalStore(tmp_path), straggler, sleep=straggler.sleep)))
+    pending = old.save(1)
+    assert straggler.reached.wait(30)
+    with Trainer(tmp_path) as new:
+        for number in range(11, 21):
+            new.saved(number)
+        settled(tmp_path)
+        assert entries(tmp_path)[0].seq > 3, "the older one's number has been pruned"
+        newest = entries(tmp_path)[-1]
+        straggler.go_on.set()
+        assert isinstance(pending.exception(30), FencedError | StaleRunError)
+        old.manager.close()
+        assert entries(tmp_path)[-1] == newest
+        assert 1 not in numbers(tmp_path)
+        with pytest.raises(CheckpointNotFoundError):
+            distckpt.load(tmp_path / "ckpt-1")
+        new.saved(21)
+    run(tmp_path, 22)
+    assert numbers(tmp_path)[-2:] == [21, 22]
+    assert_sound_log(tmp_path)
 
 
 def test_G6_no_reader_returns_bytes_of_two_attempts_or_unverified_bytes(tmp_path: Path) -> None:
