@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import threading
 import weakref
 from typing import Protocol
@@ -31,6 +32,8 @@ def close_at_exit(work: Closes) -> None:
             # Not atexit: its hooks run when concurrent.futures takes no more work, and a save in flight needs some. This
             # is the hook that concurrent.futures itself uses; those that were registered later run earlier.
             threading._register_atexit(_close_all)  # type: ignore[attr-defined]
+            # A forked child, such as a data loader's worker, has neither our threads nor any business with our saves.
+            os.register_at_fork(after_in_child=_forget_all)
             _registered = True
 
 
@@ -38,6 +41,11 @@ def forget_at_exit(work: Closes) -> None:
     """``work`` has been closed."""
     with _lock:
         _open.discard(work)
+
+
+def _forget_all() -> None:
+    global _open
+    _open = weakref.WeakSet()
 
 
 def _close_all() -> None:

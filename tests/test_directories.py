@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import multiprocessing
 import os
 import shutil
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -26,6 +27,9 @@ from distckpt.errors import (
     DistckptError,
     FencedError,
     MismatchError,
+    NotSharedError,
+    RankFailedError,
+    SaveError,
     StaleRunError,
     StorageError,
     StorageFullError,
@@ -412,6 +416,46 @@ def test_a_store_that_takes_in_other_bytes_is_found_out(tmp_path: Path) -> None:
         assert_loads(tmp_path / f"ckpt-{number}", number)
 
 
+class OtherStore(LocalStore):
+    """Says that a shard has landed, when something else has become of it."""
+
+    fate: Callable[[Path], object] | None = None
+
+    def put_unique(self, path: str, size: int, sections: Iterable[memoryview]) -> ObjectInfo:
+        """Write, and let it meet its fate."""
+        info = super().put_unique(path, size, sections)
+        if self.fate is not None:
+            self.fate(Path(self.url) / path)
+        return info
+
+
+@pytest.mark.parametrize(
+    ("fate", "error", "text"),
+    [
+        (Path.unlink, NotSharedError, "rank 0 .* not to be seen in .*Use a directory that all hosts share"),
+        (lambda file: os.truncate(file, 100), RankFailedError, "has 100 bytes on the store"),
+        (lambda file: os.truncate(file, 10**6), RankFailedError, "has 1000000 bytes on the store"),
+    ],
+    ids=["gone", "cut", "longer"],
+)
+def test_what_has_not_landed_is_not_committed(
+    tmp_path: Path, fate: Callable[[Path], object], error: type[SaveError], text: str
+) -> None:
+    store = OtherStore(tmp_path)
+    with Trainer(mount(store), save_timeout=20) as trainer:
+        trainer.saved(1)
+        store.fate = fate
+        with pytest.raises(error, match=text):
+            trainer.saved(2)
+        store.fate = None
+        trainer.saved(3)
+    assert numbers(tmp_path) == [1, 3]
+    run(tmp_path, 4)
+    assert numbers(tmp_path) == [1, 3, 4]
+    for number in (1, 3, 4):
+        assert_loads(tmp_path / f"ckpt-{number}", number)
+
+
 # ---- a process that ends ------------------------------------------------------------------------------------------------
 
 
@@ -436,6 +480,36 @@ def test_a_script_that_ends_without_closing_has_saved_all_the_same(tmp_path: Pat
     assert "cannot schedule new futures" not in done.stderr
     assert numbers(tmp_path) == [1, 2], done.stderr
     assert_loads(tmp_path / "ckpt-2", 2)
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+@pytest.mark.parametrize("in_flight", [False, True])
+def test_a_forked_child_neither_waits_for_a_save_nor_touches_anything(tmp_path: Path, in_flight: bool) -> None:
+    """What every DataLoader worker is."""
+    hold = Hold("00000-0.arrow" if in_flight else "nothing")
+    with Trainer(mount(hold.around(tmp_path))) as trainer:
+        if in_flight:
+            pending = trainer.save(1)
+            assert hold.reached.wait(30)
+        else:
+            trainer.saved(1)
+        before = settled(tmp_path)
+        child = multiprocessing.get_context("fork").Process(target=int)
+        child.start()
+        child.join(20)
+        ended = child.exitcode
+        if ended is None:
+            child.kill()
+            child.join()
+        after = settled(tmp_path)
+        hold.go_on.set()
+        if in_flight:
+            pending.result(30)
+        trainer.saved(2)
+    assert ended == 0
+    assert after == before
+    assert numbers(tmp_path) == [1, 2]
+    assert_sound_log(tmp_path)
 
 
 # ---- two runs on one directory ------------------------------------------------------------------------------------------
