@@ -44,12 +44,13 @@ from distckpt.coordinator.messages import (
 from distckpt.coordinator.shell import Settings, Shell
 from distckpt.format import names
 from distckpt.format.shard import block_size
-from distckpt.sharding.plan import make_plan
+from distckpt.sharding.description import decode_description
 from distckpt.storage import LocalStore
 
 RANKS = (128, 512, 1024, 2048)
 WARM_SAVES = 1
 NAME = "ckpt"
+HEADER_BYTES = 1024
 WAIT_SECONDS = 60.0
 
 
@@ -153,7 +154,9 @@ class _Gang:
         seconds = time.perf_counter() - begin
         assert all(isinstance(reply, Planned) for reply in planned)
         self._plan = planned[0].plan
-        self._receipts = list(_receipts(self._descriptions))
+        self._receipts = [
+            _receipt(description, reply.rows) for description, reply in zip(self._descriptions, planned, strict=True)
+        ]
         return seconds
 
     def later_join(self, number: int) -> float:
@@ -188,29 +191,24 @@ class _Gang:
         return [future.result(WAIT_SECONDS) for future in futures]
 
 
-def _receipts(descriptions: list[bytes]) -> Iterator[ShardReceipt]:
-    """What the ranks would say of their shards: sizes and blocks as they would be, checksums made up."""
-    plan = make_plan(None, dict(enumerate(descriptions)))
-    sizes = np.asarray(plan.table["nbytes"])
-    rows = np.asarray(pc.list_element(plan.table["length"], 0))
-    kinds, kind = np.unique(np.column_stack((sizes, rows)), axis=0, return_inverse=True)
-    blocks = np.array([block_size(size, size // count) for size, count in kinds.tolist()])[kind]
-    ends = np.cumsum([plan.row_count(rank) for rank in range(plan.world_size)])
-    for begin, end in zip((0, *ends[:-1]), ends, strict=True):
-        size, block = sizes[begin:end], blocks[begin:end]
-        room = -(-size // 64) * 64 + 1024
-        positions = np.cumsum(room) - room + 1024
-        count = int(np.maximum(1, -(-size // block)).sum())
-        yield ShardReceipt(
-            shard=0,
-            size=int(room.sum()) + 4096,
-            crc32c=1,
-            rows=len(size),
-            positions=positions.astype("<i8").tobytes(),
-            sizes=size.astype("<i8").tobytes(),
-            block_sizes=block.astype("<i8").tobytes(),
-            blocks=np.arange(count, dtype="<u4").tobytes(),
-        )
+def _receipt(description: bytes, rows: bytes) -> ShardReceipt:
+    """What a rank would say of its shard: sizes and blocks as they would be, checksums made up."""
+    written = decode_description(description).take(np.frombuffer(rows, "<i4"))
+    size = np.asarray(written["nbytes"])
+    count = np.asarray(pc.list_element(written["length"], 0))
+    block = np.array([block_size(*each) for each in zip(size.tolist(), (size // count).tolist(), strict=True)])
+    room = -(-size // 64) * 64 + HEADER_BYTES
+    blocks = int(np.maximum(1, -(-size // block)).sum())
+    return ShardReceipt(
+        shard=0,
+        size=int(room.sum()) + HEADER_BYTES,
+        crc32c=1,
+        rows=len(size),
+        positions=(np.cumsum(room) - room + HEADER_BYTES).astype("<i8").tobytes(),
+        sizes=size.astype("<i8").tobytes(),
+        block_sizes=block.astype("<i8").tobytes(),
+        blocks=np.arange(blocks, dtype="<u4").tobytes(),
+    )
 
 
 def _memory(what: str) -> float:

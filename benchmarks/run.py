@@ -14,6 +14,7 @@ import math
 import shutil
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -32,25 +33,46 @@ QUICK_REPETITIONS = 3
 SMALL_SAVES = 24
 MOST_GROWTH = 1.2
 FOLDER = Path("bench-output")
+MEMORY = Path("/dev/shm")
 Results = Sequence[dict[str, Any]]
 
 
 def saves(folder: Path, repetitions: int) -> list[Figure]:
-    """Saving 1.2 GB, two ranks: until committed, and how long training stands still."""
-    results = run_ranks(2, "saving:save_state", folder, folder=str(folder.resolve()), repetitions=repetitions)
+    """Saving 1.2 GB, two ranks, until it is durable and committed."""
+    return _saves(folder, folder, repetitions, 3.5, 0.8)
+
+
+def diskless(folder: Path, repetitions: int) -> list[Figure]:
+    """The same saves into memory, where no disk hides what each of them costs by itself."""
+    with tempfile.TemporaryDirectory(dir=MEMORY, prefix="distckpt-bench-") as memory:
+        return _saves(folder, Path(memory), repetitions)
+
+
+def _saves(
+    logs: Path, folder: Path, repetitions: int, least_dcp: float | None = None, least_raw: float | None = None
+) -> list[Figure]:
+    results = run_ranks(2, "saving:save_state", logs, folder=str(folder.resolve()), repetitions=repetitions)
     measured, size = _measured(results), _bytes(results)
     done = {name: together(measured, name, "durable") for name, what in measured[0].items() if "durable" in what}
     raw = min((name for name in done if name.startswith("raw")), key=lambda name: statistics.median(done[name]))
-    stall = {name: longest(measured, name, "stall") for name in ("distckpt", "copy", "dcp-async")}
     return [
         plain("distckpt save, durable and committed", "s", done["distckpt"]),
         *(plain(_LABELS.get(name, name), "s", seconds) for name, seconds in done.items() if name in _LABELS),
         *(plain(_raw_label(name), "s", done[name]) for name in done if name.startswith("raw")),
         plain("distckpt, GB a second", "GB/s", [size / 1e9 / seconds for seconds in done["distckpt"]]),
         plain(f"best bare writes ({_raw_label(raw)}), GB a second", "GB/s", [size / 1e9 / each for each in done[raw]]),
-        ratio("speed, compared with dcp.save", done["dcp"], done["distckpt"], 3.5, "at least"),
-        ratio("speed, compared with the best bare writes", done[raw], done["distckpt"], 0.8, "at least"),
+        ratio("speed, compared with dcp.save", done["dcp"], done["distckpt"], least_dcp, "at least"),
+        ratio("speed, compared with the best bare writes", done[raw], done["distckpt"], least_raw, "at least"),
         ratio("speed of the best bare writes, compared with dcp.save", done["dcp"], done[raw]),
+    ]
+
+
+def stalls(folder: Path, repetitions: int) -> list[Figure]:
+    """How long training stands still for a save of 1.2 GB on two ranks; more rounds, since copies are short."""
+    where = str(folder.resolve())
+    measured = _measured(run_ranks(2, "saving:stall", folder, folder=where, repetitions=3 * repetitions))
+    stall = {name: longest(measured, name, "stall") for name in ("distckpt", "copy", "dcp-async")}
+    return [
         plain("stall: distckpt", "ms", _ms(stall["distckpt"])),
         plain("stall: copying the same bytes once", "ms", _ms(stall["copy"])),
         plain("stall: dcp.async_save, process and shared memory", "ms", _ms(stall["dcp-async"])),
@@ -193,6 +215,8 @@ def _ms(seconds: Sequence[float]) -> list[float]:
 
 PARTS: dict[str, Callable[[Path, int], list[Figure]]] = {
     "saves": saves,
+    "diskless": diskless,
+    "stalls": stalls,
     "training": training,
     "restores": restores,
     "landing": landing,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from dataclasses import dataclass, field
 
@@ -214,7 +214,7 @@ class Saver:
         return pending
 
     def _stage(self, task: _Task, pending: PendingSave, holding: Holding) -> None:
-        """Copy the state, while the background thread joins the save already."""
+        """Copy the state; the background thread goes on from there."""
         try:
             pending._staged = self._order.after(task.staging, *_contents(task.layout, holding))
         except BaseException as error:
@@ -338,6 +338,7 @@ class Saver:
 
     def _drive(self, task: _Task) -> CheckpointRecord:
         """Join, write, report, until the coordinator says that it is committed. A new coordinator starts it over."""
+        wait([task.staged])  # training waits for the copy, which needs the processors more than the joining does
         while True:
             try:
                 reply = self._once(task)
