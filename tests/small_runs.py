@@ -169,11 +169,15 @@ def settled(directory: PathLike) -> dict[str, bytes]:
 
 def _files_that_stay(directory: PathLike) -> dict[str, bytes]:
     found = {}
-    for path in Path(directory).rglob("*"):
+    for path in _files(directory):
         with contextlib.suppress(FileNotFoundError):
-            if path.is_file():
-                found[str(path.relative_to(directory))] = path.read_bytes()
+            found[str(path.relative_to(directory))] = path.read_bytes()
     return found
+
+
+def _files(directory: PathLike) -> Iterator[Path]:
+    for folder, _, files in os.walk(directory):  # unlike rglob it can stand a folder that goes away meanwhile
+        yield from (Path(folder, file) for file in files)
 
 
 def on_disk(directory: PathLike) -> list[int]:
@@ -182,9 +186,9 @@ def on_disk(directory: PathLike) -> list[int]:
 
 
 def _checkpoint_files(root: Path) -> Iterator[Path]:
-    for path in root.rglob("*"):
+    for path in _files(root):
         inside = path.relative_to(root)
-        if path.is_file() and names.parse_checkpoint(inside.parts[0]) is not None:
+        if names.parse_checkpoint(inside.parts[0]) is not None:
             yield inside
 
 

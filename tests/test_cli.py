@@ -22,7 +22,7 @@ from tests.checkpoints import PerRankValues, append_state, commit_bare, new_atte
 
 
 def run(*args: str | Path) -> Result:
-    return CliRunner().invoke(main, list(map(str, args)))
+    return CliRunner(env={"COLUMNS": None}).invoke(main, list(map(str, args)))
 
 
 @pytest.fixture

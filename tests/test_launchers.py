@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -19,10 +20,11 @@ from tests.gang import ROOT
 def test_torchrun_without_a_ray_cluster(tmp_path: Path, group: str) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     env = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
+    ray_folder = tempfile.mkdtemp(prefix="dc-")  # a short name, in which no other test's cluster is noted
     script = str(ROOT / "tests" / "programs" / "plain.py")
     done = subprocess.run(
         [*command, script, str(tmp_path), group],
-        env={**env, "OMP_NUM_THREADS": "1"},
+        env={**env, "OMP_NUM_THREADS": "1", "RAY_TMPDIR": ray_folder},
         capture_output=True,
         text=True,
         timeout=140,

@@ -74,6 +74,8 @@ def exact(value) -> object:
         return kind, struct.pack(">d", value)
     if kind is complex:
         return kind, exact(value.real), exact(value.imag)
+    if isinstance(value, np.str_ | np.bytes_):
+        return kind, value.item()  # NumPy gives an empty one bytes that are not its own
     if isinstance(value, np.generic):
         return kind, value.dtype.str, value.tobytes()
     return kind, value
