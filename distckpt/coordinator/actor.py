@@ -30,6 +30,8 @@ NAMESPACE = "distckpt"
 LOCAL_OBJECT_STORE_BYTES = 100 << 20
 FOLLOW_SECONDS = 120.0
 CONNECT_SECONDS = 2.0
+RECONNECT_SECONDS = 7 * 86400
+"""How long a rank waits for a Ray cluster to come back. Ray's own default ends the process after a minute."""
 
 
 def actor_name(directory: str) -> str:
@@ -122,10 +124,20 @@ def _adopt(access: dict[str, str]) -> None:
         os.environ["RAY_AUTH_MODE"] = access["mode"]
         if access["token"]:
             os.environ.setdefault("RAY_AUTH_TOKEN", access["token"])
-        # Ray read its settings when it was imported; this is how its own ray.init makes them follow the environment.
-        from ray._raylet import Config  # type: ignore[attr-defined]  # a compiled module
+        _follow_environment()
 
-        Config.initialize("")
+
+def _follow_environment() -> None:
+    # Ray read its settings when it was imported; this is how its own ray.init makes them follow the environment.
+    from ray._raylet import Config  # type: ignore[attr-defined]  # a compiled module
+
+    Config.initialize("")
+
+
+def _outlive_ray() -> None:
+    """Training must not end because Ray does; it goes on, and its saves fail with what is wrong."""
+    os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", str(RECONNECT_SECONDS))
+    _follow_environment()
 
 
 def _connect_or_start() -> None:
@@ -157,10 +169,12 @@ def _is_noted_cluster_alive() -> bool:
 
 
 def _connect(address: str) -> None:
+    _outlive_ray()
     ray.init(address=address, namespace=NAMESPACE, log_to_driver=False, logging_level=logging.WARNING)
 
 
 def _start_local() -> None:
+    _outlive_ray()
     ray.init(
         address="local",
         num_cpus=1,

@@ -90,7 +90,9 @@ class RayLine:
                 actor = self._find()
                 reply: Reply | None = ray.get(actor.ask.remote(request, wait), timeout=wait + POLL_SECONDS)
             except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError) as error:
-                silent_since = silent_since or time.monotonic()
+                if silent_since is None:
+                    silent_since = time.monotonic()
+                    logger.warning("the coordinator of %s does not answer, asking again: %s", self._directory, error)
                 self._lost(error, silent_since)
                 continue
             silent_since = None
@@ -118,7 +120,6 @@ class RayLine:
             return self._actor
 
     def _lost(self, error: Exception, since: float) -> None:
-        logger.warning("the coordinator of %s does not answer, asking again: %s", self._directory, error)
         if time.monotonic() - since > GRACE_SECONDS:
             raise CoordinatorUnavailableError(
                 f"{self._directory}: the coordinator has not answered for {GRACE_SECONDS:g} s: {error}"
