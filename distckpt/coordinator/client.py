@@ -8,6 +8,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     import ray
 
     from distckpt.coordinator.actor import CoordinatorActor
+
+    _Actor = ray.actor.ActorHandle[CoordinatorActor]
 
 logger = logging.getLogger(__name__)
 
@@ -71,7 +74,8 @@ class RayLine:
         self._storage_options = storage_options
         self._settings = settings
         self._lock = threading.Lock()
-        self._actor: ray.actor.ActorHandle[CoordinatorActor] | None = None
+        self._actor: _Actor | None = None
+        self._search: Future[_Actor] | None = None
 
     def ask(self, request: Request, timeout: float) -> Reply:
         """See Line.ask."""
@@ -87,12 +91,14 @@ class RayLine:
                 )
             wait = min(POLL_SECONDS, left)
             try:
-                actor = self._find()
+                actor = self._find(wait)
                 reply: Reply | None = ray.get(actor.ask.remote(request, wait), timeout=wait + POLL_SECONDS)
-            except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError) as error:
+            except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError, FutureTimeoutError) as error:
                 if silent_since is None:
                     silent_since = time.monotonic()
-                    logger.warning("the coordinator of %s does not answer, asking again: %s", self._directory, error)
+                    logger.warning(
+                        "the coordinator of %s does not answer: %s; asking again", self._directory, _text(error)
+                    )
                 self._lost(error, silent_since)
                 continue
             silent_since = None
@@ -111,18 +117,37 @@ class RayLine:
     def close(self) -> None:
         """The actor goes on without us, and exits by itself when it is idle."""
 
-    def _find(self) -> ray.actor.ActorHandle[CoordinatorActor]:
+    def _find(self, timeout: float) -> _Actor:
+        """The actor, which one thread looks up for all who ask: without its head node Ray would answer none of them."""
+        with self._lock:
+            if self._actor is not None:
+                return self._actor
+            if self._search is None:
+                self._search = Future()
+                threading.Thread(target=self._look, args=(self._search,), name="distckpt-search", daemon=True).start()
+            search = self._search
+        return search.result(timeout)
+
+    def _look(self, search: Future[_Actor]) -> None:
         from distckpt.coordinator.actor import find_or_start
 
+        try:
+            actor = find_or_start(self._directory, self._storage_options, self._settings)
+        except BaseException as error:  # noqa: BLE001 - it belongs to those who wait for the search
+            self._found(None)
+            search.set_exception(error)
+        else:
+            self._found(actor)
+            search.set_result(actor)
+
+    def _found(self, actor: _Actor | None) -> None:
         with self._lock:
-            if self._actor is None:
-                self._actor = find_or_start(self._directory, self._storage_options, self._settings)
-            return self._actor
+            self._actor, self._search = actor, None
 
     def _lost(self, error: Exception, since: float) -> None:
         if time.monotonic() - since > GRACE_SECONDS:
             raise CoordinatorUnavailableError(
-                f"{self._directory}: the coordinator has not answered for {GRACE_SECONDS:g} s: {error}"
+                f"{self._directory}: the coordinator has not answered for {GRACE_SECONDS:g} s: {_text(error)}"
             ) from error
         with self._lock:
             self._actor = None
@@ -212,6 +237,10 @@ def _raised(reply: Reply) -> Reply:
     if isinstance(reply, Refused):
         raise _copy(reply.error)
     return reply
+
+
+def _text(error: BaseException) -> str:
+    return str(error) or "Ray itself does not answer; has its head node died?"
 
 
 def _copy(error: DistckptError) -> DistckptError:
