@@ -21,6 +21,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import agreeing as agreed
 import coordination
 import planning
 from figures import Figure, plain, ratio, table
@@ -201,6 +202,25 @@ def _growth(
     return plain(name, "", samples, MOST_GROWTH)
 
 
+def agreeing(folder: Path, repetitions: int) -> list[Figure]:
+    """What a training step pays for a CheckpointSaverHook in which no save is due; the slower rank of each round."""
+    figures = []
+    for ranks in (2, 4):
+        where = str((folder / f"{ranks}-ranks").resolve())
+        measured = _measured(run_ranks(ranks, "agreeing:steps", folder, folder=where, repetitions=2 * repetitions))
+        step = {
+            name: [1e6 * seconds / agreed.STEPS for seconds in longest(measured, name, "steps")] for name in measured[0]
+        }
+        figures += [
+            plain(f"{ranks} ranks: an all-reduce of 40 bytes by itself", "us", step["all-reduce"]),
+            plain(f"{ranks} ranks: an agreement", "us", step["agreement"]),
+            plain(
+                f"{ranks} ranks: before_step and after_step with the hook, the agreement included", "us", step["hook"]
+            ),
+        ]
+    return figures
+
+
 def _measured(results: Results) -> list[Any]:
     return [result["measured"] for result in results]
 
@@ -221,6 +241,7 @@ PARTS: dict[str, Callable[[Path, int], list[Figure]]] = {
     "restores": restores,
     "landing": landing,
     "coordinator": coordinator,
+    "agreeing": agreeing,
 }
 
 

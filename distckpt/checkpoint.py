@@ -1,107 +1,23 @@
-"""What to save, as the user says it: named objects, state that belongs to one rank, and how a restore went."""
+"""What a user saves and restores: Checkpoint."""
 
 from __future__ import annotations
 
 import logging
 import os
-import random
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Mapping
+from typing import Any
 
-import numpy as np
-import torch
-
-from distckpt.errors import MismatchError
-from distckpt.format import names
+from distckpt.objects import NamedObjects, PerRank, RandomState
+from distckpt.restoring import LoadStatus, restore_objects
 from distckpt.transfer.catalog import locate, read_index
 from distckpt.world import find_world
 
+__all__ = ["Checkpoint", "LoadStatus", "PerRank", "RandomState"]
+
 logger = logging.getLogger(__name__)
 
-OnResize = Literal["error", "drop"] | Callable[[list[Any], int, int], Any]
 
-SAVE_COUNTER = "save_counter"
-
-
-class PerRank:
-    """State that belongs to one rank, such as a data cursor or random numbers. Never deduplicated between ranks.
-
-    ``obj`` is anything that Checkpoint takes. ``on_resize`` says what happens when another number of ranks restores:
-    "error" raises ResizeError, "drop" leaves the object as it is, and a callable gets the saved values of all ranks
-    in order, this rank and the new world size, and returns this rank's value.
-    """
-
-    def __init__(self, obj: Any, on_resize: OnResize = "error") -> None:
-        if not callable(on_resize) and on_resize not in ("error", "drop"):
-            raise ValueError(f'on_resize must be "error", "drop" or a callable, not {on_resize!r}')
-        self.obj = obj
-        self.on_resize = on_resize
-
-    def __repr__(self) -> str:
-        return f"PerRank({self.obj!r}, on_resize={self.on_resize!r})"
-
-
-class RandomState:
-    """The random number generators of this process: Python's, NumPy's, torch's, and every CUDA device's.
-
-    Has ``state_dict`` and ``load_state_dict``. Wrap it in PerRank: every rank draws its own numbers.
-    """
-
-    def state_dict(self) -> dict[str, Any]:
-        """The generators' states as plain values and tensors."""
-        name, key, position, has_gauss, gauss = np.random.get_state(legacy=True)
-        state: dict[str, Any] = {
-            "python": random.getstate(),
-            "numpy": {"name": str(name), "key": key, "pos": position, "has_gauss": has_gauss, "cached_gaussian": gauss},
-            "torch": torch.get_rng_state(),
-        }
-        if torch.cuda.is_available():
-            state["cuda"] = {str(device): value for device, value in enumerate(torch.cuda.get_rng_state_all())}
-        return state
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Put every generator where it was. CUDA states of devices that are not here are left out."""
-        random.setstate(state["python"])
-        saved = state["numpy"]
-        key = np.asarray(saved["key"], dtype=np.uint32)
-        np.random.set_state((saved["name"], key, saved["pos"], saved["has_gauss"], saved["cached_gaussian"]))
-        torch.set_rng_state(state["torch"].cpu())
-        for device, value in state.get("cuda", {}).items():
-            if int(device) < torch.cuda.device_count():
-                torch.cuda.set_rng_state(value.cpu(), int(device))
-
-
-class LoadStatus:
-    """How a restore matched keys. ``path`` is the checkpoint; the three assertions return the status itself."""
-
-    def __init__(self, path: str, missing: Sequence[str], unexpected: Sequence[str]) -> None:
-        self.path = path
-        self.missing = tuple(missing)
-        """Keys of the objects that the checkpoint does not have: they were left as they were."""
-        self.unexpected = tuple(unexpected)
-        """Keys of the checkpoint that no object asked for."""
-
-    def assert_consumed(self) -> LoadStatus:
-        """Raise MismatchError unless every key on either side found its other half."""
-        if self.missing or self.unexpected:
-            raise MismatchError(self.path, self.missing, self.unexpected, {})
-        return self
-
-    def assert_existing_objects_matched(self) -> LoadStatus:
-        """Raise MismatchError if an object has a key that the checkpoint lacks; extra keys there are fine."""
-        if self.missing:
-            raise MismatchError(self.path, self.missing, (), {})
-        return self
-
-    def expect_partial(self) -> LoadStatus:
-        """Say that a partial match is meant."""
-        return self
-
-    def __repr__(self) -> str:
-        return f"LoadStatus({self.path!r}, missing={len(self.missing)}, unexpected={len(self.unexpected)})"
-
-
-class Checkpoint:
+class Checkpoint(NamedObjects):
     """Named objects that are saved and restored together.
 
     Each keyword is a module, an optimizer, anything with ``state_dict`` and ``load_state_dict``, a PerRank, nested
@@ -112,37 +28,23 @@ class Checkpoint:
     ``save_counter`` counts saves and is saved itself.
     """
 
-    def __init__(self, **objects: Any) -> None:
-        for name in objects:
-            if not names.is_name(name) or "." in name or name == SAVE_COUNTER:
-                raise ValueError(f"{name!r} cannot name an object of a checkpoint")
-        self._objects: dict[str, Any] = dict(objects)
-        self.save_counter = 0
-
-    @property
-    def objects(self) -> dict[str, Any]:
-        """The named objects, in the order in which they were given."""
-        return dict(self._objects)
-
-    def __getattr__(self, name: str) -> Any:
-        objects = self.__dict__.get("_objects", {})
-        if name in objects:
-            return objects[name]
-        raise AttributeError(f"the checkpoint holds no object named {name!r}")
-
     def restore(
-        self, path: str | os.PathLike[str], storage_options: Mapping[str, Any] | None = None, partial: bool = False
+        self,
+        path: str | os.PathLike[str] | None,
+        storage_options: Mapping[str, Any] | None = None,
+        partial: bool = False,
     ) -> LoadStatus:
         """Fill the objects in place from the checkpoint at ``path``, every byte checked before it counts.
 
         Reads only what this rank holds, whatever number of ranks wrote the checkpoint; talks to nobody. Missing and
-        unexpected keys are reported by the status and, unless ``partial``, in the log.
+        unexpected keys are reported by the status and, unless ``partial``, in the log. None, which is the latest
+        checkpoint of a fresh directory, restores nothing: for the status all objects are missing then.
 
         Raises CheckpointNotFoundError, DamagedError, MismatchError (a key of another shape; nothing was changed) and
         ResizeError. After a DamagedError the objects hold a mixture: restore another checkpoint.
         """
-        from distckpt.restoring import restore_objects
-
+        if path is None:
+            return LoadStatus("no checkpoint", list(self.objects), ())
         where = locate(path, storage_options)
         world = find_world()
         status = restore_objects(self, where, read_index(where), world.rank, world.size)
@@ -156,13 +58,3 @@ class Checkpoint:
                 list(status.unexpected[:5]),
             )
         return status
-
-    def replace(self, name: str, value: Any) -> None:
-        """Put another object under a name that the checkpoint holds already."""
-        if name not in self._objects:
-            raise KeyError(name)
-        self._objects[name] = value
-
-    def __repr__(self) -> str:
-        kinds = ", ".join(f"{name}={type(value).__name__}" for name, value in self._objects.items())
-        return f"Checkpoint({kinds})"

@@ -17,11 +17,11 @@ import torch
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_optimizer_state_dict
 from torch.distributed.tensor import DTensor
 
-from distckpt.checkpoint import SAVE_COUNTER, Checkpoint, PerRank
 from distckpt.errors import EncodeError
 from distckpt.format.limits import MAX_DIMENSIONS
 from distckpt.format.tree import DictStep, Leaf, Path, RankStep, encode_path, flatten
 from distckpt.format.values import encode_value
+from distckpt.objects import SAVE_COUNTER, NamedObjects, PerRank
 from distckpt.sharding.chunks import dtype_name, global_shape, local_tensor, pieces
 from distckpt.sharding.description import Description, Row, build_description
 
@@ -84,7 +84,7 @@ class _Read:
 class Collector:
     """Collects what a rank holds of one checkpoint, again and again."""
 
-    def __init__(self, checkpoint: Checkpoint, rank: int) -> None:
+    def __init__(self, checkpoint: NamedObjects, rank: int) -> None:
         self._checkpoint = checkpoint
         self._rank = rank
         self._last: list[_Read] | None = None
@@ -128,7 +128,7 @@ class Collector:
         return self._holding
 
 
-def sections(checkpoint: Checkpoint, rank: int) -> list[Section]:
+def sections(checkpoint: NamedObjects, rank: int) -> list[Section]:
     """The sections of every object. ``rank`` names the part of PerRank state that is this process's."""
     objects = checkpoint.objects
     modules = {name: obj for name, obj in objects.items() if isinstance(obj, torch.nn.Module)}
@@ -142,7 +142,7 @@ def sections(checkpoint: Checkpoint, rank: int) -> list[Section]:
     return found
 
 
-def optimizers_of(checkpoint: Checkpoint) -> list[torch.optim.Optimizer]:
+def optimizers_of(checkpoint: NamedObjects) -> list[torch.optim.Optimizer]:
     """Every optimizer among the objects, inside a PerRank too."""
     objects = (obj.obj if isinstance(obj, PerRank) else obj for obj in checkpoint.objects.values())
     return [obj for obj in objects if isinstance(obj, torch.optim.Optimizer)]

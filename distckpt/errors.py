@@ -22,6 +22,11 @@
     - FencedError                 a newer coordinator owns the directory; this one has stopped for ever
     - StaleRunError               a newer incarnation of the job has started
     - CoordinatorUnavailableError no answer from the coordinator in time
+    - PeerFailedError             another rank reported an error, so all ranks stop
+      - RankSilentError           a rank gave no sign of life for too long, so all ranks stop
+  - AgreementError                ranks that should decide together do not: one has died, left, or is elsewhere
+  - OutOfRangeError               an input has come to its end: a clean stop, not a failure
+  - ExportError                   a committed checkpoint could not be exported; the checkpoint stands
   - RestoreError
     - MismatchError               keys missing, unexpected or of another shape
     - ResizeError                 per-rank state, another world size, and no rule that says what to do
@@ -32,6 +37,7 @@ All of them survive pickling between processes with their fields.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -226,6 +232,52 @@ class StaleRunError(CoordinatorError):
 
 class CoordinatorUnavailableError(CoordinatorError):
     """No answer from the coordinator in time. What it had committed is on storage; nothing is lost."""
+
+
+class PeerFailedError(CoordinatorError):
+    """``rank`` on ``host`` reported an error of class ``kind``, the first of all ranks, so this rank stopped too.
+
+    ``reason`` is that error's own text, ``traceback_text`` its traceback as that rank would have printed it; from
+    Python 3.11 on it is also a note of this error, so that it is printed with it.
+    """
+
+    def __init__(self, rank: int, host: str, kind: str, reason: str, traceback_text: str) -> None:
+        super().__init__(f"{_ranks_at_hosts([rank], {rank: host})} failed with {kind}: {reason}")
+        self.rank = rank
+        self.host = host
+        self.kind = kind
+        self.reason = reason
+        self.traceback_text = traceback_text
+        if traceback_text and sys.version_info >= (3, 11):
+            self.add_note(f"On rank {rank} ({host}):\n{traceback_text}")
+
+
+class RankSilentError(PeerFailedError):
+    """``rank`` on ``host`` gave no sign of life for ``seconds``: it was killed, hangs, or cannot be reached."""
+
+    def __init__(self, rank: int, host: str, seconds: float) -> None:
+        super().__init__(rank, host, type(self).__name__, f"no sign of life for {seconds:.3g} s", "")
+        self.args = (f"{_ranks_at_hosts([rank], {rank: host})} gave {self.reason}",)
+        self.seconds = seconds
+
+
+class AgreementError(DistckptError):
+    """The ranks could not decide together: one has died or left the training loop, or runs another step."""
+
+
+class OutOfRangeError(DistckptError):
+    """An input has come to its end. A Coordinator takes it for a clean stop."""
+
+
+class ExportError(DistckptError):
+    """Checkpoint ``number`` stands, but it could not be exported; ``module`` failed ('' if none did), for ``reason``."""
+
+    def __init__(self, number: int, module: str, reason: str) -> None:
+        which = f", module {module!r}," if module else ""
+        super().__init__(f"checkpoint {number}{which} was not exported: {reason}")
+        self.number = number
+        self.module = module
+        self.reason = reason
 
 
 class RestoreError(DistckptError):

@@ -3,54 +3,37 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import logging
 import os
-import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Literal
 
-from distckpt.checkpoint import Checkpoint, LoadStatus
+from distckpt.checkpoint import Checkpoint
 from distckpt.collecting import Collector, optimizers_of
 from distckpt.coordinator.client import Session, open_session
-from distckpt.coordinator.messages import (
-    Heartbeat,
-    Leave,
-    OpenRun,
-    Restored,
-    RestoreFrom,
-    RestoreRound,
-    Retention,
-    Unknown,
-)
+from distckpt.coordinator.cluster import RankCluster
+from distckpt.coordinator.messages import Heartbeat, Leave, OpenRun, Retention
 from distckpt.coordinator.shell import Settings
+from distckpt.coordinator.threads import Coordinator, LooperThread
 from distckpt.ending import close_at_exit, forget_at_exit
-from distckpt.errors import (
-    CheckpointNotFoundError,
-    CoordinatorError,
-    DamagedError,
-    DistckptError,
-    MismatchError,
-    RestoreError,
-    StorageError,
-)
+from distckpt.errors import CheckpointNotFoundError, CoordinatorError, DistckptError
 from distckpt.format import names
 from distckpt.format.limits import MAX_NUMBER
 from distckpt.format.log import CheckpointRecord
-from distckpt.restoring import restore_objects
+from distckpt.resuming import Restorer
 from distckpt.saving import PendingSave, Saver
-from distckpt.storage import open_store
-from distckpt.transfer.catalog import Located, located, read_index
+from distckpt.storage import canonical, join, open_store
 from distckpt.transfer.log import read_tail
+from distckpt.watching import newest_committed
 from distckpt.world import find_world
 
 logger = logging.getLogger(__name__)
 
 HEARTBEAT_SECONDS = 20.0
 IDLE_SECONDS = 600.0
-READ_PAUSES = (0.2, 1.0)
+CLOSE_SECONDS = 60.0
 LAST_SAVE_SECONDS = 30.0
 """How long a manager that is left by an exception still waits for a save in flight."""
 
@@ -66,14 +49,16 @@ class CheckpointManager:
     Args:
         checkpoint: what to save.
         directory: a local path that all hosts share, or an object store's URL.
-        max_to_keep: how many checkpoints stay, oldest deleted first; None keeps all.
+        max_to_keep: how many checkpoints stay, oldest deleted first; None keeps all. Nothing is deleted before the
+            first save.
         keep_checkpoint_every_n_hours: a checkpoint about to be deleted is preserved for ever if it is at least this
             many hours newer than the last one preserved.
         checkpoint_name: the first part of ``<name>-<number>``.
-        step_counter: the training step, for ``checkpoint_interval``: an int-like, a tensor or a callable.
+        step_counter: the training step, for ``checkpoint_interval``, read at each save: a callable, a tensor or array
+            of one element, or anything else that int() takes.
         checkpoint_interval: least number of steps between two saves.
         init_fn: called by ``restore_or_initialize`` on every rank when there is no checkpoint.
-        last_checkpoint_step: the step of the last save, if it is known.
+        last_checkpoint_step: the step of the last save, if it is known; for ``checkpoint_interval``.
         save_timeout: seconds until a rank that is missing fails the save for all.
         buffers: how many saves may be in the making at once; each costs host memory of this rank's part.
         on_busy: what a save does that finds its buffer still in use: "wait", or "skip" on all ranks alike.
@@ -117,7 +102,6 @@ class CheckpointManager:
         self._interval = checkpoint_interval
         self._init_fn = init_fn
         self._last_step = last_checkpoint_step
-        self._timeout = save_timeout
         self._store = open_store(directory, storage_options)
         self._world = find_world(rank, world_size, run_id)
         opening = OpenRun(
@@ -133,7 +117,10 @@ class CheckpointManager:
         self._session: Session = open_session(
             self._store, options, self._world, opening, Settings(idle_timeout=IDLE_SECONDS)
         )
+        self._cluster = RankCluster(self._session, self._world.rank, self._world.host)
+        self._background = Coordinator([])
         self._saver = Saver(
+            self._background,
             self._session,
             self._store,
             Collector(checkpoint, self._world.rank),
@@ -145,11 +132,12 @@ class CheckpointManager:
             verify,
             optimizers_of(checkpoint),
         )
+        self._restorer = Restorer(self._session, self._store, checkpoint, self._world, save_timeout)
+        self._found = self._session.open()
         self._pending: list[PendingSave] = []
-        self._restores = 0
-        self._closed = threading.Event()
-        self._heart = threading.Thread(target=self._beat, name="distckpt-heartbeat", daemon=True)
-        self._heart.start()
+        self._closed = False
+        self._left = False
+        LooperThread.loop(self._background, HEARTBEAT_SECONDS, self._beat, name="distckpt-heartbeat", skip_missed=True)
         close_at_exit(self)
 
     # ---- what there is -----------------------------------------------------------------------------------------
@@ -172,13 +160,24 @@ class CheckpointManager:
     @property
     def checkpoints(self) -> list[str]:
         """Paths of the managed checkpoints, oldest first, read from storage. Preserved ones are not among them."""
-        return [self._path(record.name, record.number) for record in read_tail(self._store).state.active]
+        state = read_tail(self._store).state
+        records = state.active
+        if (state.run, state.saves) == (self._found.run, 0):
+            # Until its first save the log does not say yet which of those that it found a manager leaves alone.
+            managed = {record.attempt for record in self._found.checkpoints}
+            records = tuple(record for record in records if record.attempt in managed)
+        return [self._path(record.name, record.number) for record in records]
 
     @property
     def latest_checkpoint(self) -> str | None:
-        """The path of the newest committed checkpoint, read from storage, or None."""
-        paths = self.checkpoints
-        return paths[-1] if paths else None
+        """The path of the newest committed checkpoint, managed or not; as ``distckpt.latest_checkpoint`` finds it."""
+        record = newest_committed(self._store)
+        return None if record is None else self._path(record.name, record.number)
+
+    @property
+    def cluster(self) -> RankCluster:
+        """All ranks of this run, for ``Coordinator(cluster=...)``."""
+        return self._cluster
 
     # ---- save --------------------------------------------------------------------------------------------------
 
@@ -193,33 +192,53 @@ class CheckpointManager:
     def save(self, checkpoint_number: Any = None, check_interval: bool = True) -> PendingSave | None:
         """Copy the state, write it in the background, and return at once; all ranks call it alike.
 
-        ``checkpoint_number`` is an int or anything int() takes; None numbers by ``checkpoint.save_counter``, which
-        counts every save. Returns None when nothing is saved: the step was saved already or, with
-        ``check_interval``, the interval has not passed; or when all ranks skip a save because one is in flight.
+        ``checkpoint_number`` is an int, or a NumPy or torch scalar that is a whole number; numbers may go down. A number
+        that was saved before becomes the newest, and its older content is deleted, or stays if it was preserved. None
+        numbers by ``checkpoint.save_counter``, which counts every save. Returns None when nothing is saved: the step was
+        saved already or, with ``check_interval``, fewer than ``checkpoint_interval`` steps have passed; or when all
+        ranks skip a save because one is in flight. Many ranks count a step as saved once its save has begun, as
+        TensorFlow does, since they do not learn of a failure at the same moment; a world of one may try it again.
 
-        Raises EncodeError for what cannot be stored, and the failure of an earlier save that nobody has collected.
+        Raises EncodeError for what cannot be stored, and the failure of an earlier save that nobody has collected. The
+        latter comes out after this save has begun, so that the ranks stay in step; ``wait`` waits for it.
         """
         self._check_open()
-        self._raise_uncollected()
-        step = self._step()
-        if step is not None and self._too_early(step, check_interval):
-            return None
-        number = int(checkpoint_number) if checkpoint_number is not None else self._checkpoint.save_counter + 1
-        if not 0 <= number <= MAX_NUMBER:
-            raise ValueError(f"checkpoint numbers go from 0 to {MAX_NUMBER}, but this one is {number}")
-        self._checkpoint.save_counter += 1
-        pending = self._saver.save(number, self._path(self._name, number))
-        if pending is None:
-            self._checkpoint.save_counter -= 1
-            return None
-        self._remember(pending, step)
+        earlier = list(self._pending)
+        pending = self._begin(checkpoint_number, check_interval)
+        self._raise_uncollected(earlier)
         return pending
 
     def wait(self) -> None:
         """Return once no save is under way. Raises the first failure that nobody has collected."""
-        for pending in self._pending:
-            pending._settle()
-        self._raise_uncollected()
+        self._settle()
+        self._raise_uncollected(self._pending)
+
+    def sync(self) -> None:
+        """TensorFlow's name for ``wait``."""
+        self.wait()
+
+    def _begin(self, checkpoint_number: Any, check_interval: bool) -> PendingSave | None:
+        step = self._step()
+        if step is not None and self._too_early(step, check_interval):
+            return None
+        counter, last_step = self._checkpoint.save_counter, self._last_step
+        number = counter + 1 if checkpoint_number is None else _whole(checkpoint_number, "checkpoint_number")
+        if not 0 <= number <= MAX_NUMBER:
+            raise ValueError(f"checkpoint numbers go from 0 to {MAX_NUMBER}, but this one is {number}")
+        self._checkpoint.save_counter = counter + 1
+        if step is not None:
+            self._last_step = step
+        try:
+            pending = self._saver.save(number, self._path(self._name, number))
+        except BaseException:
+            self._not_saved(step, last_step)
+            raise
+        if pending is None:  # all ranks skip it
+            self._checkpoint.save_counter, self._last_step = counter, last_step
+            return None
+        self._pending.append(pending)
+        pending._future.add_done_callback(lambda done: self._not_saved(step, last_step) if done.exception() else None)
+        return pending
 
     def _too_early(self, step: int, check_interval: bool) -> bool:
         if self._interval is None or self._last_step is None:
@@ -230,23 +249,20 @@ class CheckpointManager:
         counter = self._step_counter
         if self._interval is None or counter is None:
             return None
-        return int(counter() if callable(counter) else counter)
+        return _whole(counter() if callable(counter) else counter, "step_counter")
 
-    def _remember(self, pending: PendingSave, step: int | None) -> None:
-        before = self._last_step
-        self._last_step = step if step is not None else before
-        self._pending.append(pending)
+    def _not_saved(self, step: int | None, last_step: int | None) -> None:
+        """A failed save does not count, so the same step may be tried again; unless ranks could disagree on that."""
+        if self._world.size == 1 and self._last_step == step:
+            self._last_step = last_step
 
-        def undo(done: Any) -> None:
-            # A failed save does not count, so the same step may be tried again.
-            if done.exception() is not None and self._last_step == step:
-                self._last_step = before
+    def _settle(self) -> None:
+        for pending in self._pending:
+            pending._settle()
 
-        pending._future.add_done_callback(undo)
-
-    def _raise_uncollected(self) -> None:
-        failed = [error for pending in self._pending if (error := pending._uncollected_error()) is not None]
-        self._pending = [pending for pending in self._pending if not pending.done()]
+    def _raise_uncollected(self, saves: Sequence[PendingSave]) -> None:
+        failed = [error for pending in saves if (error := pending._uncollected_error()) is not None]
+        self._pending = [pending for pending in self._pending if not pending._collected]
         for error in failed[1:]:
             logger.error("another save failed too: %s", error)
         if failed:
@@ -255,13 +271,14 @@ class CheckpointManager:
     # ---- restore -----------------------------------------------------------------------------------------------
 
     def restore_or_initialize(self) -> str | None:
-        """Restore the newest good checkpoint on all ranks and return its path; else call ``init_fn``, return None."""
-        record = self._restore(None, partial=False)
-        if record is None:
-            if self._init_fn is not None:
-                self._init_fn()
-            return None
-        return self._path(record.name, record.number)
+        """Restore the newest good checkpoint on all ranks and return its path; else call ``init_fn``, return None.
+
+        Waits for saves in flight: they are what is to be restored. Raises what ``restore`` raises.
+        """
+        path = self._restore(None, partial=False)
+        if path is None and self._init_fn is not None:
+            self._init_fn()
+        return path
 
     def restore(self, which: int | str | os.PathLike[str] | None = None, partial: bool = False) -> str:
         """Restore one checkpoint on all ranks, in place, and return its path.
@@ -273,98 +290,59 @@ class CheckpointManager:
 
         Raises CheckpointNotFoundError, NoGoodCheckpointError, MismatchError, ResizeError, MissingRanksError.
         """
-        number = self._number(which)
-        record = self._restore(number, partial)
-        if record is None:
+        path = self._restore(self._folder(which), partial)
+        if path is None:
             raise CheckpointNotFoundError(self._store.url, "no checkpoint has been committed here")
-        return self._path(record.name, record.number)
+        return path
 
-    def _restore(self, number: int | None, partial: bool) -> CheckpointRecord | None:
+    def _restore(self, which: int | str | None, partial: bool) -> str | None:
         self._check_open()
-        self._restores += 1
-        ask, tried, refused = f"restore-{self._restores}", "", ""
-        while True:
-            question = RestoreRound(0, self._world.rank, ask, number, tried, refused)
-            reply = self._session.ask(_with_run(question), 2 * self._timeout + 60)
-            if isinstance(reply, Restored):
-                self._report_refused(reply.refused)
-                return self._restored(reply.record)
-            if isinstance(reply, RestoreFrom):
-                tried = reply.record.attempt
-                refused = self._try(reply.record, partial)
-            elif isinstance(reply, Unknown):
-                tried, refused = "", ""
-            else:
-                raise RestoreError(f"unexpected answer from the coordinator: {reply!r}")
-
-    def _try(self, record: CheckpointRecord, partial: bool) -> str:
-        """Restore this one; the reason if its bytes are not what was written, '' if all went well."""
-        try:
-            where = located(self._store, record)
-            status = self._filled(where)
-        except (DamagedError, StorageError) as error:
-            logger.warning("checkpoint %d cannot be restored here: %s", record.number, error)
-            return str(error) or type(error).__name__
-        unexpected = [key for key in status.unexpected if self._is_nobodys(key)]
-        if not partial and (status.missing or unexpected):
-            raise MismatchError(where.path, status.missing, unexpected, {})
-        return ""
-
-    def _filled(self, where: Located) -> LoadStatus:
-        """Fill the objects. A store that fails to answer is asked again before an older checkpoint is considered."""
-        for pause in READ_PAUSES:
-            try:
-                return restore_objects(self._checkpoint, where, read_index(where), self._world.rank, self._world.size)
-            except StorageError as error:
-                logger.warning("reading %s failed and is tried again in %g s: %s", where.path, pause, error)
-                time.sleep(pause)
-        return restore_objects(self._checkpoint, where, read_index(where), self._world.rank, self._world.size)
-
-    def _is_nobodys(self, key: str) -> bool:
-        """Whether no rank asks for a key that this one does not: of an object of ours, another rank may hold it."""
-        name = key.partition(".")[0].partition("@")[0]
-        return self._world.size == 1 or name not in self._checkpoint.objects
+        self._settle()
+        record = self._restored(self._restorer.restore(which, partial))
+        return None if record is None else self._path(record.name, record.number)
 
     def _restored(self, record: CheckpointRecord | None) -> CheckpointRecord | None:
-        if record is not None and self._interval is not None:
+        if record is not None:
             self._last_step = self._step()
         return record
 
-    def _report_refused(self, refused: tuple[tuple[str, str], ...]) -> None:
-        for path, reason in refused:
-            logger.warning("%s was refused and an older checkpoint restored: %s", path, reason)
-
-    def _number(self, which: int | str | os.PathLike[str] | None) -> int | None:
-        if which is None or isinstance(which, int):
-            return which
-        path = os.fspath(which).rstrip("/")
-        parsed = names.parse_checkpoint(path.rpartition("/")[2])
-        if path == self._store.url or open_store(path).url == self._store.url:
+    def _folder(self, which: int | str | os.PathLike[str] | None) -> int | str | None:
+        """A number, the folder that a path means, or None for the newest."""
+        if which is None:
             return None
-        if parsed is None or parsed[0] != self._name or open_store(path).url != self._path(*parsed):
+        if not isinstance(which, str | os.PathLike):
+            return _whole(which, "a checkpoint's number")
+        path = canonical(which)
+        if path == self._store.url:
+            return None
+        folder = path.rpartition("/")[2]
+        if names.parse_checkpoint(folder) is None or path != join(self._store.url, folder):
             raise CheckpointNotFoundError(path, f"not a checkpoint of {self._store.url}")
-        return parsed[1]
+        return folder
 
     # ---- life --------------------------------------------------------------------------------------------------
 
     def close(self) -> None:
         """Wait for saves under way and leave the run. Raises the first failure that nobody has collected."""
-        if self._closed.is_set():
+        if self._left:
             return
+        self._closed = True
         try:
             self.wait()
         finally:
             self._leave()
 
     def _check_open(self) -> None:
-        if self._closed.is_set():
+        if self._closed:
             raise CoordinatorError(f"{self.directory}: this manager has been closed; make another one to go on")
 
     def _leave(self) -> None:
-        self._closed.set()
+        self._left = True
         forget_at_exit(self)
+        self._cluster.close()
         self._saver.close()
-        self._heart.join()
+        self._background.request_stop()
+        self._background.join(stop_grace_period_secs=CLOSE_SECONDS, ignore_live_threads=True)
         with contextlib.suppress(DistckptError):  # the coordinator notices by itself that we are gone
             self._session.ask(lambda run: Leave(run, self._world.rank), 5.0)
         self._session.close()
@@ -378,32 +356,35 @@ class CheckpointManager:
         if error is None:
             self.close()
             return
+        self._cluster.fail(error)
         deadline = time.monotonic() + LAST_SAVE_SECONDS
         for pending in self._pending:
             try:
                 failure = pending.exception(max(0.0, deadline - time.monotonic()))
             except TimeoutError as late:
                 failure = late
-            if failure is not None:
+            if failure is not None and failure is not error:
                 logger.error("while the training loop ended with %r, a save failed too: %s", error, failure)
-        self._closed.set()
+        self._closed = True
         if all(pending.done() for pending in self._pending):
             self._leave()
 
     def _beat(self) -> None:
-        while not self._closed.wait(HEARTBEAT_SECONDS):
-            try:
-                self._session.ask(lambda run: Heartbeat(run, self._world.rank), HEARTBEAT_SECONDS)
-            except DistckptError as error:
-                # A save that needs the coordinator says so itself; until then training has nothing to gain from this.
-                logger.warning("heartbeat to the coordinator: %s", error)
+        try:
+            self._session.ask(lambda run: Heartbeat(run, self._world.rank), HEARTBEAT_SECONDS)
+        except Exception as error:  # noqa: BLE001 - a save that needs the coordinator says so itself; training goes on
+            logger.warning("heartbeat to the coordinator: %s", error)
 
     def _path(self, name: str, number: int) -> str:
-        return f"{self._store.url}/{names.checkpoint_folder(name, number)}"
+        return join(self._store.url, names.checkpoint_folder(name, number))
 
 
-def _with_run(question: RestoreRound) -> Callable[[int], RestoreRound]:
-    return lambda run: dataclasses.replace(question, run=run)
+def _whole(value: Any, what: str) -> int:
+    """The int that ``value`` equals, whatever its type."""
+    with contextlib.suppress(TypeError, ValueError, OverflowError):
+        if not isinstance(value, str | bytes) and (whole := int(value)) == value:
+            return whole
+    raise TypeError(f"{what} must be a whole number, not {value!r}")
 
 
 def _check_arguments(

@@ -10,14 +10,52 @@ import numpy as np
 import torch
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
-from distckpt.checkpoint import SAVE_COUNTER, Checkpoint, LoadStatus, PerRank
 from distckpt.collecting import is_array, is_stateful, model_tree, optimizer_tree
 from distckpt.errors import DamagedError, MismatchError, ResizeError
 from distckpt.format.index import Index
 from distckpt.format.tree import DictStep, KeyStep, Path, RankStep, Step, decode_path, flatten, key_of, unflatten
+from distckpt.objects import SAVE_COUNTER, NamedObjects, PerRank
 from distckpt.reading import read_tensors, read_values
 from distckpt.sharding.chunks import dtype_from_name, global_shape
 from distckpt.transfer.catalog import Located
+
+
+class LoadStatus:
+    """How a restore matched keys. ``path`` is the checkpoint; the assertions return the status itself."""
+
+    def __init__(self, path: str, missing: Sequence[str], unexpected: Sequence[str], matched: int = 0) -> None:
+        self.path = path
+        self.missing = tuple(missing)
+        """Keys of the objects that the checkpoint does not have: they were left as they were."""
+        self.unexpected = tuple(unexpected)
+        """Keys of the checkpoint that no object asked for."""
+        self.matched = matched
+        """How many keys of the checkpoint objects did ask for."""
+
+    def assert_consumed(self) -> LoadStatus:
+        """Raise MismatchError unless every key on either side found its other half."""
+        if self.missing or self.unexpected:
+            raise MismatchError(self.path, self.missing, self.unexpected, {})
+        return self
+
+    def assert_existing_objects_matched(self) -> LoadStatus:
+        """Raise MismatchError if an object has a key that the checkpoint lacks; extra keys there are fine."""
+        if self.missing:
+            raise MismatchError(self.path, self.missing, (), {})
+        return self
+
+    def assert_nontrivial_match(self) -> LoadStatus:
+        """Raise MismatchError if no object has found anything in the checkpoint."""
+        if not self.matched:
+            raise MismatchError(self.path, self.missing, self.unexpected, {})
+        return self
+
+    def expect_partial(self) -> LoadStatus:
+        """Say that a partial match is meant."""
+        return self
+
+    def __repr__(self) -> str:
+        return f"LoadStatus({self.path!r}, missing={len(self.missing)}, unexpected={len(self.unexpected)})"
 
 
 @dataclass(slots=True)
@@ -38,7 +76,7 @@ class _Filling:
     finish: list[Callable[[Mapping[str, Any]], None]] = field(default_factory=list)
 
 
-def restore_objects(checkpoint: Checkpoint, where: Located, index: Index, rank: int, world_size: int) -> LoadStatus:
+def restore_objects(checkpoint: NamedObjects, where: Located, index: Index, rank: int, world_size: int) -> LoadStatus:
     """Fill every object of ``checkpoint``. See Checkpoint.restore for the promise and the errors."""
     objects = checkpoint.objects
     paths = {key: decode_path(path, where.path) for key, path in zip(index.names, index.paths, strict=True)}
@@ -55,14 +93,14 @@ def restore_objects(checkpoint: Checkpoint, where: Located, index: Index, rank: 
         for step in filling.finish:
             step(values)
     unexpected = [key for key in paths if key not in filling.known and not _of_other_rank(paths[key], rank)]
-    return LoadStatus(where.path, filling.missing, unexpected)
+    return LoadStatus(where.path, filling.missing, unexpected, len(filling.known - {SAVE_COUNTER}))
 
 
 def _of_other_rank(path: Path, rank: int) -> bool:
     return len(path) > 1 and isinstance(path[1], RankStep) and path[1].rank != rank
 
 
-def _prepare_counter(filling: _Filling, checkpoint: Checkpoint) -> None:
+def _prepare_counter(filling: _Filling, checkpoint: NamedObjects) -> None:
     if SAVE_COUNTER not in filling.saved:
         return
     filling.values.add(SAVE_COUNTER)
@@ -70,7 +108,7 @@ def _prepare_counter(filling: _Filling, checkpoint: Checkpoint) -> None:
     filling.finish.append(lambda values: setattr(checkpoint, SAVE_COUNTER, int(values[SAVE_COUNTER])))
 
 
-def _prepare(filling: _Filling, checkpoint: Checkpoint, name: str, obj: Any) -> None:
+def _prepare(filling: _Filling, checkpoint: NamedObjects, name: str, obj: Any) -> None:
     prefix: Path = (DictStep(name),)
     if isinstance(obj, PerRank):
         _prepare_per_rank(filling, checkpoint, name, obj)
@@ -225,7 +263,7 @@ def _merged(old: Any, new: Any) -> Any:
     return new
 
 
-def _prepare_per_rank(filling: _Filling, checkpoint: Checkpoint, name: str, wrapper: PerRank) -> None:
+def _prepare_per_rank(filling: _Filling, checkpoint: NamedObjects, name: str, wrapper: PerRank) -> None:
     prefix: Path = (DictStep(name),)
     saved = _below(filling, prefix)
     ranks = sorted({path[1].rank for path in saved.values() if isinstance(path[1], RankStep)})

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import logging
-import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, wait
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from dataclasses import dataclass, field
+from queue import SimpleQueue
 
-import crc32c
 import numpy as np
 import torch
 
@@ -29,7 +28,8 @@ from distckpt.coordinator.messages import (
     Skipped,
     Unknown,
 )
-from distckpt.errors import CoordinatorUnavailableError, DamagedError, DistckptError, SaveError
+from distckpt.coordinator.threads import Coordinator, LooperThread
+from distckpt.errors import CoordinatorUnavailableError, DistckptError, SaveError
 from distckpt.format import names
 from distckpt.format.log import CheckpointRecord
 from distckpt.format.receipt import ShardReceipt
@@ -38,12 +38,11 @@ from distckpt.ordering import StepOrder
 from distckpt.storage import Store
 from distckpt.transfer.log import read_tail
 from distckpt.transfer.staging import StagedCopy, Staging
-from distckpt.transfer.writer import write_shard
+from distckpt.transfer.writer import read_back, write_shard
 
 logger = logging.getLogger(__name__)
 
 MAX_SHARD_BYTES = 8 << 30
-READ_BACK_BYTES = 8 << 20
 
 
 class PendingSave:
@@ -140,10 +139,14 @@ class _Task:
 
 
 class Saver:
-    """Stages and writes this rank's part of every save. Used from one thread, the training loop's."""
+    """Stages and writes this rank's part of every save. Used from one thread, the training loop's.
+
+    What is done in the background is done in threads of ``background``, one a buffer.
+    """
 
     def __init__(
         self,
+        background: Coordinator,
         session: Session,
         store: Store,
         collector: Collector,
@@ -165,10 +168,12 @@ class Saver:
         self._skip_if_busy = skip_if_busy
         self._verify = verify
         self._buffers = [_Buffer() for _ in range(buffers)]
-        self._pool = ThreadPoolExecutor(buffers, "distckpt-save")
         self._asked = 0
         self._layout: Layout | None = None
-        self._closed = threading.Event()
+        self._background = background
+        self._tasks: SimpleQueue[tuple[_Task, PendingSave] | None] = SimpleQueue()
+        for at in range(buffers):
+            LooperThread.loop(background, None, self._work, name=f"distckpt-save-{at}")
 
     def prepare(self) -> None:
         """Make the plan with all ranks and touch the memory of every buffer, so that the first save is like the rest.
@@ -209,7 +214,7 @@ class Saver:
         staging = self._staging_of(buffer)
         buffer.pending = pending
         task = _Task(ask, number, self._layout, staging, holding.describe, joined)
-        self._pool.submit(self._run, task, pending)
+        self._tasks.put((task, pending))
         self._stage(task, pending, holding)
         return pending
 
@@ -223,11 +228,13 @@ class Saver:
         task.staged.set_result(pending._staged)
 
     def close(self) -> None:
-        """Wait for what is under way and let the memory go."""
+        """Wait for what is under way, stop the threads and let the memory go."""
         self._order.close()
-        self._pool.shutdown(wait=True)
         for buffer in self._buffers:
             self._settle(buffer)
+        self._background.request_stop()
+        for buffer in self._buffers:
+            self._tasks.put(None)
             if buffer.staging is not None:
                 buffer.staging.close()
                 buffer.staging = None
@@ -328,6 +335,12 @@ class Saver:
 
     # ---- in the background -------------------------------------------------------------------------------------
 
+    def _work(self) -> None:
+        """Bring one save to its end, or wake up to see that there will be no more."""
+        work = self._tasks.get()
+        if work is not None:
+            self._run(*work)
+
     def _run(self, task: _Task, pending: PendingSave) -> None:
         try:
             record = self._drive(task)
@@ -385,7 +398,7 @@ class Saver:
         path = f"{folder}/{names.shard_name(self._rank, shard)}"
         receipt = write_shard(self._store, path, task.staging.shards[shard])
         if self._verify:
-            _read_back(self._store, path, receipt)
+            read_back(self._store, path, receipt)
         return receipt
 
     def _report_failure(self, attempt: str, error: Exception) -> None:
@@ -423,19 +436,3 @@ def _chunk(holding: Holding, row: int) -> Chunk:
 
 def _rows_bytes(rows: Sequence[int]) -> bytes:
     return np.asarray(rows, dtype="<i4").tobytes()
-
-
-def _read_back(store: Store, path: str, receipt: ShardReceipt) -> None:
-    source = store.open(path)
-    try:
-        crc, position = 0, 0
-        scratch = bytearray(min(READ_BACK_BYTES, max(1, receipt.size)))
-        while position < receipt.size:
-            part = memoryview(scratch)[: min(len(scratch), receipt.size - position)]
-            source.read_into(position, part)
-            crc = crc32c.crc32c(part, crc)
-            position += len(part)
-    finally:
-        source.close()
-    if crc != receipt.crc32c:
-        raise DamagedError(f"{store.url}/{path}", "what the store returns is not what was written")

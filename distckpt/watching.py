@@ -39,7 +39,7 @@ def wait_for_new_checkpoint(
     """
     last = canonical(last_checkpoint) if last_checkpoint else None
     follower = _Follower(open_store(checkpoint_dir, storage_options))
-    return _wait(functools.partial(follower.path_other_than, last), seconds_to_sleep, timeout)
+    return wait_for(functools.partial(follower.path_other_than, last), seconds_to_sleep, timeout)
 
 
 def checkpoints_iterator(
@@ -59,18 +59,40 @@ def checkpoints_iterator(
     must not lose it holds a lease instead. Raises what ``wait_for_new_checkpoint`` raises.
     """
     follower = _Follower(open_store(checkpoint_dir, storage_options))
-    attempt = ""
+    for record in follow(follower.record_other_than, min_interval_secs, timeout, timeout_fn):
+        yield follower.path(record)
+
+
+def follow(
+    next_after: Callable[[_Found | None], _Found | None],
+    min_interval_secs: float,
+    timeout: float | None,
+    timeout_fn: Callable[[], object] | None,
+) -> Iterator[_Found]:
+    """Yields what ``next_after(the last one)`` finds, at the times and until the end of ``checkpoints_iterator``."""
+    last: _Found | None = None
     while True:
         started = time.monotonic()
-        record = _wait(functools.partial(follower.record_other_than, attempt), POLL_SECONDS, timeout)
-        if record is not None:
-            attempt, started = record.attempt, time.monotonic()
-            yield follower.path(record)
+        found = wait_for(functools.partial(next_after, last), POLL_SECONDS, timeout)
+        if found is not None:
+            last, started = found, time.monotonic()
+            yield found
             _sleep_until(started + min_interval_secs)
         elif timeout_fn is None or timeout_fn():
             return
         else:
             _sleep_until(started + POLL_SECONDS)
+
+
+def wait_for(look: Callable[[], _Found | None], pause: float, timeout: float | None) -> _Found | None:
+    """What ``look`` finds: looks at once, every ``pause`` seconds, and once more when ``timeout`` seconds are over."""
+    deadline = math.inf if timeout is None else time.monotonic() + timeout
+    while True:
+        found = look()
+        remaining = deadline - time.monotonic()
+        if found is not None or remaining <= 0:
+            return found
+        time.sleep(min(pause, remaining))
 
 
 def newest_committed(store: Store) -> CheckpointRecord | None:
@@ -100,9 +122,9 @@ class _Follower:
             self._seq = seq if self._record is not None else 0
         return self._record
 
-    def record_other_than(self, attempt: str) -> CheckpointRecord | None:
+    def record_other_than(self, last: CheckpointRecord | None) -> CheckpointRecord | None:
         record = self.look()
-        return record if record is not None and record.attempt != attempt else None
+        return record if record is not None and (last is None or record.attempt != last.attempt) else None
 
     def path_other_than(self, last: str | None) -> str | None:
         record = self.look()
@@ -122,16 +144,6 @@ def _newest(store: Store) -> CheckpointRecord | None:
 def _has_manifest(store: Store, record: CheckpointRecord) -> bool:
     folder = names.attempt_folder(record.name, record.number, record.attempt)
     return store.stat(f"{folder}/{names.MANIFEST}") is not None
-
-
-def _wait(look: Callable[[], _Found | None], pause: float, timeout: float | None) -> _Found | None:
-    deadline = math.inf if timeout is None else time.monotonic() + timeout
-    while True:
-        found = look()
-        remaining = deadline - time.monotonic()
-        if found is not None or remaining <= 0:
-            return found
-        time.sleep(min(pause, remaining))
 
 
 def _sleep_until(moment: float) -> None:

@@ -12,7 +12,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,10 +33,14 @@ def free_port() -> int:
 
 @dataclass
 class Gang:
-    """``size`` processes, each one rank. Use as a context manager; ``run`` calls a function on all of them."""
+    """``size`` processes, each one rank. Use as a context manager; ``run`` calls a function on all of them.
+
+    ``hosts`` has a command for each rank that runs another command on that rank's host; none means: all on this one.
+    """
 
     size: int
     env: Mapping[str, str] = field(default_factory=dict)
+    hosts: Sequence[Sequence[str]] = ()
     processes: list[subprocess.Popen[str]] = field(default_factory=list)
     logs: list[Path] = field(default_factory=list)
 
@@ -58,7 +62,7 @@ class Gang:
             self.logs.append(folder / f"rank-{rank}.log")
             with self.logs[-1].open("w") as log:
                 process = subprocess.Popen(
-                    [sys.executable, "-m", "tests.gang"],
+                    [*(self.hosts[rank] if self.hosts else ()), sys.executable, "-m", "tests.gang"],
                     stdin=subprocess.PIPE,
                     stdout=subprocess.PIPE,
                     stderr=log,

@@ -7,7 +7,7 @@ import itertools
 import os
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -156,6 +156,13 @@ def leftovers(directory: PathLike) -> set[str]:
         and not (path.startswith(folders) and not Path(path).name.startswith("."))
         and not (path.startswith(f"{names.LOG}/") and names.entry_seq(path) is not None)
     }
+
+
+def until(met: Callable[[], bool], seconds: float = 20.0) -> None:
+    """Wait for ``met``, at most so long. Whoever calls it compares once more, to say what is wrong."""
+    deadline = time.monotonic() + seconds
+    while not met() and time.monotonic() < deadline:
+        time.sleep(0.002)
 
 
 def settled(directory: PathLike) -> dict[str, bytes]:

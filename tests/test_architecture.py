@@ -30,20 +30,24 @@ LAYERS = (
     ("sharding",),
     ("transfer",),
     ("state_file", "world"),
-    ("coordinator",),
+    ("agreeing", "coordinator"),
     (
         "checkpoint",
         "collecting",
         "ending",
+        "leasing",
         "loading",
         "manager",
+        "objects",
         "ordering",
         "reading",
         "restoring",
+        "resuming",
         "saving",
         "watching",
     ),
-    ("hooks", "exporting", "threads"),
+    ("hooks", "exporting", "quantizing", "threads"),
+    ("session",),
     ("cli", "integrations", "testing"),
 )
 """From the lowest up. What is in one layer may use its own part of it, and the layers below."""
@@ -54,9 +58,11 @@ ONE_LEVEL = {
     "collecting",
     "loading",
     "manager",
+    "objects",
     "ordering",
     "reading",
     "restoring",
+    "resuming",
     "saving",
     "watching",
 }
@@ -159,6 +165,7 @@ def users(package: str) -> set[str]:
 
 def test_ray_is_used_only_where_actors_are() -> None:
     allowed = {f"distckpt.coordinator.{name}" for name in ("actor", "watcher", "client")}
+    allowed |= {"distckpt.exporting.places", "distckpt.exporting.child", "distckpt.integrations.ray_train"}
     found = users("ray")
     # world.py only looks whether this is a Ray Train worker, who has imported ray.train already.
     assert found - {"distckpt.world"} <= allowed
@@ -202,6 +209,7 @@ for name in sys.argv[1].split(","):
 def loaded() -> dict[str, set[str]]:
     """Which heavy packages are loaded after each module has been imported, in the order of the keys."""
     light = ["distckpt", "distckpt.errors", "distckpt.watching", "distckpt.state_file", "distckpt.loading"]
+    light += ["distckpt.leasing", "distckpt.exporting.listing"]
     below = [name for name in modules() if part(name) in ("storage", "format", "coordinator", "cli")]
     below = [name for name in below if not name.endswith("__main__") and name != "distckpt.coordinator.actor"]
     done = subprocess.run(
@@ -380,6 +388,11 @@ EXAMPLES: list[errors.DistckptError] = [
     errors.FencedError("/x", 3, 4),
     errors.StaleRunError("/x", 1, 2),
     errors.CoordinatorUnavailableError("no answer"),
+    errors.PeerFailedError(3, "node-7", "OSError", "the disk is gone", "Traceback ..."),
+    errors.RankSilentError(3, "node-7", 61.0),
+    errors.AgreementError("rank 1 has left"),
+    errors.OutOfRangeError("no more batches"),
+    errors.ExportError(3, "encoder", "cannot be traced"),
     errors.RestoreError("failed"),
     errors.MismatchError("/x/ckpt-1", ["a"], ["b"], {"c": "saved [3], here [4]"}),
     errors.ResizeError("loader", 4, 3),

@@ -55,6 +55,7 @@ from tests.small_runs import (
     run,
     settled,
     target,
+    until,
 )
 
 
@@ -706,24 +707,28 @@ def test_a_pinned_checkpoint_stays(tmp_path: Path) -> None:
     assert_loads(tmp_path / "ckpt-1", 1)
 
 
-def test_hours_between_preserved_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The trace that TensorFlow's own test has, seen on disk: which are preserved is decided when they are evicted."""
-    now = [3.0]
-    monkeypatch.setattr(time, "time", lambda: now[0])
+def test_trace_a_retention_over_two_restarts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The trace that TensorFlow's own test has: which are preserved is decided when they are evicted."""
+    now = set_clock(monkeypatch, 3.0)
     with Trainer(tmp_path, max_to_keep=2) as trainer:
-        for number, at in ((1, 10_000.0), (2, 13_610.0)):
-            now[0] = at
-            trainer.saved(number)
+        save_at(trainer, now, {1: 10_000.0, 2: 13_610.0})
+    assert_state(tmp_path, {1: "10000.0", 2: "13610.0"}, "2.0")
     with Trainer(tmp_path, max_to_keep=2, keep_checkpoint_every_n_hours=1.5) as trainer:
-        for number, at in ((3, 14_330.0), (4, 16_130.0), (5, 17_930.0)):
-            now[0] = at
-            trainer.saved(number)
+        save_at(trainer, now, {3: 14_330.0})
+        assert_state(tmp_path, {2: "13610.0", 3: "14330.0"}, "10000.0")
+        assert_on_disk(tmp_path, 1, 2, 3)
+        save_at(trainer, now, {4: 16_130.0})
+        assert_state(tmp_path, {3: "14330.0", 4: "16130.0"}, "10000.0")
+        save_at(trainer, now, {5: 17_930.0})
+        assert trainer.manager.checkpoints == [f"{tmp_path}/ckpt-4", f"{tmp_path}/ckpt-5"]
+    assert_state(tmp_path, {4: "16130.0", 5: "17930.0"}, "10000.0")
     assert on_disk(tmp_path) == [1, 4, 5]
     with Trainer(tmp_path, max_to_keep=2, keep_checkpoint_every_n_hours=1.5) as trainer:
-        now[0] = 17_940.0
-        trainer.saved(6)
+        assert trainer.manager.checkpoints == [f"{tmp_path}/ckpt-4", f"{tmp_path}/ckpt-5"]
+        save_at(trainer, now, {6: 17_940.0})
+        assert trainer.manager.checkpoints == [f"{tmp_path}/ckpt-5", f"{tmp_path}/ckpt-6"]
+    assert_state(tmp_path, {5: "17930.0", 6: "17940.0"}, "16130.0")
     assert on_disk(tmp_path) == [1, 4, 5, 6]
-    assert numbers(tmp_path) == [5, 6]
     assert_listed(
         tmp_path, {"ckpt-1": ["preserved"], "ckpt-4": ["preserved"], "ckpt-5": ["active"], "ckpt-6": ["newest"]}
     )
@@ -731,6 +736,36 @@ def test_hours_between_preserved_ones(tmp_path: Path, monkeypatch: pytest.Monkey
     assert on_disk(tmp_path) == [1, 4, 9], "no later manager deletes them, whatever its settings"
     assert_loads(tmp_path / "ckpt-4", 4)
     assert CliRunner().invoke(main, ["verify", str(tmp_path)]).exit_code == 0
+
+
+def set_clock(monkeypatch: pytest.MonkeyPatch, seconds: float) -> list[float]:
+    """Wall-clock time is what stands in the list from now on."""
+    now = [seconds]
+    monkeypatch.setattr(time, "time", lambda: now[0])
+    return now
+
+
+def save_at(trainer: Trainer, now: list[float], times: dict[int, float]) -> None:
+    """Save these numbers, each at its time."""
+    for number, at in times.items():
+        now[0] = at
+        trainer.saved(number)
+
+
+def assert_state(directory: Path, times: dict[int, str], last_preserved: str) -> None:
+    """The state file lists these, byte for byte, as soon as it is written."""
+    lines = [f'model_checkpoint_path: "ckpt-{list(times)[-1]}"']
+    lines += [f'all_model_checkpoint_paths: "ckpt-{number}"' for number in times]
+    lines += [f"all_model_checkpoint_timestamps: {at}" for at in times.values()]
+    lines += [f"last_preserved_timestamp: {last_preserved}", ""]
+    until(lambda: (directory / "checkpoint").read_text().split("\n") == lines)
+    assert (directory / "checkpoint").read_text().split("\n") == lines
+
+
+def assert_on_disk(directory: Path, *expected: int) -> None:
+    """Nothing but these numbers has files left, as soon as the rest is deleted."""
+    until(lambda: on_disk(directory) == [*expected])
+    assert on_disk(directory) == [*expected]
 
 
 def assert_listed(directory: Path, expected: dict[str, list[str]]) -> None:
@@ -741,25 +776,52 @@ def assert_listed(directory: Path, expected: dict[str, list[str]]) -> None:
     assert {one["checkpoint"]: one["state"] for one in listed} == expected
 
 
-def test_a_clock_that_goes_back_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The other trace of TensorFlow's tests."""
-    now = [3.0]
-    monkeypatch.setattr(time, "time", lambda: now[0])
+def test_trace_b_clock_reset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """The other trace of TensorFlow's tests: a clock that goes back loses nothing."""
+    now = set_clock(monkeypatch, 10_000.0)
     with Trainer(tmp_path, max_to_keep=1, keep_checkpoint_every_n_hours=1) as trainer:
-        for number, at in ((1, 10_000.0), (2, 13_600.0), (3, 17_200.0)):
-            now[0] = at
-            trainer.saved(number)
-    assert on_disk(tmp_path) == [2, 3] or on_disk(tmp_path) == [1, 2, 3]
-    kept = on_disk(tmp_path)
+        save_at(trainer, now, {1: 10_000.0, 2: 13_600.0})
+        assert_on_disk(tmp_path, 2)
+        save_at(trainer, now, {3: 17_200.0})
+    assert_state(tmp_path, {3: "17200.0"}, "13600.0")
+    assert on_disk(tmp_path) == [2, 3]
+    assert "behind the last preserved" not in caplog.text
     now[0] = 5_000.0
     with Trainer(tmp_path, max_to_keep=1) as trainer:
+        assert "8600 s behind the last preserved checkpoint" in caplog.text
+        assert trainer.manager.checkpoints == []
+        assert trainer.manager.latest_checkpoint == distckpt.latest_checkpoint(tmp_path) == f"{tmp_path}/ckpt-3"
         assert trainer.manager.restore_or_initialize() == f"{tmp_path}/ckpt-3"
-        for number, at in ((4, 5_010.0), (5, 5_020.0)):
-            now[0] = at
-            trainer.saved(number)
-    assert on_disk(tmp_path) == [*kept, 5]
-    assert numbers(tmp_path) == [5]
+        save_at(trainer, now, {4: 5_010.0})
+        assert_state(tmp_path, {4: "5010.0"}, "5000.0")
+        save_at(trainer, now, {5: 5_020.0})
+        assert trainer.manager.checkpoints == [f"{tmp_path}/ckpt-5"]
+    assert_state(tmp_path, {5: "5020.0"}, "5000.0")
+    assert on_disk(tmp_path) == [2, 3, 5]
     assert_loads(tmp_path / "ckpt-3", 3)
+
+
+def test_a_manager_that_is_only_made_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither its settings nor a clock that is wrong just then."""
+    now = set_clock(monkeypatch, 10_000.0)
+    run(tmp_path, 1, 2, 3, max_to_keep=None)
+    before = settled_but_for_the_log(tmp_path)
+    now[0] = 5.0
+    with Trainer(tmp_path, max_to_keep=1) as trainer:
+        assert trainer.manager.checkpoints == []
+        assert trainer.manager.latest_checkpoint == f"{tmp_path}/ckpt-3"
+    now[0] = 20_000.0
+    with Trainer(tmp_path, max_to_keep=1) as trainer:
+        assert settled_but_for_the_log(tmp_path) == before
+        assert trainer.manager.checkpoints == [f"{tmp_path}/ckpt-{number}" for number in (1, 2, 3)]
+        trainer.saved(4)
+    assert on_disk(tmp_path) == [4]
+    assert_state(tmp_path, {4: "20000.0"}, "9999.0")
+
+
+def settled_but_for_the_log(directory: Path) -> dict[str, bytes]:
+    """Every file that is not an entry of the log."""
+    return {path: content for path, content in settled(directory).items() if not path.startswith(names.LOG)}
 
 
 # ---- copied and moved -----------------------------------------------------------------------------------------------------

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import cast
 
+import msgspec
+
 from distckpt.coordinator.actions import (
     Append,
     CollectGarbage,
@@ -23,6 +25,7 @@ from distckpt.coordinator.messages import (
     RestoreFrom,
     RestoreRound,
     Retention,
+    RunOpened,
 )
 from distckpt.errors import (
     CheckpointNotFoundError,
@@ -101,7 +104,7 @@ def test_trace_b_through_the_machine():
         driver.save(run, 1, order, order)
     driver.now = 5000.0
     run = driver.open(token="job2", retention=Retention(1))
-    assert driver.machine.state.active == ()
+    assert list(driver.replies.values())[-1] == RunOpened(run, 1, ())
     reply = driver.answer(RestoreRound(run, 0, "0", None))
     assert cast(RestoreFrom, reply).record.number == 3
     driver.answer(RestoreRound(run, 0, "0", None, reply.record.attempt))
@@ -112,6 +115,63 @@ def test_trace_b_through_the_machine():
     assert [(one.number, one.time) for one in state.active] == [(5, 5020.0)]
     assert [one.number for one in state.preserved] == [2, 3]
     assert state.last_preserved_timestamp == 5000.0
+
+
+def test_a_clock_that_was_wrong_while_nothing_was_saved_leaves_no_trace():
+    driver = Driver().lead()
+    run = saving(driver, 2)
+    for order in (1, 2):
+        driver.wait(10.0)
+        driver.save(run, 1, order, order)
+    before = driver.machine.state
+    driver.now -= 90000.0
+    driver.open(token="job2", retention=Retention(1))
+    driver = driver.restarted("b")
+    driver.now += 90100.0
+    run = driver.open(token="job3", retention=Retention(2))
+    assert driver.machine.state == msgspec.structs.replace(before, run=3, run_token="job3", saves=0)
+    driver.save(run, 1, 1, 3)
+    state = driver.machine.state
+    assert [one.number for one in state.active] == [2, 3]
+    assert (state.preserved, state.last_preserved_timestamp) == ((), before.last_preserved_timestamp)
+
+
+def test_nothing_is_preserved_for_the_time_before_the_first_save():
+    """A run that ended before it saved: the next one counts its hours from its own beginning."""
+    driver = Driver().lead()
+    saving(driver, 1, 1.0)
+    driver = driver.restarted("b")
+    driver.now += 90000.0
+    run = driver.open(token="job2", retention=Retention(1, 1.0))
+    began = driver.now
+    for order in (1, 2):
+        driver.wait(1.0)
+        driver.save(run, 1, order, order)
+    state = driver.machine.state
+    assert ([one.number for one in state.active], state.preserved) == ([2], ())
+    assert state.last_preserved_timestamp == began - 1.0
+
+
+def test_a_new_run_retires_nothing_before_its_first_save():
+    """Not even while it looks after what the last run had not deleted yet."""
+    driver = Driver().lead()
+    run = saving(driver, 3)
+    for order in (1, 2, 3):
+        driver.save(run, 1, order, order)
+    driver.land(run, driver.plan(run, 1, 4, 4))
+    driver.settle(Delete)
+    active, retiring = driver.machine.state.active, driver.machine.state.retiring
+    assert [one.number for one in active] == [2, 3, 4]
+    driver = Driver(driver.log, "b")
+    driver.leased = frozenset({retiring[0].attempt})
+    driver.lead()
+    run = driver.open(token="job2", retention=Retention(1))
+    driver.wait(90.0)
+    driver.settle()
+    assert driver.machine.state.active == active
+    driver.leased = frozenset()
+    new = driver.save(run, 1, 1, 5)
+    assert driver.machine.state.active == (new,)
 
 
 def test_a_leased_checkpoint_stays_until_its_lease_is_gone():

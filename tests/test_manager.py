@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 import random
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +12,11 @@ import pytest
 import torch
 
 import distckpt
-from distckpt.errors import EncodeError, MismatchError, ResizeError
+from distckpt.errors import CheckpointNotFoundError, EncodeError, MismatchError, ResizeError, StorageError
+from distckpt.storage import LocalStore, ObjectInfo
+from tests.gang import Gang
 from tests.models import make_model, train
+from tests.small_runs import until
 
 
 class Color(enum.Enum):
@@ -251,11 +255,39 @@ def test_dtype_of_the_destination_is_respected(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "arguments",
-    [{"max_to_keep": 0}, {"max_to_keep": -1}, {"checkpoint_interval": 5}, {"buffers": 0}, {"on_busy": "hurry"}],
+    [
+        {"max_to_keep": 0},
+        {"max_to_keep": -1},
+        {"checkpoint_interval": 5},
+        {"checkpoint_name": "a/b"},
+        {"buffers": 0},
+        {"on_busy": "hurry"},
+        {"save_timeout": 0},
+    ],
 )
 def test_wrong_arguments(tmp_path: Path, arguments: dict[str, object]) -> None:
     with pytest.raises(ValueError):
         distckpt.CheckpointManager(distckpt.Checkpoint(a=1), tmp_path, **arguments)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_arguments_come_in_tensorflows_order(tmp_path: Path) -> None:
+    step = torch.tensor(7)
+    checkpoint = distckpt.Checkpoint(a=1)
+    calls: list[int] = []
+    with distckpt.CheckpointManager(
+        checkpoint, tmp_path, 1, 0.5, "model", step, 10, lambda: calls.append(1), 2
+    ) as manager:
+        assert (manager.checkpoint, manager.directory) == (checkpoint, str(tmp_path))
+        assert manager.checkpoint_interval == 10
+        assert manager.restore_or_initialize() is None
+        assert calls == [1]
+        assert manager.save(1) is None, "the last one was at step 2"
+        step.fill_(12)
+        assert manager.save(1).result(30) == f"{tmp_path}/model-1"
+
+
+# ---- numbers and steps ------------------------------------------------------------------------------------------------
 
 
 def test_numbers_follow_the_save_counter(tmp_path: Path) -> None:
@@ -273,19 +305,252 @@ def test_numbers_follow_the_save_counter(tmp_path: Path) -> None:
         assert manager.restore(7) == f"{tmp_path}/ckpt-7"
 
 
-def test_interval_and_step_counter(tmp_path: Path) -> None:
-    step = [0]
+def test_a_process_that_does_not_restore_counts_from_one_again(tmp_path: Path) -> None:
+    for content in (1, 2):
+        with distckpt.CheckpointManager(distckpt.Checkpoint(a=content), tmp_path) as manager:
+            assert manager.save().result(30) == f"{tmp_path}/ckpt-1"
+            assert manager.checkpoints == [f"{tmp_path}/ckpt-1"]
+        assert distckpt.load(tmp_path / "ckpt-1")["a"] == content
+
+
+@pytest.mark.parametrize(
+    "number",
+    [
+        np.int64(5),
+        np.array(5, dtype=np.uint8),
+        torch.tensor(5),
+        torch.tensor([5]),
+        torch.tensor(5.0),
+        torch.nn.Parameter(torch.tensor(5.0)),
+        5.0,
+    ],
+    ids=repr,
+)
+def test_a_number_or_a_step_may_be_of_any_type_that_equals_an_int(number: object) -> None:
     with distckpt.CheckpointManager(
-        distckpt.Checkpoint(a=1), tmp_path, step_counter=lambda: step[0], checkpoint_interval=5
+        distckpt.Checkpoint(a=1), "memory://number-types", step_counter=number, checkpoint_interval=3
+    ) as manager:
+        assert manager.save(number).result(30) == "memory://number-types/ckpt-5"
+        assert manager.save(6) is None
+        assert manager.restore(number) == "memory://number-types/ckpt-5"
+
+
+@pytest.mark.parametrize(
+    "number", [5.5, "5", b"5", float("nan"), float("inf"), torch.tensor([5, 6]), 5j, [5]], ids=repr
+)
+def test_what_is_no_whole_number_is_refused(number: object) -> None:
+    checkpoint = distckpt.Checkpoint(a=1)
+    with distckpt.CheckpointManager(checkpoint, "memory://wrong-numbers") as manager:
+        with pytest.raises(TypeError, match="checkpoint_number must be a whole number"):
+            manager.save(number)
+        for outside in (-1, 10**18):
+            with pytest.raises(ValueError, match="from 0 to"):
+                manager.save(outside)
+    with (
+        distckpt.CheckpointManager(
+            checkpoint, "memory://wrong-numbers", step_counter=lambda: number, checkpoint_interval=1
+        ) as manager,
+        pytest.raises(TypeError, match="step_counter must be a whole number"),
+    ):
+        manager.save()
+    assert checkpoint.save_counter == 0
+    assert distckpt.latest_checkpoint("memory://wrong-numbers") is None
+
+
+class Clicker:
+    """An int-like of a user."""
+
+    def __init__(self) -> None:
+        self.clicks = 0
+
+    def __index__(self) -> int:
+        return self.clicks
+
+    def __eq__(self, other: object) -> bool:
+        return self.clicks == other
+
+    def __hash__(self) -> int:
+        return id(self)
+
+
+def counters() -> dict[str, tuple[object, Callable[[int], object]]]:
+    """Step counters, and how each is set."""
+    cell, tensor, array, clicker = [0], torch.tensor(0), np.zeros((), np.int32), Clicker()
+    parameter = torch.nn.Parameter(torch.zeros((), dtype=torch.int64), requires_grad=False)
+    return {
+        "callable": (lambda: cell[0], lambda step: cell.__setitem__(0, step)),
+        "callable of a tensor": (lambda: tensor, tensor.fill_),
+        "tensor": (tensor, tensor.fill_),
+        "parameter": (parameter, parameter.data.fill_),
+        "array": (array, array.fill),
+        "int-like": (clicker, lambda step: setattr(clicker, "clicks", step)),
+    }
+
+
+@pytest.mark.parametrize("kind", counters())
+def test_interval_and_step_counter(kind: str) -> None:
+    counter, set_step = counters()[kind]
+    with distckpt.CheckpointManager(
+        distckpt.Checkpoint(a=1), f"memory://{kind}", step_counter=counter, checkpoint_interval=5
     ) as manager:
         assert manager.save().result(30)
         assert manager.save() is None
-        step[0] = 4
+        set_step(4)
         assert manager.save() is None
         assert manager.save(check_interval=False).result(30)
         assert manager.save(check_interval=False) is None
-        step[0] = 9
+        set_step(8)
+        assert manager.save() is None
+        set_step(9)
         assert manager.save().result(30)
+        set_step(3)
+        assert manager.save() is None
+        assert manager.save(check_interval=False).result(30), "the step went back"
+        assert manager.checkpoint.save_counter == 4, "what was skipped is not counted"
+
+
+def test_without_an_interval_the_step_does_not_matter(tmp_path: Path) -> None:
+    with distckpt.CheckpointManager(distckpt.Checkpoint(a=1), tmp_path, step_counter=lambda: 1 / 0) as manager:
+        assert manager.save(check_interval=False).result(30).endswith("ckpt-1")
+        assert manager.save().result(30).endswith("ckpt-2")
+
+
+def test_an_interval_of_no_steps_saves_a_step_once(tmp_path: Path) -> None:
+    step = torch.tensor(0)
+    with distckpt.CheckpointManager(
+        distckpt.Checkpoint(a=1), tmp_path, step_counter=step, checkpoint_interval=0
+    ) as manager:
+        assert manager.save().result(30)
+        assert manager.save() is None
+        step += 1
+        assert manager.save().result(30)
+
+
+def test_the_step_that_was_restored_is_not_saved_again(tmp_path: Path) -> None:
+    with distckpt.CheckpointManager(distckpt.Checkpoint(step=torch.tensor(7)), tmp_path) as manager:
+        manager.save()
+    step = torch.tensor(0)
+    with distckpt.CheckpointManager(
+        distckpt.Checkpoint(step=step), tmp_path, step_counter=step, checkpoint_interval=2
+    ) as manager:
+        manager.restore_or_initialize()
+        assert manager.save(check_interval=False) is None
+        step += 1
+        assert manager.save() is None
+        step += 1
+        assert manager.save().result(30).endswith("ckpt-2")
+
+
+def test_a_step_whose_save_failed_may_be_saved_again(tmp_path: Path) -> None:
+    state: dict[str, object] = {"bad": object()}
+    with distckpt.CheckpointManager(
+        distckpt.Checkpoint(s=state), tmp_path, step_counter=lambda: 3, checkpoint_interval=10
+    ) as manager:
+        with pytest.raises(EncodeError):
+            manager.save()
+        state.clear()
+        manager._saver._store = Unwritable(tmp_path)
+        assert isinstance(manager.save().exception(30), StorageError)
+        manager._saver._store = manager._store
+        assert manager.save().result(30).endswith("ckpt-3"), "failures burn their numbers"
+        assert manager.save() is None
+
+
+class Unwritable(LocalStore):
+    """No shard can be written."""
+
+    def put_unique(self, path: str, size: int, sections: object) -> ObjectInfo:
+        raise StorageError(path, "no")
+
+
+def test_ranks_stay_in_step_after_a_save_that_failed(gang2: Gang, tmp_path: Path) -> None:
+    """They learn of the failure at different moments; still each checkpoint holds one and the same step of all."""
+    arguments = {"directory": str(tmp_path), "fails_at": 2, "steps": 5, "interval": None}
+    first, second = gang2.run("scenarios_manager:save_on_after_a_failure", **arguments)
+    assert first == ["begun", "begun", "RankFailedError", "begun", "begun"]
+    assert second == ["begun", "EncodeError", "begun", "begun", "begun"]
+    assert steps_of(tmp_path) == {1: [1, 1], 3: [3, 3], 4: [4, 4], 5: [5, 5]}
+    arguments = {"directory": str(tmp_path), "fails_at": 3, "steps": 8, "interval": 2}
+    outcomes = gang2.run("scenarios_manager:save_on_after_a_failure", **arguments)
+    assert [["nothing" if one == "nothing" else "save" for one in each][4:] for each in outcomes] == [
+        ["save", "nothing", "save", "nothing"]
+    ] * 2
+    assert steps_of(tmp_path) == {5: [5, 5], 1: [1, 1], 3: [5, 5], 4: [7, 7]}
+
+
+def steps_of(directory: Path) -> dict[int, list[int]]:
+    """The step of each rank in every checkpoint, by number."""
+    paths = distckpt.get_checkpoint_state(directory).all_model_checkpoint_paths
+    return {int(path.rpartition("-")[2]): [mine["step"] for mine in distckpt.load(path)["mine"]] for path in paths}
+
+
+# ---- restoring --------------------------------------------------------------------------------------------------------
+
+
+def test_a_checkpoint_to_restore_may_be_named_in_many_ways(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    value = torch.tensor(0)
+    with distckpt.CheckpointManager(distckpt.Checkpoint(v=value), "run", checkpoint_name="old") as manager:
+        for number in (1, 2):
+            value.fill_(10 + number)
+            old = manager.save(number)
+    with distckpt.CheckpointManager(distckpt.Checkpoint(v=value), "run") as manager:
+        value.fill_(21)
+        saved = manager.save(1)
+        saved.result(30)
+        for which, expected in {
+            1: 21,
+            np.int64(2): 12,
+            old: 12,
+            saved: 21,
+            "run/old-1": 11,
+            f"file://{tmp_path}/run/ckpt-1": 21,
+            tmp_path / "run" / "old-2": 12,
+            f"{tmp_path}/run/": 21,
+            None: 21,
+            manager.checkpoints[0]: 11,
+            manager.latest_checkpoint: 21,
+        }.items():
+            value.fill_(0)
+            assert manager.restore(which).startswith(f"{tmp_path}/run/")
+            assert int(value) == expected, which
+        for missing in (7, "run/old-7", "run/neither-1"):
+            with pytest.raises(CheckpointNotFoundError, match="no such checkpoint is committed"):
+                manager.restore(missing)
+        for elsewhere in ("elsewhere/ckpt-1", tmp_path / "ckpt-1", "run/ckpt-1/x", "run/ckpt"):
+            with pytest.raises(CheckpointNotFoundError, match="not a checkpoint of"):
+                manager.restore(elsewhere)
+
+
+def test_a_save_in_flight_is_restored_and_not_initialized_over(tmp_path: Path) -> None:
+    """TensorFlow's manager calls init_fn while its first asynchronous save is still being written."""
+    weights = torch.ones(1 << 20)
+    with distckpt.CheckpointManager(
+        distckpt.Checkpoint(w=weights), tmp_path, init_fn=lambda: weights.fill_(-1)
+    ) as manager:
+        manager.save(1)
+        weights.fill_(2)
+        assert manager.restore_or_initialize() == f"{tmp_path}/ckpt-1"
+    assert weights.unique().tolist() == [1]
+
+
+def test_the_latest_checkpoint_of_a_fresh_directory_restores_nothing(tmp_path: Path) -> None:
+    """``checkpoint.restore(manager.latest_checkpoint)`` is how TensorFlow's users begin."""
+    weights = torch.ones(3)
+    checkpoint = distckpt.Checkpoint(w=weights, v=2)
+    with distckpt.CheckpointManager(checkpoint, tmp_path) as manager:
+        status = checkpoint.restore(manager.latest_checkpoint)
+        assert status.expect_partial() is status
+        for check in (status.assert_consumed, status.assert_existing_objects_matched, status.assert_nontrivial_match):
+            with pytest.raises(MismatchError, match="no checkpoint: not in the checkpoint: w, v"):
+                check()
+        assert weights.tolist() == [1, 1, 1]
+        manager.save().result(30)
+        status = checkpoint.restore(manager.latest_checkpoint)
+        assert status.assert_consumed().assert_existing_objects_matched().assert_nontrivial_match() is status
+        status = distckpt.Checkpoint(other=1).restore(manager.latest_checkpoint, partial=True)
+        with pytest.raises(MismatchError, match="in no object: w, v"):
+            status.assert_nontrivial_match()
 
 
 def test_init_fn_runs_only_without_a_checkpoint(tmp_path: Path) -> None:
@@ -331,8 +596,13 @@ def test_an_uncollected_failure_comes_out_of_the_next_call(tmp_path: Path) -> No
     manager.save(3)
     with pytest.raises(distckpt.errors.DistckptError):
         manager.wait()
+    failed = manager.save(4)
+    until(failed.done)
     (tmp_path / "run").unlink()
     moved.rename(folder)
-    manager.save(4).result(30)
+    with pytest.raises(distckpt.errors.DistckptError):
+        manager.save(5)
+    manager.sync()
+    assert manager.latest_checkpoint == f"{folder}/ckpt-5", "it was begun all the same"
     manager.close()
-    assert distckpt.latest_checkpoint(folder) == f"{folder}/ckpt-4"
+    assert distckpt.latest_checkpoint(folder) == f"{folder}/ckpt-5"

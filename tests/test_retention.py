@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
 
 import msgspec
 import pytest
@@ -14,6 +13,7 @@ from distckpt.coordinator.messages import Retention
 from distckpt.coordinator.records import committed, newest_first, retired
 from distckpt.coordinator.retention import recover, sweep
 from distckpt.format.log import CheckpointRecord, State
+from tests import reference_manager
 
 NOBODY: frozenset[str] = frozenset()
 
@@ -40,19 +40,25 @@ class Manager:
     """What a coordinator does with a state over the life of several managers, without any of its machinery."""
 
     def __init__(self) -> None:
-        self.state: State | None = None
+        self.logged = State()
+        self.made: float | None = None
         self.retention = Retention()
         self.deleted: list[int] = []
 
     def restart(self, now: float, max_to_keep: int | None, hours: float | None = None) -> None:
-        self.state = recover(self.state, now)
+        self.made = now
         self.retention = Retention(max_to_keep, hours)
 
     def save(self, number: int, now: float) -> None:
         state = committed(self.state, record(number, now), 0)
+        self.made = None
         swept = sweep(state.active, self.retention, state.last_preserved_timestamp, NOBODY)
-        self.state = retired(state, swept.active, swept.preserved, (), swept.last_preserved)
+        self.logged = retired(state, swept.active, swept.preserved, (), swept.last_preserved)
         self.deleted += numbers(swept.retire)
+
+    @property
+    def state(self) -> State:
+        return self.logged if self.made is None else recover(self.logged, self.made)
 
     @property
     def on_disk(self) -> list[int]:
@@ -95,7 +101,7 @@ def test_trace_b_clock_reset():
 
     manager.restart(now=5000.0, max_to_keep=1)
     assert manager.state.active == ()
-    assert numbers(newest_first(manager.state))[0] == 3
+    assert numbers(newest_first(manager.logged))[0] == 3
 
     manager.save(4, 5010.0)
     manager.save(5, 5020.0)
@@ -156,7 +162,7 @@ def test_the_newest_always_stays():
 
 
 def test_recover_a_fresh_directory_leaves_a_second_of_slack():
-    assert recover(None, 100.0) == State(last_preserved_timestamp=99.0)
+    assert recover(State(), 100.0) == State(last_preserved_timestamp=99.0)
 
 
 def test_recover_keeps_what_is_strictly_younger_than_the_last_preserved():
@@ -177,50 +183,26 @@ def test_recover_deletes_nothing_even_if_there_are_too_many():
     assert recover(state, 100.0).active == state.active
 
 
-def test_recover_touches_neither_run_nor_retiring():
+def test_recover_counts_from_now_while_nothing_was_ever_committed():
     state = State(retiring=(record(1),), run=4, run_token="t", saves=7, last_preserved_timestamp=1.0)
+    assert recover(state, 100.0) == msgspec.structs.replace(state, last_preserved_timestamp=99.0)
+
+
+def test_recover_touches_neither_run_nor_retiring():
+    state = State((record(2, 9.0),), (), (record(1),), run=4, run_token="t", saves=7, last_preserved_timestamp=1.0)
     assert recover(state, 100.0) == state
 
 
+def test_the_newest_is_the_last_one_committed_whatever_the_clock_said():
+    """It may be older, by its time, than one that is still managed."""
+    state = State(active=(record(1, 500.0), record(2, 50.0)), last_preserved_timestamp=100.0)
+    assert numbers(newest_first(state)) == [2, 1]
+    after = recover(state, 300.0)
+    assert (numbers(after.active), numbers(after.preserved)) == ([1], [2])
+    assert numbers(newest_first(committed(after, record(3, 301.0), 1))) == [3, 2, 1]
+
+
 # ---- a model of the original -----------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Reference:
-    """TensorFlow's CheckpointManager, reduced to what decides which files stay."""
-
-    managed: dict[int, float] = field(default_factory=dict)
-    last_preserved: float | None = None
-    disk: set[int] = field(default_factory=set)
-    latest: int | None = None
-    max_to_keep: int | None = None
-    hours: float | None = None
-
-    def construct(self, now: float, max_to_keep: int | None, hours: float | None) -> None:
-        self.max_to_keep, self.hours = max_to_keep, hours
-        recorded, self.managed = self.managed, {}
-        if self.last_preserved is None:
-            self.last_preserved = now - 1.0
-            return
-        self.last_preserved = min(self.last_preserved, now)
-        for number, time in recorded.items():
-            time = min(time, now)
-            if time > self.last_preserved:
-                self.managed[number] = time
-
-    def save(self, number: int, now: float) -> None:
-        self.disk.add(number)
-        self.latest = number
-        self.managed[number] = now
-        if not self.max_to_keep:
-            return
-        while len(self.managed) > self.max_to_keep:
-            oldest = next(iter(self.managed))
-            time = self.managed.pop(oldest)
-            if self.hours and time - self.hours * 3600.0 >= self.last_preserved:
-                self.last_preserved = time
-            else:
-                self.disk.remove(oldest)
 
 
 SETTINGS = st.tuples(st.sampled_from([None, 1, 2, 3, 5]), st.sampled_from([None, 0, 0.5, 1.0, 1.5, 24.0]))
@@ -237,25 +219,29 @@ STEPS = st.lists(
 @settings(max_examples=300, deadline=None)
 @given(first=SETTINGS, steps=STEPS)
 def test_decisions_are_those_of_the_original(first, steps):
+    """The decisions alone, many of them; test_manager_model.py has the whole manager."""
     now, number = 100000.0, 0
-    manager, reference = Manager(), Reference()
-    manager.restart(now, *first)
-    reference.construct(now, *first)
+    manager, directory = Manager(), reference_manager.Directory()
+
+    def restart(max_to_keep, hours):
+        manager.restart(now, max_to_keep, hours)
+        checkpoint = reference_manager.Checkpoint(number)
+        return reference_manager.ReferenceManager(checkpoint, directory, lambda: now, max_to_keep, hours)
+
+    reference = restart(*first)
     for what, value in steps:
         if what == "restart":
-            manager.restart(now, *value)
-            reference.construct(now, *value)
+            reference = restart(*value)
         elif what == "jump":
             now += value
         else:
             now, number = now + value, number + 1
             manager.save(number, now)
-            reference.save(number, now)
-        assert {one.number: one.time for one in manager.state.active} == reference.managed
-        assert numbers(manager.state.active) == list(reference.managed)
-        assert manager.on_disk == sorted(reference.disk)
+            reference.save(number)
+        assert [(f"ckpt-{one.number}", one.time) for one in manager.state.active] == list(reference.managed.items())
+        assert {f"ckpt-{number}" for number in manager.on_disk} == set(directory.files.values())
         assert manager.state.last_preserved_timestamp == reference.last_preserved
-        assert numbers(newest_first(manager.state))[:1] == ([reference.latest] if reference.latest else [])
+        assert numbers(newest_first(manager.logged))[:1] == ([number] if reference.latest else [])
 
 
 @settings(max_examples=300, deadline=None)

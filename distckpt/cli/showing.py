@@ -14,8 +14,10 @@ from distckpt.format import names
 from distckpt.format.dtypes import VALUE
 from distckpt.format.tree import RankStep, Step, decode_path
 from distckpt.transfer.catalog import Located, locate, read_index
+from distckpt.transfer.exports import read_export
 
 if TYPE_CHECKING:
+    from distckpt.format.export import ExportManifest
     from distckpt.format.index import Index, KeyInfo
 
 MOST_RANKS = 16
@@ -26,13 +28,14 @@ MOST_RANKS = 16
 @options.as_json
 @options.storage_options
 def show_checkpoint(path: str, as_json: bool, storage_options: Mapping[str, Any]) -> None:
-    """Show what a checkpoint holds: its keys with shape, type and size, and which rank wrote what."""
+    """Show what a checkpoint holds: its keys with shape, type and size, which rank wrote what, and its export."""
     where = locate(path, storage_options)
     index = read_index(where)
+    export = read_export(where.store, where.folder)
     if as_json:
-        text.print_json(_as_json(where, index))
+        text.print_json(_as_json(where, index, export))
     else:
-        _print(where, index)
+        _print(where, index, export)
 
 
 # ---- for people ---------------------------------------------------------------------------------------------------
@@ -49,7 +52,7 @@ class _Branch:
     children: dict[Step, _Branch] = field(default_factory=dict)
 
 
-def _print(where: Located, index: Index) -> None:
+def _print(where: Located, index: Index, export: ExportManifest | None) -> None:
     console = text.console()
     manifest = where.manifest
     tensors = sum(dtype != VALUE for dtype in index.dtypes)
@@ -62,8 +65,13 @@ def _print(where: Located, index: Index) -> None:
     console.print(
         f"{text.counted(tensors, 'tensor')} and {text.counted(len(index.names) - tensors, 'value')} "
         f"in {text.counted(len(index), 'chunk')}, {text.counted(len(manifest.shards), 'shard')}, "
-        f"{text.human_bytes(stored)}\n"
+        f"{text.human_bytes(stored)}"
     )
+    if export is not None:
+        exported = ", ".join(module.name for module in export.modules)
+        nbytes = sum(file.size for _, file in export.files())
+        console.print(f"exported {text.local_time(export.time)}: {exported}, {text.human_bytes(nbytes)}")
+    console.print()
     table = text.table(["key", "shape", "type", "size", "written by"], right=["size"])
     for guide, branch in _lines(_tree(where, index)):
         info = branch.info
@@ -149,7 +157,7 @@ def _count(ranks: Any) -> dict[int, int]:
 # ---- for programs -------------------------------------------------------------------------------------------------
 
 
-def _as_json(where: Located, index: Index) -> dict[str, Any]:
+def _as_json(where: Located, index: Index, export: ExportManifest | None) -> dict[str, Any]:
     manifest = msgspec.to_builtins(where.manifest)
     for shard in manifest["shards"]:
         shard["file"] = names.shard_name(shard["rank"], shard["shard"])
@@ -157,6 +165,7 @@ def _as_json(where: Located, index: Index) -> dict[str, Any]:
         "path": where.path,
         "nbytes": sum(shard.size for shard in where.manifest.shards),
         **manifest,
+        "export": msgspec.to_builtins(export),
         "keys": [{**_key_as_json(index.info(key)), "chunks": _chunks_as_json(index, key)} for key in index.names],
     }
 

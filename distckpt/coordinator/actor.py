@@ -30,6 +30,7 @@ NAMESPACE = "distckpt"
 LOCAL_OBJECT_STORE_BYTES = 100 << 20
 FOLLOW_SECONDS = 120.0
 CONNECT_SECONDS = 2.0
+RECONNECT_VARIABLE = "RAY_gcs_rpc_server_reconnect_timeout_s"
 RECONNECT_SECONDS = 7 * 86400
 """How long a rank waits for a Ray cluster to come back. Ray's own default ends the process after a minute."""
 
@@ -104,8 +105,8 @@ def join_cluster(world: World) -> None:
         _follow(access, world)
 
 
-def _access() -> dict[str, str]:
-    """What another process needs to reach the cluster that this one is connected to.
+def _access() -> dict[str, Any]:
+    """What another process needs to reach the cluster that this one is connected to, and where its nodes are.
 
     Ray turns token authentication on by itself for a cluster that ``ray.init`` starts, in the environment of that
     process alone, and leaves the token in its home directory, which other hosts may not share.
@@ -115,10 +116,11 @@ def _access() -> dict[str, str]:
     if mode == "token":
         path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH", Path.home() / ".ray" / "auth_token"))
         token = os.environ.get("RAY_AUTH_TOKEN") or (path.read_text().strip() if path.is_file() else "")
-    return {"address": ray.get_runtime_context().gcs_address, "mode": mode, "token": token}
+    nodes = [node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
+    return {"address": ray.get_runtime_context().gcs_address, "nodes": nodes, "mode": mode, "token": token}
 
 
-def _adopt(access: dict[str, str]) -> None:
+def _adopt(access: dict[str, Any]) -> None:
     """Authenticate as the process does that has told us."""
     if access["mode"] and "RAY_AUTH_MODE" not in os.environ:
         os.environ["RAY_AUTH_MODE"] = access["mode"]
@@ -136,7 +138,7 @@ def _follow_environment() -> None:
 
 def _outlive_ray() -> None:
     """Training must not end because Ray does; it goes on, and its saves fail with what is wrong."""
-    os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", str(RECONNECT_SECONDS))
+    os.environ.setdefault(RECONNECT_VARIABLE, str(RECONNECT_SECONDS))
     _follow_environment()
 
 
@@ -186,12 +188,15 @@ def _start_local() -> None:
     )
 
 
-def _follow(access: dict[str, str], world: World) -> None:
+def _follow(access: dict[str, Any], world: World) -> None:
     """Connect to rank 0's cluster. A host of its own needs a Ray node first, which its first rank starts."""
     _adopt(access)
     address = access["address"]
     deadline = time.monotonic() + FOLLOW_SECONDS
-    started = False
+    # ray.init itself looks for a node on this host for a minute before it says that there is none.
+    started = world.local_rank == 0 and not any(_is_here(node) for node in access["nodes"])
+    if started:
+        _start_node(address)
     while True:
         try:
             _connect(address)
@@ -206,9 +211,24 @@ def _follow(access: dict[str, str], world: World) -> None:
             return
 
 
+def _is_here(address: str) -> bool:
+    """Whether an address belongs to this host: no other can be bound."""
+    try:
+        family, kind, _, _, name = socket.getaddrinfo(address, 0, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, kind) as probe:
+            probe.bind(name)
+    except OSError:
+        return False
+    return True
+
+
 def _start_node(address: str) -> None:
     command = [sys.executable, "-m", "ray.scripts.scripts", "start", f"--address={address}", "--num-cpus=1"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    command.append(f"--object-store-memory={LOCAL_OBJECT_STORE_BYTES}")
+    env = dict(os.environ)
+    if env.get(RECONNECT_VARIABLE) == str(RECONNECT_SECONDS):
+        del env[RECONNECT_VARIABLE]  # training outlives Ray; a node must not outlive its cluster
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         logger.warning("starting a Ray node on this host failed: %s", (done.stderr or done.stdout).strip()[-500:])
 

@@ -72,7 +72,9 @@ class Commits:
         round.record = record
 
         def change(state: State) -> State | None:
-            return self._swept(committed(state, record, round.order + 1)) if round.outcome is None else None
+            if round.outcome is not None:
+                return None
+            return self._swept(committed(self._ledger.recovered(state), record, round.order + 1))
 
         def counted(entry: Entry) -> None:
             self._on_committed(round, Committed(record))

@@ -131,6 +131,9 @@ class Keeping:
         return swept if swept.retire or swept.preserved else None
 
     def _retire(self, leased: frozenset[str]) -> None:
+        """Nothing retires before the run's first commit: a manager that is only made deletes nothing."""
+        if not self._ledger.has_saved:
+            return
         state = self._ledger.state
         protected = leased | self._protected()
         free, all_due = self._sweep(state, protected), self._sweep(state, frozenset())

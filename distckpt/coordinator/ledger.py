@@ -53,6 +53,7 @@ class Ledger:
         self._unsure = False
         self._retry_at: float | None = None
         self._backoff = FIRST_RETRY
+        self._recover_at: float | None = None
 
     @property
     def leading(self) -> bool:
@@ -80,6 +81,11 @@ class Ledger:
         return self._flight is not None or bool(self._wanted)
 
     @property
+    def has_saved(self) -> bool:
+        """Whether anything was committed since the present manager was made."""
+        return self.leading and self._recover_at is None
+
+    @property
     def deadline(self) -> float | None:
         """When to append again after an unknown outcome."""
         return self._retry_at
@@ -87,6 +93,17 @@ class Ledger:
     def start(self) -> None:
         """Begin to claim."""
         self._desk.emit(ReadTail())
+
+    def manager_made(self) -> None:
+        """What there is now is recovered as TensorFlow's manager does it: in the log from the first commit on.
+
+        Until then the log stays as it is, so a clock that was wrong while nothing was saved leaves no trace.
+        """
+        self._recover_at = self._desk.now
+
+    def recovered(self, state: State) -> State:
+        """``state``, that of the newest entry, as the present manager sees it."""
+        return state if self._recover_at is None else recover(state, self._recover_at)
 
     def intend(self, kind: Kind, change: Change, then: Then) -> None:
         """Append an entry once those before it are counted.
@@ -107,9 +124,8 @@ class Ledger:
         old = tail.entry
         damaged = tail.seq - old.seq if old is not None else 0
         self.whole = damaged == 0
-        state = recover(old.state if old is not None else None, self._desk.now)
-        if old is not None:
-            state = rolled_forward(state, old.state, tail.complete)
+        self.manager_made()
+        state = rolled_forward(old.state, tail.complete) if old is not None else recover(State(), self._desk.now)
         # Every unreadable entry may have been a claim.
         epoch = (old.epoch if old is not None else 0) + damaged + 1
         self._fly(self._entry("claim", tail.seq + 1, epoch, state), self._on_lead)
@@ -159,6 +175,8 @@ class Ledger:
         assert flight is not None
         self._ground()
         self.entry = entry
+        if entry.kind == "commit":
+            self._recover_at = None
         flight.then(entry)
         self._append_next()
 

@@ -1,7 +1,7 @@
 """The coordinator as a pure state machine: events in, actions out. No clock, no randomness, no input or output.
 
-Parts: the ledger appends to the log, runs know the job's incarnations, saves and restores their rounds, keeping applies
-retention. All of them share one desk, where tickets wait for answers and actions are collected.
+Parts: the ledger appends to the log, runs know the job's incarnations, saves and restores their rounds, stops who asked
+everyone to stop, keeping applies retention. All of them share one desk, where tickets wait for answers and actions are collected.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from distckpt.coordinator.ledger import Ledger
 from distckpt.coordinator.messages import (
     Accepted,
     AwaitPlan,
+    AwaitStop,
     Committed,
     Describe,
     Fail,
@@ -40,6 +41,7 @@ from distckpt.coordinator.messages import (
     Leave,
     OpenRun,
     Pin,
+    RankRequest,
     Receipt,
     Refused,
     Reply,
@@ -53,6 +55,7 @@ from distckpt.coordinator.records import find_attempt, find_number, pinned, unpi
 from distckpt.coordinator.restores import Restores
 from distckpt.coordinator.runs import Run, Runs
 from distckpt.coordinator.saves import Saves
+from distckpt.coordinator.stops import Stops
 from distckpt.errors import CheckpointNotFoundError, CoordinatorUnavailableError, DistckptError, StaleRunError
 from distckpt.format.log import Entry, State
 from distckpt.format.names import checkpoint_folder
@@ -87,6 +90,7 @@ class Machine:
             lambda state: self._keeping.swept(state),
         )
         self._restores = Restores(self._desk, self._ledger)
+        self._stops = Stops(self._desk)
         self._keeping = Keeping(
             self._desk,
             self._ledger,
@@ -132,9 +136,8 @@ class Machine:
         if self._end is not None:
             return None
         times = chain(self._saves.deadlines(), self._restores.deadlines(), self._keeping.deadlines())
-        return min(
-            chain(times, (at for at in (self._ledger.deadline, self._idle_at()) if at is not None)), default=None
-        )
+        single = (self._ledger.deadline, self._stops.deadline, self._idle_at())
+        return min(chain(times, (at for at in single if at is not None)), default=None)
 
     # ---- events ----------------------------------------------------------------------------------------------------
 
@@ -171,6 +174,7 @@ class Machine:
             if self._ledger.leading:
                 self._saves.tick()
                 self._restores.tick()
+                self._stops.tick()
                 self._keeping.tick()
             idle_at = self._idle_at()
             if idle_at is not None and idle_at <= self._desk.mono:
@@ -212,15 +216,14 @@ class Machine:
         else:
             self._ask_of_rank(ticket, request)
 
-    def _ask_of_rank(
-        self, ticket: int, request: Join | Describe | AwaitPlan | Receipt | Fail | RestoreRound | Heartbeat | Leave
-    ) -> None:
+    def _ask_of_rank(self, ticket: int, request: RankRequest) -> None:
         run = self._runs.current
         refusal = self._runs.refusal(request.run, request.rank)
         if refusal is not None or run is None:
             self._turn_away(ticket, request, refusal)
             return
-        if not isinstance(request, Leave):
+        self._stops.alive(request.rank)
+        if not isinstance(request, Leave | AwaitStop):  # a Coordinator may outlive its manager by a moment
             run.left.discard(request.rank)
         match request:
             case Join():
@@ -235,6 +238,8 @@ class Machine:
                 self._saves.fail(ticket, request)
             case RestoreRound():
                 self._restores.ask(ticket, request)
+            case AwaitStop():
+                self._stops.ask(ticket, request)
             case Heartbeat():
                 self._restores.alive(request.rank)
                 self._desk.answer(ticket, Accepted())
@@ -250,6 +255,7 @@ class Machine:
 
     def _leave(self, ticket: int, request: Leave, run: Run) -> None:
         run.left.add(request.rank)
+        self._stops.leave(request.rank)
         self._desk.answer(ticket, Accepted())
         if len(run.left) == run.world_size:
             self._saves.everyone_left()
@@ -307,10 +313,12 @@ class Machine:
     def _run_ended(self, error: StaleRunError) -> None:
         self._saves.abandon(error)
         self._restores.abandon(error)
+        self._stops.abandon(error)
 
     def _run_known(self, run: Run) -> None:
         self._saves.begin_run(run)
         self._restores.begin_run(run)
+        self._stops.begin_run(run)
         self._keeping.begin_run(run)
 
     def _committed(self) -> None:

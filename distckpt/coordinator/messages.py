@@ -2,11 +2,13 @@
 
 A rank's life: OpenRun once; then for each save Join, Describe if asked, AwaitPlan if it has no valid plan, Receipt once
 its shards have landed (or Fail); for each collective restore RestoreRound until it is done. The answers to AwaitPlan,
-Receipt and RestoreRound come when there is something to say; a rank that hears nothing simply asks again.
+Receipt and RestoreRound come when there is something to say; a rank that hears nothing simply asks again. Beside all
+that, a rank whose Coordinator belongs to the cluster asks AwaitStop again and again.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from distckpt.errors import DistckptError
@@ -152,14 +154,15 @@ class Fail:
 class RestoreRound:
     """``rank`` wants to restore together with all others.
 
-    ``which`` is a number, or None for the newest; all ranks must ask for the same. ``tried`` is the attempt that the
-    last answer named ('' at first), ``refused`` why this rank could not use it ('' if it restored it).
+    ``which`` is a number, a folder like ``ckpt-42``, or None for the newest; all ranks must ask for the same. ``tried``
+    is the attempt that the last answer named ('' at first), ``refused`` why this rank could not use it ('' if it
+    restored it).
     """
 
     run: int
     rank: int
     ask: str
-    which: int | None
+    which: int | str | None
     tried: str = ""
     refused: str = ""
 
@@ -178,6 +181,54 @@ class Restored:
 
     record: CheckpointRecord | None
     refused: tuple[tuple[str, str], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class StopReport:
+    """Why everyone stops: ``rank`` on ``host`` asked for it, failed, or was not heard of for ``silent`` seconds.
+
+    Of an error ``kind`` is the class's name ('' if there is none), ``kinds`` are the full names of the class and its
+    bases, ``reason`` is its text.
+    """
+
+    rank: int
+    host: str
+    kind: str = ""
+    kinds: tuple[str, ...] = ()
+    reason: str = ""
+    traceback_text: str = field(default="", repr=False)
+    silent: float | None = None
+
+    def __str__(self) -> str:
+        who = f"rank {self.rank} ({self.host})" if self.host else f"rank {self.rank}"
+        return f"{who} failed with {self.kind}: {self.reason}" if self.kind else f"{who} has requested a stop"
+
+
+@dataclass(frozen=True, slots=True)
+class AwaitStop:
+    """``rank`` takes part in ``generation``, and wants to know of its stop when that is another than ``known``.
+
+    ``known`` is the stop that it knows of or asks for itself: the first one to come is everyone's. ``members`` are the
+    ranks that it knows to take part, with their hosts, None for those that have left. It is answered within
+    ``patience`` seconds, in any case. Nothing heard of it for ``silence_timeout`` seconds is a stop by itself; None
+    says that the rank leaves.
+    """
+
+    run: int
+    rank: int
+    generation: int
+    known: StopReport | None
+    members: Mapping[int, str | None]
+    silence_timeout: float | None
+    patience: float
+
+
+@dataclass(frozen=True, slots=True)
+class StopState:
+    """The stop of the generation, None while there is none, and who takes part as in AwaitStop."""
+
+    stop: StopReport | None
+    members: Mapping[int, str | None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -234,7 +285,8 @@ class Unknown:
     """The coordinator does not know that run or attempt (it was replaced): OpenRun and Join again."""
 
 
-Request = OpenRun | Join | Describe | AwaitPlan | Receipt | Fail | RestoreRound | Pin | Heartbeat | Leave | Status
+RankRequest = Join | Describe | AwaitPlan | Receipt | Fail | RestoreRound | AwaitStop | Heartbeat | Leave
+Request = OpenRun | RankRequest | Pin | Status
 Reply = (
     RunOpened
     | Joined
@@ -245,6 +297,7 @@ Reply = (
     | Prepared
     | RestoreFrom
     | Restored
+    | StopState
     | StatusReply
     | Refused
     | Unknown

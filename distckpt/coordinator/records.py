@@ -38,15 +38,22 @@ def never_committed(name: str, number: int, attempt: str, time: float, world_siz
 
 
 def newest_first(state: State) -> Records:
-    """What may be restored, best first: active ones against save order, then preserved ones by age, not by clock."""
-    old = sorted(state.preserved, key=lambda record: attempt_age(record.attempt), reverse=True)
-    return (*reversed(state.active), *old)
+    """What may be restored, best first: the last one committed, then the others by age, not by clock."""
+    older = sorted((*state.active[:-1], *state.preserved), key=lambda record: attempt_age(record.attempt), reverse=True)
+    return (*state.active[-1:], *older)
 
 
 def find_number(state: State, number: int, name: str) -> CheckpointRecord | None:
     """The newest committed record of ``number``, one called ``name`` if there is one, or None."""
     found = [record for record in newest_first(state) if record.number == number]
     return next((record for record in found if record.name == name), found[0] if found else None)
+
+
+def find_folder(state: State, folder: str) -> CheckpointRecord | None:
+    """The newest committed record of a folder like ``ckpt-42``, or None."""
+    return next(
+        (record for record in newest_first(state) if checkpoint_folder(record.name, record.number) == folder), None
+    )
 
 
 def record_path(directory: str, record: CheckpointRecord) -> str:
@@ -69,14 +76,14 @@ def committed(state: State, record: CheckpointRecord, saves: int) -> State:
     )
 
 
-def rolled_forward(state: State, newest: State, complete: Iterable[CheckpointRecord]) -> State:
+def rolled_forward(state: State, complete: Iterable[CheckpointRecord]) -> State:
     """Commit what a dead coordinator had sealed but not committed, in the order in which it had begun.
 
-    ``state`` is what was recovered from ``newest``. A save that began before the newest checkpoint was passed over: it
-    failed for the ranks, and does not come back. Clocks have no say in this.
+    A save that began before the newest checkpoint was passed over: it failed for the ranks, and does not come back.
+    Clocks have no say in this.
     """
-    known = known_attempts(newest)
-    last = attempt_age(newest.active[-1].attempt) if newest.active else (0, "")
+    known = known_attempts(state)
+    last = attempt_age(state.active[-1].attempt) if state.active else (0, "")
     for record in sorted(complete, key=lambda record: attempt_age(record.attempt)):
         if record.attempt not in known and attempt_age(record.attempt) > last:
             state = committed(state, record, state.saves)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from distckpt.coordinator.desk import Desk
 from distckpt.coordinator.ledger import Ledger
 from distckpt.coordinator.messages import Refused, Reply, Restored, RestoreFrom, RestoreRound
-from distckpt.coordinator.records import find_number, newest_first, record_path
+from distckpt.coordinator.records import find_folder, find_number, newest_first, record_path
 from distckpt.coordinator.runs import Run
 from distckpt.errors import (
     CheckpointNotFoundError,
@@ -30,7 +30,7 @@ class _Round:
     rank spoke last, in monotonic seconds.
     """
 
-    which: int | None
+    which: int | str | None
     deadline: float
     candidates: list[CheckpointRecord]
     refused: tuple[tuple[str, str], ...] = ()
@@ -120,16 +120,17 @@ class Restores:
             self._end(first.ask, self._nothing(first.which))
         return round
 
-    def _candidates(self, which: int | None) -> list[CheckpointRecord]:
+    def _candidates(self, which: int | str | None) -> list[CheckpointRecord]:
+        state = self._ledger.state
         if which is None:
-            return list(newest_first(self._ledger.state))
-        record = find_number(self._ledger.state, which, self._current.name)
+            return list(newest_first(state))
+        record = find_folder(state, which) if isinstance(which, str) else find_number(state, which, self._current.name)
         return [record] if record is not None else []
 
-    def _nothing(self, which: int | None) -> Reply:
+    def _nothing(self, which: int | str | None) -> Reply:
         if which is None:
             return Restored(None)
-        path = f"{self._desk.directory}/{self._current.name}-{which}"
+        path = f"{self._desk.directory}/{which if isinstance(which, str) else f'{self._current.name}-{which}'}"
         return Refused(CheckpointNotFoundError(path, "no such checkpoint is committed"))
 
     def _hear(self, round: _Round, message: RestoreRound) -> None:
@@ -189,5 +190,5 @@ class Restores:
             del self._rounds[next(old for old in self._rounds if old not in self._open)]
 
 
-def _shown(which: int | None) -> str:
+def _shown(which: int | str | None) -> str:
     return "the newest checkpoint" if which is None else f"checkpoint {which}"

@@ -49,14 +49,14 @@ def sweep(
     return Sweep(tuple(stay), tuple(preserved), tuple(retire), last_preserved)
 
 
-def recover(state: State | None, now: float) -> State:
-    """The state that a coordinator, or a new run, starts from at wall-clock time ``now`` (epoch seconds).
+def recover(state: State, now: float) -> State:
+    """What a manager manages that was made at wall-clock time ``now`` (epoch seconds) and finds ``state``.
 
-    None is a directory without a log. After the clock went back, checkpoints that are no younger than the last
-    preserved one are not managed any more: they move to ``preserved``, because keeping is the harmless mistake.
+    After the clock went back, checkpoints that are no younger than the last preserved one are not managed any more:
+    they move to ``preserved``, because keeping is the harmless mistake.
     """
-    if state is None:
-        return State(last_preserved_timestamp=now - _FIRST_SLACK)
+    if not (state.active or state.preserved):
+        return msgspec.structs.replace(state, last_preserved_timestamp=now - _FIRST_SLACK)
     last = min(state.last_preserved_timestamp, now)
     managed = [record for record in state.active if min(record.time, now) > last]
     orphans = [record for record in state.active if min(record.time, now) <= last]

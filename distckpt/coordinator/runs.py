@@ -10,7 +10,6 @@ import msgspec
 from distckpt.coordinator.desk import Desk
 from distckpt.coordinator.ledger import Ledger
 from distckpt.coordinator.messages import OpenRun, Refused, Reply, Retention, RunOpened, Unknown
-from distckpt.coordinator.retention import recover
 from distckpt.errors import CoordinatorError, StaleRunError
 from distckpt.format.log import Entry, State
 
@@ -84,8 +83,8 @@ class Runs:
         def change(state: State) -> State:
             number = max(state.run, message.run) + 1
             self._supersede(state.run_token, state.run)
-            fresh = recover(state, self._desk.now)
-            return msgspec.structs.replace(fresh, run=number, run_token=message.token, saves=0)
+            self._ledger.manager_made()
+            return msgspec.structs.replace(state, run=number, run_token=message.token, saves=0)
 
         self._ledger.intend("run", change, lambda entry: self._begun(entry, message))
 
@@ -117,7 +116,8 @@ class Runs:
         run = self.current or self._settle(message)
         run.hosts[message.rank] = message.host
         run.left.discard(message.rank)
-        self._desk.answer(ticket, RunOpened(run.number, self._ledger.epoch, self._ledger.state.active))
+        managed = self._ledger.recovered(self._ledger.state).active
+        self._desk.answer(ticket, RunOpened(run.number, self._ledger.epoch, managed))
 
     def _disagreement(self, message: OpenRun) -> str:
         run = self.current

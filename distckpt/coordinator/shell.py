@@ -41,6 +41,7 @@ from distckpt.coordinator.messages import Refused, Reply, Request
 from distckpt.coordinator.sealing import read_log_tail, seal_checkpoint
 from distckpt.errors import CoordinatorError, DistckptError, SaveError
 from distckpt.format import names
+from distckpt.format.log import Entry
 from distckpt.sharding.plan import ShardingPlan, make_plan
 from distckpt.state_file import from_log_state, render
 from distckpt.storage import Store, probe
@@ -199,6 +200,7 @@ class Shell:
     def _append(self, action: Append) -> Event:
         result = append(self._store, action.entry)
         if result.outcome == "appended":
+            _warn_of_clock(self._store, action.entry)
             return Appended(action.entry, result.newest)
         if result.outcome == "taken":
             return NameTaken(action.entry, result.found, result.newest)
@@ -234,3 +236,13 @@ class Shell:
         for future in waiting.values():
             if future.set_running_or_notify_cancel():
                 future.set_result(Refused(known))
+
+
+def _warn_of_clock(store: Store, entry: Entry) -> None:
+    behind = entry.state.last_preserved_timestamp - entry.time
+    if entry.kind == "run" and behind > 0 and (entry.state.active or entry.state.preserved):
+        logger.warning(
+            "%s: time.time() is %.0f s behind the last preserved checkpoint: what is there stays for good",
+            store.url,
+            behind,
+        )

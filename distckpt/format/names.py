@@ -9,11 +9,18 @@ LEASES = "_leases"
 STATE_FILE = "checkpoint"
 MANIFEST = "manifest.json"
 INDEX = "index.arrow"
+EXPORT = "export.json"
+PROGRAM = "program.pt2"
+CONFIG = "config.json"
+WEIGHTS = "model.safetensors"
+WEIGHTS_INDEX = "model.safetensors.index.json"
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _ATTEMPT = re.compile(r"e([0-9]{1,18})-[0-9a-f]{32}")
 _ENTRY = re.compile(r"([0-9]{20})\.json")
 _CHECKPOINT = re.compile(r"(.+)-([0-9]{1,18})")
+_EXPORT = re.compile(r"export-([0-9a-f]{32})")
+_WEIGHTS_PART = re.compile(r"model-[0-9]{5,}-of-[0-9]{5,}\.safetensors")
 
 
 def is_name(text: str) -> bool:
@@ -76,3 +83,28 @@ def attempt_folder(name: str, number: int, attempt: str) -> str:
 def shard_name(rank: int, shard: int) -> str:
     """The file name of a shard inside its attempt."""
     return f"{rank:05d}-{shard}.arrow"
+
+
+def lease_path(lease: str) -> str:
+    """The lease with that id."""
+    return f"{LEASES}/{lease}.json"
+
+
+def export_folder(export: str) -> str:
+    """The folder of an export inside its attempt."""
+    return f"export-{export}"
+
+
+def is_export(folder: str) -> bool:
+    """Whether ``folder`` is the name of an export's folder, ``export-<32 hex digits>``."""
+    return _EXPORT.fullmatch(folder) is not None
+
+
+def weights_part(part: int, parts: int) -> str:
+    """The safetensors file of an exported module, or one of several, numbered from 1."""
+    return WEIGHTS if parts == 1 else f"model-{part:05d}-of-{parts:05d}.safetensors"
+
+
+def is_export_file(name: str) -> bool:
+    """Whether an exported module may have a file of that name."""
+    return name in (PROGRAM, CONFIG, WEIGHTS, WEIGHTS_INDEX) or _WEIGHTS_PART.fullmatch(name) is not None

@@ -6,6 +6,7 @@ from distckpt.storage.location import canonical, join, open_store, split_path
 from distckpt.storage.memory import MemoryStore
 from distckpt.storage.probe import FOLDER as PROBES
 from distckpt.storage.probe import probe
+from distckpt.storage.scratch import put_file, scratch_folder
 
 __all__ = [
     "PROBES",
@@ -19,5 +20,7 @@ __all__ = [
     "join",
     "open_store",
     "probe",
+    "put_file",
+    "scratch_folder",
     "split_path",
 ]

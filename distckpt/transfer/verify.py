@@ -20,6 +20,7 @@ from distckpt.format.shard_rows import Payload, compare_rows, sparse_image
 from distckpt.sharding.reshard import Wanted, match
 from distckpt.storage import Source
 from distckpt.transfer.catalog import Located, read_index, read_manifest
+from distckpt.transfer.exports import file_problem, read_export
 from distckpt.transfer.reader import default_threads, pace_of
 
 Progress = Callable[[int, int], None]
@@ -55,6 +56,7 @@ class VerifyReport:
 
 def verify(where: Located, index: Index, progress: Progress | None = None) -> VerifyReport:
     """Read and check manifest, index and every byte of every shard again; all damage is listed, not the first only.
+    An export of the checkpoint is read and checked too.
 
     ``index`` is the checkpoint's, as it was read before. ``progress`` is called now and then, from any thread but one
     at a time, with the bytes done and the bytes there are. Nothing is raised for what cannot be read: it is damage.
@@ -66,6 +68,7 @@ def verify(where: Located, index: Index, progress: Progress | None = None) -> Ve
     with ThreadPoolExecutor(max(default_threads(), pace_of(where.store).threads)) as pool:
         for found in pool.map(lambda record: list(_shard_damage(where, index, record, counter)), shards):
             damages.extend(found)
+    damages.extend(_export_damage(where))
     return VerifyReport(where.path, len(index.names), len(shards), counter.total, tuple(damages))
 
 
@@ -113,6 +116,24 @@ def _index_damage(where: Located, index: Index) -> Iterator[Damage]:
     whole = [Wanted(key, (0,) * len(shape), shape) for key, shape in zip(index.names, shapes, strict=True)]
     for number in match(index, whole).uncovered:
         yield Damage(path, index.names[number], "its chunks do not cover the tensor exactly once")
+
+
+# ---- the export, if there is one ------------------------------------------------------------------------------------
+
+
+def _export_damage(where: Located) -> Iterator[Damage]:
+    try:
+        export = read_export(where.store, where.folder)
+    except (DamagedError, StorageError) as error:
+        yield Damage(f"{where.store.url}/{where.object_path(names.EXPORT)}", None, _reason(error))
+        return
+    for path, file in export.files() if export is not None else ():
+        try:
+            problem = file_problem(where.store, where.object_path(path), file)
+        except (DamagedError, StorageError) as error:
+            problem = _reason(error)
+        if problem:
+            yield Damage(f"{where.store.url}/{where.object_path(path)}", None, problem)
 
 
 # ---- shards -------------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from distckpt.storage.interface import ObjectInfo, Store
 from distckpt.transfer.staging import StagedShard
 
 SECTION_BYTES = 32 << 20
+READ_BACK_BYTES = 8 << 20
 
 
 def write_shard(store: Store, path: str, shard: StagedShard, section_bytes: int = SECTION_BYTES) -> ShardReceipt:
@@ -29,6 +30,23 @@ def write_shard(store: Store, path: str, shard: StagedShard, section_bytes: int 
     receipt = sums.receipt()
     _check(info, receipt, f"{store.url}/{path}")
     return receipt
+
+
+def read_back(store: Store, path: str, receipt: ShardReceipt) -> None:
+    """Read what was written once more. DamagedError if the store returns something else."""
+    source = store.open(path)
+    try:
+        crc, position = 0, 0
+        scratch = bytearray(min(READ_BACK_BYTES, max(1, receipt.size)))
+        while position < receipt.size:
+            part = memoryview(scratch)[: min(len(scratch), receipt.size - position)]
+            source.read_into(position, part)
+            crc = crc32c.crc32c(part, crc)
+            position += len(part)
+    finally:
+        source.close()
+    if crc != receipt.crc32c:
+        raise DamagedError(f"{store.url}/{path}", "what the store returns is not what was written")
 
 
 def _check(info: ObjectInfo, receipt: ShardReceipt, path: str) -> None:

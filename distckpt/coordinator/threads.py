@@ -1,0 +1,416 @@
+"""Threads that work together stop together: those of one process, and with a cluster those of every rank.
+
+A Coordinator carries one request to stop, and the first error, to everyone who works with it. A LooperThread calls a
+function again and again until then. Both are TensorFlow's, with the differences that their docstrings name.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+import math
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from types import TracebackType
+from typing import Any, Protocol
+
+from distckpt.coordinator.messages import StopReport
+from distckpt.errors import OutOfRangeError, PeerFailedError, RankSilentError
+
+logger = logging.getLogger(__name__)
+
+CLEAN_STOPS: tuple[type[BaseException], ...] = (OutOfRangeError, StopIteration)
+SETTLE_SECONDS = 10.0
+"""How long join waits until the cluster has heard of this rank's request to stop and says which was the first."""
+
+ExcInfo = tuple[type[BaseException] | None, BaseException | None, TracebackType | None]
+
+
+class Membership(Protocol):
+    """One Coordinator's part in its cluster, from one clear_stop to the next. Safe to use from several threads."""
+
+    def report(self, error: BaseException | None) -> None:
+        """Tell all ranks, in the background, that this one has asked for a stop, and because of which error."""
+
+    def settle(self, timeout: float) -> bool:
+        """Wait until it is known whose request was the first; False if it is not within ``timeout`` seconds."""
+
+    def leave(self) -> None:
+        """Take part no more. Returns at once."""
+
+
+class Cluster(Protocol):
+    """All ranks of a run. ``CheckpointManager.cluster`` is one."""
+
+    @property
+    def rank(self) -> int:
+        """Which rank this process is."""
+
+    def join(self, coordinator: Coordinator, silence_timeout: float) -> Membership:
+        """Take part in the next generation. What is heard is given to ``coordinator``, as long as it lives."""
+
+
+class Coordinator:
+    """Stops the threads of a process together, on the first error or when one of them asks for it.
+
+    ``clean_stop_exception_types`` are errors that mean "done", not "failed", subclasses included: by default
+    OutOfRangeError and StopIteration; an empty list makes every error one.
+
+    With ``cluster`` (``CheckpointManager.cluster``) a stop on any rank stops them all, within milliseconds: every rank
+    mirrors it, so ``should_stop`` costs nothing. The first error, by arrival at the coordinator actor, is everyone's:
+    the rank that had it raises it again from ``join``, the others a PeerFailedError that names rank, host, error and
+    traceback. A rank from which nothing is heard for ``silence_timeout`` seconds counts as failed: RankSilentError.
+    Give more than the longest time that Python stands still on a rank (a compilation that holds the interpreter).
+    A rank whose manager has been closed, or that dropped its Coordinator, has left and is not missed. All ranks make
+    their Coordinators, and clear them, in the same order. When the coordinator cannot be reached, training goes on;
+    as soon as one can be, ranks tell again what they know.
+
+    Where TensorFlow's differs: an exception that is given outside of its ``except`` block is recorded as it is, not as
+    a ValueError; an error that comes second, or after a plain request, is logged and not lost; ``join`` notices the end
+    of threads at once.
+
+    Raises ValueError for a ``silence_timeout`` that is not positive.
+    """
+
+    def __init__(
+        self,
+        clean_stop_exception_types: Iterable[type[BaseException]] | None = None,
+        *,
+        cluster: Cluster | None = None,
+        silence_timeout: float = 60.0,
+    ) -> None:
+        if not silence_timeout > 0:
+            raise ValueError(f"silence_timeout must be a positive number of seconds, not {silence_timeout!r}")
+        self._clean = CLEAN_STOPS if clean_stop_exception_types is None else tuple(clean_stop_exception_types)
+        self._cluster = cluster
+        self._silence_timeout = silence_timeout
+        self._lock = threading.RLock()
+        self._changed = threading.Condition(self._lock)
+        self._stop = threading.Event()
+        self._error: BaseException | None = None
+        self._traceback: TracebackType | None = None
+        self._joined = False
+        self._registered: set[threading.Thread] = set()
+        self._membership: Membership | None = None
+        self._leave: Callable[[], object] = _nothing
+        self._enter()
+
+    # ---- stop ------------------------------------------------------------------------------------------------------
+
+    def request_stop(self, ex: BaseException | ExcInfo | None = None) -> None:
+        """Ask everyone to stop, because of ``ex`` if it is given: an exception or what ``sys.exc_info()`` returned.
+
+        Only the first request counts; a later error is logged. Nothing is raised here, with one exception: once
+        everyone has been joined nobody would learn of ``ex``, so it is raised to the caller. What is neither is
+        recorded as a ValueError.
+        """
+        error = _exception(ex)
+        if isinstance(error, self._clean):
+            error = None
+        with self._lock:
+            if self._joined and error is not None:
+                raise error
+            if self._stop.is_set():
+                if error is not None and error is not self._error:
+                    logger.warning("an error after a stop had been requested: %s", _line(error), exc_info=error)
+                return
+            if error is not None:
+                logger.info("stopping because of %s", _line(error))
+            self._record(error)
+            membership = self._membership
+        if membership is not None:
+            membership.report(error)
+
+    def should_stop(self) -> bool:
+        """Whether a stop has been requested, on any rank."""
+        return self._stop.is_set()
+
+    def wait_for_stop(self, timeout: float | None = None) -> bool:
+        """Wait for a stop; False if there was none within ``timeout`` seconds (0 or less only looks)."""
+        return self._stop.wait(None if timeout is None else min(timeout, threading.TIMEOUT_MAX))
+
+    @contextlib.contextmanager
+    def stop_on_exception(self) -> Iterator[None]:
+        """Report what the block raises; the code after the block goes on.
+
+        TensorFlow swallows everything. Here KeyboardInterrupt, SystemExit and what else is no Exception are reported
+        and raised again, since they are meant to end more than this block; ``sys.exit()`` without an error is a plain
+        stop, and a generator that is closed inside of the block asks for none. If everyone has been joined already the
+        exception comes out too.
+        """
+        try:
+            yield
+        except BaseException as error:
+            self._stop_because(error)
+            if not isinstance(error, Exception):
+                raise
+
+    def clear_stop(self) -> None:
+        """Start anew: no stop, no error, not joined. With a cluster all ranks call it alike; late reports are dropped."""
+        with self._lock:
+            self._leave()
+            self._stop.clear()
+            self._error = self._traceback = None
+            self._joined = False
+            self._enter()
+
+    def raise_requested_exception(self) -> None:
+        """Raise the error that made everyone stop, if there is one; it stays recorded."""
+        with self._lock:
+            if self._error is not None:
+                raise self._error.with_traceback(self._traceback)
+
+    # ---- threads ---------------------------------------------------------------------------------------------------
+
+    def register_thread(self, thread: threading.Thread) -> None:
+        """Have the next join wait for ``thread``."""
+        with self._lock:
+            self._registered.add(thread)
+
+    @property
+    def joined(self) -> bool:
+        """Whether join has come to its end, be it by an error."""
+        return self._joined
+
+    def join(
+        self,
+        threads: Iterable[threading.Thread] | None = None,
+        stop_grace_period_secs: float = 120,
+        ignore_live_threads: bool = False,
+    ) -> None:
+        """Wait until ``threads`` and the registered ones have ended; then raise the error that made them stop, if any.
+
+        They may run for ever as long as nobody requests a stop. From then on they have ``stop_grace_period_secs``
+        (none at 0 or less); RuntimeError names those that still run after that, unless ``ignore_live_threads``, which
+        only logs them. The error that was reported comes first. Threads that all end by themselves are no stop.
+        Calling it again raises the same error again, until ``clear_stop``.
+
+        Threads that are registered while it waits are left to the next join (TensorFlow forgets them); a thread that
+        was not started counts as ended, and the calling thread is not waited for.
+        """
+        with self._lock:
+            waited = self._registered.union(threads or ())
+        others = waited - {threading.current_thread()}
+        ended = self._watch_ends(others)
+        with self._changed:
+            self._changed.wait_for(lambda: ended.is_set() or self._stop.is_set())
+        if self._stop.is_set():
+            ended.wait(max(0.0, min(stop_grace_period_secs, threading.TIMEOUT_MAX)))
+            self._settle()
+        stragglers = sorted(thread.name for thread in others if thread.is_alive())
+        with self._lock:
+            self._joined = True
+            self._registered -= waited
+            if stragglers and (ignore_live_threads or self._error is not None):
+                logger.warning("%s", self._still_running(stragglers))
+            self.raise_requested_exception()
+        if stragglers and not ignore_live_threads:
+            raise RuntimeError(self._still_running(stragglers))
+
+    def _watch_ends(self, threads: Iterable[threading.Thread]) -> threading.Event:
+        """An event that is set as soon as none of them is alive."""
+        ended = threading.Event()
+
+        def watch() -> None:
+            while (alive := next((thread for thread in threads if thread.is_alive()), None)) is not None:
+                alive.join()
+            with self._changed:
+                ended.set()
+                self._changed.notify_all()
+
+        if any(thread.is_alive() for thread in threads):
+            threading.Thread(target=watch, name="distckpt-join", daemon=True).start()
+        else:
+            ended.set()
+        return ended
+
+    def _still_running(self, stragglers: list[str]) -> str:
+        where = f" on rank {self._cluster.rank}" if self._cluster is not None else ""
+        return f"Coordinator stopped with threads still running{where}: {' '.join(stragglers)}"
+
+    # ---- what stops it ---------------------------------------------------------------------------------------------
+
+    def _stop_because(self, raised: BaseException) -> None:
+        if isinstance(raised, SystemExit) and not raised.code:
+            self.request_stop()
+        elif not isinstance(raised, GeneratorExit):
+            self.request_stop(raised)
+
+    def _record(self, error: BaseException | None) -> None:
+        if error is not None:
+            self._error, self._traceback = error, error.__traceback__
+        self._stop.set()
+        self._changed.notify_all()
+
+    # ---- the other ranks -------------------------------------------------------------------------------------------
+
+    def _enter(self) -> None:
+        if self._cluster is None:
+            return
+        with self._lock:  # what is heard at once waits until it is known from which membership it comes
+            self._membership = self._cluster.join(self, self._silence_timeout)
+            finalizer = weakref.finalize(self, self._membership.leave)
+            finalizer.atexit = False
+            self._leave = finalizer
+
+    def _settle(self) -> None:
+        membership = self._membership
+        if membership is not None and not membership.settle(SETTLE_SECONDS):
+            logger.warning("the other ranks have not heard yet that this one stops: the coordinator does not answer")
+
+    def _hear(self, membership: Membership, cause: StopReport | BaseException) -> None:
+        """The first stop of all ranks, or why this rank will hear of none. The cluster's word is final."""
+        with self._lock:
+            if membership is not self._membership or (self._joined and self._stop.is_set()):
+                return
+            logger.info("stopping on all ranks: %s", cause)
+            error = self._error_of(cause)
+            if self._joined and error is not None:
+                logger.warning("an error after everyone was joined: %s", _line(error))
+                error = None
+            if error is not None and self._error is not None:
+                logger.warning("this rank's own error was not the first: %s", _line(self._error), exc_info=self._error)
+                error.__context__ = self._error
+            self._record(error)
+
+    def _error_of(self, cause: StopReport | BaseException) -> BaseException | None:
+        """What join is to raise, if it is anything else than this rank's own error: a report is only its likeness."""
+        if not isinstance(cause, StopReport):
+            return cause
+        own = self._cluster is not None and cause.rank == self._cluster.rank and cause.silent is None
+        return None if own or _is_clean(cause, self._clean) else _peer_error(cause)
+
+
+class LooperThread(threading.Thread):
+    """A daemon thread that runs code again and again until its Coordinator stops, on a timer or back to back.
+
+    The code is ``target``, called with ``args`` and ``kwargs``, or an overridden ``run_loop``. With
+    ``timer_interval_secs`` it runs at once and then at start + k times the interval, whatever a run takes: the times
+    do not drift, and those that were missed are made up for back to back, or left out with ``skip_missed`` (what
+    heartbeats want). With None it runs back to back. A request to stop ends the waiting at once; a run that is under
+    way is never interrupted. What the code raises is reported to the Coordinator and ends the thread.
+
+    The thread registers itself with ``coord``. Time is monotonic (in TensorFlow a clock that is set shifts the times);
+    a looper with neither target nor ``run_loop`` waits for the stop (TensorFlow's spins).
+
+    Raises ValueError if ``coord`` is not a Coordinator, or for ``args`` or ``kwargs`` without ``target``.
+    """
+
+    def __init__(
+        self,
+        coord: Coordinator,
+        timer_interval_secs: float | None,
+        target: Callable[..., object] | None = None,
+        args: Iterable[Any] | None = None,
+        kwargs: Mapping[str, Any] | None = None,
+        *,
+        name: str | None = None,
+        skip_missed: bool = False,
+    ) -> None:
+        if not isinstance(coord, Coordinator):
+            raise ValueError(f"coord must be a Coordinator, not {coord!r}")  # noqa: TRY004 - as in TensorFlow
+        if target is None and (args or kwargs):
+            raise ValueError("args and kwargs are for a target, and none was given")
+        super().__init__(name=name, daemon=True)
+        self._coord = coord
+        self._interval = timer_interval_secs
+        self._call = functools.partial(target, *(args or ()), **(kwargs or {})) if target is not None else None
+        self._skip_missed = skip_missed
+        coord.register_thread(self)
+
+    @staticmethod
+    def loop(
+        coord: Coordinator,
+        timer_interval_secs: float | None,
+        target: Callable[..., object],
+        args: Iterable[Any] | None = None,
+        kwargs: Mapping[str, Any] | None = None,
+        *,
+        name: str | None = None,
+        skip_missed: bool = False,
+    ) -> LooperThread:
+        """Make a LooperThread that calls ``target``, start it and return it."""
+        looper = LooperThread(coord, timer_interval_secs, target, args, kwargs, name=name, skip_missed=skip_missed)
+        looper.start()
+        return looper
+
+    def run(self) -> None:
+        """``start_loop``, then ``run_loop`` until there is a stop, then ``stop_loop``.
+
+        The first and the last are called even if the stop came before the thread; ``stop_loop`` is not if one of the
+        others raises.
+        """
+        with self._coord.stop_on_exception():
+            self.start_loop()
+            if self._interval is None:
+                while not self._coord.should_stop():
+                    self.run_loop()
+            else:
+                self._run_on_time(self._interval)
+            self.stop_loop()
+
+    def start_loop(self) -> None:
+        """Called when the thread starts."""
+
+    def run_loop(self) -> None:
+        """Called at the times of the interval. Calls the target."""
+        if self._call is not None:
+            self._call()
+        elif self._interval is None:
+            self._coord.wait_for_stop()
+
+    def stop_loop(self) -> None:
+        """Called when the thread stops, unless by an error."""
+
+    def _run_on_time(self, interval: float) -> None:
+        due = time.monotonic()
+        while not self._coord.wait_for_stop(due - time.monotonic()):
+            due += interval
+            self.run_loop()
+            late = time.monotonic() - due
+            if self._skip_missed and interval > 0 and late > 0:
+                due += interval * math.ceil(late / interval)
+
+
+def _exception(ex: object) -> BaseException | None:
+    """What was given to request_stop, as an exception with its traceback."""
+    if ex is None or isinstance(ex, BaseException):
+        return ex
+    if isinstance(ex, tuple) and len(ex) == 3 and isinstance(ex[1], BaseException):
+        return ex[1].with_traceback(ex[2])
+    return ValueError(f"request_stop takes an exception or what sys.exc_info() returned for one, not {ex!r}")
+
+
+def _peer_error(report: StopReport) -> PeerFailedError:
+    if report.silent is not None:
+        return RankSilentError(report.rank, report.host, report.silent)
+    return PeerFailedError(report.rank, report.host, report.kind, report.reason, report.traceback_text)
+
+
+def _is_clean(report: StopReport, clean: Iterable[type[BaseException]]) -> bool:
+    """By name: the class that was raised on the other rank may not exist here."""
+    return not report.kind or not {full_name(kind) for kind in clean}.isdisjoint(report.kinds)
+
+
+def full_name(kind: type) -> str:
+    """The name by which a class is recognized on other ranks."""
+    return f"{kind.__module__}.{kind.__qualname__}"
+
+
+def text_of(error: BaseException) -> str:
+    """The error's own text."""
+    try:
+        return str(error)
+    except Exception as broken:  # noqa: BLE001 - somebody else's __str__ must not keep the error from being told
+        return f"(its text cannot be had: {type(broken).__name__})"
+
+
+def _line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {text_of(error)}"
+
+
+def _nothing() -> None:
+    """There is nothing to leave."""

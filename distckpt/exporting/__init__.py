@@ -1,0 +1,1 @@
+"""Exports of checkpoints: what is deployed, made from what was committed."""

@@ -1,0 +1,130 @@
+"""One run of a trainer that somebody else wrote: its manager, its hook and its loop, opened and closed together."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import os
+import signal
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from distckpt.checkpoint import Checkpoint
+from distckpt.collecting import is_array
+from distckpt.errors import EncodeError
+from distckpt.format.tree import DictStep, flatten
+from distckpt.format.values import encode_value
+from distckpt.hooks import CheckpointSaverHook, CheckpointSaverListener, SecondOrStepTimer, Session
+from distckpt.manager import CheckpointManager
+from distckpt.session import HookedLoop
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Saving:
+    """Where and when a trainer's runs are saved, as the user said it.
+
+    ``options`` go to the CheckpointManager of each run. ValueError unless exactly one of ``save_steps`` and
+    ``save_secs`` is given, TypeError for an option that a CheckpointManager does not have.
+    """
+
+    directory: str | os.PathLike[str]
+    save_steps: int | None
+    save_secs: float | None
+    listeners: Sequence[CheckpointSaverListener]
+    stop_signals: Sequence[signal.Signals]
+    options: Mapping[str, Any]
+
+    def __post_init__(self) -> None:
+        SecondOrStepTimer(self.save_secs, self.save_steps)
+        inspect.signature(CheckpointManager).bind(None, self.directory, **self.options)
+
+    def hook(self) -> CheckpointSaverHook:
+        """The hook that restores and saves, with a CheckpointManager of its own for what its session has to save."""
+        return _Hook(self)
+
+
+class _Hook(CheckpointSaverHook):
+    """Makes its manager as the user said, and saves nothing at the beginning: that is untrained, or just restored."""
+
+    def __init__(self, saving: Saving) -> None:
+        super().__init__(saving.directory, saving.save_secs, saving.save_steps, listeners=saving.listeners)
+        self._options = saving.options
+
+    def get_saver(self, session: Session) -> CheckpointManager:
+        """The manager, made when it is first asked for; closed with the hook."""
+        if self._made is None:
+            if session.checkpoint is None:
+                raise RuntimeError("nothing to save: the session has no checkpoint")
+            self._made = CheckpointManager(session.checkpoint, self._directory, **self._options)
+        return self._made
+
+    def after_create_session(self, session: Session, coord: Any) -> None:
+        """Count steps and seconds from here."""
+        self._timer.update_last_triggered_step(session.global_step)
+
+
+class CarriedRun(HookedLoop):
+    """A loop that has restored its checkpoint; ``restored`` is the path of the one it found, or None.
+
+    A step is carried in three parts, since trainers go on working on a step after they have counted it:
+    ``before_step``; ``decide``, after which ``should_stop`` answers for this step; and ``settle``, which saves it.
+    """
+
+    def __init__(self, saving: Saving, checkpoint: Checkpoint, global_step: Callable[[], int]) -> None:
+        hook = saving.hook()
+        super().__init__([hook], global_step, checkpoint=checkpoint, stop_signals=saving.stop_signals)
+        self._began_at: int | None = None
+        self._decided = False
+        try:
+            self.restored = hook.restore(self)
+        except BaseException:
+            self.close()
+            raise
+
+    def begin(self) -> None:
+        """Training begins, at the step that was restored."""
+        self._began_at = self.global_step
+        super().begin()
+
+    def decide(self) -> None:
+        """A step has been counted: the ranks agree whether to save it, and whether to stop."""
+        self._agree()
+        self._decided = True
+
+    def settle(self) -> None:
+        """All that belongs to the step is done: save it if that was decided. Nothing to do if there was no step."""
+        if self._decided:
+            self._decided = False
+            self._after_run(None)
+
+    def finish(self) -> None:
+        """A clean end: the last step is saved and committed, then everything is let go."""
+        try:
+            self.settle()
+            if self._began_at is not None and self.global_step > self._began_at:
+                self.end()
+        finally:
+            self.close()
+
+
+def first_rank(values: list[Any], rank: int, world_size: int) -> Any:
+    """What rank 0 saved, for every rank of a world of another size."""
+    return values[0]
+
+
+def storable(states: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of the states that can be saved without pickle. Others are left out, and the log says which and why."""
+    found = {}
+    for name, state in states.items():
+        try:
+            for leaf in flatten(state, is_array, (DictStep(name),)):
+                if not is_array(leaf.value):
+                    encode_value(leaf.value, leaf.key)
+        except EncodeError as error:
+            logger.warning("the state of %s is not saved: %s", name, error)
+        else:
+            found[name] = state
+    return found

@@ -1,0 +1,105 @@
+"""Checkpoints for the training function of a Ray Train job.
+
+def train(config):
+    checkpoint = distckpt.Checkpoint(model=model, optimizer=optimizer)
+    with training_session(checkpoint, "gs://bucket/run-7", save_steps=100, max_to_keep=5) as session:
+        while session.global_step < config["steps"] and not session.should_stop():
+            session.run(step)
+
+TorchTrainer(train, ..., run_config=RunConfig(failure_config=FailureConfig(max_failures=3))).fit()
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
+
+from distckpt.checkpoint import Checkpoint
+from distckpt.format import names
+from distckpt.hooks import CheckpointSaverListener
+from distckpt.integrations.carrying import Saving
+from distckpt.session import TrainingSession
+
+try:
+    import ray.train
+except ImportError as missing:
+    raise ImportError("distckpt.integrations.ray_train needs Ray Train: pip install 'distckpt[train]'") from missing
+
+_Result = TypeVar("_Result")
+
+
+def training_session(
+    checkpoint: Checkpoint,
+    directory: str | os.PathLike[str],
+    save_steps: int | None = None,
+    save_secs: float | None = None,
+    *,
+    listeners: Sequence[CheckpointSaverListener] = (),
+    **manager_options: Any,
+) -> RayTrainSession:
+    """A session for the training function of Ray Train workers, to be used in a with statement, on all of them alike.
+
+    On entering it restores the newest good checkpoint, whatever number of workers wrote it. When Ray Train replaces
+    workers that died, the function begins anew, and so goes on from there. The directory is storage that all nodes
+    share, apart from Ray Train's own ``storage_path``.
+
+    Args:
+        checkpoint: what to save.
+        directory, and further keywords: as for CheckpointManager.
+        save_steps, save_secs: how often, in steps or in seconds; exactly one of them.
+        listeners: called around every save.
+
+    Raises:
+        ValueError, TypeError: wrong arguments.
+    """
+    return RayTrainSession(Saving(directory, save_steps, save_secs, listeners, (), manager_options), checkpoint)
+
+
+class RayTrainSession(TrainingSession):
+    """Runs steps, counts them, saves and restores. A checkpoint's number is the number of steps behind it.
+
+    Ray runs training functions beside the main thread, where no signal can be caught: ``request_stop`` on any worker
+    ends the loop of all of them after the same step.
+    """
+
+    def __init__(self, saving: Saving, checkpoint: Checkpoint) -> None:
+        self._count = 0
+        hook = saving.hook()
+
+        def restore() -> None:
+            path = hook.get_saver(self).restore_or_initialize()
+            self._count = 0 if path is None else _number(path)
+
+        super().__init__([hook], lambda: self._count, checkpoint=checkpoint, stop_signals=(), restore=restore)
+
+    def run(self, step: Callable[..., _Result], *args: Any, **kwargs: Any) -> _Result:
+        """Run one step, save it if it is time, and return what it returns."""
+
+        def counted(*given: Any, **named: Any) -> _Result:
+            result = step(*given, **named)
+            self._count += 1
+            return result
+
+        return super().run(counted, *args, **kwargs)
+
+    def report(self, metrics: Mapping[str, Any]) -> None:
+        """Give metrics to ``ray.train.report``, with ``global_step``. All workers together: Ray Train waits for all."""
+        ray.train.report({"global_step": self.global_step, **metrics})
+
+
+def to_ray_checkpoint(path: str | os.PathLike[str]) -> ray.train.Checkpoint:
+    """A committed checkpoint as Ray's Checkpoint: a reference to where it is; nothing is read or copied.
+
+    Its ``to_directory`` and ``as_directory`` copy it to a folder that ``distckpt.load`` opens. Retention knows
+    nothing of it. Given to ``ray.train.report`` it would be copied as a whole into Ray Train's own storage, which
+    resuming does not need.
+    """
+    return ray.train.Checkpoint(os.fspath(path))
+
+
+def _number(path: str) -> int:
+    parsed = names.parse_checkpoint(path.rpartition("/")[2])
+    if parsed is None:
+        raise ValueError(f"{path} is not the path of a checkpoint")
+    return parsed[1]

@@ -1,0 +1,96 @@
+"""What there is to save: named objects, and state that belongs to one rank."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from distckpt.format import names
+
+OnResize = Literal["error", "drop"] | Callable[[list[Any], int, int], Any]
+
+SAVE_COUNTER = "save_counter"
+
+
+class PerRank:
+    """State that belongs to one rank, such as a data cursor or random numbers. Never deduplicated between ranks.
+
+    ``obj`` is anything that Checkpoint takes. ``on_resize`` says what happens when another number of ranks restores:
+    "error" raises ResizeError, "drop" leaves the object as it is, and a callable gets the saved values of all ranks
+    in order, this rank and the new world size, and returns this rank's value.
+    """
+
+    def __init__(self, obj: Any, on_resize: OnResize = "error") -> None:
+        if not callable(on_resize) and on_resize not in ("error", "drop"):
+            raise ValueError(f'on_resize must be "error", "drop" or a callable, not {on_resize!r}')
+        self.obj = obj
+        self.on_resize = on_resize
+
+    def __repr__(self) -> str:
+        return f"PerRank({self.obj!r}, on_resize={self.on_resize!r})"
+
+
+class RandomState:
+    """The random number generators of this process: Python's, NumPy's, torch's, and every CUDA device's.
+
+    Has ``state_dict`` and ``load_state_dict``. Wrap it in PerRank: every rank draws its own numbers.
+    """
+
+    def state_dict(self) -> dict[str, Any]:
+        """The generators' states as plain values and tensors."""
+        name, key, position, has_gauss, gauss = np.random.get_state(legacy=True)
+        state: dict[str, Any] = {
+            "python": random.getstate(),
+            "numpy": {"name": str(name), "key": key, "pos": position, "has_gauss": has_gauss, "cached_gaussian": gauss},
+            "torch": torch.get_rng_state(),
+        }
+        if torch.cuda.is_available():
+            state["cuda"] = {str(device): value for device, value in enumerate(torch.cuda.get_rng_state_all())}
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Put every generator where it was. CUDA states of devices that are not here are left out."""
+        random.setstate(state["python"])
+        saved = state["numpy"]
+        key = np.asarray(saved["key"], dtype=np.uint32)
+        np.random.set_state((saved["name"], key, saved["pos"], saved["has_gauss"], saved["cached_gaussian"]))
+        torch.set_rng_state(state["torch"].cpu())
+        for device, value in state.get("cuda", {}).items():
+            if int(device) < torch.cuda.device_count():
+                torch.cuda.set_rng_state(value.cpu(), int(device))
+
+
+class NamedObjects:
+    """Objects that are saved and restored together, each under its name, and the counter of their saves."""
+
+    def __init__(self, **objects: Any) -> None:
+        for name in objects:
+            if not names.is_name(name) or "." in name or name == SAVE_COUNTER:
+                raise ValueError(f"{name!r} cannot name an object of a checkpoint")
+        self._objects: dict[str, Any] = dict(objects)
+        self.save_counter = 0
+
+    @property
+    def objects(self) -> dict[str, Any]:
+        """The named objects, in the order in which they were given."""
+        return dict(self._objects)
+
+    def __getattr__(self, name: str) -> Any:
+        objects = self.__dict__.get("_objects", {})
+        if name in objects:
+            return objects[name]
+        raise AttributeError(f"the checkpoint holds no object named {name!r}")
+
+    def replace(self, name: str, value: Any) -> None:
+        """Put another object under a name that the checkpoint holds already."""
+        if name not in self._objects:
+            raise KeyError(name)
+        self._objects[name] = value
+
+    def __repr__(self) -> str:
+        kinds = ", ".join(f"{name}={type(value).__name__}" for name, value in self._objects.items())
+        return f"{type(self).__name__}({kinds})"

@@ -1,0 +1,244 @@
+"""Small trainings by Transformers and Lightning that tests run, in the test's own process and on the ranks of a gang."""
+
+from __future__ import annotations
+
+import os
+import signal
+import warnings
+from typing import Any
+
+import torch
+
+ITEMS = 22
+"""Items of the data: not a multiple of the batch, so epochs end with a smaller one."""
+
+
+class Stopped(Exception):
+    """Training was made to fail."""
+
+
+class Interruption:
+    """At the beginning of a step: a signal to this process, or an exception."""
+
+    def __init__(self, stop_at: int | None, fail_at: int | None, rank: int) -> None:
+        self.stop_at = stop_at if int(os.environ.get("RANK", "0")) == rank else None
+        self.fail_at = fail_at
+
+    def before_step(self, step: int) -> None:
+        if step == self.stop_at:
+            signal.raise_signal(signal.SIGTERM)
+        if step == self.fail_at:
+            raise Stopped(f"step {step}")
+
+
+# ---- Transformers ---------------------------------------------------------------------------------------------------
+
+
+class Texts(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
+    """Item i begins with token i."""
+
+    def __init__(self, items: int) -> None:
+        self.items = items
+
+    def __len__(self) -> int:
+        return self.items
+
+    def __getitem__(self, at: int) -> dict[str, torch.Tensor]:
+        tokens = torch.randint(0, 32, (8,), generator=torch.Generator().manual_seed(at))
+        tokens[0] = at
+        return {"input_ids": tokens, "labels": tokens}
+
+
+def language_model(dropout: float) -> Any:
+    """A GPT-2 of one layer."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 32, "n_positions": 8, "n_embd": 16, "n_layer": 1, "n_head": 2}
+    rates = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), dropout)
+    return GPT2LMHeadModel(GPT2Config(**sizes, **rates, bos_token_id=0, eos_token_id=0, loss_type="ForCausalLMLoss"))
+
+
+def transformers(
+    directory: str,
+    scratch: str,
+    *,
+    items: int = ITEMS,
+    save_steps: int = 3,
+    batch: int = 4,
+    dropout: float = 0.1,
+    stop_at: int | None = None,
+    fail_at: int | None = None,
+    rank: int = 0,
+    plainly: bool = False,
+    patience: int = 0,
+    **arguments: Any,
+) -> dict[str, Any]:
+    """Train for two epochs of 6 steps, of 4 items each over all ranks; what became of it."""
+    from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
+
+    from distckpt.integrations.transformers import DistckptCallback
+
+    interruption = Interruption(stop_at, fail_at, rank)
+
+    class Interrupt(TrainerCallback):
+        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            interruption.before_step(state.global_step)
+
+    model = language_model(dropout)
+    seen: list[list[int]] = []
+
+    def look(module: Any, args: Any, kwargs: dict[str, torch.Tensor]) -> None:
+        if module.training:
+            seen.append(kwargs["input_ids"][:, 0].tolist())
+
+    model.register_forward_pre_hook(look, with_kwargs=True)
+    settings = TrainingArguments(
+        output_dir=scratch, save_strategy="no", report_to=[], use_cpu=True, disable_tqdm=True, seed=3, num_train_epochs=2,
+        learning_rate=1e-2, logging_steps=1, per_device_train_batch_size=batch, **arguments,
+    )  # fmt: skip
+    callback = DistckptCallback(directory, save_steps, max_to_keep=None, save_timeout=30)
+    callbacks = [Interrupt(), callback, *([EarlyStoppingCallback(patience)] if patience else [])]
+    trainer = Trainer(model, settings, train_dataset=Texts(items), eval_dataset=Texts(5), callbacks=callbacks)
+    try:
+        _ = trainer.train() if plainly else callback.train(trainer)
+        error = ""
+    except (Stopped, RuntimeError) as raised:
+        error = f"{type(raised).__name__}: {raised}"
+    state = trainer.state
+    return {
+        "step": state.global_step,
+        "epoch": state.epoch,
+        "best": state.best_metric,
+        "losses": {entry["step"]: entry["loss"] for entry in state.log_history if "loss" in entry},
+        "seen": seen,
+        "error": error,
+    }
+
+
+# ---- Lightning ------------------------------------------------------------------------------------------------------
+
+
+def lightning(
+    directory: str,
+    *,
+    batch: int = 4,
+    ranks: int = 1,
+    stop_at: int | None = None,
+    fail_at: int | None = None,
+    rank: int = 0,
+    validate: bool = False,
+    resumable: bool = False,
+    **arguments: Any,
+) -> dict[str, Any]:
+    """Train a network with dropout on shuffled data; what became of it."""
+    from lightning.pytorch import LightningDataModule, LightningModule, Trainer, seed_everything
+    from lightning.pytorch.callbacks import Callback
+    from lightning.pytorch.plugins.environments import TorchElasticEnvironment
+
+    from distckpt.integrations.lightning import DistckptCallback
+
+    interruption = Interruption(stop_at, fail_at, rank)
+    seen: list[list[int]] = []
+
+    class Net(LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = torch.nn.Sequential(torch.nn.Linear(3, 8), torch.nn.Dropout(0.2), torch.nn.Linear(8, 1))
+
+        def training_step(self, batch: torch.Tensor, batch_idx: int) -> torch.Tensor:
+            interruption.before_step(self.trainer.global_step)
+            seen.append(batch[:, 0].int().tolist())
+            loss: torch.Tensor = (self.net(batch / ITEMS) ** 2).mean()
+            return loss
+
+        def validation_step(self, batch: torch.Tensor, batch_idx: int) -> None:
+            self.log("validated", self.net(batch).mean())
+
+        def configure_optimizers(self) -> Any:
+            optimizer = torch.optim.AdamW(self.parameters(), lr=0.01)
+            rate = torch.optim.lr_scheduler.StepLR(optimizer, 4)
+            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": rate, "interval": "step"}}
+
+    class Data(LightningDataModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.restores = 0
+
+        def train_dataloader(self) -> Any:
+            kind = Resumable if resumable else torch.utils.data.DataLoader
+            return kind(torch.arange(3.0 * ITEMS).reshape(3, ITEMS).T, batch, shuffle=not resumable)
+
+        def val_dataloader(self) -> Any:
+            return torch.utils.data.DataLoader(torch.ones(3, 3))
+
+        def state_dict(self) -> dict[str, int]:
+            return {"restores": self.restores + 1}
+
+        def load_state_dict(self, state_dict: dict[str, int]) -> None:
+            self.restores = state_dict["restores"]
+
+    class Counting(Callback):
+        batches = 0
+
+        def on_train_batch_end(self, *_: Any) -> None:
+            self.batches += 1
+
+        def state_dict(self) -> dict[str, Any]:
+            return {"batches": self.batches}
+
+        def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+            self.batches = state_dict["batches"]
+
+    seed_everything(1, verbose=False)
+    data, counting = Data(), Counting()
+    over_ranks = {"strategy": "ddp", "plugins": [TorchElasticEnvironment()]} if ranks > 1 else {}
+    trainer = Trainer(
+        accelerator="cpu", devices=ranks, enable_checkpointing=False, logger=False, enable_progress_bar=False,
+        enable_model_summary=False, limit_val_batches=1.0 if validate else 0,
+        callbacks=[counting, DistckptCallback(directory, 3, max_to_keep=None, save_timeout=30)],
+        **over_ranks, **arguments,
+    )  # fmt: skip
+    try:
+        trainer.fit(Net(), datamodule=data)
+        error = ""
+    except Stopped as raised:
+        error = str(raised)
+    return {
+        "step": trainer.global_step,
+        "epoch": trainer.current_epoch,
+        "counted": counting.batches,
+        "restores": data.restores,
+        "seen": seen,
+        "error": error,
+    }
+
+
+class Resumable(torch.utils.data.DataLoader[Any]):
+    """A loader that can be told how many batches to leave out, once, and that knows how many it has handed out."""
+
+    batches = 0
+    left_out = 0
+
+    def __iter__(self) -> Any:
+        return self._rest(super().__iter__())
+
+    def _rest(self, batches: Any) -> Any:
+        left_out, self.left_out = self.left_out, 0
+        for at, each in enumerate(batches):
+            self.batches = at + 1
+            if at >= left_out:
+                yield each
+
+    def state_dict(self) -> dict[str, int]:
+        return {"batches": self.batches}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.left_out = state["batches"]
+
+
+def on_rank(kind: str, **arguments: Any) -> dict[str, Any]:
+    """The same on a rank of a gang, where nobody else turns warnings into errors."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return {"transformers": transformers, "lightning": lightning}[kind](**arguments)

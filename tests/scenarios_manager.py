@@ -1,0 +1,38 @@
+"""Rank functions that call a manager's methods one after another, as a training loop does."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch.distributed as dist
+
+import distckpt
+from distckpt.errors import DistckptError
+
+
+def save_on_after_a_failure(directory: str, fails_at: int, steps: int, interval: int | None) -> list[str]:
+    """Save at every step. Rank 1 cannot at ``fails_at``; rank 0 hears of that before its next save. What came of each."""
+    mine: dict[str, Any] = {}
+    rank = dist.get_rank()
+    outcomes = []
+    with distckpt.CheckpointManager(
+        distckpt.Checkpoint(mine=distckpt.PerRank(mine)),
+        directory,
+        max_to_keep=None,
+        step_counter=lambda: mine["step"],
+        checkpoint_interval=interval,
+        save_timeout=20,
+    ) as manager:
+        for step in range(1, steps + 1):
+            mine["step"] = step
+            mine["data"] = object() if (step, rank) == (fails_at, 1) else 0
+            try:
+                pending = manager.save()
+            except DistckptError as error:
+                outcomes.append(type(error).__name__)
+                continue
+            outcomes.append("begun" if pending is not None else "nothing")
+            while pending is not None and (step, rank) == (fails_at, 0) and not pending.done():
+                time.sleep(0.01)
+    return outcomes
