@@ -88,25 +88,27 @@ class CoordinatorActor:
         ray.kill(ray.get_runtime_context().current_actor, no_restart=True)
 
 
-def join_cluster(world: World) -> None:
+def join_cluster(world: World) -> str:
     """Connect this rank to the Ray cluster in which the coordinator lives. A collective where ranks share.
 
-    Rank 0 keeps the connection it has, or joins the cluster that RAY_ADDRESS or ``ray start`` names, or starts one
+    Returns the id of the node where a coordinator is to be started: rank 0's where ranks share, so that it does not
+    depend on which rank comes first. Rank 0 keeps the connection it has, or joins the cluster that RAY_ADDRESS or ``ray start`` names, or starts one
     that lives as long as its process. The others follow it; one on a host without Ray starts Ray's node there.
     """
     if world.share is None:
         if not ray.is_initialized():
             _connect(os.environ.get("RAY_ADDRESS") or "auto")
-        return
+        return ray.get_runtime_context().get_node_id()
     if world.rank == 0 and not ray.is_initialized():
         _connect_or_start()
     access = json.loads(world.share(json.dumps(_access()) if world.rank == 0 else ""))
     if not ray.is_initialized():
         _follow(access, world)
+    return str(access["home"])
 
 
 def _access() -> dict[str, Any]:
-    """What another process needs to reach the cluster that this one is connected to, and where its nodes are.
+    """What another process needs to reach the cluster that this one is connected to: its nodes, and which is our home.
 
     Ray turns token authentication on by itself for a cluster that ``ray.init`` starts, in the environment of that
     process alone, and leaves the token in its home directory, which other hosts may not share.
@@ -117,7 +119,9 @@ def _access() -> dict[str, Any]:
         path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH", Path.home() / ".ray" / "auth_token"))
         token = os.environ.get("RAY_AUTH_TOKEN") or (path.read_text().strip() if path.is_file() else "")
     nodes = [node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
-    return {"address": ray.get_runtime_context().gcs_address, "nodes": nodes, "mode": mode, "token": token}
+    context = ray.get_runtime_context()
+    home = context.get_node_id()
+    return {"address": context.gcs_address, "home": home, "nodes": nodes, "mode": mode, "token": token}
 
 
 def _adopt(access: dict[str, Any]) -> None:
@@ -234,12 +238,11 @@ def _start_node(address: str) -> None:
 
 
 def find_or_start(
-    directory: str, storage_options: dict[str, Any] | None, settings: Settings
+    directory: str, storage_options: dict[str, Any] | None, settings: Settings, home: str
 ) -> ray.actor.ActorHandle[CoordinatorActor]:
-    """The running coordinator of ``directory``, or a new one on this node; answers once before it is returned."""
+    """The running coordinator of ``directory``, or a new one on the node ``home``; answers once before it is returned."""
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    node = ray.get_runtime_context().get_node_id()
     remote: Any = ray.remote(CoordinatorActor)
     actor = remote.options(
         name=actor_name(directory),
@@ -249,7 +252,7 @@ def find_or_start(
         max_restarts=-1,
         max_concurrency=100_000,
         num_cpus=0,
-        scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=True),
+        scheduling_strategy=NodeAffinitySchedulingStrategy(home, soft=True),
     ).remote(directory, storage_options, settings)
     ray.get(actor.describe.remote())
     return cast("ray.actor.ActorHandle[CoordinatorActor]", actor)

@@ -69,10 +69,11 @@ class LocalLine:
 class RayLine:
     """The coordinator is a named actor. Lost calls are repeated; a dead actor is looked up, or started, again."""
 
-    def __init__(self, directory: str, storage_options: dict[str, Any] | None, settings: Settings) -> None:
+    def __init__(self, directory: str, storage_options: dict[str, Any] | None, settings: Settings, home: str) -> None:
         self._directory = directory
         self._storage_options = storage_options
         self._settings = settings
+        self._home = home
         self._lock = threading.Lock()
         self._actor: _Actor | None = None
         self._search: Future[_Actor] | None = None
@@ -132,7 +133,7 @@ class RayLine:
         from distckpt.coordinator.actor import find_or_start
 
         try:
-            actor = find_or_start(self._directory, self._storage_options, self._settings)
+            actor = find_or_start(self._directory, self._storage_options, self._settings, self._home)
         except BaseException as error:  # noqa: BLE001 - it belongs to those who wait for the search
             self._found(None)
             search.set_exception(error)
@@ -218,8 +219,7 @@ def open_session(
             raise
     from distckpt.coordinator.actor import join_cluster
 
-    join_cluster(world)
-    line = RayLine(store.url, storage_options, settings)
+    line = RayLine(store.url, storage_options, settings, join_cluster(world))
     try:
         return _opened(Session(line, opening))
     except FencedError:
