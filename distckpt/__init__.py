@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from distckpt.hooks import SessionRunValues as SessionRunValues
     from distckpt.hooks import current_session as current_session
     from distckpt.loading import CheckpointReader as CheckpointReader
+    from distckpt.loading import checkpoint_exists as checkpoint_exists
+    from distckpt.loading import get_checkpoint_mtimes as get_checkpoint_mtimes
     from distckpt.loading import latest_checkpoint as latest_checkpoint
     from distckpt.loading import load as load
     from distckpt.loading import open as open
@@ -70,12 +72,14 @@ _HOMES = {
     "SessionRunHook": "hooks",
     "SessionRunValues": "hooks",
     "TrainingSession": "session",
+    "checkpoint_exists": "loading",
     "checkpoints_iterator": "watching",
     "current_session": "hooks",
     "do_quantize_training": "quantizing",
     "export_number": "exporting.listing",
     "exports_iterator": "exporting.listing",
     "generate_checkpoint_state_proto": "state_file",
+    "get_checkpoint_mtimes": "loading",
     "get_checkpoint_state": "state_file",
     "latest_checkpoint": "loading",
     "latest_export": "exporting.listing",

@@ -221,8 +221,10 @@ class CheckpointSaverHook(SessionRunHook):
 
     A checkpoint is ``<checkpoint_dir>/<checkpoint_basename>-<global step>``. It is saved when training begins (a run
     that has just been resumed saves the step that it was resumed at again), then whenever N steps or seconds have
-    passed since the last one, and at the end, unless that step is saved already. Across ranks every rank has the hook;
-    by the clock, rank 0's decides for all. The session says at which cost.
+    passed since the last one, and at the end, unless that step is saved already. Across ranks every rank has the hook
+    and its listeners; by the clock, rank 0's decides for all. That comes with the agreement on stopping which the
+    session takes at every step: about 400 µs a step on two ranks over gloo on one host of two cores, and nothing in a
+    world of one. To save every N steps needs no agreement.
 
     A save copies the state and is written while training goes on. When listeners have an ``after_save`` training waits
     until the checkpoint is committed, since ``after_save`` may rely on it. When a save fails the next step raises why,

@@ -25,7 +25,16 @@ if TYPE_CHECKING:
     import torch  # imported late where it is needed: opening a checkpoint and verifying it do without
     from typing_extensions import Self
 
-__all__ = ["CheckpointReader", "Damage", "VerifyReport", "latest_checkpoint", "load", "open"]
+__all__ = [
+    "CheckpointReader",
+    "Damage",
+    "VerifyReport",
+    "checkpoint_exists",
+    "get_checkpoint_mtimes",
+    "latest_checkpoint",
+    "load",
+    "open",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -75,12 +84,40 @@ def _latest_of_state_file(
     state = get_checkpoint_state(checkpoint_dir, latest_filename, storage_options=storage_options)
     if state is None:
         return None
-    try:
-        locate(state.model_checkpoint_path, storage_options)
-    except (CheckpointNotFoundError, DamagedError) as error:
-        logger.error("%s names a checkpoint that cannot be opened: %s", latest_filename, error)  # noqa: TRY400
+    if _committed_at(state.model_checkpoint_path, storage_options) is None:
+        logger.error("%s names a checkpoint that cannot be opened: %s", latest_filename, state.model_checkpoint_path)
         return None
     return state.model_checkpoint_path
+
+
+def checkpoint_exists(checkpoint_prefix: PathLike, *, storage_options: Mapping[str, Any] | None = None) -> bool:
+    """Whether a committed checkpoint answers to this path and its manifest is what was written.
+
+    One that is being retired does not exist any more, and an unfinished save not yet. A path is no pattern here.
+    """
+    return _committed_at(checkpoint_prefix, storage_options) is not None
+
+
+def get_checkpoint_mtimes(
+    checkpoint_prefixes: Sequence[PathLike], *, storage_options: Mapping[str, Any] | None = None
+) -> list[float | None]:
+    """When each of these checkpoints was saved, in epoch seconds.
+
+    None for a path to which ``checkpoint_exists`` says no; TensorFlow leaves those out, so that nobody knows which is
+    which.
+    """
+    found = [_committed_at(path, storage_options) for path in checkpoint_prefixes]
+    return [None if where is None else where.manifest.time for where in found]
+
+
+def _committed_at(path: PathLike, storage_options: Mapping[str, Any] | None) -> Located | None:
+    try:
+        return locate(path, storage_options)
+    except CheckpointNotFoundError:
+        return None
+    except DamagedError as error:
+        logger.warning("taken for no checkpoint: %s", error)
+        return None
 
 
 class CheckpointReader:

@@ -22,6 +22,8 @@ from distckpt.storage import open_store
 
 logger = logging.getLogger(__name__)
 
+PathLike = str | os.PathLike[str]
+
 MAX_STATE_BYTES = 64 << 20
 
 
@@ -85,39 +87,40 @@ def _time(record: CheckpointRecord) -> float:
 
 
 def generate_checkpoint_state_proto(
-    save_dir: str | os.PathLike[str],
-    model_checkpoint_path: str,
-    all_model_checkpoint_paths: Sequence[str] | None = None,
+    save_dir: PathLike,
+    model_checkpoint_path: PathLike,
+    all_model_checkpoint_paths: Sequence[PathLike] | None = None,
     all_model_checkpoint_timestamps: Sequence[float] | None = None,
     last_preserved_timestamp: float | None = None,
 ) -> CheckpointState:
     """A CheckpointState whose last path is ``model_checkpoint_path``, which is added at the end if it is not there.
 
     With a relative ``save_dir``, relative paths are rewritten to be relative to it. URLs below a ``save_dir`` that is
-    a URL become relative too; all other URLs, and absolute paths, stay as they are. The arguments are not changed.
-    Timestamps are epoch seconds; ValueError unless there are as many as paths in the result (or none).
+    a URL become relative too; all other URLs, and absolute paths, stay as they are. (TensorFlow takes URLs for relative
+    paths, and changes the caller's list.) Timestamps are epoch seconds; ValueError unless there are as many as paths in
+    the result (or none).
     """
-    directory = os.fspath(save_dir)
-    paths = list(all_model_checkpoint_paths or [])
-    if not paths or paths[-1] != model_checkpoint_path:
+    directory, newest = os.fspath(save_dir), os.fspath(model_checkpoint_path)
+    paths = [os.fspath(path) for path in all_model_checkpoint_paths or ()]
+    if not paths or paths[-1] != newest:
         if paths:
-            logger.info("%s is not the last of all checkpoint paths: it is added to them", model_checkpoint_path)
-        paths.append(model_checkpoint_path)
+            logger.info("%s is not the last of all checkpoint paths: it is added to them", newest)
+        paths.append(newest)
     timestamps = tuple(float(timestamp) for timestamp in all_model_checkpoint_timestamps or ())
     if timestamps and len(timestamps) != len(paths):
         raise ValueError(f"{len(timestamps)} timestamps for {len(paths)} checkpoint paths: {timestamps} and {paths}")
     return CheckpointState(
-        model_checkpoint_path=_relative(model_checkpoint_path, directory),
+        model_checkpoint_path=_relative(newest, directory),
         all_model_checkpoint_paths=tuple(_relative(path, directory) for path in paths),
         all_model_checkpoint_timestamps=timestamps,
-        last_preserved_timestamp=float(last_preserved_timestamp or 0.0),
+        last_preserved_timestamp=0.0 if last_preserved_timestamp is None else float(last_preserved_timestamp),
     )
 
 
 def update_checkpoint_state(
-    save_dir: str | os.PathLike[str],
-    model_checkpoint_path: str,
-    all_model_checkpoint_paths: Sequence[str] | None = None,
+    save_dir: PathLike,
+    model_checkpoint_path: PathLike,
+    all_model_checkpoint_paths: Sequence[PathLike] | None = None,
     latest_filename: str | None = None,
     all_model_checkpoint_timestamps: Sequence[float] | None = None,
     last_preserved_timestamp: float | None = None,
@@ -127,7 +130,8 @@ def update_checkpoint_state(
     """Write the state file of ``save_dir``, whole: a reader sees the old text or the new one, never a part.
 
     Arguments are those of ``generate_checkpoint_state_proto``. The checkpoints need not exist, and this commits none:
-    managers follow the log. RuntimeError if ``model_checkpoint_path`` is the state file itself.
+    managers follow the log. RuntimeError if ``model_checkpoint_path`` is the state file itself, however it is spelled;
+    ValueError if ``latest_filename`` has a path in it.
     """
     directory = os.fspath(save_dir)
     filename = _filename(latest_filename)
@@ -144,15 +148,16 @@ def update_checkpoint_state(
 
 
 def get_checkpoint_state(
-    checkpoint_dir: str | os.PathLike[str],
+    checkpoint_dir: PathLike,
     latest_filename: str | None = None,
     *,
     storage_options: Mapping[str, Any] | None = None,
 ) -> CheckpointState | None:
     """What the state file of ``checkpoint_dir`` says, with relative paths joined to that directory.
 
-    None if there is no such file, and, with a warning in the log, if it cannot be read or understood. ValueError if
-    it can, but names no newest checkpoint (an empty file, for one). Whether the checkpoints exist is not looked at.
+    None if there is no such file, and, with a warning in the log, if it cannot be read or understood (TensorFlow raises
+    UnicodeDecodeError for what is not UTF-8). ValueError if it can, but names no newest checkpoint (an empty file, for
+    one), or if ``latest_filename`` has a path in it. Whether the checkpoints exist is not looked at.
     """
     directory = os.fspath(checkpoint_dir)
     filename = _filename(latest_filename)

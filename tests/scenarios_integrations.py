@@ -7,7 +7,9 @@ import signal
 import warnings
 from typing import Any
 
+import numpy as np
 import torch
+from torch.distributed.fsdp import fully_shard
 
 ITEMS = 22
 """Items of the data: not a multiple of the batch, so epochs end with a smaller one."""
@@ -82,6 +84,9 @@ def transformers(
     interruption = Interruption(stop_at, fail_at, rank)
 
     class Interrupt(TrainerCallback):
+        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            state.log_history.append({"step": 0, "odd": np.float32(1.5), "odder": object()})
+
         def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             interruption.before_step(state.global_step)
 
@@ -129,12 +134,14 @@ def lightning(
     rank: int = 0,
     validate: bool = False,
     resumable: bool = False,
+    shard: bool = False,
     **arguments: Any,
 ) -> dict[str, Any]:
     """Train a network with dropout on shuffled data; what became of it."""
     from lightning.pytorch import LightningDataModule, LightningModule, Trainer, seed_everything
     from lightning.pytorch.callbacks import Callback
     from lightning.pytorch.plugins.environments import TorchElasticEnvironment
+    from lightning.pytorch.strategies import ModelParallelStrategy
 
     from distckpt.integrations.lightning import DistckptCallback
 
@@ -145,6 +152,10 @@ def lightning(
         def __init__(self) -> None:
             super().__init__()
             self.net = torch.nn.Sequential(torch.nn.Linear(3, 8), torch.nn.Dropout(0.2), torch.nn.Linear(8, 1))
+
+        def configure_model(self) -> None:
+            if shard:
+                fully_shard(self.net, mesh=self.device_mesh["data_parallel"])
 
         def training_step(self, batch: torch.Tensor, batch_idx: int) -> torch.Tensor:
             interruption.before_step(self.trainer.global_step)
@@ -190,13 +201,18 @@ def lightning(
         def load_state_dict(self, state_dict: dict[str, Any]) -> None:
             self.batches = state_dict["batches"]
 
+    class Odd(Callback):
+        def state_dict(self) -> dict[str, Any]:
+            return {"odd": object()}
+
     seed_everything(1, verbose=False)
     data, counting = Data(), Counting()
-    over_ranks = {"strategy": "ddp", "plugins": [TorchElasticEnvironment()]} if ranks > 1 else {}
+    strategy = ModelParallelStrategy(data_parallel_size=ranks, tensor_parallel_size=1) if shard else "ddp"
+    over_ranks = {"strategy": strategy, "plugins": [TorchElasticEnvironment()]} if ranks > 1 else {}
     trainer = Trainer(
         accelerator="cpu", devices=ranks, enable_checkpointing=False, logger=False, enable_progress_bar=False,
         enable_model_summary=False, limit_val_batches=1.0 if validate else 0,
-        callbacks=[counting, DistckptCallback(directory, 3, max_to_keep=None, save_timeout=30)],
+        callbacks=[counting, Odd(), DistckptCallback(directory, 3, max_to_keep=None, save_timeout=30)],
         **over_ranks, **arguments,
     )  # fmt: skip
     try:

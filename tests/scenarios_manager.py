@@ -11,8 +11,11 @@ import distckpt
 from distckpt.errors import DistckptError
 
 
-def save_on_after_a_failure(directory: str, fails_at: int, steps: int, interval: int | None) -> list[str]:
-    """Save at every step. Rank 1 cannot at ``fails_at``; rank 0 hears of that before its next save. What came of each."""
+def save_on_after_a_failure(directory: str, fails_at: int, steps: int, interval: int | None, heard: bool) -> list[str]:
+    """Save at every step, which rank 1 cannot do at ``fails_at``; what came of each call.
+
+    ``heard``: rank 0 hears of the failure before its next save, else later.
+    """
     mine: dict[str, Any] = {}
     rank = dist.get_rank()
     outcomes = []
@@ -33,6 +36,6 @@ def save_on_after_a_failure(directory: str, fails_at: int, steps: int, interval:
                 outcomes.append(type(error).__name__)
                 continue
             outcomes.append("begun" if pending is not None else "nothing")
-            while pending is not None and (step, rank) == (fails_at, 0) and not pending.done():
+            while heard and pending is not None and (step, rank) == (fails_at, 0) and not pending.done():
                 time.sleep(0.01)
     return outcomes

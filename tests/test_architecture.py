@@ -46,7 +46,7 @@ LAYERS = (
         "saving",
         "watching",
     ),
-    ("hooks", "exporting", "quantizing", "threads"),
+    ("hooks", "exporting", "quantizing"),
     ("session",),
     ("cli", "integrations", "testing"),
 )
@@ -138,20 +138,35 @@ def test_the_package_itself_only_names_what_is_public() -> None:
 
 
 def test_no_module_needs_itself() -> None:
-    """Imports that run when a module is imported form no circle."""
+    """Imports form no circle, those inside functions and those for type checkers included."""
     needs = {
-        name: {
-            other
-            for used in imports_when_imported(tree)
-            for other in (used, used.rpartition(".")[0])
-            if other in modules()
-        }
+        name: {other for used in imports(tree) for other in (used, used.rpartition(".")[0]) if other in modules()}
         - {name, "distckpt"}
         for name, tree in modules().items()
+        if name != "distckpt"
     }
     while free := [name for name, used in needs.items() if not used]:
         needs = {name: used - set(free) for name, used in needs.items() if name not in free}
     assert needs == {}
+
+
+def test_wall_clock_time_is_read_at_the_rim_and_through_time_time_alone() -> None:
+    """So a test can set it, and what decides (the machine, retention) is told."""
+    rim = {"coordinator.shell", "coordinator.housekeeping", "storage.local", "storage.memory"}
+    rim |= {"exporting.task", "hooks", "leasing"}
+    harmless = {"time.monotonic", "time.perf_counter", "time.sleep"}
+    calendar = ("datetime.now", "datetime.utcnow", "datetime.today", "date.today")
+    readers, others = set(), set()
+    for name, tree in modules().items():
+        for node in ast.walk(tree):
+            text = ast.unparse(node) if isinstance(node, ast.Attribute) else ""
+            if text == "time.time":
+                readers.add(name.removeprefix("distckpt."))
+            elif (text.startswith("time.") and text not in harmless) or text.endswith(calendar):
+                others.add(f"{name} uses {text}")
+        others |= {f"{name} imports {used}" for used in imports(tree) if used.startswith("time.")}
+    assert others == set()
+    assert readers == rim
 
 
 def users(package: str) -> set[str]:
@@ -308,7 +323,7 @@ def test_modules_are_short() -> None:
 PROMISED = {
     "Checkpoint", "PerRank", "CheckpointManager", "PendingSave", "LoadStatus", "load", "open", "CheckpointReader",
     "latest_checkpoint", "get_checkpoint_state", "update_checkpoint_state", "generate_checkpoint_state_proto",
-    "checkpoints_iterator", "wait_for_new_checkpoint", "errors",
+    "checkpoints_iterator", "wait_for_new_checkpoint", "Coordinator", "LooperThread", "errors",
 }  # fmt: skip
 
 
@@ -388,6 +403,9 @@ EXAMPLES: list[errors.DistckptError] = [
     errors.FencedError("/x", 3, 4),
     errors.StaleRunError("/x", 1, 2),
     errors.CoordinatorUnavailableError("no answer"),
+    errors.PeerFailedError(1, "host-1", "ValueError", "bad record", "Traceback ..."),
+    errors.RankSilentError(1, "host-1", 60.5),
+    errors.OutOfRangeError("no more records"),
     errors.PeerFailedError(3, "node-7", "OSError", "the disk is gone", "Traceback ..."),
     errors.RankSilentError(3, "node-7", 61.0),
     errors.AgreementError("rank 1 has left"),

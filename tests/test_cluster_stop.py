@@ -20,7 +20,7 @@ import torch
 
 import distckpt
 from distckpt import Coordinator, LooperThread
-from distckpt.coordinator.messages import AwaitStop, StopReport
+from distckpt.coordinator.messages import AwaitStop, StopReport, StopState
 from distckpt.errors import (
     CoordinatorError,
     FencedError,
@@ -29,6 +29,7 @@ from distckpt.errors import (
     RankSilentError,
     StaleRunError,
 )
+from distckpt.storage import LocalStore
 from tests.gang import ROOT, Gang
 from tests.test_faults import connected, coordinator_pid  # noqa: F401 - a fixture
 
@@ -281,6 +282,25 @@ def test_several_coordinators_of_one_cluster_do_not_stop_each_other(manager: dis
     two.join()
 
 
+def stop_of(manager: distckpt.CheckpointManager, generation: int) -> StopReport | None:
+    """What the coordinator would tell another rank."""
+    reply = manager._session.ask(lambda run: AwaitStop(run, 0, generation, None, {}, None, 0.0), 30)
+    assert isinstance(reply, StopState)
+    return reply.stop
+
+
+@pytest.mark.parametrize("how", ["cleared", "dropped"])
+def test_what_was_reported_is_told_even_if_nobody_waits_for_it(manager: distckpt.CheckpointManager, how: str) -> None:
+    coord = Coordinator(cluster=manager.cluster)
+    coord.request_stop(ValueError("gone at once"))
+    if how == "cleared":
+        coord.clear_stop()
+        assert not coord.should_stop()
+    del coord
+    until(lambda: stop_of(manager, 1) is not None)
+    assert stop_of(manager, 2) is None
+
+
 def stop_threads() -> list[threading.Thread]:
     return [thread for thread in threading.enumerate() if thread.name in ("distckpt-stops", "distckpt-report")]
 
@@ -326,6 +346,15 @@ def test_a_rank_of_a_run_that_is_over_stops(tmp_path: Path) -> None:
         old.close()
 
 
+def test_a_coordinator_that_cannot_be_reached_stops_nobody(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    manager = distckpt.CheckpointManager(distckpt.Checkpoint(a=torch.ones(2)), tmp_path)
+    manager._session.close()
+    coord = Coordinator(cluster=manager.cluster, silence_timeout=0.2)
+    assert not coord.wait_for_stop(2.5)
+    assert caplog.text.count("rank 0 cannot hear of stops") == 1, "it is said once"
+    manager.close()
+
+
 # ---- distckpt's own threads -----------------------------------------------------------------------------------------------
 
 
@@ -355,6 +384,32 @@ def test_a_straggler_of_a_manager_is_named(
     over.set()
     assert "threads still running: distckpt-stuck" in caplog.text
     assert distckpt.latest_checkpoint(tmp_path) == f"{tmp_path}/ckpt-1"
+
+
+def test_a_save_in_flight_outlives_the_block_that_an_error_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What ends the program closes the manager once more, and that waits for the save."""
+    before = own_threads()
+    go, put = threading.Event(), LocalStore.put_unique
+    monkeypatch.setattr(LocalStore, "put_unique", lambda *args: go.wait(30) and put(*args))
+    monkeypatch.setattr("distckpt.manager.LAST_SAVE_SECONDS", 0.1)
+    manager = distckpt.CheckpointManager(distckpt.Checkpoint(a=torch.ones(2)), tmp_path)
+
+    def training() -> None:
+        with manager:
+            manager.save(1)
+            raise ValueError("in the loop")
+
+    with pytest.raises(ValueError, match="in the loop"):
+        training()
+    assert distckpt.latest_checkpoint(tmp_path) is None
+    with pytest.raises(CoordinatorError, match="closed"):
+        manager.save(2)
+    threading.Timer(0.1, go.set).start()
+    manager.close()
+    assert distckpt.latest_checkpoint(tmp_path) == f"{tmp_path}/ckpt-1"
+    assert own_threads() == before
 
 
 # ---- the example ----------------------------------------------------------------------------------------------------------

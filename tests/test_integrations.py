@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
+import json
+import os
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +18,7 @@ import torch
 
 import distckpt
 from tests import scenarios_integrations as scenarios
-from tests.gang import Gang
+from tests.gang import ROOT, Gang
 
 FINAL = ("model", "optimizer", "lr_scheduler", "random")
 
@@ -89,6 +94,9 @@ def test_transformers_trains_and_saves(hugging: Hugging) -> None:
     assert hugging.whole["step"] == 12
     assert numbers(hugging.folder / "whole") == [3, 6, 9, 12]
     assert list((hugging.folder / "unused").iterdir()) == [], "Trainer saved something itself"
+    state = json.loads(distckpt.load(hugging.folder / "whole/ckpt-3", "trainer@0.state"))
+    assert [entry["step"] for entry in state["log_history"]] == [0, 1, 2, 3], "saved before it was logged"
+    assert state["log_history"][0] == {"step": 0, "odd": 1.5, "odder": None}
 
 
 @pytest.mark.parametrize("stops", [[4], [5, 7]], ids=["within an epoch", "between epochs and again"])
@@ -180,10 +188,10 @@ lightning = pytest.mark.filterwarnings(*OF_LIGHTNING)
 
 
 @lightning
-@pytest.mark.parametrize("stops", [[2], [4, 7], [8, 9, 12]], ids=lambda stops: "-".join(map(str, stops)))
+@pytest.mark.parametrize("stops", [[2], [5, 7], [8, 11, 12]], ids=lambda stops: "-".join(map(str, stops)))
 @pytest.mark.parametrize(
     "arguments",
-    [{"max_epochs": 3}, {"max_steps": 14, "max_epochs": 4, "validate": True},
+    [{"max_epochs": 3}, {"max_steps": 14, "max_epochs": 3, "validate": True},
      {"max_epochs": 5, "accumulate_grad_batches": 2, "resumable": True}],
     ids=["epochs", "steps and validation", "accumulated, from a loader that resumes"],
 )  # fmt: skip
@@ -203,8 +211,11 @@ def test_lightning_goes_on_where_it_was_stopped(tmp_path: Path, arguments: dict[
 
 
 @lightning
-def test_lightning_fails_and_resumes(tmp_path: Path) -> None:
+def test_lightning_fails_and_resumes(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     whole = scenarios.lightning(str(tmp_path / "whole"), max_epochs=2)
+    told = [record.getMessage() for record in caplog.records if record.name == "distckpt.integrations.carrying"]
+    assert len(told) == 1, "told once, though there were four saves"
+    assert "Odd is not saved" in told[0]
     failed = scenarios.lightning(str(tmp_path / "parts"), max_epochs=2, fail_at=8)
     assert failed["error"] == "step 8"
     assert numbers(tmp_path / "parts") == [3, 6]
@@ -217,12 +228,22 @@ def test_lightning_fails_and_resumes(tmp_path: Path) -> None:
 
 
 @lightning
+def test_lightning_trains_on_within_an_epoch_that_the_number_of_steps_ended(tmp_path: Path) -> None:
+    whole = scenarios.lightning(str(tmp_path / "whole"), max_steps=10)
+    first = scenarios.lightning(str(tmp_path / "parts"), max_steps=4)
+    then = scenarios.lightning(str(tmp_path / "parts"), max_steps=10)
+    assert first["seen"] + then["seen"] == whole["seen"]
+    assert digests(tmp_path / "parts/ckpt-10", *FINAL) == digests(tmp_path / "whole/ckpt-10", *FINAL)
+
+
+@lightning
 @pytest.mark.timeout(120)
-def test_lightning_over_ranks_stops_together_and_resumes(tmp_path: Path, gang2: Gang) -> None:
+@pytest.mark.parametrize("shard", [False, True], ids=["ddp", "sharded"])
+def test_lightning_over_ranks_stops_together_and_resumes(tmp_path: Path, gang2: Gang, shard: bool) -> None:
     def train(name: str, **arguments: Any) -> list[dict[str, Any]]:
         directory = str(tmp_path / name)
         return gang2.run("scenarios_integrations:on_rank", kind="lightning", directory=directory, ranks=2,
-                         batch=2, max_epochs=2, **arguments)  # fmt: skip
+                         batch=2, max_epochs=2, shard=shard, **arguments)  # fmt: skip
 
     whole, stopped = train("whole"), train("parts", stop_at=7, rank=1)
     assert [result["step"] for result in stopped] == [8, 8]
@@ -233,3 +254,69 @@ def test_lightning_over_ranks_stops_together_and_resumes(tmp_path: Path, gang2: 
     assert digests(tmp_path / "parts/ckpt-12", *FINAL[:3]) == digests(tmp_path / "whole/ckpt-12", *FINAL[:3])
     alone = scenarios.lightning(str(tmp_path / "parts"), batch=4, max_epochs=3)
     assert (alone["step"], alone["epoch"], len(alone["seen"])) == (18, 3, 6)
+
+
+# ---- Ray Train ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.timeout(180)
+def test_ray_train_goes_on_after_a_worker_was_killed(tmp_path: Path, ray_address: str) -> None:
+    directory, notes = tmp_path / "run", tmp_path / "notes"
+    notes.mkdir()
+    program = ROOT / "tests" / "programs" / "on_ray_train_session.py"
+    done = subprocess.run(
+        [sys.executable, str(program), str(directory), str(tmp_path / "results"), str(notes)],
+        env={**os.environ, "RAY_ADDRESS": ray_address, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=170,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    for rank in (0, 1):
+        steps = [int(line) for line in (notes / f"rank-{rank}").read_text().split()]
+        assert steps == [0, 1, 2, 3, 4, 4, 5, 6, 7], "each step once, but for the one in which a worker died"
+    reports = [json.loads(line) for line in (notes / "reports").read_text().splitlines()]
+    assert reports[-1] == [{"global_step": 8, "rank": 0}, {"global_step": 8, "rank": 1}]
+    assert numbers(directory) == [2, 4, 6, 8]
+
+    from distckpt.integrations.ray_train import to_ray_checkpoint
+    from tests.programs.on_ray_train_session import STEPS, make_module, make_step
+
+    module, optimizer = make_module()
+    step = make_step(module, optimizer)
+    for number in range(STEPS):
+        step(number)
+    with to_ray_checkpoint(directory / "ckpt-8").as_directory() as folder:
+        saved = distckpt.load(folder, "model")
+    assert saved.keys() == module.state_dict().keys()
+    assert all(torch.equal(saved[key], tensor) for key, tensor in module.state_dict().items())
+
+
+# ---- the libraries are not there, or were not asked rightly -------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "needed", "extra"),
+    [("transformers", "transformers.trainer_callback", "transformers"), ("lightning", "lightning.pytorch", "lightning"),
+     ("ray_train", "ray.train", "train")],
+)  # fmt: skip
+def test_a_missing_library_is_named_with_what_installs_it(
+    monkeypatch: pytest.MonkeyPatch, name: str, needed: str, extra: str
+) -> None:
+    monkeypatch.setitem(sys.modules, needed, None)
+    monkeypatch.delitem(sys.modules, f"distckpt.integrations.{name}", raising=False)
+    with pytest.raises(ImportError, match=rf"pip install 'distckpt\[{extra}\]'"):
+        importlib.import_module(f"distckpt.integrations.{name}")
+
+
+@lightning
+@pytest.mark.parametrize("name", ["transformers", "lightning"])
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [({}, ValueError), ({"save_steps": 1, "save_secs": 1.0}, ValueError), ({"save_steps": 1, "keep": 3}, TypeError)],
+)
+def test_wrong_arguments_are_refused_at_once(name: str, arguments: dict[str, Any], error: type[Exception]) -> None:
+    callback = importlib.import_module(f"distckpt.integrations.{name}").DistckptCallback
+    with pytest.raises(error):
+        callback("unused", **arguments)

@@ -465,16 +465,13 @@ class Unwritable(LocalStore):
 
 def test_ranks_stay_in_step_after_a_save_that_failed(gang2: Gang, tmp_path: Path) -> None:
     """They learn of the failure at different moments; still each checkpoint holds one and the same step of all."""
-    arguments = {"directory": str(tmp_path), "fails_at": 2, "steps": 5, "interval": None}
+    arguments = {"directory": str(tmp_path), "fails_at": 2, "steps": 5, "interval": None, "heard": True}
     first, second = gang2.run("scenarios_manager:save_on_after_a_failure", **arguments)
     assert first == ["begun", "begun", "RankFailedError", "begun", "begun"]
     assert second == ["begun", "EncodeError", "begun", "begun", "begun"]
     assert steps_of(tmp_path) == {1: [1, 1], 3: [3, 3], 4: [4, 4], 5: [5, 5]}
-    arguments = {"directory": str(tmp_path), "fails_at": 3, "steps": 8, "interval": 2}
-    outcomes = gang2.run("scenarios_manager:save_on_after_a_failure", **arguments)
-    assert [["nothing" if one == "nothing" else "save" for one in each][4:] for each in outcomes] == [
-        ["save", "nothing", "save", "nothing"]
-    ] * 2
+    arguments = {"directory": str(tmp_path), "fails_at": 3, "steps": 8, "interval": 2, "heard": False}
+    gang2.run("scenarios_manager:save_on_after_a_failure", **arguments)
     assert steps_of(tmp_path) == {5: [5, 5], 1: [1, 1], 3: [5, 5], 4: [7, 7]}
 
 

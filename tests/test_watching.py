@@ -11,13 +11,16 @@ from pathlib import Path
 import msgspec
 import pytest
 
+import distckpt
 import distckpt.watching
-from distckpt.errors import DamagedError
+from distckpt.errors import CheckpointNotFoundError, DamagedError, StorageError
 from distckpt.format import names
 from distckpt.format.log import State
 from distckpt.storage import LocalStore, MemoryStore, ObjectInfo, open_store
+from distckpt.transfer.log import read_entry, read_tail, sequence_numbers
 from distckpt.watching import checkpoints_iterator, wait_for_new_checkpoint
 from tests.checkpoints import append_state, commit, commit_bare, new_attempt, put_manifest
+from tests.small_runs import mount, mounting, until
 
 
 @pytest.fixture
@@ -87,6 +90,13 @@ def test_the_last_one_may_be_written_as_a_relative_path(tmp_path: Path, monkeypa
     monkeypatch.chdir(tmp_path)
     commit_bare("run", 1)
     assert wait_for_new_checkpoint("run", "run/ckpt-1", timeout=0) is None
+
+
+def test_the_last_one_may_be_what_save_returned(tmp_path: Path) -> None:
+    with distckpt.CheckpointManager(distckpt.Checkpoint(a=1), tmp_path) as manager:
+        pending = manager.save(1)
+        assert wait_for_new_checkpoint(tmp_path, timeout=30) == str(pending)
+        assert wait_for_new_checkpoint(tmp_path, pending, 0.01, 0.05) is None
 
 
 def test_going_back_to_an_older_number_is_new(tmp_path: Path) -> None:
@@ -199,6 +209,65 @@ def test_a_look_without_news_is_one_listing(tmp_path: Path) -> None:
     assert len(store.calls) <= 4
 
 
+class Undeleting(LocalStore):
+    """Deletes no manifest while ``held``, as a store that is slow to do so."""
+
+    held = True
+
+    def delete(self, path: str) -> None:
+        if self.held and path.endswith(names.MANIFEST):
+            raise StorageError(path, "not now")
+        super().delete(path)
+
+
+def test_a_checkpoint_that_is_being_retired_is_never_seen_though_it_is_still_whole(tmp_path: Path) -> None:
+    with mounting():
+        store = Undeleting(tmp_path)
+        with distckpt.CheckpointManager(distckpt.Checkpoint(a=1), mount(store), max_to_keep=1) as manager:
+            checkpoints = checkpoints_iterator(tmp_path, timeout=0)
+            manager.save(1).result(30)
+            assert next(checkpoints) == f"{tmp_path}/ckpt-1"
+            manager.save(2).result(30)
+            until(lambda: [record.number for record in read_tail(store).state.retiring] == [1])
+            assert list((tmp_path / "ckpt-1").glob("*/manifest.json"))
+            assert next(checkpoints) == f"{tmp_path}/ckpt-2"
+            assert wait_for_new_checkpoint(tmp_path, f"{tmp_path}/ckpt-2", timeout=0) is None
+            assert list(checkpoints_iterator(tmp_path, timeout=0)) == [f"{tmp_path}/ckpt-2"]
+            with pytest.raises(CheckpointNotFoundError):
+                distckpt.open(tmp_path / "ckpt-1")
+            store.held = False
+
+
+@pytest.mark.usefixtures("quick")
+def test_each_one_yielded_was_the_newest_while_it_was_looked_for(tmp_path: Path) -> None:
+    """Against a manager that saves, retires and deletes as fast as it can."""
+    store, total, over = LocalStore(tmp_path), 40, threading.Event()
+
+    def train() -> None:
+        with distckpt.CheckpointManager(distckpt.Checkpoint(a=1), tmp_path, max_to_keep=1) as manager:
+            for number in range(1, total + 1):
+                manager.save(number).result(30)
+        over.set()
+
+    trainer = threading.Thread(target=train)
+    trainer.start()
+    seen, wrong = [], []
+    checkpoints = checkpoints_iterator(tmp_path, timeout=0.01, timeout_fn=over.is_set)
+    while True:
+        asked = max(sequence_numbers(store), default=0)
+        path = next(checkpoints, None)
+        if path is None:
+            break
+        seen.append(path)
+        entries = [read_entry(store, seq) for seq in sequence_numbers(store) if seq >= asked]
+        newest = {f"{tmp_path}/ckpt-{entry.state.active[-1].number}" for entry in entries if entry.state.active}
+        wrong += [path] * (path not in newest)
+    trainer.join()
+    assert wrong == []
+    assert seen[-1] == f"{tmp_path}/ckpt-{total}"
+    assert len(seen) == len(set(seen)) > 1
+
+
 # ---- iterating ----------------------------------------------------------------------------------------------------
 
 
@@ -284,6 +353,28 @@ def test_a_false_timeout_fn_waits_again(tmp_path: Path) -> None:
 
     assert list(checkpoints_iterator(tmp_path, timeout=0, timeout_fn=is_over)) == [f"{tmp_path}/ckpt-1"]
     assert len(calls) == 4
+
+
+@pytest.mark.usefixtures("quick")
+def test_without_a_timeout_it_waits_for_ever_and_timeout_fn_is_never_asked(
+    tmp_path: Path, later: Callable[[float, Callable[[], object]], None]
+) -> None:
+    commit_bare(tmp_path, 1)
+    checkpoints = checkpoints_iterator(tmp_path, timeout_fn=lambda: pytest.fail("it was asked"))
+    assert next(checkpoints) == f"{tmp_path}/ckpt-1"
+    later(0.2, lambda: commit_bare(tmp_path, 2))
+    assert next(checkpoints) == f"{tmp_path}/ckpt-2"
+
+
+@pytest.mark.usefixtures("quick")
+def test_each_wait_has_the_whole_timeout(tmp_path: Path, later: Callable[[float, Callable[[], object]], None]) -> None:
+    """However long the consumer took."""
+    commit_bare(tmp_path, 1)
+    checkpoints = checkpoints_iterator(tmp_path, timeout=2)
+    assert next(checkpoints) == f"{tmp_path}/ckpt-1"
+    time.sleep(1.1)
+    later(1.1, lambda: commit_bare(tmp_path, 2))
+    assert next(checkpoints) == f"{tmp_path}/ckpt-2"
 
 
 def test_a_false_timeout_fn_does_not_spin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -252,6 +252,7 @@ def find_or_start(
         max_restarts=-1,
         max_concurrency=100_000,
         num_cpus=0,
+        memory=1,  # bytes: Ray takes an actor that claims nothing at all to any node, whatever the strategy says
         scheduling_strategy=NodeAffinitySchedulingStrategy(home, soft=True),
     ).remote(directory, storage_options, settings)
     ray.get(actor.describe.remote())

@@ -12,7 +12,7 @@ from distckpt.coordinator.client import Session
 from distckpt.coordinator.messages import AwaitStop, StopReport, StopState
 from distckpt.coordinator.stops import Members, merged
 from distckpt.coordinator.threads import Coordinator, full_name, text_of
-from distckpt.errors import CoordinatorError, CoordinatorUnavailableError
+from distckpt.errors import CoordinatorError, FencedError, StaleRunError
 
 logger = logging.getLogger(__name__)
 
@@ -101,7 +101,8 @@ class RankMembership:
         self._members: Members = {rank: host}
         self._known: StopReport | None = None
         self._mine: StopReport | None = None
-        self._left = threading.Event()
+        self._is_deaf = False
+        self._left = False
         self._settled = threading.Event()
 
     def start(self) -> None:
@@ -118,9 +119,8 @@ class RankMembership:
         return self._settled.wait(timeout)
 
     def leave(self) -> None:
-        """See ``threads.Membership.leave``."""
-        self._left.set()
-        self._settled.set()
+        """See ``threads.Membership.leave``. Takes no lock, for it may be called while garbage is collected."""
+        self._left = True
 
     def fail(self, error: BaseException) -> None:
         """The Coordinator stops with ``error``, and all ranks with it."""
@@ -133,10 +133,11 @@ class RankMembership:
         if self._mine is not None and not self.settle(timeout):
             logger.warning("rank %d leaves before the others could be told that it stops", self._rank)
         self.leave()
+        self._settled.set()
 
     def _listen(self) -> None:
         patience = min(self._silence_timeout / SIGNS, MOST_PATIENCE)
-        while not self._left.is_set():
+        while not self._left:
             self._ask(patience)
         if not self._closed.is_set():  # else the whole rank has left
             self._ask(0.0)
@@ -146,7 +147,7 @@ class RankMembership:
             self._ask(0.0)
 
     def _ask(self, patience: float) -> None:
-        leaving = self._left.is_set()
+        leaving = self._left
         try:
             reply = self._session.ask(
                 lambda run: AwaitStop(
@@ -160,15 +161,20 @@ class RankMembership:
                 ),
                 patience + ANSWER_SECONDS,
             )
-        except CoordinatorUnavailableError as error:
-            if not leaving:
-                logger.warning("the cluster cannot be asked for a stop, trying again: %s", error)
-            self._left.wait(PAUSE_SECONDS)
-        except Exception as error:  # noqa: BLE001 - a listener that ended by itself would leave this rank deaf
+        except (FencedError, StaleRunError) as error:
             self._lost(error)
+        except Exception as error:  # noqa: BLE001 - whatever it is that keeps the answer away may pass
+            self._cannot_hear(error)
         else:
+            self._is_deaf = False
             if isinstance(reply, StopState):
                 self._learn(reply)
+
+    def _cannot_hear(self, error: Exception) -> None:
+        if not self._is_deaf and not self._left:
+            self._is_deaf = True
+            logger.warning("rank %d cannot hear of stops of other ranks, trying again: %s", self._rank, error)
+        time.sleep(PAUSE_SECONDS)
 
     def _learn(self, state: StopState) -> None:
         with self._lock:
@@ -176,18 +182,19 @@ class RankMembership:
             if state.stop is None:
                 return
             # After a restart the coordinator may have heard another report first; this rank keeps to what it was told.
-            if self._known is None and not self._left.is_set():
+            if self._known is None and not self._left:
                 self._give(state.stop)
             self._known = state.stop
             self._settled.set()
 
-    def _lost(self, error: Exception) -> None:
+    def _lost(self, error: CoordinatorError) -> None:
         """The coordinator turns this rank away: it will hear of no stop any more, so it stops by itself."""
-        if not self._left.is_set():
+        if not self._left:
             self._give(error)
         self.leave()
+        self._settled.set()
 
-    def _give(self, cause: StopReport | Exception) -> None:
+    def _give(self, cause: StopReport | CoordinatorError) -> None:
         coordinator = self._coordinator()
         if coordinator is not None:
             coordinator._hear(self, cause)

@@ -18,7 +18,7 @@ from types import TracebackType
 from typing import Any, Protocol
 
 from distckpt.coordinator.messages import StopReport
-from distckpt.errors import OutOfRangeError, PeerFailedError, RankSilentError
+from distckpt.errors import CoordinatorError, OutOfRangeError, PeerFailedError, RankSilentError
 
 logger = logging.getLogger(__name__)
 
@@ -261,7 +261,7 @@ class Coordinator:
         if membership is not None and not membership.settle(SETTLE_SECONDS):
             logger.warning("the other ranks have not heard yet that this one stops: the coordinator does not answer")
 
-    def _hear(self, membership: Membership, cause: StopReport | BaseException) -> None:
+    def _hear(self, membership: Membership, cause: StopReport | CoordinatorError) -> None:
         """The first stop of all ranks, or why this rank will hear of none. The cluster's word is final."""
         with self._lock:
             if membership is not self._membership or (self._joined and self._stop.is_set()):
@@ -276,7 +276,7 @@ class Coordinator:
                 error.__context__ = self._error
             self._record(error)
 
-    def _error_of(self, cause: StopReport | BaseException) -> BaseException | None:
+    def _error_of(self, cause: StopReport | CoordinatorError) -> CoordinatorError | None:
         """What join is to raise, if it is anything else than this rank's own error: a report is only its likeness."""
         if not isinstance(cause, StopReport):
             return cause

@@ -124,7 +124,7 @@ def storable(states: Mapping[str, Any]) -> dict[str, Any]:
                 if not is_array(leaf.value):
                     encode_value(leaf.value, leaf.key)
         except EncodeError as error:
-            logger.warning("the state of %s is not saved: %s", name, error)
+            logger.warning("the state of %s is not saved: %s cannot be stored without pickle", name, error.key)
         else:
             found[name] = state
     return found

@@ -34,12 +34,13 @@ class DistckptCallback(Callback):
     ``get_extra_state``. A checkpoint's number is Lightning's ``global_step``.
 
     Resumed within an epoch, a loader with ``state_dict`` and ``load_state_dict`` is told where it was; any other is
-    read again from the beginning of the epoch, in the same order, and the batches that were seen are dropped. The
-    position is counted in batches, so keep the global batch the same when the number of ranks changes.
+    read again from the beginning of the epoch, in the same order if the number of ranks is the same, and the batches
+    that were seen are dropped. The position is counted in batches, so keep the global batch when that number changes.
 
     On one of ``stop_signals`` on any rank, all ranks save and stop after the same step, whatever ``min_epochs`` says;
-    Lightning then validates once more. One process, DDP and modules whose parameters are DTensors (ModelParallelStrategy)
-    are supported. Put this callback last, so that it saves what the others have done in the same step.
+    Lightning then validates once more. For one process, DDP, and ModelParallelStrategy, whose parameters are DTensors;
+    not for FSDPStrategy, whose parameters are flattened. Put this callback last, so that it saves what the others
+    have done in the same step.
 
     Args:
         directory, and further keywords: as for CheckpointManager.
@@ -87,7 +88,7 @@ class DistckptCallback(Callback):
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         """Remember the random numbers that the order of the epoch's data comes from."""
-        if self._place is not None:
+        if self._run is not None and self._place is not None:
             self._place.begin_epoch()
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
@@ -147,17 +148,17 @@ class _Place:
         self.random: Mapping[str, Any] = RandomState().state_dict()
         """The random numbers of the step that was restored."""
         self._trainer = trainer
-        self._callbacks = callbacks
+        self._callbacks = {each.state_key: each for each in callbacks}
+        self._left_out: set[str] = set()
         self._drawing: dict[str, Any] = {"random": self.random, "iterates": False}
         self._seen_in_epoch: int | None = None
         self._loaders_told = False
 
     def state_dict(self) -> dict[str, Any]:
-        states = {each.state_key: state for each in self._callbacks if (state := each.state_dict())}
         data = self._trainer.datamodule
         return {
             "loops": self._trainer.fit_loop.state_dict(),
-            "callbacks": storable(states),
+            "callbacks": self._callback_states(),
             "data": {} if data is None else data.state_dict(),
             "drawing": self._drawing,
         }
@@ -165,11 +166,17 @@ class _Place:
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         self._load_loops(saved["loops"])
         self._drawing = saved["drawing"]
-        for callback in self._callbacks:
-            if callback.state_key in saved["callbacks"]:
-                callback.load_state_dict(saved["callbacks"][callback.state_key])
+        for key in self._callbacks.keys() & saved["callbacks"].keys():
+            self._callbacks[key].load_state_dict(saved["callbacks"][key])
         if saved["data"]:
             self._trainer.datamodule.load_state_dict(saved["data"])
+
+    def _callback_states(self) -> dict[str, Any]:
+        asked = {key: each for key, each in self._callbacks.items() if key not in self._left_out}
+        states = {key: state for key, each in asked.items() if (state := each.state_dict())}
+        kept = storable(states)
+        self._left_out |= states.keys() - kept.keys()  # told once, and not asked again
+        return kept
 
     def _load_loops(self, saved: dict[str, Any]) -> None:
         loop, epochs = self._trainer.fit_loop, saved["epoch_progress"]

@@ -49,7 +49,8 @@ class DistckptCallback(TrainerCallback):
     and stop after the same step, and ``train`` returns. Set ``save_strategy="no"``, else Trainer saves as well.
 
     ``train`` begins and resumes; Trainer's own ``train`` can begin, but a callback cannot move it: it raises
-    RuntimeError if the directory has a checkpoint of another step. DeepSpeed, which owns its state, is refused.
+    RuntimeError if the directory has a checkpoint of another step. For one process, DDP, and what has DTensors for
+    parameters, as FSDP2 does; DeepSpeed, which owns its state, is refused.
 
     Args:
         directory, and further keywords: as for CheckpointManager.

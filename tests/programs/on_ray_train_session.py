@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,34 +21,46 @@ from distckpt.integrations.ray_train import training_session
 STEPS = 8
 
 
-def train(config: dict[str, str]) -> None:
-    """What each worker runs."""
-    rank = ray.train.get_context().get_world_rank()
+def make_step(module: torch.nn.Module, optimizer: torch.optim.Optimizer) -> Callable[[int], None]:
+    """A step on data that is the same for all workers, so that any number of them comes to the same result."""
+
+    def step(number: int) -> None:
+        optimizer.zero_grad()
+        data = torch.randn(2, 4, generator=torch.Generator().manual_seed(number))
+        module(data).pow(2).mean().backward()
+        optimizer.step()
+
+    return step
+
+
+def make_module() -> tuple[torch.nn.Module, torch.optim.Optimizer]:
+    """The same on every worker."""
     torch.manual_seed(0)
     module = torch.nn.Linear(4, 1)
-    model = ray.train.torch.prepare_model(module) if config["workers"] == "2" else module
-    optimizer = torch.optim.AdamW(module.parameters(), lr=0.1)
+    return module, torch.optim.AdamW(module.parameters(), lr=0.1)
 
-    def step() -> None:
+
+def train(config: dict[str, str]) -> None:
+    """What each worker runs."""
+    rank, notes = ray.train.get_context().get_world_rank(), Path(config["notes"])
+    module, optimizer = make_module()
+    model = ray.train.torch.prepare_model(module)
+    step = make_step(model, optimizer)
+
+    def dangerous_step() -> None:
         number = session.global_step
-        with Path(config["seen"], str(rank)).open("a") as seen:
+        with (notes / f"rank-{rank}").open("a") as seen:
             seen.write(f"{number}\n")
-        killed = Path(config["seen"], "killed")
-        if rank == 1 and number == 4 and not killed.exists():
-            killed.touch()
+        if rank == 1 and number == 4 and not (notes / "killed").exists():
+            (notes / "killed").touch()
             os.kill(os.getpid(), signal.SIGKILL)
-        generator = torch.Generator().manual_seed(number)
-        optimizer.zero_grad()
-        model(torch.randn(2, 4, generator=generator)).pow(2).mean().backward()
-        optimizer.step()
+        step(number)
 
     checkpoint = distckpt.Checkpoint(model=model, optimizer=optimizer)
     with training_session(checkpoint, config["directory"], save_steps=2, save_timeout=30) as session:
         while session.global_step < STEPS and not session.should_stop():
-            session.run(step)
+            session.run(dangerous_step)
             session.report({"rank": rank})
-            if rank == 0 and session.global_step == STEPS - 1:
-                session.request_stop()
 
 
 class Reports(ray.train.UserCallback):
@@ -61,17 +74,17 @@ class Reports(ray.train.UserCallback):
             reports.write(json.dumps(metrics) + "\n")
 
 
-def main(directory: str, results: str, seen: str) -> None:
+def main(directory: str, results: str, notes: str) -> None:
     """Run the job on the cluster that RAY_ADDRESS names."""
     ray.init(log_to_driver=True)
     trainer = ray.train.torch.TorchTrainer(
         train,
-        train_loop_config={"directory": directory, "seen": seen, "workers": "2"},
+        train_loop_config={"directory": directory, "notes": notes},
         scaling_config=ray.train.ScalingConfig(num_workers=2, resources_per_worker={"CPU": 1}),
         run_config=ray.train.RunConfig(
             storage_path=results,
             failure_config=ray.train.FailureConfig(max_failures=1),
-            callbacks=[Reports(f"{seen}/reports")],
+            callbacks=[Reports(f"{notes}/reports")],
         ),
     )
     trainer.fit()
