@@ -70,6 +70,11 @@ class CheckpointManager:
     Raises:
         ValueError: wrong arguments.
         StorageError, StoreUnsuitableError: the directory cannot be used.
+
+    What stays, and what numbers, intervals, restarts and clocks that go back mean, is as in TensorFlow. Where
+    TensorFlow's differs: it has no default for ``max_to_keep``; it overwrites a number that is saved again in place, be
+    it a preserved one; it counts a step as saved when its save fails; its ``restore_or_initialize`` initializes while the
+    first save is in flight, and falls back to nothing when the newest checkpoint is damaged; two at once do harm.
     """
 
     def __init__(

@@ -47,7 +47,7 @@ class ReferenceManager:
         checkpoint: Checkpoint,
         directory: Directory,
         now: Callable[[], float],
-        max_to_keep: int | None,
+        max_to_keep: float | None,
         hours: float | None = None,
         name: str = "ckpt",
         step: Callable[[], int] | None = None,

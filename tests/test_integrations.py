@@ -191,7 +191,7 @@ lightning = pytest.mark.filterwarnings(*OF_LIGHTNING)
 @pytest.mark.parametrize("stops", [[2], [5, 7], [8, 11, 12]], ids=lambda stops: "-".join(map(str, stops)))
 @pytest.mark.parametrize(
     "arguments",
-    [{"max_epochs": 3}, {"max_steps": 14, "max_epochs": 3, "validate": True},
+    [{"max_epochs": 3, "min_epochs": 2}, {"max_steps": 14, "max_epochs": 3, "validate": True},
      {"max_epochs": 5, "accumulate_grad_batches": 2, "resumable": True}],
     ids=["epochs", "steps and validation", "accumulated, from a loader that resumes"],
 )  # fmt: skip
@@ -308,6 +308,20 @@ def test_a_missing_library_is_named_with_what_installs_it(
     monkeypatch.delitem(sys.modules, f"distckpt.integrations.{name}", raising=False)
     with pytest.raises(ImportError, match=rf"pip install 'distckpt\[{extra}\]'"):
         importlib.import_module(f"distckpt.integrations.{name}")
+
+
+def test_transformers_callback_refuses_a_trainer_that_is_not_its_own(tmp_path: Path) -> None:
+    from transformers import Trainer, TrainingArguments
+
+    from distckpt.integrations.transformers import DistckptCallback
+
+    settings = TrainingArguments(output_dir=str(tmp_path), report_to=[], use_cpu=True)
+    callback = DistckptCallback(tmp_path, 1)
+    trainer = Trainer(scenarios.language_model(0.0), settings, train_dataset=scenarios.Texts(4))
+    with pytest.raises(ValueError, match="not among the trainer's"):
+        callback.train(trainer)
+    with pytest.raises(TypeError, match="resume from"):
+        callback.train(trainer, resume_from_checkpoint=True)
 
 
 @lightning

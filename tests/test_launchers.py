@@ -1,4 +1,4 @@
-"""The ways in which people start many ranks: torchrun with and without torch.distributed, and Ray Train."""
+"""The ways in which people start many ranks: torchrun, with and without torch.distributed. Ray Train is in test_integrations."""
 
 from __future__ import annotations
 
@@ -36,34 +36,3 @@ def test_torchrun_without_a_ray_cluster(tmp_path: Path, group: str) -> None:
     with distckpt.open(f"{tmp_path}/ckpt-2") as reader:
         assert reader.manifest.world_size == 2
     assert distckpt.load(f"{tmp_path}/ckpt-2")["state"]["step"] == 2
-
-
-def train_on_ray(config: dict[str, str]) -> None:
-    """What each Ray Train worker runs."""
-    import ray.train
-    import torch
-
-    state = {"weight": torch.arange(8.0) * 3, "step": 0}
-    with distckpt.CheckpointManager(distckpt.Checkpoint(state=state), config["directory"]) as manager:
-        manager.restore_or_initialize()
-        for number in (1, 2):
-            state["step"] = number
-            manager.save(number)
-    ray.train.report({"step": 2})
-
-
-@pytest.mark.timeout(180)
-def test_ray_train_workers(tmp_path: Path, ray_address: str) -> None:
-    program = ROOT / "tests" / "programs" / "on_ray_train.py"
-    done = subprocess.run(
-        [sys.executable, str(program), str(tmp_path / "run"), str(tmp_path / "results")],
-        env={**os.environ, "RAY_ADDRESS": ray_address, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=170,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    with distckpt.open(f"{tmp_path}/run/ckpt-2") as reader:
-        assert reader.manifest.world_size == 2
-        assert reader.tensor("state.weight").tolist() == [0, 3, 6, 9, 12, 15, 18, 21]

@@ -12,11 +12,18 @@ import pytest
 import torch
 
 import distckpt
-from distckpt.errors import CheckpointNotFoundError, EncodeError, MismatchError, ResizeError, StorageError
+from distckpt.errors import (
+    CheckpointNotFoundError,
+    CoordinatorError,
+    EncodeError,
+    MismatchError,
+    ResizeError,
+    StorageError,
+)
 from distckpt.storage import LocalStore, ObjectInfo
 from tests.gang import Gang
 from tests.models import make_model, train
-from tests.small_runs import until
+from tests.small_runs import numbers, until
 
 
 class Color(enum.Enum):
@@ -477,8 +484,9 @@ def test_ranks_stay_in_step_after_a_save_that_failed(gang2: Gang, tmp_path: Path
 
 def steps_of(directory: Path) -> dict[int, list[int]]:
     """The step of each rank in every checkpoint, by number."""
-    paths = distckpt.get_checkpoint_state(directory).all_model_checkpoint_paths
-    return {int(path.rpartition("-")[2]): [mine["step"] for mine in distckpt.load(path)["mine"]] for path in paths}
+    # From the log: the state file comes after the ranks have their answer.
+    loaded = {number: distckpt.load(directory / f"ckpt-{number}") for number in numbers(directory)}
+    return {number: [mine["step"] for mine in state["mine"]] for number, state in loaded.items()}
 
 
 # ---- restoring --------------------------------------------------------------------------------------------------------
@@ -603,3 +611,14 @@ def test_an_uncollected_failure_comes_out_of_the_next_call(tmp_path: Path) -> No
     assert manager.latest_checkpoint == f"{folder}/ckpt-5", "it was begun all the same"
     manager.close()
     assert distckpt.latest_checkpoint(folder) == f"{folder}/ckpt-5"
+
+
+def test_a_save_that_has_failed_when_it_returns_is_raised_later_too(tmp_path: Path) -> None:
+    old = distckpt.CheckpointManager(distckpt.Checkpoint(a=1), tmp_path, on_busy="skip")
+    with distckpt.CheckpointManager(distckpt.Checkpoint(a=2), tmp_path) as manager:
+        manager.save(1).result(30)
+    assert isinstance(old.save(2).exception(30), CoordinatorError)
+    assert old.save(3).done()
+    with pytest.raises(CoordinatorError):
+        old.wait()
+    old.close()

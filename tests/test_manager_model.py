@@ -27,7 +27,7 @@ from tests.small_runs import until
 class Make:
     """A manager is made; with ``fresh`` by another process, which has counted no saves."""
 
-    max_to_keep: int | None = 5
+    max_to_keep: float | None = 5
     hours: float | None = None
     name: str = "ckpt"
     interval: int | None = None
@@ -206,7 +206,7 @@ def play(url: str, steps: Sequence[Step]) -> None:
 HOUR = 3600.0
 MAKES = st.builds(
     Make,
-    st.sampled_from([None, 1, 2, 3]),
+    st.sampled_from([None, 1, 2, 2.5, 3]),
     st.sampled_from([None, 0, 0.5, 1.0, 1.5]),
     st.sampled_from(["ckpt", "ckpt", "other"]),
     st.sampled_from([None, None, 0, 1, 3]),

@@ -179,17 +179,14 @@ class _Place:
         return kept
 
     def _load_loops(self, saved: dict[str, Any]) -> None:
-        loop, epochs = self._trainer.fit_loop, saved["epoch_progress"]
-        if epochs["current"]["processed"] < epochs["current"]["ready"]:
-            loop.load_state_dict(saved)
+        loop, epochs = self._trainer.fit_loop, saved["epoch_progress"]["current"]
+        loop.load_state_dict(saved)
+        if epochs["processed"] < epochs["ready"]:
             self._loaders_told = "combined_loader" in saved["state_dict"]
             self._seen_in_epoch = loop.epoch_loop.batch_progress.current.ready
-            return
-        # At the end of an epoch nothing is left to be restarted; with max_steps Lightning would count the epoch twice.
-        for progress in epochs.values():
-            progress["completed"] = progress["processed"]
-        loop.load_state_dict(saved)
-        loop._restarting = loop.epoch_loop.restarting = False
+        else:
+            # No epoch is to be restarted; with max_steps Lightning would think so, and count the last one twice.
+            loop._restarting = loop.epoch_loop.restarting = False
 
     def begin_epoch(self) -> None:
         """An epoch begins. The first after a start has its iterator already; others make theirs after this."""

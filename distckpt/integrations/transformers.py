@@ -82,8 +82,11 @@ class DistckptCallback(TrainerCallback):
         """Train from where the newest good checkpoint was saved, or from the beginning if there is none.
 
         ``arguments`` go to ``trainer.train``, whose result is returned. Collective. ValueError if the trainer does
-        not have this callback; else raises what ``trainer.train`` and CheckpointManager raise.
+        not have this callback, TypeError for ``resume_from_checkpoint``, which is what this is instead of; else raises
+        what ``trainer.train`` and CheckpointManager raise.
         """
+        if "resume_from_checkpoint" in arguments:
+            raise TypeError("what to resume from is found in the callback's directory")
         self._callbacks = trainer.callback_handler.callbacks
         if self not in self._callbacks:
             raise ValueError("this callback is not among the trainer's: give it to Trainer(callbacks=[...])")
