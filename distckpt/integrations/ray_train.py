@@ -84,7 +84,10 @@ class RayTrainSession(TrainingSession):
         return super().run(counted, *args, **kwargs)
 
     def report(self, metrics: Mapping[str, Any]) -> None:
-        """Give metrics to ``ray.train.report``, with ``global_step``. All workers together: Ray Train waits for all."""
+        """Give metrics to ``ray.train.report``, with ``global_step``. All workers together: Ray Train waits for all.
+
+        Not at every step: Ray Train collects reports every two seconds, and a worker that is earlier waits for that.
+        """
         ray.train.report({"global_step": self.global_step, **metrics})
 
 
