@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,8 @@ def train(config: dict[str, str]) -> None:
             seen.write(f"{number}\n")
         if rank == 1 and number == 4 and not (notes / "killed").exists():
             (notes / "killed").touch()
+            while distckpt.latest_checkpoint(config["directory"]) != f"{config['directory']}/ckpt-4":
+                time.sleep(0.05)
             os.kill(os.getpid(), signal.SIGKILL)
         step(number)
 
