@@ -247,9 +247,10 @@ class CheckpointSaverHook(SessionRunHook):
             checkpoints as it was told. Without one the hook makes its own when it first needs it, of the session's
             ``checkpoint``, and closes it at the end, after errors too.
         checkpoint_basename: the checkpoints' name, where the hook makes the manager.
-        scaffold: has the saver as ``saver``, at the latest when the first checkpoint is saved.
+        scaffold: has the saver as ``saver``, at the latest when the session has begun its hooks: it restores from it.
         listeners: called around every save: all ``before_save``, the save, then all ``after_save``, in their order.
             What raises in one of them ends the save there: after ``before_save`` nothing is saved.
+        save_graph_def: taken so that calls written for TensorFlow work; there is no graph to save.
 
     Raises:
         ValueError: a saver and a scaffold, or not exactly one of ``save_secs`` and ``save_steps``.
@@ -264,6 +265,7 @@ class CheckpointSaverHook(SessionRunHook):
         checkpoint_basename: str = "model.ckpt",
         scaffold: Scaffold | None = None,
         listeners: Sequence[CheckpointSaverListener] | None = None,
+        save_graph_def: bool = False,
     ) -> None:
         if saver is not None and scaffold is not None:
             raise ValueError("give a saver or a scaffold, not both")
@@ -274,7 +276,7 @@ class CheckpointSaverHook(SessionRunHook):
         self._saver = saver
         self._scaffold = scaffold
         self._listeners = tuple(listeners or ())
-        self._waits = any(type(each).after_save is not CheckpointSaverListener.after_save for each in self._listeners)
+        self._waits = any(map(_has_after_save, self._listeners))
         self._made: CheckpointManager | None = None
         self._ended = False
         self._last: PendingSave | None = None
@@ -285,7 +287,7 @@ class CheckpointSaverHook(SessionRunHook):
     def begin(self) -> None:
         """Every listener's ``begin``. RuntimeError if the session has no global step."""
         _ = current_session().global_step
-        self._ended = False
+        self._ended, self._last, self._pending = False, None, []
         for listener in self._listeners:
             listener.begin()
 
@@ -320,9 +322,11 @@ class CheckpointSaverHook(SessionRunHook):
         self.settle()
         saved = self._last is not None and self._last.number == step and self._last.exception() is None
         if session.any(not saved)[0]:
+            self.get_saver(session)._settle()  # a saver that skips while others save must not skip the last one
             self._save(session, step)
-            if self._last is not None:
-                self._last.result()
+            if self._last is None or self._last.number != step:
+                raise SaveError(step, "the saver has not begun it")
+            self._last.result()
         self._pending = []
         for listener in self._listeners:
             listener.end(session, step)
@@ -403,6 +407,10 @@ class CheckpointSaverHook(SessionRunHook):
             raise errors[0]
         number = self._last.number if self._last is not None else None
         raise SaveError(number, "another rank was told so, see what it raises")
+
+
+def _has_after_save(listener: CheckpointSaverListener) -> bool:
+    return getattr(listener.after_save, "__func__", None) is not CheckpointSaverListener.after_save
 
 
 def _check_step(path: str, step: int) -> None:

@@ -57,7 +57,7 @@ def _repeating(renew: Callable[[], None], seconds: float) -> Iterator[None]:
     def try_to_renew() -> None:
         try:
             renew()
-        except StorageError as error:
+        except Exception as error:  # noqa: BLE001 - what storage libraries raise untranslated may pass as well
             logger.warning("a lease could not be renewed, which is tried again in %g s: %s", seconds, error)
 
     coord = Coordinator()

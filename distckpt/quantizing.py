@@ -80,8 +80,8 @@ def do_quantize_training(
     tracked ranges like all others instead of constant ones.
 
     Raises ImportError without torchao (``distckpt[quantize]``), TypeError for anything but a module or a program,
-    ValueError for ``num_bits`` outside of 2 to 16 (TensorFlow: 1 to 63), for a model that is fake-quantized already or
-    sharded, and for one in which nothing can be quantized.
+    ValueError for ``num_bits`` outside of 2 to 16 (TensorFlow: 1 to 63), for a model that is fake-quantized already,
+    sharded or without memory (``meta``), and for one in which nothing can be quantized.
     """
     bits = operator.index(num_bits)
     if not MIN_BITS <= bits <= MAX_BITS:
@@ -233,6 +233,8 @@ class _Plan(Quantizer):  # type: ignore[misc]  # torchao has no types
 
 def _quantized_module(model: nn.Module, plan: _Plan) -> nn.Module:
     _check_plain(model)
+    if any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
+        raise ValueError("a model on the meta device has no values to begin with: quantize it once it has memory")
     result = copy.deepcopy(model)
     layers = [layer for layer in result.modules() if type(layer) in LAYERS]
     if not layers:

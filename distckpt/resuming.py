@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 from distckpt.coordinator.client import Session
 from distckpt.coordinator.messages import Restored, RestoreFrom, RestoreRound, Unknown
-from distckpt.errors import DamagedError, MismatchError, RestoreError, StorageError
+from distckpt.errors import DamagedError, DistckptError, MismatchError, RestoreError, StorageError
 from distckpt.format.log import CheckpointRecord
 from distckpt.objects import NamedObjects
 from distckpt.restoring import LoadStatus, restore_objects
@@ -49,16 +49,30 @@ class Restorer:
             # The coordinator itself answers at the deadline; twice that means that it does not answer at all.
             reply = self._session.ask(_with_run(question), 2 * self._timeout + 60)
             if isinstance(reply, Restored):
+                if reply.record is not None and (reply.record.attempt != tried or refused):
+                    raise RestoreError("this answer belongs to an earlier process of this rank: give a new run_id")
                 for path, reason in reply.refused:
                     logger.warning("%s was refused and an older checkpoint restored: %s", path, reason)
                 return reply.record
             if isinstance(reply, RestoreFrom):
                 tried = reply.record.attempt
-                refused = self._try(reply.record, partial)
+                try:
+                    refused = self._try(reply.record, partial)
+                except Exception as error:
+                    self._give_up(dataclasses.replace(question, failed=f"{type(error).__name__}: {error}"))
+                    raise
             elif isinstance(reply, Unknown):
                 tried, refused = "", ""
             else:
                 raise RestoreError(f"unexpected answer from the coordinator: {reply!r}")
+
+    def _give_up(self, question: RestoreRound) -> None:
+        """Tell the others, who would otherwise wait for this rank."""
+        try:
+            self._session.ask(_with_run(question), self._timeout)
+        except DistckptError as answer:
+            # It is this very failure, sent back; or the coordinator cannot be told, which is not why this rank fails.
+            logger.debug("giving up a restore was answered with: %s", answer)
 
     def _try(self, record: CheckpointRecord, partial: bool) -> str:
         """Restore this one; the reason if its bytes are not what was written, '' if all went well."""

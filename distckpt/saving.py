@@ -211,21 +211,21 @@ class Saver:
         except DistckptError as error:
             pending._future.set_exception(error)
             return pending
-        staging = self._staging_of(buffer)
-        buffer.pending = pending
-        task = _Task(ask, number, self._layout, staging, holding.describe, joined)
-        self._tasks.put((task, pending))
-        self._stage(task, pending, holding)
-        return pending
-
-    def _stage(self, task: _Task, pending: PendingSave, holding: Holding) -> None:
-        """Copy the state; the background thread goes on from there."""
-        try:
-            pending._staged = self._order.after(task.staging, *_contents(task.layout, holding))
-        except BaseException as error:
-            task.staged.set_exception(error)
+        except Exception as error:  # no memory, say
+            self._give_up(ask, number, f"{type(error).__name__}: {error}")
             raise
-        task.staged.set_result(pending._staged)
+        staging = self._staging_of(buffer)
+        task = _Task(ask, number, self._layout, staging, holding.describe, joined)
+        try:
+            self._tasks.put((task, pending))
+            buffer.pending = pending
+            pending._staged = self._order.after(staging, *_contents(task.layout, holding))
+            task.staged.set_result(pending._staged)
+        except BaseException as error:
+            # Ctrl-C too, or the background thread would wait for this copy for ever.
+            task.staged.set_exception(SaveError(number, f"its copy was given up: {type(error).__name__}: {error}"))
+            raise
+        return pending
 
     def close(self) -> None:
         """Wait for what is under way, stop the threads and let the memory go."""
@@ -260,8 +260,8 @@ class Saver:
     def _collect(self, ask: str, number: int | None) -> Holding:
         try:
             return self._collector.collect()
-        except DistckptError as error:
-            self._give_up(ask, number, str(error))
+        except Exception as error:
+            self._give_up(ask, number, str(error) if isinstance(error, DistckptError) else repr(error))
             raise
 
     def _give_up(self, ask: str, number: int | None, reason: str) -> None:

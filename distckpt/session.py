@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from distckpt.agreeing import Agreement
 from distckpt.checkpoint import Checkpoint
 from distckpt.coordinator.threads import Coordinator
-from distckpt.errors import OutOfRangeError
+from distckpt.errors import AgreementError, OutOfRangeError
 from distckpt.hooks import (
     CheckpointSaverHook,
     SessionRunArgs,
@@ -59,6 +59,8 @@ class HookedLoop:
         stop_signals: from ``begin`` to ``close`` these signals make this rank wish to stop, and do nothing else; only
             in the main thread. The last checkpoint is saved by ``end``, within the time that the sender gives.
 
+        stop_grace_period_secs: how long ``close`` waits for the threads of the loop's own ``coord``.
+
     Raises:
         TypeError: a global step that is a plain int.
     """
@@ -71,6 +73,7 @@ class HookedLoop:
         checkpoint: Checkpoint | None = None,
         coord: Coordinator | None = None,
         stop_signals: Sequence[signal.Signals] = (),
+        stop_grace_period_secs: float = 120.0,
     ) -> None:
         if isinstance(global_step, int):
             raise TypeError("a plain int never changes: give a callable, a tensor, or an object that int() takes")
@@ -78,7 +81,8 @@ class HookedLoop:
         self._global_step = global_step
         self._checkpoint = checkpoint
         self._own_coord = coord is None
-        self._coord = coord if coord is not None else Coordinator(clean_stop_exception_types=())
+        self._coord = coord if coord is not None else Coordinator()
+        self._grace = stop_grace_period_secs
         self._signals = _StopSignals(stop_signals)
         self._agreement: Agreement | None = None
         self._context: SessionRunContext | None = None
@@ -87,6 +91,7 @@ class HookedLoop:
         self._step_before = 0
         self._stop_wish = False
         self._stop = False
+        self._input_ended = False
         self._closed = False
 
     # ---- what hooks see ----------------------------------------------------------------------------------------
@@ -116,7 +121,8 @@ class HookedLoop:
 
     def should_stop(self) -> bool:
         """Whether the loop is to end now; the same answer on all ranks."""
-        return self._stop or (self.world_size == 1 and self._wants_stop())
+        self._stop = self._stop or (self.world_size == 1 and self._wants_stop())
+        return self._stop
 
     def request_stop(self) -> None:
         """Have all ranks stop after the same step: the one that runs now, or the next one if none does."""
@@ -149,8 +155,12 @@ class HookedLoop:
         self._after_run(results)
 
     def end(self) -> None:
-        """A clean end: ``end`` of every hook. Not to be called after an error."""
-        self._any(place=self._place(_END))
+        """A clean end: ``end`` of every hook. Not to be called after an error.
+
+        Raises the error that has stopped ``coord``, if one has; AgreementError if ranks are at different steps.
+        """
+        self._coord.raise_requested_exception()
+        self._agree_on_the_end()
         for hook in self._hooks:
             hook.end(self)
 
@@ -165,6 +175,17 @@ class HookedLoop:
                 last_first.callback(hook.close)
             if self._agreement is not None:
                 last_first.callback(self._agreement.close)
+
+    def _agree_on_the_end(self) -> None:
+        try:
+            self._any(place=self._place(_END))
+        except AgreementError as error:
+            if not self._input_ended:
+                raise
+            raise AgreementError(
+                f"the input has come to its end on some ranks only, in the step after {self._step_before}, so there is "
+                "no state of all ranks to save. Let the ranks agree before each step: session.any(batch is None)"
+            ) from error
 
     # ---- one step ----------------------------------------------------------------------------------------------
 
@@ -198,6 +219,7 @@ class HookedLoop:
             place=self._step_before << 2 | _AFTER_STEP,
         )  # fmt: skip
         self._stop = self._stop or stop or ended
+        self._input_ended = ended
         rest = iter(answers)
         self._answers = [tuple(next(rest) for _ in each) for each in wishes]
         return ended, failed
@@ -238,7 +260,7 @@ class HookedLoop:
 
     def _stop_threads(self) -> None:
         self._coord.request_stop()
-        self._coord.join(ignore_live_threads=True)
+        self._coord.join(stop_grace_period_secs=self._grace, ignore_live_threads=True)
 
 
 class TrainingSession(HookedLoop):
@@ -255,9 +277,10 @@ class TrainingSession(HookedLoop):
     comes to its end, or by StopIteration or OutOfRangeError: an input that has come to its end. Any other error leaves
     it without ``end``, as it is. Everything else of HookedLoop holds here too.
 
-    When the input ends on one rank, all ranks stop after that step and call no ``after_run`` for it. If steps contain
-    collectives of their own, the others wait in them for the rank that has no input: agree before the step then, with
-    ``if session.any(batch is None)[0]: break``.
+    When the input ends on one rank, all ranks stop after that step and call no ``after_run`` for it. If the others have
+    counted a step then, there is no state of all ranks to save, and all of them get an AgreementError; if steps contain
+    collectives of their own, they wait in them for the rank that has no input. So where inputs may end at different
+    steps, agree before each: ``if session.any(batch is None)[0]: break``.
 
     Recovery. An error of a ``recoverable`` type out of a step (not out of a hook) is a decision of all ranks: at the
     end of every step they agree, in the same message, on whether it failed on any of them. If so, all of them restore
@@ -267,7 +290,8 @@ class TrainingSession(HookedLoop):
     of another type, and dead ranks, are for what restarts the job. A step that always fails is run again for ever.
 
     Args:
-        hooks, global_step, checkpoint, coord, stop_signals: as for HookedLoop; SIGTERM stops by default.
+        hooks, global_step, checkpoint, coord, stop_signals, stop_grace_period_secs: as for HookedLoop; SIGTERM stops by
+            default.
         restore: called to restore the newest checkpoint, on all ranks, when the session begins and when it recovers;
             by default the first CheckpointSaverHook's manager does it. ``lambda: None`` restores nothing.
         recoverable: types of errors after which the newest checkpoint is restored and training goes on; none by default.
@@ -286,8 +310,16 @@ class TrainingSession(HookedLoop):
         stop_signals: Sequence[signal.Signals] = (signal.SIGTERM,),
         restore: Callable[[], object] | None = None,
         recoverable: Sequence[type[Exception]] = (),
+        stop_grace_period_secs: float = 120.0,
     ) -> None:
-        super().__init__(hooks, global_step, checkpoint=checkpoint, coord=coord, stop_signals=stop_signals)
+        super().__init__(
+            hooks,
+            global_step,
+            checkpoint=checkpoint,
+            coord=coord,
+            stop_signals=stop_signals,
+            stop_grace_period_secs=stop_grace_period_secs,
+        )
         self._restore = restore
         self._savers = [hook for hook in self._hooks if isinstance(hook, CheckpointSaverHook)]
         self._recoverable: tuple[type[Exception], ...] = tuple(recoverable)
@@ -308,7 +340,7 @@ class TrainingSession(HookedLoop):
         has died, left, or runs another step.
         """
         self._check_open()
-        if self.should_stop():
+        if self._stop:  # a request that came since the loop has asked lets this step run, as it does on many ranks
             raise RuntimeError("the session is to stop: no further step may run")
         while True:
             feeds = self._before_run(SessionRunArgs(step, kwargs))
@@ -391,7 +423,8 @@ class _StopSignals:
 
 def _may_ask_to_stop(hook: SessionRunHook) -> bool:
     """Whether ``after_run`` may ask for a stop without saying so by ``run_context.late``."""
-    return type(hook).after_run not in (SessionRunHook.after_run, CheckpointSaverHook.after_run)
+    function = getattr(hook.after_run, "__func__", None)
+    return function not in (SessionRunHook.after_run, CheckpointSaverHook.after_run)
 
 
 def _fetch(fetches: Any) -> Any:

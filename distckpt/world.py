@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import socket
 import sys
@@ -130,18 +131,19 @@ def _torchrun_world(run_id: str | None) -> World | None:
     return World(rank, size, None, run_id, local_rank=_local_rank())
 
 
+_shared = itertools.count(1)
+"""Numbers what this process has shared through the agent's store, whose keys must never be used twice."""
+
+
 def _agent_store(rank: int) -> Callable[[str], str]:
     from torch.distributed import TCPStore  # type: ignore[attr-defined]  # public, but not in its __all__
 
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     store = TCPStore(address, port, is_master=False, timeout=timedelta(seconds=300))
     restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    count = 0
 
     def share(text: str) -> str:
-        nonlocal count
-        count += 1
-        key = f"distckpt/{restart}/{count}"
+        key = f"distckpt/{restart}/{next(_shared)}"
         if rank == 0:
             store.set(key, text)
         return bytes(store.get(key)).decode()

@@ -126,7 +126,7 @@ def one_asks(by: str, rank: int, at: int) -> dict[str, Any]:
     return {"steps": training.steps, "at": training.at}
 
 
-def input_ends(rank: int, at: int) -> dict[str, Any]:
+def input_ends(rank: int, at: int, counted: bool = False) -> dict[str, Any]:
     """One rank has no input for the step after ``at``."""
     training, after = Training(), []
 
@@ -141,7 +141,7 @@ def input_ends(rank: int, at: int) -> dict[str, Any]:
         return training.steps
 
     def run() -> None:
-        with distckpt.TrainingSession([Notes()], None) as session:
+        with distckpt.TrainingSession([Notes()], (lambda: training.steps) if counted else None) as session:
             while not session.should_stop():
                 session.run(step)
 
@@ -282,9 +282,9 @@ def one_is_told(rank: int) -> str:
     else:
         pending._future.set_result(None)  # type: ignore[arg-type]
     hook = NothingFirst("nowhere", save_steps=100)
-    hook._last, hook._pending = pending, [pending]
     loop = distckpt.HookedLoop([hook], lambda: training.at)
     loop.begin()
+    hook._last, hook._pending = pending, [pending]
     error = _error(lambda: _step(loop, training.step))
     _step(loop, training.step)
     loop.close()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 import distckpt
@@ -39,3 +40,34 @@ def save_on_after_a_failure(directory: str, fails_at: int, steps: int, interval:
             while heard and pending is not None and (step, rank) == (fails_at, 0) and not pending.done():
                 time.sleep(0.01)
     return outcomes
+
+
+def two_managers(directory: str, run_id: str) -> list[float]:
+    """One manager after the other in one incarnation of the job: the second restores, and saves, like the first."""
+    state = {"weight": torch.full((4,), 7.0)}
+    world = {"rank": dist.get_rank(), "world_size": dist.get_world_size(), "run_id": run_id}
+    with distckpt.CheckpointManager(distckpt.Checkpoint(state=state), directory, save_timeout=30, **world) as manager:
+        manager.restore_or_initialize()
+        manager.save(1)
+        manager.wait()
+        manager.restore()
+    state["weight"].zero_()
+    with distckpt.CheckpointManager(distckpt.Checkpoint(state=state), directory, save_timeout=30, **world) as manager:
+        manager.restore()
+        manager.save(2)
+    return state["weight"].tolist()
+
+
+def one_cannot_restore(directory: str) -> str:
+    """Rank 1 has something of another shape; how the restore ends."""
+    state = {"weight": torch.ones(4)}
+    with distckpt.CheckpointManager(distckpt.Checkpoint(state=state), directory, save_timeout=30) as manager:
+        manager.save(1)
+        manager.wait()
+        if dist.get_rank() == 1:
+            state["weight"] = torch.ones(5)
+        try:
+            manager.restore()
+        except DistckptError as error:
+            return f"{type(error).__name__}: {error}"
+    return ""

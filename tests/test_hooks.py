@@ -179,6 +179,7 @@ def test_the_arguments_and_defaults_of_tensorflow() -> None:
         "checkpoint_basename": "model.ckpt",
         "scaffold": None,
         "listeners": None,
+        "save_graph_def": False,
     }
     assert list(inspect.signature(distckpt.SecondOrStepTimer).parameters) == ["every_secs", "every_steps"]
 

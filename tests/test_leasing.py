@@ -88,14 +88,15 @@ def test_what_a_killed_reader_left_behind_expires(store: MemoryStore, monkeypatc
         assert list(store.list(names.LEASES)) == []
 
 
-def test_a_renewal_that_fails_is_tried_again(caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("error", [StorageError("a lease", "scripted"), OSError("untranslated")])
+def test_a_renewal_that_fails_is_tried_again(error: Exception, caplog: pytest.LogCaptureFixture) -> None:
     class FailsOnce(MemoryStore):
         count = 0
 
         def replace(self, path: str, data: bytes) -> None:
             self.count += 1
             if self.count == 2:
-                raise StorageError(path, "scripted")
+                raise error
             super().replace(path, data)
 
     store = FailsOnce()

@@ -54,6 +54,7 @@ from distckpt.errors import (
     CoordinatorUnavailableError,
     DamagedError,
     FencedError,
+    RestoreError,
     SaveError,
     StaleRunError,
 )
@@ -478,6 +479,17 @@ def test_a_new_run_ends_what_the_old_one_had_in_flight():
     driver.open(2, "job2")
     assert isinstance(refusal(driver.replies[save]), StaleRunError)
     assert driver.replies[restore] == Restored(None)
+    assert cast(StatusReply, driver.answer(Status())).waiting == {}
+
+
+def test_a_restore_that_fails_on_one_rank_fails_for_all():
+    driver, run, saved = saved_three()
+    waits = driver.ask(RestoreRound(run, 0, "r", None, saved[2].attempt))
+    failed = driver.answer(RestoreRound(run, 1, "r", None, saved[2].attempt, failed="MismatchError: no key 'w'"))
+    for reply in (failed, driver.replies[waits]):
+        assert isinstance(refusal(reply), RestoreError)
+        assert "rank 1" in str(refusal(reply))
+        assert "no key 'w'" in str(refusal(reply))
     assert cast(StatusReply, driver.answer(Status())).waiting == {}
 
 

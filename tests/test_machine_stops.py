@@ -24,7 +24,7 @@ from distckpt.coordinator.messages import (
     StopState,
     Unknown,
 )
-from distckpt.coordinator.stops import REMEMBERED_GENERATIONS, TOLD_OF_LEAVING, Members, merged
+from distckpt.coordinator.stops import MANAGER_SILENCE, REMEMBERED_GENERATIONS, TOLD_OF_LEAVING, Members, merged
 from distckpt.errors import StaleRunError
 from tests.driving import TIMEOUT, Driver
 
@@ -173,10 +173,54 @@ def test_a_rank_that_falls_silent_stops_everyone() -> None:
     assert stop_of(driver.answer(await_stop(run, 1, patience=0))) == stop, "it was only cut off"
 
 
-def test_only_ranks_that_take_part_are_missed() -> None:
+def test_a_rank_that_never_joins_is_missed_when_its_manager_is_silent() -> None:
+    driver, run = opened(3)
+    driver.wait(10 * MANAGER_SILENCE)
+    live(driver, run, [0, 2], MANAGER_SILENCE - 1)
+    assert stop_of(driver.answer(await_stop(run, 0, patience=0))) is None, "counted from when the watching began"
+    waiting = driver.ask(await_stop(run, 0))
+    driver.wait(1.0)
+    stop = stop_of(driver.replies[waiting])
+    assert stop is not None
+    assert (stop.rank, stop.host, stop.silent) == (1, "host1", MANAGER_SILENCE)
+
+
+def test_a_longer_silence_timeout_counts_for_those_too_that_have_not_joined() -> None:
+    driver, run = opened(2)
+    waiting = driver.ask(await_stop(run, 0, silence=100.0, patience=1000.0))
+    for _ in range(99):
+        driver.wait(1.0)
+        driver.ask(Heartbeat(run, 0))
+    assert waiting not in driver.replies
+    driver.wait(1.0)
+    stop = stop_of(driver.replies[waiting])
+    assert stop is not None
+    assert stop.rank == 1
+
+
+def test_a_rank_that_never_joins_is_not_missed_while_its_manager_lives_or_when_it_has_left() -> None:
     driver, run = opened(4)
-    live(driver, run, [0, 3], 4 * SILENCE)
-    assert stop_of(driver.answer(await_stop(run, 0, patience=0))) is None
+    driver.ask(Leave(run, 2))
+    for _ in range(15):
+        live(driver, run, [0, 3], 20)
+        driver.ask(Heartbeat(run, 1))
+    driver.ask(Leave(run, 1))
+    live(driver, run, [0, 3], 3 * MANAGER_SILENCE)
+    driver.open(4, run=run, ranks=[1])
+    live(driver, run, [0, 3], MANAGER_SILENCE - 1)
+    assert stop_of(driver.answer(await_stop(run, 0, patience=0))) is None, "back again, and watched since then"
+    live(driver, run, [0, 3], 2)
+    stop = stop_of(driver.answer(await_stop(run, 0, patience=0)))
+    assert stop is not None
+    assert stop.rank == 1
+
+
+def test_a_generation_that_everyone_has_left_misses_nobody() -> None:
+    driver, run = opened(2)
+    driver.ask(await_stop(run, 0, patience=0))
+    driver.ask(await_stop(run, 0, silence=None, patience=0))
+    driver.wait(3 * MANAGER_SILENCE)
+    assert stop_of(driver.answer(await_stop(run, 1, patience=0))) is None
 
 
 def test_every_request_is_a_sign_of_life() -> None:

@@ -6,6 +6,7 @@ import enum
 import random
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -480,6 +481,42 @@ def test_ranks_stay_in_step_after_a_save_that_failed(gang2: Gang, tmp_path: Path
     arguments = {"directory": str(tmp_path), "fails_at": 3, "steps": 8, "interval": 2, "heard": False}
     gang2.run("scenarios_manager:save_on_after_a_failure", **arguments)
     assert steps_of(tmp_path) == {5: [5, 5], 1: [1, 1], 3: [5, 5], 4: [7, 7]}
+
+
+def test_managers_of_one_run_id_are_runs_of_their_own(gang2: Gang, tmp_path: Path) -> None:
+    arguments = {"directory": str(tmp_path), "run_id": "job-1"}
+    assert gang2.run("scenarios_manager:two_managers", **arguments) == [[7.0] * 4] * 2
+    assert numbers(tmp_path) == [1, 2]
+
+
+def test_a_rank_that_cannot_restore_tells_the_others(gang2: Gang, tmp_path: Path) -> None:
+    other, failed = gang2.run("scenarios_manager:one_cannot_restore", directory=str(tmp_path))
+    assert failed.startswith("MismatchError")
+    assert other.startswith("RestoreError")
+    assert "rank 1 (" in other
+    assert "weight" in other
+
+
+class Interrupting(torch.Tensor):
+    """Somebody presses Ctrl-C while it is copied."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if "copy" in func.__name__:
+            raise KeyboardInterrupt
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+def test_an_interrupt_during_the_copy_leaves_a_manager_that_can_be_closed(tmp_path: Path) -> None:
+    state = {"weight": torch.ones(4)}
+    with distckpt.CheckpointManager(distckpt.Checkpoint(state=state), tmp_path) as manager:
+        manager.save(1).result(30)
+        state["weight"] = torch.ones(4).as_subclass(Interrupting)
+        with pytest.raises(KeyboardInterrupt):
+            manager.save(2)
+        state["weight"] = torch.ones(4)
+        manager.save(3).result(30)
+    assert numbers(tmp_path) == [1, 3]
 
 
 def steps_of(directory: Path) -> dict[int, list[int]]:

@@ -311,3 +311,10 @@ def test_without_torchao_the_extra_is_named() -> None:
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=50, check=False)
     assert done.returncode == 1
     assert "ImportError: do_quantize_training needs torchao: pip install 'distckpt[quantize]'" in done.stderr
+
+
+def test_a_model_without_memory_is_refused() -> None:
+    with torch.device("meta"):
+        model = torch.nn.Sequential(torch.nn.Linear(4, 2))
+    with pytest.raises(ValueError, match="meta"):
+        do_quantize_training(model, 8)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import logging
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -158,6 +159,7 @@ def test_what_a_session_refuses(training: Training) -> None:
         session_of(training).run(training.step)
     with session_of(training) as session:
         session.request_stop()
+        assert session.should_stop()
         with pytest.raises(RuntimeError, match="to stop"):
             session.run(training.step)
     with session_of(training) as session:
@@ -408,7 +410,80 @@ def test_an_error_in_a_thread_of_a_hook_stops_the_session_and_comes_out(training
 
     with pytest.raises(ZeroDivisionError):
         run_to_the_end(session_of(training, Threaded(told)), training.step)
-    assert told[-2:] == ["end", "close"], "the steps themselves came to a clean end"
+    assert "end" not in told, "an error of a thread is no clean end"
+
+
+def test_an_error_in_a_thread_of_the_callers_coordinator_comes_out(training: Training) -> None:
+    coord = distckpt.Coordinator()
+    told: list[str] = []
+    distckpt.LooperThread.loop(coord, None, lambda: 1 // 0)
+    coord.wait_for_stop(20)
+    with pytest.raises(ZeroDivisionError), session_of(training, Told(told), coord=coord):
+        pass
+    assert told == ["begin", "created", "close"]
+
+
+def test_an_input_that_a_thread_has_read_to_its_end_ends_cleanly(training: Training) -> None:
+    told: list[str] = []
+
+    class Reader(Told):
+        def after_create_session(self, session: hooks.Session, coord: Any) -> None:
+            distckpt.LooperThread.loop(coord, None, next, args=(iter(()),))
+
+    run_to_the_end(session_of(training, Reader(told)), training.step)
+    assert told[-2:] == ["end", "close"]
+
+
+def test_a_stop_that_comes_after_the_loop_has_asked_loses_nothing(tmp_path: Path, training: Training) -> None:
+    with saving(training, tmp_path, stop_signals=(signal.SIGUSR1,)) as session:
+        assert not session.should_stop()
+        os.kill(os.getpid(), signal.SIGUSR1)
+        session.run(training.step)
+        assert session.should_stop()
+        with pytest.raises(RuntimeError, match="is to stop"):
+            session.run(training.step)
+    assert small_runs.numbers(tmp_path)[-1] == training.at == 1
+
+
+def test_a_saver_that_skips_while_it_is_busy_saves_the_last_step(tmp_path: Path, training: Training) -> None:
+    big = torch.zeros(30_000_000)
+    checkpoint = distckpt.Checkpoint(progress=training.progress, big=big)
+    with distckpt.CheckpointManager(checkpoint, tmp_path, on_busy="skip") as manager:
+        hook = distckpt.CheckpointSaverHook(tmp_path, save_steps=100, saver=manager)
+        with distckpt.TrainingSession([hook], lambda: training.at) as session:
+            manager.wait()
+            session.run(training.step)
+            assert manager.save(99) is not None
+    assert small_runs.numbers(tmp_path) == [0, 99, 1]
+
+
+def test_a_hook_that_is_used_again_does_not_remember_what_failed(tmp_path: Path, training: Training) -> None:
+    hook = distckpt.CheckpointSaverHook(tmp_path / "run", save_steps=1)
+
+    def session() -> distckpt.TrainingSession:
+        return distckpt.TrainingSession([hook], lambda: training.at, checkpoint=training.checkpoint)
+
+    with pytest.raises(ZeroDivisionError), session() as first:
+        first.run(training.step)
+        hook.get_saver(first).wait()
+        (tmp_path / "run").rename(tmp_path / "away")
+        first.run(training.step)
+        raise ZeroDivisionError
+    shutil.rmtree(tmp_path / "run", ignore_errors=True)
+    (tmp_path / "away").rename(tmp_path / "run")
+    with session() as second:
+        second.run(training.step)
+    assert small_runs.numbers(tmp_path / "run")[-1] == training.at
+
+
+def test_an_after_save_that_an_instance_has_is_called_after_the_commit(tmp_path: Path, training: Training) -> None:
+    seen = []
+    listener = distckpt.CheckpointSaverListener()
+    listener.after_save = lambda session, step: seen.append(small_runs.numbers(tmp_path)[-1] == step)  # type: ignore[method-assign]
+    hook = distckpt.CheckpointSaverHook(tmp_path, save_steps=1, listeners=[listener], save_graph_def=True)
+    with distckpt.TrainingSession([hook], lambda: training.at, checkpoint=training.checkpoint) as session:
+        session.run(training.step)
+    assert seen == [True, True]
 
 
 # ---- all ranks in the same step ---------------------------------------------------------------------------------------
@@ -462,6 +537,11 @@ def test_an_input_that_ends_on_one_rank(gang2: Gang) -> None:
         {"after": [1, 2, 3], "error": ""},
         {"after": [1, 2, 3], "error": ""},
     ]
+
+
+def test_an_input_that_ends_on_one_rank_when_the_others_have_counted_a_step(gang2: Gang) -> None:
+    for told in gang2.run("scenarios_hooks:input_ends", rank=1, at=3, counted=True):
+        assert told["error"].startswith("AgreementError: the input has come to its end on some ranks only")
 
 
 def test_a_rank_that_fails_sets_the_others_free(gang2: Gang) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import signal
+import subprocess
 import sys
 import threading
 import time
@@ -15,6 +17,7 @@ import pytest
 
 import distckpt
 from distckpt import Coordinator, LooperThread
+from distckpt.coordinator import threads
 from distckpt.errors import OutOfRangeError
 
 SOON = 5.0
@@ -213,6 +216,93 @@ def test_clear_stop_starts_anew() -> None:
     coord.request_stop(KeyError("new"))
     with pytest.raises(KeyError, match="new"):
         coord.join()
+
+
+# ---- signal handlers ----------------------------------------------------------------------------------------------------
+
+
+HANDLERS = """
+import faulthandler, signal, sys, threading
+from distckpt import Coordinator
+
+faulthandler.dump_traceback_later(30, exit=True)
+how = sys.argv[1]
+forever = threading.Thread(target=threading.Event().wait, daemon=True)
+forever.start()
+for number in range(1500):
+    coord = Coordinator()
+    signal.signal(signal.SIGALRM, lambda *_: coord.request_stop())
+    signal.setitimer(signal.ITIMER_REAL, 0.0002 + number % 10 * 0.00005)
+    if how == "wait":
+        while not coord.wait_for_stop(0.00002):
+            pass
+    elif how == "look":
+        while not coord.should_stop():
+            coord.wait_for_stop(0)
+    else:
+        coord.join([forever], stop_grace_period_secs=0, ignore_live_threads=True)
+    assert coord.should_stop()
+"""
+
+
+@pytest.mark.parametrize("how", ["wait", "look", "join"])
+def test_a_signal_handler_may_request_a_stop_whatever_it_interrupts(how: str) -> None:
+    done = subprocess.run([sys.executable, "-c", HANDLERS, how], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def stopped_by_handler_at(step: int, call: Callable[[Coordinator], object]) -> tuple[Coordinator, bool, KeyError]:
+    """``call`` with a Coordinator, on which an error is requested just before the given step of the code."""
+    coord, error, left = Coordinator(), KeyError("handler"), step
+
+    def handler(*_: object) -> None:
+        coord.request_stop(error)
+        assert coord.should_stop()
+        assert coord.wait_for_stop()
+
+    def trace(frame: Any, event: str, _: object) -> Any:
+        nonlocal left
+        if frame.f_code.co_filename != threads.__file__:
+            return None
+        frame.f_trace_opcodes = True
+        if event == "opcode":
+            left -= 1
+            if left == 0:
+                sys.settrace(None)
+                signal.raise_signal(signal.SIGALRM)
+        return trace
+
+    before, tracing = signal.signal(signal.SIGALRM, handler), sys.gettrace()
+    sys.settrace(trace)
+    try:
+        call(coord)
+    finally:
+        sys.settrace(tracing)
+        signal.signal(signal.SIGALRM, before)
+    return coord, left <= 0, error
+
+
+def test_a_handler_that_comes_between_any_two_steps_of_a_request_leaves_one_error() -> None:
+    own, step, reached, winners = ValueError("own"), 0, True, set()
+    while reached:
+        step += 1
+        coord, reached, _ = stopped_by_handler_at(step, lambda coord: coord.request_stop(own))
+        for _ in range(2):
+            with pytest.raises((ValueError, KeyError)) as caught:
+                coord.join()
+            winners.add(caught.type)
+    assert step > 20
+    assert winners == {ValueError, KeyError}
+
+
+def test_a_handler_that_comes_between_any_two_steps_of_waiting_ends_it() -> None:
+    step, reached = 0, True
+    while reached:
+        step += 1
+        coord, reached, error = stopped_by_handler_at(step, lambda coord: coord.wait_for_stop(0.5))
+        with pytest.raises(KeyError) if reached else contextlib.nullcontext():
+            coord.join()
+    assert step > 10
 
 
 # ---- stop_on_exception --------------------------------------------------------------------------------------------------

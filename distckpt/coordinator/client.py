@@ -7,6 +7,7 @@ import dataclasses
 import logging
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
@@ -176,11 +177,12 @@ class Session:
 
         Raises the error of a Refused answer, and CoordinatorUnavailableError.
         """
-        run = self.open().run
-        reply = self._line.ask(question(run), timeout)
+        opened = self.open()
+        reply = self._line.ask(question(opened.run), timeout)
         if isinstance(reply, Unknown):
             with self._lock:
-                self._opened = self._open(run)
+                if self._opened is opened:  # else another thread has opened the run again meanwhile
+                    self._opened = self._open(opened.run)
         return _raised(reply)
 
     def close(self) -> None:
@@ -208,7 +210,7 @@ def open_session(
         if world.share is None:
             raise ValueError("give run_id: these ranks have no other way to know which incarnation of the job they are")
         token = world.share(new_token())
-    opening = dataclasses.replace(opening, token=token)
+    opening = dataclasses.replace(opening, token=_unused(store.url, token))
     if world.size == 1:
         shell = Shell(store, dataclasses.replace(settings, idle_timeout=None))
         try:
@@ -226,6 +228,18 @@ def open_session(
         # The actor served a run that another cluster took over from; ours is newer than both.
         line.replace()
         return _opened(Session(line, opening))
+
+
+def _unused(directory: str, token: str) -> str:
+    """The token of a run of its own for each manager: ranks that were given one for all would hear old answers again."""
+    with _tokens_lock:
+        _tokens[directory, token] += 1
+        count = _tokens[directory, token]
+    return token if count == 1 else f"{token}/{count}"
+
+
+_tokens: Counter[tuple[str, str]] = Counter()
+_tokens_lock = threading.Lock()
 
 
 def _opened(session: Session) -> Session:

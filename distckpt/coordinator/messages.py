@@ -156,7 +156,7 @@ class RestoreRound:
 
     ``which`` is a number, a folder like ``ckpt-42``, or None for the newest; all ranks must ask for the same. ``tried``
     is the attempt that the last answer named ('' at first), ``refused`` why this rank could not use it ('' if it
-    restored it).
+    restored it). ``failed`` is an error of the rank that no other checkpoint would help against: all ranks give up.
     """
 
     run: int
@@ -165,6 +165,7 @@ class RestoreRound:
     which: int | str | None
     tried: str = ""
     refused: str = ""
+    failed: str = ""
 
 
 @dataclass(frozen=True, slots=True)

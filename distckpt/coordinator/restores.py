@@ -138,6 +138,10 @@ class Restores:
             reason = f"rank {message.rank} restores {_shown(message.which)}, but others restore {_shown(round.which)}"
             self._end(message.ask, Refused(RestoreError(f"{self._desk.directory}: {reason}")))
             return
+        if message.failed:
+            who = f"rank {message.rank} ({self._current.hosts.get(message.rank, '')})"
+            self._end(message.ask, Refused(RestoreError(f"{self._desk.directory}: {who} failed: {message.failed}")))
+            return
         round.heard[message.rank] = self._desk.mono
         if message.tried != round.current.attempt or message.rank in round.reported:
             return

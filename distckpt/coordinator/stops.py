@@ -6,7 +6,7 @@ All of it is in memory only. After a restart ranks tell again what they know: th
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 from distckpt.coordinator.desk import Desk
@@ -17,6 +17,9 @@ from distckpt.errors import DistckptError, RankSilentError
 REMEMBERED_GENERATIONS = 16
 TOLD_OF_LEAVING = 8
 """So many ranks learn at once that one has left; it takes all of them dying with the coordinator to forget it."""
+
+MANAGER_SILENCE = 60.0
+"""A rank that has not joined is known to live by its manager's heartbeats, every 20 seconds. It may miss two."""
 
 Members = Mapping[int, str | None]
 
@@ -37,11 +40,13 @@ def _silence(rank: int, host: str, seconds: float) -> StopReport:
 class _Generation:
     """``timeouts`` are seconds of silence by rank; ``waiting`` has the rank by ticket.
 
+    ``expected`` are ranks of the run that have not joined, with the monotonic time since when they are watched.
     Those who wait are answered together, ``answer_by`` (monotonic) the first of them would lose patience.
     """
 
     members: Members = field(default_factory=dict)
     timeouts: dict[int, float] = field(default_factory=dict)
+    expected: dict[int, float] = field(default_factory=dict)
     stop: StopReport | None = None
     waiting: dict[int, int] = field(default_factory=dict)
     answer_by: float = math.inf
@@ -119,17 +124,36 @@ class Stops:
             self._wake_by(generation.answer_by)
 
     def _look_for_silence(self, generation: _Generation, late: float) -> None:
-        for rank, timeout in generation.timeouts.items():
-            if generation.members.get(rank) is None:
-                continue
-            silent = self._desk.mono - self._heard[rank]
+        self._expect(generation)
+        for rank, host, timeout, heard in self._watched(generation):
+            silent = self._desk.mono - heard
             if silent >= timeout and late > timeout / 4:
                 # This look comes late, so it was the coordinator that stood still; what ranks say is still to be heard.
                 self._heard[rank], silent = self._desk.mono, 0.0
             if silent >= timeout:
-                self._stop(generation, _silence(rank, generation.members[rank] or "", silent))
+                self._stop(generation, _silence(rank, host, silent))
                 return
-            self._wake_by(self._heard[rank] + timeout)
+            self._wake_by(self._desk.mono - silent + timeout)
+
+    def _watched(self, generation: _Generation) -> Iterator[tuple[int, str, float, float]]:
+        """Rank, host, longest silence and when it was heard last: of who takes part, then of who has yet to join."""
+        for rank, timeout in generation.timeouts.items():
+            host = generation.members.get(rank)
+            if host is not None:
+                yield rank, host, timeout, self._heard[rank]
+        hosts = self._run.hosts if self._run is not None else {}
+        timeout = max(MANAGER_SILENCE, *generation.timeouts.values(), 0.0)
+        for rank, since in generation.expected.items():
+            yield rank, hosts.get(rank, ""), timeout, max(since, self._heard.get(rank, since))
+
+    def _expect(self, generation: _Generation) -> None:
+        """Watch those who belong to the run, have not left it and have not joined, while others take part."""
+        run = self._run
+        if run is None or generation.deserted:
+            generation.expected = {}
+            return
+        missing = [rank for rank in run.hosts if rank not in run.left and rank not in generation.members]
+        generation.expected = {rank: generation.expected.get(rank, self._desk.mono) for rank in missing}
 
     def _watch(self, generation: _Generation, rank: int, timeout: float) -> None:
         """Watch this rank, and those that were watched before the coordinator was replaced."""
@@ -141,6 +165,9 @@ class Stops:
             for other in generation.members:
                 generation.timeouts.setdefault(other, timeout)
                 self._heard.setdefault(other, self._desk.mono)
+        generation.expected.pop(rank, None)
+        if self._run is not None and len(generation.members) + len(generation.expected) < len(self._run.hosts):
+            self._expect(generation)
         self._wake_by(self._desk.mono + timeout)
 
     def _left(self, generation: _Generation, rank: int) -> None:

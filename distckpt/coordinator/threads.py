@@ -10,12 +10,13 @@ import contextlib
 import functools
 import logging
 import math
+import queue
 import threading
 import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from distckpt.coordinator.messages import StopReport
 from distckpt.errors import CoordinatorError, OutOfRangeError, PeerFailedError, RankSilentError
@@ -53,6 +54,11 @@ class Cluster(Protocol):
         """Take part in the next generation. What is heard is given to ``coordinator``, as long as it lives."""
 
 
+class _Cause(NamedTuple):
+    error: BaseException | None
+    traceback: TracebackType | None
+
+
 class Coordinator:
     """Stops the threads of a process together, on the first error or when one of them asks for it.
 
@@ -70,7 +76,7 @@ class Coordinator:
 
     Where TensorFlow's differs: an exception that is given outside of its ``except`` block is recorded as it is, not as
     a ValueError; an error that comes second, or after a plain request, is logged and not lost; ``join`` notices the end
-    of threads at once.
+    of threads at once; a signal handler may request a stop, look for one and wait for it, whatever it interrupts.
 
     Raises ValueError for a ``silence_timeout`` that is not positive.
     """
@@ -88,10 +94,9 @@ class Coordinator:
         self._cluster = cluster
         self._silence_timeout = silence_timeout
         self._lock = threading.RLock()
-        self._changed = threading.Condition(self._lock)
-        self._stop = threading.Event()
-        self._error: BaseException | None = None
-        self._traceback: TracebackType | None = None
+        # At most one entry. A signal handler may come between any two steps, so a stop and its error are one step.
+        self._cause: dict[str, _Cause] = {}
+        self._wakers: set[queue.SimpleQueue[None]] = set()
         self._joined = False
         self._registered: set[threading.Thread] = set()
         self._membership: Membership | None = None
@@ -110,27 +115,28 @@ class Coordinator:
         error = _exception(ex)
         if isinstance(error, self._clean):
             error = None
-        with self._lock:
+        with self._lock:  # never held while logging: a handler may have interrupted its thread inside of logging
             if self._joined and error is not None:
                 raise error
-            if self._stop.is_set():
-                if error is not None and error is not self._error:
-                    logger.warning("an error after a stop had been requested: %s", _line(error), exc_info=error)
-                return
-            if error is not None:
-                logger.info("stopping because of %s", _line(error))
-            self._record(error)
+            cause = _cause(error)
+            first = self._record(cause)
             membership = self._membership
+        if first is not cause:
+            if error is not None and error is not first.error:
+                logger.warning("an error after a stop had been requested: %s", _line(error), exc_info=error)
+            return
+        if error is not None:
+            logger.info("stopping because of %s", _line(error))
         if membership is not None:
             membership.report(error)
 
     def should_stop(self) -> bool:
         """Whether a stop has been requested, on any rank."""
-        return self._stop.is_set()
+        return bool(self._cause)
 
     def wait_for_stop(self, timeout: float | None = None) -> bool:
         """Wait for a stop; False if there was none within ``timeout`` seconds (0 or less only looks)."""
-        return self._stop.wait(None if timeout is None else min(timeout, threading.TIMEOUT_MAX))
+        return self._wait(queue.SimpleQueue(), timeout)
 
     @contextlib.contextmanager
     def stop_on_exception(self) -> Iterator[None]:
@@ -152,16 +158,16 @@ class Coordinator:
         """Start anew: no stop, no error, not joined. With a cluster all ranks call it alike; late reports are dropped."""
         with self._lock:
             self._leave()
-            self._stop.clear()
-            self._error = self._traceback = None
+            self._membership = None
             self._joined = False
+            self._cause.clear()
             self._enter()
 
     def raise_requested_exception(self) -> None:
         """Raise the error that made everyone stop, if there is one; it stays recorded."""
-        with self._lock:
-            if self._error is not None:
-                raise self._error.with_traceback(self._traceback)
+        for cause in tuple(self._cause.values()):
+            if cause.error is not None:
+                raise cause.error.with_traceback(cause.traceback)
 
     # ---- threads ---------------------------------------------------------------------------------------------------
 
@@ -194,32 +200,33 @@ class Coordinator:
         with self._lock:
             waited = self._registered.union(threads or ())
         others = waited - {threading.current_thread()}
-        ended = self._watch_ends(others)
-        with self._changed:
-            self._changed.wait_for(lambda: ended.is_set() or self._stop.is_set())
-        if self._stop.is_set():
+        waker: queue.SimpleQueue[None] = queue.SimpleQueue()
+        ended = self._watch_ends(others, waker)
+        while not ended.is_set() and not self.should_stop():
+            self._wait(waker, None)
+        if self.should_stop():
             ended.wait(max(0.0, min(stop_grace_period_secs, threading.TIMEOUT_MAX)))
             self._settle()
         stragglers = sorted(thread.name for thread in others if thread.is_alive())
         with self._lock:
             self._joined = True
             self._registered -= waited
-            if stragglers and (ignore_live_threads or self._error is not None):
-                logger.warning("%s", self._still_running(stragglers))
-            self.raise_requested_exception()
+            failed = self._error is not None
+        if stragglers and (ignore_live_threads or failed):
+            logger.warning("%s", self._still_running(stragglers))
+        self.raise_requested_exception()
         if stragglers and not ignore_live_threads:
             raise RuntimeError(self._still_running(stragglers))
 
-    def _watch_ends(self, threads: Iterable[threading.Thread]) -> threading.Event:
-        """An event that is set as soon as none of them is alive."""
+    def _watch_ends(self, threads: Iterable[threading.Thread], waker: queue.SimpleQueue[None]) -> threading.Event:
+        """An event that is set as soon as none of them is alive; ``waker`` gets something then."""
         ended = threading.Event()
 
         def watch() -> None:
             while (alive := next((thread for thread in threads if thread.is_alive()), None)) is not None:
                 alive.join()
-            with self._changed:
-                ended.set()
-                self._changed.notify_all()
+            ended.set()
+            waker.put(None)
 
         if any(thread.is_alive() for thread in threads):
             threading.Thread(target=watch, name="distckpt-join", daemon=True).start()
@@ -239,11 +246,32 @@ class Coordinator:
         elif not isinstance(raised, GeneratorExit):
             self.request_stop(raised)
 
-    def _record(self, error: BaseException | None) -> None:
-        if error is not None:
-            self._error, self._traceback = error, error.__traceback__
-        self._stop.set()
-        self._changed.notify_all()
+    @property
+    def _error(self) -> BaseException | None:
+        return next((cause.error for cause in tuple(self._cause.values())), None)
+
+    def _record(self, cause: _Cause) -> _Cause:
+        """The first cause, which is the one that counts. Wakes everyone."""
+        first = self._cause.setdefault("first", cause)
+        for waker in tuple(self._wakers):
+            waker.put(None)
+        return first
+
+    def _wait(self, waker: queue.SimpleQueue[None], timeout: float | None) -> bool:
+        """Wait until there is a stop or something in ``waker``.
+
+        No Event, for a handler that interrupts the owner of its lock would wait for ever; and no Condition, for what a
+        handler does between looking and waiting would be missed.
+        """
+        self._wakers.add(waker)
+        try:
+            if not self.should_stop():
+                waker.get(timeout=None if timeout is None else max(0.0, min(timeout, threading.TIMEOUT_MAX)))
+            return True
+        except queue.Empty:
+            return self.should_stop()
+        finally:
+            self._wakers.discard(waker)
 
     # ---- the other ranks -------------------------------------------------------------------------------------------
 
@@ -255,6 +283,8 @@ class Coordinator:
             finalizer = weakref.finalize(self, self._membership.leave)
             finalizer.atexit = False
             self._leave = finalizer
+            if self.should_stop():  # a signal handler has requested it meanwhile, when there was nobody to tell
+                self._membership.report(self._error)
 
     def _settle(self) -> None:
         membership = self._membership
@@ -264,17 +294,18 @@ class Coordinator:
     def _hear(self, membership: Membership, cause: StopReport | CoordinatorError) -> None:
         """The first stop of all ranks, or why this rank will hear of none. The cluster's word is final."""
         with self._lock:
-            if membership is not self._membership or (self._joined and self._stop.is_set()):
+            if membership is not self._membership or (self._joined and self.should_stop()):
                 return
-            logger.info("stopping on all ranks: %s", cause)
-            error = self._error_of(cause)
-            if self._joined and error is not None:
-                logger.warning("an error after everyone was joined: %s", _line(error))
-                error = None
-            if error is not None and self._error is not None:
-                logger.warning("this rank's own error was not the first: %s", _line(self._error), exc_info=self._error)
-                error.__context__ = self._error
-            self._record(error)
+            error, own, late = self._error_of(cause), self._error, self._joined
+            if error is not None and not late:
+                error.__context__ = own
+                self._cause["first"] = _cause(error)
+            self._record(_cause(None))
+        logger.info("stopping on all ranks: %s", cause)
+        if error is not None and late:
+            logger.warning("an error after everyone was joined: %s", _line(error))
+        elif error is not None and own is not None:
+            logger.warning("this rank's own error was not the first: %s", _line(own), exc_info=own)
 
     def _error_of(self, cause: StopReport | CoordinatorError) -> CoordinatorError | None:
         """What join is to raise, if it is anything else than this rank's own error: a report is only its likeness."""
@@ -382,6 +413,10 @@ def _exception(ex: object) -> BaseException | None:
     if isinstance(ex, tuple) and len(ex) == 3 and isinstance(ex[1], BaseException):
         return ex[1].with_traceback(ex[2])
     return ValueError(f"request_stop takes an exception or what sys.exc_info() returned for one, not {ex!r}")
+
+
+def _cause(error: BaseException | None) -> _Cause:
+    return _Cause(error, getattr(error, "__traceback__", None))
 
 
 def _peer_error(report: StopReport) -> PeerFailedError:

@@ -73,9 +73,8 @@ class Exporter:
         with self._changed:
             if not self._changed.wait_for(lambda: self._looked >= asked or self._stopping, timeout):
                 raise TimeoutError(f"exports to {self._store.url} are still under way after {timeout:g} s")
-            errors, self._errors = list(self._errors.values()), {}
-        if errors:
-            raise errors[0]
+            if self._errors:
+                raise self._errors.pop(next(iter(self._errors)))
 
     def stop(self) -> None:
         """Give up what is under way and end the thread."""
