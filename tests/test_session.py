@@ -463,12 +463,16 @@ def test_a_hook_that_is_used_again_does_not_remember_what_failed(tmp_path: Path,
     def session() -> distckpt.TrainingSession:
         return distckpt.TrainingSession([hook], lambda: training.at, checkpoint=training.checkpoint)
 
-    with pytest.raises(ZeroDivisionError), session() as first:
-        first.run(training.step)
-        hook.get_saver(first).wait()
-        (tmp_path / "run").rename(tmp_path / "away")
-        first.run(training.step)
-        raise ZeroDivisionError
+    def fail(session: distckpt.TrainingSession) -> None:
+        with session:
+            session.run(training.step)
+            hook.get_saver(session).wait()
+            (tmp_path / "run").rename(tmp_path / "away")
+            session.run(training.step)
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail(session())
     shutil.rmtree(tmp_path / "run", ignore_errors=True)
     (tmp_path / "away").rename(tmp_path / "run")
     with session() as second:

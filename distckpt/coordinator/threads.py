@@ -10,7 +10,6 @@ import contextlib
 import functools
 import logging
 import math
-import queue
 import threading
 import time
 import weakref
@@ -24,6 +23,7 @@ from distckpt.errors import CoordinatorError, OutOfRangeError, PeerFailedError, 
 logger = logging.getLogger(__name__)
 
 CLEAN_STOPS: tuple[type[BaseException], ...] = (OutOfRangeError, StopIteration)
+LOOK_SECONDS = 0.5  # Python runs the handler of a signal that came just before a wait only after it
 SETTLE_SECONDS = 10.0
 """How long join waits until the cluster has heard of this rank's request to stop and says which was the first."""
 
@@ -96,11 +96,11 @@ class Coordinator:
         self._lock = threading.RLock()
         # At most one entry. A signal handler may come between any two steps, so a stop and its error are one step.
         self._cause: dict[str, _Cause] = {}
-        self._wakers: set[queue.SimpleQueue[None]] = set()
+        self._wakers: set[threading.Lock] = set()
         self._joined = False
         self._registered: set[threading.Thread] = set()
         self._membership: Membership | None = None
-        self._leave: Callable[[], object] = _nothing
+        self._leave: Callable[[], object] = bool  # nothing to leave
         self._enter()
 
     # ---- stop ------------------------------------------------------------------------------------------------------
@@ -118,8 +118,7 @@ class Coordinator:
         with self._lock:  # never held while logging: a handler may have interrupted its thread inside of logging
             if self._joined and error is not None:
                 raise error
-            cause = _cause(error)
-            first = self._record(cause)
+            first = self._record(cause := _cause(error))
             membership = self._membership
         if first is not cause:
             if error is not None and error is not first.error:
@@ -136,7 +135,9 @@ class Coordinator:
 
     def wait_for_stop(self, timeout: float | None = None) -> bool:
         """Wait for a stop; False if there was none within ``timeout`` seconds (0 or less only looks)."""
-        return self._wait(queue.SimpleQueue(), timeout)
+        while timeout is None and not self._wait(_waker(), LOOK_SECONDS):
+            pass
+        return self._wait(_waker(), timeout or 0.0)
 
     @contextlib.contextmanager
     def stop_on_exception(self) -> Iterator[None]:
@@ -200,10 +201,9 @@ class Coordinator:
         with self._lock:
             waited = self._registered.union(threads or ())
         others = waited - {threading.current_thread()}
-        waker: queue.SimpleQueue[None] = queue.SimpleQueue()
-        ended = self._watch_ends(others, waker)
+        ended = self._watch_ends(others, waker := _waker())
         while not ended.is_set() and not self.should_stop():
-            self._wait(waker, None)
+            self._wait(waker, LOOK_SECONDS)
         if self.should_stop():
             ended.wait(max(0.0, min(stop_grace_period_secs, threading.TIMEOUT_MAX)))
             self._settle()
@@ -218,15 +218,15 @@ class Coordinator:
         if stragglers and not ignore_live_threads:
             raise RuntimeError(self._still_running(stragglers))
 
-    def _watch_ends(self, threads: Iterable[threading.Thread], waker: queue.SimpleQueue[None]) -> threading.Event:
-        """An event that is set as soon as none of them is alive; ``waker`` gets something then."""
+    def _watch_ends(self, threads: Iterable[threading.Thread], waker: threading.Lock) -> threading.Event:
+        """An event that is set as soon as none of them is alive; ``waker`` is woken then."""
         ended = threading.Event()
 
         def watch() -> None:
             while (alive := next((thread for thread in threads if thread.is_alive()), None)) is not None:
                 alive.join()
             ended.set()
-            waker.put(None)
+            _wake(waker)
 
         if any(thread.is_alive() for thread in threads):
             threading.Thread(target=watch, name="distckpt-join", daemon=True).start()
@@ -254,22 +254,21 @@ class Coordinator:
         """The first cause, which is the one that counts. Wakes everyone."""
         first = self._cause.setdefault("first", cause)
         for waker in tuple(self._wakers):
-            waker.put(None)
+            _wake(waker)
         return first
 
-    def _wait(self, waker: queue.SimpleQueue[None], timeout: float | None) -> bool:
-        """Wait until there is a stop or something in ``waker``.
+    def _wait(self, waker: threading.Lock, timeout: float) -> bool:
+        """Wait until there is a stop or ``waker`` is woken.
 
-        No Event, for a handler that interrupts the owner of its lock would wait for ever; and no Condition, for what a
-        handler does between looking and waiting would be missed.
+        An Event would deadlock with a handler that interrupts it, a Condition miss one that comes just before.
         """
         self._wakers.add(waker)
         try:
-            if not self.should_stop():
-                waker.get(timeout=None if timeout is None else max(0.0, min(timeout, threading.TIMEOUT_MAX)))
-            return True
-        except queue.Empty:
-            return self.should_stop()
+            return (
+                self.should_stop()
+                or waker.acquire(timeout=max(0, min(timeout, threading.TIMEOUT_MAX)))
+                or self.should_stop()
+            )
         finally:
             self._wakers.discard(waker)
 
@@ -415,6 +414,16 @@ def _exception(ex: object) -> BaseException | None:
     return ValueError(f"request_stop takes an exception or what sys.exc_info() returned for one, not {ex!r}")
 
 
+def _waker() -> threading.Lock:
+    (waker := threading.Lock()).acquire()
+    return waker
+
+
+def _wake(waker: threading.Lock) -> None:
+    with contextlib.suppress(RuntimeError):  # it has been woken already
+        waker.release()
+
+
 def _cause(error: BaseException | None) -> _Cause:
     return _Cause(error, getattr(error, "__traceback__", None))
 
@@ -445,7 +454,3 @@ def text_of(error: BaseException) -> str:
 
 def _line(error: BaseException) -> str:
     return f"{type(error).__name__}: {text_of(error)}"
-
-
-def _nothing() -> None:
-    """There is nothing to leave."""
