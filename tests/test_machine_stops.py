@@ -179,7 +179,7 @@ def test_a_rank_that_never_joins_is_missed_when_its_manager_is_silent() -> None:
     live(driver, run, [0, 2], MANAGER_SILENCE - 1)
     assert stop_of(driver.answer(await_stop(run, 0, patience=0))) is None, "counted from when the watching began"
     waiting = driver.ask(await_stop(run, 0))
-    driver.wait(1.0)
+    driver.wait(2.0)
     stop = stop_of(driver.replies[waiting])
     assert stop is not None
     assert (stop.rank, stop.host, stop.silent) == (1, "host1", MANAGER_SILENCE)

@@ -300,7 +300,7 @@ def test_a_handler_that_comes_between_any_two_steps_of_waiting_ends_it() -> None
     step, reached = 0, True
     while reached:
         step += 1
-        coord, reached = stopped_by_handler_at(step, lambda coord: coord.wait_for_stop(0.5))
+        coord, reached = stopped_by_handler_at(step, lambda coord: coord.wait_for_stop(0.05))
         with pytest.raises(KeyError) if reached else contextlib.nullcontext():
             coord.join()
     assert step > 10

@@ -223,7 +223,7 @@ class Machine:
             self._turn_away(ticket, request, refusal)
             return
         self._stops.alive(request.rank)
-        if not isinstance(request, Leave | AwaitStop):  # a Coordinator may outlive its manager by a moment
+        if not isinstance(request, Leave | AwaitStop | Heartbeat):  # these may come late, after the rank has left
             run.left.discard(request.rank)
         match request:
             case Join():

@@ -118,16 +118,14 @@ class Coordinator:
         with self._lock:  # never held while logging: a handler may have interrupted its thread inside of logging
             if self._joined and error is not None:
                 raise error
-            first = self._record(cause := _cause(error))
+            first = self._record(cause := _Cause(error, getattr(error, "__traceback__", None)))
             membership = self._membership
-        if first is not cause:
-            if error is not None and error is not first.error:
-                logger.warning("an error after a stop had been requested: %s", _line(error), exc_info=error)
-            return
-        if error is not None:
-            logger.info("stopping because of %s", _line(error))
-        if membership is not None:
-            membership.report(error)
+        if first is cause:
+            logger.info("stopping because of %s", "a request" if error is None else _line(error))
+            if membership is not None:
+                membership.report(error)
+        elif error is not None and error is not first.error:
+            logger.warning("an error after a stop had been requested: %s", _line(error), exc_info=error)
 
     def should_stop(self) -> bool:
         """Whether a stop has been requested, on any rank."""
@@ -298,8 +296,8 @@ class Coordinator:
             error, own, late = self._error_of(cause), self._error, self._joined
             if error is not None and not late:
                 error.__context__ = own
-                self._cause["first"] = _cause(error)
-            self._record(_cause(None))
+                self._cause["first"] = _Cause(error, getattr(error, "__traceback__", None))
+            self._record(_Cause(None, None))
         logger.info("stopping on all ranks: %s", cause)
         if error is not None and late:
             logger.warning("an error after everyone was joined: %s", _line(error))
@@ -422,10 +420,6 @@ def _waker() -> threading.Lock:
 def _wake(waker: threading.Lock) -> None:
     with contextlib.suppress(RuntimeError):  # it has been woken already
         waker.release()
-
-
-def _cause(error: BaseException | None) -> _Cause:
-    return _Cause(error, getattr(error, "__traceback__", None))
 
 
 def _peer_error(report: StopReport) -> PeerFailedError:
