@@ -180,7 +180,7 @@ class NotSharedError(SaveError):
         super().__init__(
             number,
             f"shards of {_ranks_at_hosts(ranks, hosts)} are not to be seen in {directory} from the coordinator. "
-            "Use a directory that all hosts share, or an object store",
+            "Use a directory that all hosts share",
         )
         self.directory = directory
         self.ranks = tuple(ranks)

@@ -241,7 +241,7 @@ class CheckpointSaverHook(SessionRunHook):
                 session.run(train_step)  # counts progress["step"] up
 
     Args:
-        checkpoint_dir: a local path that all hosts share, or an object store's URL.
+        checkpoint_dir: a path that all hosts share.
         save_secs, save_steps: seconds or steps between two saves; one of them.
         saver: a CheckpointManager of ``checkpoint_dir``, which stays the caller's to close; it names and retires the
             checkpoints as it was told. Without one the hook makes its own when it first needs it, of the session's

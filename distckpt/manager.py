@@ -48,7 +48,7 @@ class CheckpointManager:
 
     Args:
         checkpoint: what to save.
-        directory: a local path that all hosts share, or an object store's URL.
+        directory: a path that all hosts share.
         max_to_keep: how many checkpoints stay, oldest deleted first; None keeps all. Nothing is deleted before the
             first save.
         keep_checkpoint_every_n_hours: a checkpoint about to be deleted is preserved for ever if it is at least this

@@ -58,7 +58,6 @@ class HookedLoop:
             own, and ``close`` joins its threads and raises what they raised.
         stop_signals: from ``begin`` to ``close`` these signals make this rank wish to stop, and do nothing else; only
             in the main thread. The last checkpoint is saved by ``end``, within the time that the sender gives.
-
         stop_grace_period_secs: how long ``close`` waits for the threads of the loop's own ``coord``.
 
     Raises:

@@ -52,20 +52,7 @@ LAYERS = (
 )
 """From the lowest up. What is in one layer may use its own part of it, and the layers below."""
 
-ONE_LEVEL = {
-    "ending",
-    "checkpoint",
-    "collecting",
-    "loading",
-    "manager",
-    "objects",
-    "ordering",
-    "reading",
-    "restoring",
-    "resuming",
-    "saving",
-    "watching",
-}
+MANAGING = next(parts for parts in LAYERS if "manager" in parts)
 """These modules are one layer together, and may use each other."""
 
 
@@ -124,7 +111,7 @@ def test_imports_run_downwards_only() -> None:
         for used in imports(tree):
             if not used.startswith("distckpt.") or part(used) == part(name):
                 continue
-            beside = {part(name), part(used)} <= ONE_LEVEL
+            beside = {part(name), part(used)} <= set(MANAGING)
             if layer(used) >= layer(name) and not beside:
                 upwards.append(f"{name} uses {used}")
     assert upwards == []
@@ -180,7 +167,7 @@ def users(package: str) -> set[str]:
 
 def test_ray_is_used_only_where_actors_are() -> None:
     allowed = {f"distckpt.coordinator.{name}" for name in ("actor", "watcher", "client")}
-    allowed |= {"distckpt.exporting.places", "distckpt.exporting.child", "distckpt.integrations.ray_train"}
+    allowed |= {"distckpt.exporting.places", "distckpt.exporting.packing", "distckpt.integrations.ray_train"}
     found = users("ray")
     # world.py only looks whether this is a Ray Train worker, who has imported ray.train already.
     assert found - {"distckpt.world"} <= allowed
@@ -267,16 +254,20 @@ FORBIDDEN_CALLS = {
 }
 
 
+PICKLED = {"distckpt.exporting.packing imports ray.cloudpickle"}
+"""What goes from the training to the process that makes its exports, over a pipe."""
+
+
 def test_nothing_is_ever_unpickled_or_evaluated() -> None:
     found = []
     for name, tree in modules().items():
-        found += [f"{name} imports {used}" for used in imports(tree) if used.split(".")[0] in FORBIDDEN_PACKAGES]
+        found += [f"{name} imports {used}" for used in imports(tree) if FORBIDDEN_PACKAGES & set(used.split("."))]
         for node in ast.walk(tree):
             if isinstance(node, ast.Call) and ast.unparse(node.func) in FORBIDDEN_CALLS:
                 found.append(f"{name}:{node.lineno} calls {ast.unparse(node.func)}")
             if isinstance(node, ast.keyword) and node.arg == "allow_pickle":
                 found.append(f"{name}:{node.lineno} speaks of allow_pickle")
-    assert found == []
+    assert set(found) == PICKLED
 
 
 def test_no_exception_is_swallowed_without_a_reason() -> None:

@@ -30,8 +30,10 @@ def open_manifest(data: bytes) -> None:
     check_manifest(unseal(data, Manifest, "manifest.json", MAX_MANIFEST_BYTES), "manifest.json")
 
 
-def open_entry(data: bytes) -> None:
-    check_entry(unseal(data, Entry, "_log/9.json", MAX_MANIFEST_BYTES), "_log/9.json")
+def open_entry(data: bytes) -> Entry:
+    entry = unseal(data, Entry, "_log/9.json", MAX_MANIFEST_BYTES)
+    check_entry(entry, "_log/9.json")
+    return entry
 
 
 CLIMBING = ["..", "../../home", "/etc", "/", "a/b", "a\\b", "a\0b", ".hidden", "", "a\n", "gs://b", "x" * 129, "é"]
@@ -124,7 +126,7 @@ def test_deep_nesting(body: bytes) -> None:
 def test_brackets_inside_a_text_are_no_nesting(text: str) -> None:
     members = plain(ENTRY)
     members["state"]["active"][1]["metrics"] = {text: 0.5}
-    open_entry(resealed(members))
+    assert open_entry(resealed(members)).state.active[1].metrics == {text: 0.5}
 
 
 @pytest.mark.parametrize(

@@ -418,7 +418,8 @@ def test_a_new_run_counts_its_saves_from_the_start():
     driver = Driver().lead()
     driver.save(driver.open(), 1, 7, 70)
     run = driver.open(token="job2")
-    driver.save(run, 1, 1, 71)
+    record = driver.save(run, 1, 1, 71)
+    assert record.number == 71
 
 
 # ---- skipping and preparing ------------------------------------------------------------------------------------------

@@ -181,6 +181,7 @@ def test_clean_types_may_come_from_any_iterable() -> None:
     coord = Coordinator(kind for kind in (KeyError, ValueError))
     for error in (ValueError("x"), KeyError("x")):
         coord.request_stop(error)
+        assert coord.should_stop()
         coord.join()
         coord.clear_stop()
 

@@ -54,6 +54,6 @@ class _Commands(click.Group):
 def main() -> None:
     """Look at checkpoints, and check them.
 
-    DIR is the directory that a run saves to, a local path or a URL such as gs://bucket/run-7. PATH is one checkpoint
-    in it, such as gs://bucket/run-7/ckpt-42, or the directory, which means its newest. Nothing is ever changed.
+    DIR is the directory that a run saves to, such as /shared/run-7. PATH is one checkpoint in it, such as
+    /shared/run-7/ckpt-42, or the directory, which means its newest. Nothing is ever changed.
     """

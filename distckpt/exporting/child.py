@@ -11,6 +11,7 @@ from typing import BinaryIO
 
 import msgspec
 
+from distckpt.exporting.packing import unpack
 from distckpt.exporting.places import LENGTH_BYTES
 from distckpt.exporting.task import Outcome, carry_out
 
@@ -36,9 +37,7 @@ def _listen(stdin: BinaryIO, orders: SimpleQueue[bytes]) -> None:
 
 
 def _answer(order: bytes) -> Outcome:
-    from ray import cloudpickle
-
     try:
-        return carry_out(cloudpickle.loads(order))
+        return carry_out(unpack(order))
     except Exception as error:  # noqa: BLE001 - whatever unpickling raises, such as for a module that is not found here
         return Outcome("failed", f"{type(error).__name__}: {error}", trace=traceback.format_exc())

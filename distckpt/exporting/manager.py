@@ -14,7 +14,8 @@ from torch import nn
 from distckpt.checkpoint import Checkpoint
 from distckpt.exporting.exporter import Exporter
 from distckpt.exporting.listing import Exports, PathLike, export_number
-from distckpt.exporting.places import find_place, packed
+from distckpt.exporting.packing import pack
+from distckpt.exporting.places import find_place
 from distckpt.exporting.recipes import Export, Recipe, recipes_of
 from distckpt.format.log import CheckpointRecord
 from distckpt.manager import CheckpointManager, StepCounter
@@ -76,7 +77,7 @@ class ExportCheckpointManager(CheckpointManager):
         if recipes and importlib.util.find_spec("safetensors") is None:
             raise ImportError("exporting needs safetensors: pip install 'distckpt[export]'")
         if recipes:
-            packed(recipes)  # what cannot be sent is refused now and not after the first save
+            pack(recipes)  # what cannot be sent is refused now and not after the first save
         self._exporter: Exporter | None = None
         super().__init__(
             checkpoint,

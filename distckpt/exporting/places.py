@@ -17,6 +17,7 @@ from typing import Any, Protocol
 
 import msgspec
 
+from distckpt.exporting.packing import pack
 from distckpt.exporting.task import Order, Outcome, carry_out
 
 LENGTH_BYTES = 8
@@ -44,20 +45,6 @@ def find_place(task_options: Mapping[str, Any]) -> Place:
     return ChildProcess()
 
 
-def packed(thing: object) -> bytes:
-    """``thing`` as another process unpacks it, with functions and classes that no module has, as those of a script.
-
-    TypeError for what cannot be sent.
-    """
-    from ray import cloudpickle
-
-    try:
-        data: bytes = cloudpickle.dumps(thing)  # type: ignore[no-untyped-call]
-    except Exception as error:
-        raise TypeError(f"this cannot be sent to the process that makes exports: {error}") from error
-    return data
-
-
 class ChildProcess:
     """A process of its own that lives as long as its maker, started when it is first needed and again when it died."""
 
@@ -71,7 +58,7 @@ class ChildProcess:
         process = self._find()
         if process is None:
             return STOPPED
-        answer = _exchange(process, packed(order))
+        answer = _exchange(process, pack(order))
         if answer:
             return msgspec.json.decode(answer, type=Outcome)
         return Outcome("failed", f"the process that makes exports ended with status {process.wait()}")

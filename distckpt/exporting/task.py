@@ -76,7 +76,7 @@ def _check_shared(store: Store) -> None:
         raise StorageError(
             store.url,
             f"no checkpoint is to be seen from {socket.gethostname()}, where the export is made. "
-            "Use a directory that all hosts share, or an object store",
+            "Use a directory that all hosts share",
         )
 
 

@@ -1,6 +1,6 @@
 """Checkpoints for the Trainer of Lightning.
 
-callback = DistckptCallback("gs://bucket/run-7", save_steps=100, max_to_keep=5)
+callback = DistckptCallback("/shared/run-7", save_steps=100, max_to_keep=5)
 trainer = Trainer(max_epochs=3, callbacks=[callback], enable_checkpointing=False)
 trainer.fit(module, loader)  # again after a restart: goes on where the newest good checkpoint was saved
 """

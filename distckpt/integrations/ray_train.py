@@ -2,7 +2,7 @@
 
 def train(config):
     checkpoint = distckpt.Checkpoint(model=model, optimizer=optimizer)
-    with training_session(checkpoint, "gs://bucket/run-7", save_steps=100, max_to_keep=5) as session:
+    with training_session(checkpoint, "/shared/run-7", save_steps=100, max_to_keep=5) as session:
         while session.global_step < config["steps"] and not session.should_stop():
             session.run(step)
 

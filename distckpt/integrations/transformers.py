@@ -1,6 +1,6 @@
 """Checkpoints for the Trainer of Hugging Face Transformers.
 
-callback = DistckptCallback("gs://bucket/run-7", save_steps=100, max_to_keep=5)
+callback = DistckptCallback("/shared/run-7", save_steps=100, max_to_keep=5)
 trainer = Trainer(model, args, train_dataset=data, callbacks=[callback])  # args: save_strategy="no"
 callback.train(trainer)  # instead of trainer.train()
 """

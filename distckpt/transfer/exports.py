@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
-
-import crc32c
-
 from distckpt.errors import DamagedError, ObjectNotFoundError
 from distckpt.format import names
 from distckpt.format.export import MAX_EXPORT_BYTES, ExportedFile, ExportManifest, check_export
 from distckpt.format.sealed import unseal
 from distckpt.storage import Store
-
-PIECE = 8 << 20
+from distckpt.transfer.checksums import stored_size_and_crc
 
 
 def read_export(store: Store, attempt_folder: str) -> ExportManifest | None:
@@ -32,13 +27,7 @@ def read_export(store: Store, attempt_folder: str) -> ExportManifest | None:
 
 def file_problem(store: Store, path: str, file: ExportedFile) -> str:
     """Why the file at ``path`` is not what was written, every byte read; '' if it is. StorageError if it cannot be."""
-    with contextlib.closing(store.open(path)) as source:
-        if source.size != file.size:
-            return f"it is {source.size} bytes long and should be {file.size}"
-        found, position = 0, 0
-        while position < file.size:
-            piece = memoryview(bytearray(min(PIECE, file.size - position)))
-            source.read_into(position, piece)
-            found = crc32c.crc32c(piece, found)
-            position += piece.nbytes
-    return "" if found == file.crc32c else f"CRC32C is {found:08x} and should be {file.crc32c:08x}"
+    size, crc = stored_size_and_crc(store, path)
+    if size != file.size:
+        return f"it is {size} bytes long and should be {file.size}"
+    return "" if crc == file.crc32c else f"CRC32C is {crc:08x} and should be {file.crc32c:08x}"

@@ -11,10 +11,10 @@ import numpy as np
 from distckpt.errors import DamagedError
 from distckpt.format.receipt import ShardReceipt
 from distckpt.storage.interface import ObjectInfo, Store
+from distckpt.transfer.checksums import stored_size_and_crc
 from distckpt.transfer.staging import StagedShard
 
 SECTION_BYTES = 32 << 20
-READ_BACK_BYTES = 8 << 20
 
 
 def write_shard(store: Store, path: str, shard: StagedShard, section_bytes: int = SECTION_BYTES) -> ShardReceipt:
@@ -34,18 +34,7 @@ def write_shard(store: Store, path: str, shard: StagedShard, section_bytes: int 
 
 def read_back(store: Store, path: str, receipt: ShardReceipt) -> None:
     """Read what was written once more. DamagedError if the store returns something else."""
-    source = store.open(path)
-    try:
-        crc, position = 0, 0
-        scratch = bytearray(min(READ_BACK_BYTES, max(1, receipt.size)))
-        while position < receipt.size:
-            part = memoryview(scratch)[: min(len(scratch), receipt.size - position)]
-            source.read_into(position, part)
-            crc = crc32c.crc32c(part, crc)
-            position += len(part)
-    finally:
-        source.close()
-    if crc != receipt.crc32c:
+    if stored_size_and_crc(store, path) != (receipt.size, receipt.crc32c):
         raise DamagedError(f"{store.url}/{path}", "what the store returns is not what was written")
 
 
