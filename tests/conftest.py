@@ -12,6 +12,7 @@ import pytest
 from tests.gang import Gang
 
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+os.environ.setdefault("RAY_worker_niceness", "0")  # else the coordinator waits for whatever else runs on this machine
 
 # No deadlines: the machine may be shared. In CI the same examples every time; elsewhere new ones, printed when they fail.
 hypothesis.settings.register_profile("default", deadline=None, print_blob=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from typing import Any
 
 import torch
@@ -21,6 +22,28 @@ def save_and_die(number: int, rank: int, moment: str) -> dict[str, Any]:
         die_at(moment)
         _HELD["manager"].checkpoint.state["a"] += 1
     return held_save(number)
+
+
+def leave_ray_in_a_save(number: int, rank: int) -> dict[str, Any]:
+    """All shut Ray down, one rank while its save waits for those of the others."""
+    import ray
+
+    if dist.get_rank() != rank:
+        ray.shutdown()
+    pending = _HELD["manager"].save(number)
+    began = time.monotonic()
+    ray.shutdown()
+    try:
+        return {"error": "", "path": pending.result(60)}
+    except distckpt.errors.DistckptError as error:
+        return {"error": f"{type(error).__name__}: {error}", "seconds": time.monotonic() - began}
+
+
+def join_ray() -> None:
+    """Connect to the tests' cluster again."""
+    import ray
+
+    ray.init(namespace="distckpt", log_to_driver=False)
 
 
 def die_at(moment: str) -> None:

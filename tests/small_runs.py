@@ -158,11 +158,12 @@ def leftovers(directory: PathLike) -> set[str]:
     }
 
 
-def until(met: Callable[[], bool], seconds: float = 20.0) -> None:
-    """Wait for ``met``, at most so long. Whoever calls it compares once more, to say what is wrong."""
+def until(met: Callable[[], object], seconds: float = 20.0) -> bool:
+    """Wait for ``met``, at most so long; whether it came."""
     deadline = time.monotonic() + seconds
-    while not met() and time.monotonic() < deadline:
+    while not (found := met()) and time.monotonic() < deadline:
         time.sleep(0.002)
+    return bool(found)
 
 
 def settled(directory: PathLike) -> dict[str, bytes]:

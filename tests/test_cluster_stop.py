@@ -31,6 +31,7 @@ from distckpt.errors import (
 )
 from distckpt.storage import LocalStore
 from tests.gang import ROOT, Gang
+from tests.small_runs import until
 from tests.test_faults import connected, coordinator_pid  # noqa: F401 - a fixture
 
 pytestmark = pytest.mark.timeout(120)
@@ -237,7 +238,7 @@ def test_what_is_heard_after_the_join_does_not_change_what_it_raised(
     coord.join()
     assert not coord.should_stop()
     hear(manager, coord, report(1, ValueError))
-    assert "an error after everyone was joined: PeerFailedError: rank 1 (far)" in caplog.text
+    assert until(lambda: "an error after everyone was joined: PeerFailedError: rank 1 (far)" in caplog.text)
     coord.join()
 
 
@@ -297,7 +298,7 @@ def test_what_was_reported_is_told_even_if_nobody_waits_for_it(manager: distckpt
         coord.clear_stop()
         assert not coord.should_stop()
     del coord
-    until(lambda: stop_of(manager, 1) is not None)
+    assert until(lambda: stop_of(manager, 1) is not None)
     assert stop_of(manager, 2) is None
 
 
@@ -305,29 +306,22 @@ def stop_threads() -> list[threading.Thread]:
     return [thread for thread in threading.enumerate() if thread.name in ("distckpt-stops", "distckpt-report")]
 
 
-def until(condition: Any) -> None:
-    deadline = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-
-
 def test_a_dropped_coordinator_leaves_and_its_thread_ends(manager: distckpt.CheckpointManager) -> None:
     coord = Coordinator(cluster=manager.cluster, silence_timeout=1.0)
     assert stop_threads()
     del coord
-    until(lambda: not stop_threads())
+    assert until(lambda: not stop_threads())
 
 
 def test_a_closed_manager_ends_the_cluster(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with distckpt.CheckpointManager(distckpt.Checkpoint(a=torch.ones(2)), tmp_path) as manager:
         coord = Coordinator(cluster=manager.cluster)
-    until(lambda: not stop_threads())
+    assert until(lambda: not stop_threads())
     assert not coord.should_stop()
     coord.request_stop(ValueError("later"))
     with pytest.raises(ValueError, match="later"):
         coord.join()
-    until(lambda: not stop_threads())
+    assert until(lambda: not stop_threads())
     with pytest.raises(CoordinatorError, match="has been closed"):
         Coordinator(cluster=manager.cluster)
     assert [record for record in caplog.records if record.levelno >= logging.WARNING] == []
@@ -378,10 +372,12 @@ def test_a_straggler_of_a_manager_is_named(
     monkeypatch.setattr("distckpt.manager.CLOSE_SECONDS", 0.1)
     over = threading.Event()
     manager = distckpt.CheckpointManager(distckpt.Checkpoint(a=torch.ones(2)), tmp_path)
-    LooperThread.loop(manager._background, None, over.wait, args=(30,), name="distckpt-stuck")
+    stuck = LooperThread.loop(manager._background, None, over.wait, args=(30,), name="distckpt-stuck")
     manager.save(1)
     manager.close()
     over.set()
+    stuck.join(10)
+    assert not stuck.is_alive()
     assert "threads still running: distckpt-stuck" in caplog.text
     assert distckpt.latest_checkpoint(tmp_path) == f"{tmp_path}/ckpt-1"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -29,7 +30,7 @@ from distckpt.exporting.building import filled
 from distckpt.exporting.contents import contents
 from distckpt.exporting.listing import list_exports
 from distckpt.exporting.recipes import recipes_of
-from distckpt.exporting.task import Order, Outcome, carry_out
+from distckpt.exporting.task import NICENESS, Order, Outcome, carry_out
 from distckpt.format import names
 from distckpt.format.export import ExportedFile, ExportedModule, ExportManifest
 from distckpt.format.log import CheckpointRecord
@@ -42,10 +43,10 @@ from distckpt.transfer.log import read_tail
 from tests.checkpoints import append_state, commit, new_attempt, put_manifest, write_checkpoint
 from tests.gang import ROOT, Gang
 from tests.scenarios_export import Tower, blocks, gpt_config, inputs, output, small_gpt, tower
-from tests.small_runs import mount, mounting
+from tests.small_runs import mount, mounting, until
 
 Exporting = functools.partial(
-    distckpt.ExportCheckpointManager, task_options={"scheduling_strategy": "DEFAULT"}
+    distckpt.ExportCheckpointManager, task_options={"scheduling_strategy": "DEFAULT", "max_calls": 0}
 )  # one node, and so one worker that has to import everything
 
 
@@ -566,13 +567,6 @@ def on_ray(ray_address: str) -> Iterator[None]:
     ray.shutdown()
 
 
-def wait_until(condition: Callable[[], object], seconds: float = 60) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.02)
-
-
 def is_alive(pid: int) -> bool:
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
@@ -708,7 +702,8 @@ def test_an_error_does_not_wait_for_an_export(tmp_path: Path) -> None:
     how = {"tower": distckpt.Export(functools.partial(blocks, str(blocked)), example_inputs=inputs())}
     manager = Exporting(distckpt.Checkpoint(model=live), tmp_path / "run", 1, how)
     manager.save(1).result(30)
-    wait_until(lambda: blocked.exists() and blocked.read_text())
+    assert until(lambda: blocked.exists() and blocked.read_text(), 60)
+    assert os.getpriority(os.PRIO_PROCESS, int(blocked.read_text())) == NICENESS, "the CPUs are the training's"
     with pytest.raises(TimeoutError):
         manager.wait_for_exports(0.1)
     for number in (2, 3):
@@ -717,8 +712,23 @@ def test_an_error_does_not_wait_for_an_export(tmp_path: Path) -> None:
     started = time.monotonic()
     manager.__exit__(KeyError, KeyError("the training loop"), None)
     assert time.monotonic() - started < 20
-    wait_until(lambda: not is_alive(int(blocked.read_text())))
+    assert until(lambda: not is_alive(int(blocked.read_text())), 60)
     assert distckpt.list_exports(tmp_path / "run") == []
+
+
+def test_a_program_that_leaves_ray_and_closes_nothing_ends_all_the_same(ray_address: str, tmp_path: Path) -> None:
+    script = str(ROOT / "tests" / "programs" / "leaves_ray.py")
+    done = subprocess.run(
+        [sys.executable, script, str(tmp_path), ray_address],
+        capture_output=True,
+        text=True,
+        timeout=50,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "checkpoint 1 was not exported: the process has left its Ray cluster" in done.stderr
+    assert distckpt.latest_checkpoint(tmp_path / "run") == f"{tmp_path}/run/ckpt-1"
 
 
 def test_wrong_options_leave_the_directory_free_and_names_are_apart(tmp_path: Path, on_ray: None) -> None:
@@ -830,7 +840,7 @@ def test_a_process_killed_while_it_exports_leaves_nothing_that_counts(tmp_path: 
     arguments = [sys.executable, "-m", "tests.scenarios_export", str(run), str(died), str(blocked)]
     process = subprocess.Popen(arguments, cwd=ROOT, stderr=subprocess.PIPE, text=True)
     try:
-        wait_until(lambda: blocked.exists() and blocked.read_text())
+        assert until(lambda: blocked.exists() and blocked.read_text(), 60)
         assert distckpt.list_exports(run) == []
         [half] = run.glob("ckpt-1/*/export-*")
         assert (half / "first/program.pt2").exists()
@@ -841,7 +851,7 @@ def test_a_process_killed_while_it_exports_leaves_nothing_that_counts(tmp_path: 
         process.send_signal(signal.SIGKILL)
         _, said = process.communicate()
     assert "ended with status -9" in said
-    wait_until(lambda: not is_alive(child))
+    assert until(lambda: not is_alive(child), 60)
 
     live = tower(1)
     with Exporting(distckpt.Checkpoint(model=live), run, 5, {"first": live}) as manager:

@@ -71,6 +71,18 @@ def paths_of(directory: Path) -> list[str]:
     return list(state.all_model_checkpoint_paths)
 
 
+def test_a_process_that_leaves_its_ray_cluster_is_told_so_and_may_come_back(gang2: Gang, tmp_path: Path) -> None:
+    gang2.run("scenarios:hold", directory=str(tmp_path), save_timeout=40)
+    for told in gang2.run("scenarios_faults:leave_ray_in_a_save", number=2, rank=0):
+        assert told["error"].startswith("CoordinatorUnavailableError")
+        assert "has left its Ray cluster (ray.shutdown)" in told["error"]
+        assert told["seconds"] < 20
+    gang2.run("scenarios_faults:join_ray")
+    for result in gang2.run("scenarios:held_save", number=3):
+        assert result["path"] == f"{tmp_path}/ckpt-3"
+    gang2.run("scenarios:release")
+
+
 @pytest.mark.parametrize("moment", ["staging", "writing", "written"])
 def test_a_rank_killed_during_a_save(ray_address: str, tmp_path: Path, moment: str) -> None:
     with Gang(2, {"RAY_ADDRESS": ray_address}) as gang:

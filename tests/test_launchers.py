@@ -32,7 +32,7 @@ def test_torchrun_without_a_ray_cluster(tmp_path: Path, group: str) -> None:
     )
     assert done.returncode == 0, done.stderr[-4000:]
     said = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-    assert said == [{"before": None, "latest": f"{tmp_path}/ckpt-2"}] * 2
+    assert said == [{"before": None, "latest": f"{tmp_path}/ckpt-2", "niceness": 0}] * 2
     with distckpt.open(f"{tmp_path}/ckpt-2") as reader:
         assert reader.manifest.world_size == 2
     assert distckpt.load(f"{tmp_path}/ckpt-2")["state"]["step"] == 2

@@ -33,6 +33,9 @@ CONNECT_SECONDS = 2.0
 RECONNECT_VARIABLE = "RAY_gcs_rpc_server_reconnect_timeout_s"
 RECONNECT_SECONDS = 7 * 86400
 """How long a rank waits for a Ray cluster to come back. Ray's own default ends the process after a minute."""
+NICENESS_VARIABLE = "RAY_worker_niceness"
+COORDINATOR_NICENESS = 0
+"""By its own default Ray runs actors at niceness 15. On CPUs that training keeps busy they would hardly ever run."""
 
 
 def actor_name(directory: str) -> str:
@@ -181,6 +184,7 @@ def _connect(address: str) -> None:
 
 def _start_local() -> None:
     _outlive_ray()
+    os.environ.setdefault(NICENESS_VARIABLE, str(COORDINATOR_NICENESS))
     ray.init(
         address="local",
         num_cpus=1,
@@ -229,7 +233,7 @@ def _is_here(address: str) -> bool:
 def _start_node(address: str) -> None:
     command = [sys.executable, "-m", "ray.scripts.scripts", "start", f"--address={address}", "--num-cpus=1"]
     command.append(f"--object-store-memory={LOCAL_OBJECT_STORE_BYTES}")
-    env = dict(os.environ)
+    env = {NICENESS_VARIABLE: str(COORDINATOR_NICENESS), **os.environ}
     if env.get(RECONNECT_VARIABLE) == str(RECONNECT_SECONDS):
         del env[RECONNECT_VARIABLE]  # training outlives Ray; a node must not outlive its cluster
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)

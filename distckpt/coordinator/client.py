@@ -78,6 +78,7 @@ class RayLine:
         self._lock = threading.Lock()
         self._actor: _Actor | None = None
         self._search: Future[_Actor] | None = None
+        self._job = ""
 
     def ask(self, request: Request, timeout: float) -> Reply:
         """See Line.ask."""
@@ -95,6 +96,10 @@ class RayLine:
             try:
                 actor = self._find(wait)
                 reply: Reply | None = ray.get(actor.ask.remote(request, wait), timeout=wait + POLL_SECONDS)
+            except SystemExit as error:
+                if threading.current_thread() is threading.main_thread():
+                    raise
+                raise self._left() from error  # Ray ends threads that wait for it when the process leaves its cluster
             except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError, FutureTimeoutError) as error:
                 if silent_since is None:
                     silent_since = time.monotonic()
@@ -121,9 +126,15 @@ class RayLine:
 
     def _find(self, timeout: float) -> _Actor:
         """The actor, which one thread looks up for all who ask: without its head node Ray would answer none of them."""
+        import ray
+
+        if not ray.is_initialized():
+            raise self._left()  # else Ray would look for a cluster by itself, and start one if it finds none
+        job = ray.get_runtime_context().get_job_id()
         with self._lock:
-            if self._actor is not None:
+            if self._actor is not None and self._job == job:
                 return self._actor
+            self._job = job  # a handle is of no use any more when the process has left the cluster and come back
             if self._search is None:
                 self._search = Future()
                 threading.Thread(target=self._look, args=(self._search,), name="distckpt-search", daemon=True).start()
@@ -145,6 +156,12 @@ class RayLine:
     def _found(self, actor: _Actor | None) -> None:
         with self._lock:
             self._actor, self._search = actor, None
+
+    def _left(self) -> CoordinatorUnavailableError:
+        return CoordinatorUnavailableError(
+            f"{self._directory}: this process has left its Ray cluster (ray.shutdown) before its manager was closed. "
+            "Close the manager first, or join the cluster again with ray.init"
+        )
 
     def _lost(self, error: Exception, since: float) -> None:
         if time.monotonic() - since > GRACE_SECONDS:

@@ -13,14 +13,11 @@ import msgspec
 
 from distckpt.exporting.packing import unpack
 from distckpt.exporting.places import LENGTH_BYTES
-from distckpt.exporting.task import Outcome, carry_out
-
-NICENESS = 10
+from distckpt.exporting.task import Outcome, carry_out_aside
 
 
 def serve() -> None:
     """Carry out orders from stdin, answering each with one line on stdout, until there are no more: then end at once."""
-    os.nice(NICENESS)
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what libraries print does not go between the answers
     orders: SimpleQueue[bytes] = SimpleQueue()
@@ -38,6 +35,6 @@ def _listen(stdin: BinaryIO, orders: SimpleQueue[bytes]) -> None:
 
 def _answer(order: bytes) -> Outcome:
     try:
-        return carry_out(unpack(order))
+        return carry_out_aside(unpack(order))
     except Exception as error:  # noqa: BLE001 - whatever unpickling raises, such as for a module that is not found here
         return Outcome("failed", f"{type(error).__name__}: {error}", trace=traceback.format_exc())

@@ -18,11 +18,12 @@ from typing import Any, Protocol
 import msgspec
 
 from distckpt.exporting.packing import pack
-from distckpt.exporting.task import Order, Outcome, carry_out
+from distckpt.exporting.task import Order, Outcome, carry_out_aside
 
 LENGTH_BYTES = 8
 POLL_SECONDS = 1.0
 STOPPED = Outcome("failed", "it was given up, since its manager was closed")
+LEFT = Outcome("failed", "the process has left its Ray cluster (ray.shutdown) before its manager was closed")
 
 _CHILD = "import sys; sys.path[:] = sys.argv[1:]; from distckpt.exporting.child import serve; serve()"
 
@@ -110,23 +111,28 @@ class RayTasks:
         import ray
 
         # No CPUs are claimed: those that training holds would be waited for until it ends.
-        settings = {"num_cpus": 0, "max_retries": 0, "scheduling_strategy": "SPREAD", **options}
-        self._task: Any = ray.remote(**settings)(carry_out)
+        # And its process ends with it: other tasks would find it at low priority, and with much of torch in its memory.
+        settings = {"num_cpus": 0, "max_retries": 0, "max_calls": 1, "scheduling_strategy": "SPREAD", **options}
+        self._task: Any = ray.remote(**settings)(carry_out_aside)
         self._stopped = threading.Event()
 
     def run(self, order: Order) -> Outcome:
         """See Place. A worker or node that dies has failed."""
         import ray
 
+        if not ray.is_initialized():
+            return LEFT  # else Ray would look for a cluster by itself, and start one if it finds none
         task = self._task.remote(order)
-        while not self._stopped.is_set():
-            done, _ = ray.wait([task], timeout=POLL_SECONDS)
-            if done:
-                try:
+        try:
+            while not self._stopped.is_set():
+                done, _ = ray.wait([task], timeout=POLL_SECONDS)
+                if done:
                     outcome: Outcome = ray.get(task)
-                except ray.exceptions.RayError as error:
-                    return Outcome("failed", f"{type(error).__name__}: {error}")
-                return outcome
+                    return outcome
+        except ray.exceptions.RayError as error:
+            return Outcome("failed", f"{type(error).__name__}: {error}")
+        except SystemExit:
+            return LEFT  # so Ray ends threads that wait for it
         ray.cancel(task, force=True)
         return STOPPED
 
