@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ import distckpt
 from distckpt.storage import LocalStore
 from distckpt.transfer.staging import Staging
 from tests.scenarios import _HELD, held_save
+from tests.small_runs import until
 
 
 def save_and_die(number: int, rank: int, moment: str) -> dict[str, Any]:
@@ -30,7 +32,11 @@ def leave_ray_in_a_save(number: int, rank: int) -> dict[str, Any]:
 
     if dist.get_rank() != rank:
         ray.shutdown()
-    pending = _HELD["manager"].save(number)
+    manager = _HELD["manager"]
+    pending = manager.save(number)
+    if dist.get_rank() == rank:
+        until(lambda: list(Path(manager.directory, f"ckpt-{number}").rglob("*.arrow")))
+        time.sleep(0.5)  # now its receipt has gone out, and the answer is waited for
     began = time.monotonic()
     ray.shutdown()
     try:

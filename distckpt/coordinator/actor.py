@@ -95,8 +95,9 @@ def join_cluster(world: World) -> str:
     """Connect this rank to the Ray cluster in which the coordinator lives. A collective where ranks share.
 
     Returns the id of the node where a coordinator is to be started: rank 0's where ranks share, so that it does not
-    depend on which rank comes first. Rank 0 keeps the connection it has, or joins the cluster that RAY_ADDRESS or ``ray start`` names, or starts one
-    that lives as long as its process. The others follow it; one on a host without Ray starts Ray's node there.
+    depend on which rank comes first. Rank 0 keeps the connection it has, or joins the cluster that RAY_ADDRESS or
+    ``ray start`` names, or starts one that lives as long as its process. The others follow it; one on a host without
+    Ray starts Ray's node there.
     """
     if world.share is None:
         if not ray.is_initialized():
