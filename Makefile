@@ -20,8 +20,8 @@ install: $(READY)   ## a virtual environment with everything in it
 demo: $(READY)  ## the main job: train on two ranks, kill one, resume on three
 	$(BIN)/python examples/demo.py
 
-test: $(READY)  ## the whole test suite
-	$(BIN)/python -m pytest
+test: $(READY)  ## the whole test suite, two files at a time
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 check: $(READY) ## style and types
 	$(BIN)/ruff check .

@@ -15,7 +15,9 @@ import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
+
+from tests.warm_ranks import WarmRank, warm
 
 ROOT = Path(__file__).parent.parent
 
@@ -41,7 +43,7 @@ class Gang:
     size: int
     env: Mapping[str, str] = field(default_factory=dict)
     hosts: Sequence[Sequence[str]] = ()
-    processes: list[subprocess.Popen[str]] = field(default_factory=list)
+    processes: list[subprocess.Popen[str] | WarmRank] = field(default_factory=list)
     logs: list[Path] = field(default_factory=list)
 
     def __enter__(self) -> Gang:
@@ -61,17 +63,13 @@ class Gang:
             }
             self.logs.append(folder / f"rank-{rank}.log")
             with self.logs[-1].open("w") as log:
-                process = subprocess.Popen(
-                    [*(self.hosts[rank] if self.hosts else ()), sys.executable, "-m", "tests.gang"],
-                    stdin=subprocess.PIPE,
-                    stdout=subprocess.PIPE,
-                    stderr=log,
-                    text=True,
-                    env=env,
-                    cwd=ROOT,
-                )
-            self.processes.append(process)
+                self.processes.append(self._on_host(rank, env, log) if self.hosts else warm().start(env, log))
         return self
+
+    def _on_host(self, rank: int, env: dict[str, str], log: IO[str]) -> subprocess.Popen[str]:
+        command = [*self.hosts[rank], sys.executable, "-m", "tests.gang"]
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": log}
+        return subprocess.Popen(command, **pipes, text=True, env=env, cwd=ROOT)
 
     def __exit__(self, *_: object) -> None:
         self.stop()
@@ -123,7 +121,8 @@ class Gang:
                 process.stdout.close()
 
 
-def _serve() -> None:
+def serve() -> None:
+    """Be a rank: carry out what stdin says until it ends."""
     import torch
     import torch.distributed as dist
 
@@ -145,4 +144,4 @@ def _serve() -> None:
 
 
 if __name__ == "__main__":
-    _serve()
+    serve()

@@ -31,6 +31,9 @@ logger = logging.getLogger(__name__)
 POLL_SECONDS = 20.0
 """How long one question waits at the coordinator before it is asked again."""
 
+LOOK_SECONDS = 1.0
+"""How often a rank that waits for an answer looks whether it is still in the Ray cluster."""
+
 GRACE_SECONDS = 60.0
 """How long a rank waits for a coordinator that does not answer at all (it may be restarting)."""
 
@@ -95,12 +98,8 @@ class RayLine:
             wait = min(POLL_SECONDS, left)
             try:
                 actor = self._find(wait)
-                reply: Reply | None = ray.get(actor.ask.remote(request, wait), timeout=wait + POLL_SECONDS)
-            except SystemExit as error:
-                if threading.current_thread() is threading.main_thread():
-                    raise
-                raise self._left() from error  # Ray ends threads that wait for it when the process leaves its cluster
-            except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError, FutureTimeoutError) as error:
+                reply = self._answer(actor.ask.remote(request, wait), wait + POLL_SECONDS)
+            except (ray.exceptions.RayActorError, FutureTimeoutError) as error:
                 if silent_since is None:
                     silent_since = time.monotonic()
                     logger.warning(
@@ -110,6 +109,23 @@ class RayLine:
                 continue
             silent_since = None
             if reply is not None:
+                return reply
+
+    def _answer(self, asked: ray.ObjectRef[Reply | None], timeout: float) -> Reply | None:
+        """Not by ``ray.get``, from which a thread may never return when its process leaves the cluster meanwhile."""
+        import ray
+
+        future = asked.future()
+        deadline = time.monotonic() + timeout
+        while True:
+            try:
+                reply: Reply | None = future.result(min(LOOK_SECONDS, max(0.0, deadline - time.monotonic())))
+            except FutureTimeoutError:
+                if not ray.is_initialized():
+                    raise self._left() from None
+                if time.monotonic() >= deadline:
+                    raise
+            else:
                 return reply
 
     def replace(self) -> None:
@@ -134,7 +150,8 @@ class RayLine:
         with self._lock:
             if self._actor is not None and self._job == job:
                 return self._actor
-            self._job = job  # a handle is of no use any more when the process has left the cluster and come back
+            if self._job != job:  # the process has left the cluster and come back, and what it held is of no use
+                self._job, self._search = job, None
             if self._search is None:
                 self._search = Future()
                 threading.Thread(target=self._look, args=(self._search,), name="distckpt-search", daemon=True).start()
@@ -147,15 +164,16 @@ class RayLine:
         try:
             actor = find_or_start(self._directory, self._storage_options, self._settings, self._home)
         except BaseException as error:  # noqa: BLE001 - it belongs to those who wait for the search
-            self._found(None)
+            self._found(search, None)
             search.set_exception(error)
         else:
-            self._found(actor)
+            self._found(search, actor)
             search.set_result(actor)
 
-    def _found(self, actor: _Actor | None) -> None:
+    def _found(self, search: Future[_Actor], actor: _Actor | None) -> None:
         with self._lock:
-            self._actor, self._search = actor, None
+            if self._search is search:
+                self._actor, self._search = actor, None
 
     def _left(self) -> CoordinatorUnavailableError:
         return CoordinatorUnavailableError(

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Mapping
+from concurrent.futures import TimeoutError as FutureTimeoutError
 from typing import Any, Protocol
 
 import msgspec
@@ -123,16 +124,17 @@ class RayTasks:
         if not ray.is_initialized():
             return LEFT  # else Ray would look for a cluster by itself, and start one if it finds none
         task = self._task.remote(order)
-        try:
-            while not self._stopped.is_set():
-                done, _ = ray.wait([task], timeout=POLL_SECONDS)
-                if done:
-                    outcome: Outcome = ray.get(task)
-                    return outcome
-        except ray.exceptions.RayError as error:
-            return Outcome("failed", f"{type(error).__name__}: {error}")
-        except SystemExit:
-            return LEFT  # so Ray ends threads that wait for it
+        future = task.future()  # a thread may never return from ray.wait when its process leaves the cluster meanwhile
+        while not self._stopped.is_set():
+            try:
+                outcome: Outcome = future.result(POLL_SECONDS)
+            except FutureTimeoutError:
+                if not ray.is_initialized():
+                    return LEFT
+            except ray.exceptions.RayError as error:
+                return Outcome("failed", f"{type(error).__name__}: {error}")
+            else:
+                return outcome
         ray.cancel(task, force=True)
         return STOPPED
 
