@@ -21,7 +21,7 @@ demo: $(READY)  ## the main job: train on two ranks, kill one, resume on three
 	$(BIN)/python examples/demo.py
 
 test: $(READY)  ## the whole test suite, two files at a time
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 check: $(READY) ## style and types
 	$(BIN)/ruff check .
