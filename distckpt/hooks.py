@@ -223,7 +223,7 @@ class CheckpointSaverHook(SessionRunHook):
     that has just been resumed saves the step that it was resumed at again), then whenever N steps or seconds have
     passed since the last one, and at the end, unless that step is saved already. Across ranks every rank has the hook
     and its listeners; by the clock, rank 0's decides for all. That comes with the agreement on stopping which the
-    session takes at every step: about 400 µs a step on two ranks over gloo on one host of two cores, and nothing in a
+    session takes at every step: 0.4 to 1.3 ms a step on two ranks over gloo on one host of two cores, and nothing in a
     world of one. To save every N steps needs no agreement.
 
     A save copies the state and is written while training goes on. When listeners have an ``after_save`` training waits

@@ -39,8 +39,8 @@ class HookedLoop:
     ``should_stop``; ``end`` if all went well; ``close`` whatever happened.
 
     To stop, and to save by the clock, are decisions of all ranks, taken in ``after_step`` by one all-reduce of 40 bytes
-    between the hosts' CPUs: about 400 µs on two ranks over gloo on one host of two cores, of which gloo's all-reduce by
-    itself is 350 (``benchmarks/run.py --only agreeing``). A wish of any rank to stop (``request_stop``, a hook's, a
+    between the hosts' CPUs: 0.4 to 1.3 ms on two ranks over gloo on one host of two cores, nearly all of it gloo's
+    all-reduce by itself (``benchmarks/run.py --only agreeing``). A wish of any rank to stop (``request_stop``, a hook's, a
     listener's, ``coord``'s, a signal) stops all ranks after the same step; rank 0's clock says when a save is due. A
     second all-reduce follows only in steps in which listeners with an ``after_save`` were called, or if hooks other than
     CheckpointSaverHook have an ``after_run``, so that what they wish is heard in the same step too. A world of one
