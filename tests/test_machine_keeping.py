@@ -19,6 +19,7 @@ from distckpt.coordinator.actions import (
 )
 from distckpt.coordinator.messages import (
     Accepted,
+    Committed,
     Heartbeat,
     Pin,
     Restored,
@@ -211,17 +212,44 @@ def test_a_lease_taken_while_the_retirement_was_being_logged_holds_the_objects()
 def test_leases_read_before_a_retirement_free_nothing_that_retired_since():
     driver = Driver().lead()
     run = driver.open()
-    old = driver.save(run, 1, 1, 5)
-    driver.land(run, driver.plan(run, 1, 2, 6))
-    driver.settle(ReadLeases)
-    reading = driver.take(ReadLeases)
-    driver.land(run, driver.plan(run, 1, 3, 5))
-    driver.settle(ReadLeases)
-    assert driver.machine.state.retiring == (old,)
+    driver.land(run, driver.plan(run, 1, 1, 5))
+    reading, sealing = driver.take(ReadLeases), driver.take(Seal)
+    driver.feed(StepFailed(sealing.attempt, SaveError(5, "no answer")))
+    driver.settle()
+    assert [one.attempt for one in driver.machine.state.retiring] == [sealing.attempt]
     driver.perform(reading)
     assert not driver.has(Delete)
     driver.settle()
-    assert Delete((old,)) in driver.done
+    assert driver.machine.state.retiring == ()
+
+
+def test_a_commit_waits_for_leases_that_are_being_read_so_the_same_entry_retires():
+    driver = Driver().lead()
+    run = saving(driver, 1)
+    old = driver.save(run, 1, 1, 1)
+    [ticket] = driver.land(run, driver.plan(run, 1, 2, 2))
+    driver.settle(ReadLeases)
+    assert driver.machine.state.active == (old,)
+    assert ticket not in driver.replies
+    driver.perform(driver.take(ReadLeases))
+    driver.settle(ReadLeases)
+    assert kinds(driver)[-2:] == ["commit", "commit"]
+    assert [one.number for one in driver.machine.state.active] == [2]
+    assert cast(Committed, driver.replies[ticket]).record.number == 2
+
+
+def test_a_commit_waits_for_no_deletion_and_retires_all_the_same():
+    driver = Driver().lead()
+    run = saving(driver, 1)
+    driver.save(run, 1, 1, 1)
+    planned = {order: driver.plan(run, 1, order, order) for order in (2, 3)}
+    for order in (2, 3):
+        driver.land(run, planned[order])
+        driver.settle(Delete)
+        assert [one.number for one in driver.machine.state.active] == [order]
+    assert [one.number for one in driver.machine.state.retiring] == [1, 2]
+    driver.settle()
+    assert driver.machine.state.retiring == ()
 
 
 def test_unreadable_leases_retire_nothing_and_are_read_again():

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from distckpt.coordinator.actions import Publish, Seal, Sealed
 from distckpt.coordinator.desk import Desk
+from distckpt.coordinator.keeping import Keeping
 from distckpt.coordinator.ledger import Ledger
 from distckpt.coordinator.messages import Committed, Refused
 from distckpt.coordinator.records import committed, discarded, never_committed
@@ -16,25 +17,15 @@ from distckpt.format.log import CheckpointRecord, Entry, State
 
 
 class Commits:
-    """Seals rounds and commits them. ``on_committed`` gets the round and what to answer its ranks.
-
-    ``swept`` applies retention to a state, so that one entry both commits and retires. ``on_retiring`` is called when
-    something is to be deleted.
-    """
+    """Seals rounds and commits them. ``on_committed`` gets the round and what to answer its ranks."""
 
     def __init__(
-        self,
-        desk: Desk,
-        ledger: Ledger,
-        on_committed: Callable[[SaveRound, Committed], None],
-        swept: Callable[[State], State],
-        on_retiring: Callable[[], None],
+        self, desk: Desk, ledger: Ledger, keeping: Keeping, on_committed: Callable[[SaveRound, Committed], None]
     ) -> None:
         self._desk = desk
         self._ledger = ledger
+        self._keeping = keeping
         self._on_committed = on_committed
-        self._swept = swept
-        self._on_retiring = on_retiring
 
     def seal(self, round: SaveRound, run: Run) -> None:
         """Have everything checked and the manifest written. From here on no deadline abandons the round."""
@@ -57,7 +48,7 @@ class Commits:
         )
 
     def commit(self, round: SaveRound, name: str, sealed: Sealed) -> None:
-        """Append the entry that commits a sealed round."""
+        """Append the entry that commits a sealed round and retires what it takes the place of."""
         assert round.number is not None
         record = CheckpointRecord(
             name=name,
@@ -74,13 +65,13 @@ class Commits:
         def change(state: State) -> State | None:
             if round.outcome is not None:
                 return None
-            return self._swept(committed(self._ledger.recovered(state), record, round.order + 1))
+            return self._keeping.swept(committed(self._ledger.recovered(state), record, round.order + 1))
 
         def counted(entry: Entry) -> None:
             self._on_committed(round, Committed(record))
             self._desk.emit(Publish(entry))
 
-        self._ledger.intend("commit", change, counted)
+        self._keeping.when_known(lambda: self._ledger.intend("commit", change, counted))
 
     def discard(self, round: SaveRound, name: str) -> None:
         """Log that a round which failed while it was being sealed will never be a checkpoint; then it is deleted.
@@ -88,7 +79,7 @@ class Commits:
         Its manifest may be on storage all the same, and without this entry the next coordinator would roll it forward.
         """
         record = never_committed(name, round.number or 0, round.attempt, round.time, round.world_size)
-        self._ledger.intend("retire", lambda state: discarded(state, record), lambda _: self._on_retiring())
+        self._ledger.intend("retire", lambda state: discarded(state, record), lambda _: self._keeping.look())
 
     def overdue(self, round: SaveRound, timeout: float) -> None:
         """Tell who waits that the store does not say what became of the log entry. It is retried all the same."""

@@ -42,6 +42,7 @@ class Keeping:
         self._look_at: float | None = None
         self._looking: frozenset[str] | None = None
         self._leased: frozenset[str] | None = None
+        self._waiting: list[Callable[[], None]] = []
         self._deleting: frozenset[str] = frozenset()
         self._garbage_wanted = False
         self._garbage_at: float | None = None
@@ -63,12 +64,19 @@ class Keeping:
     def peek(self) -> None:
         """Learn who reads what, so that the commit that is about to come can retire what makes room for it."""
         self._leased = None
-        if not self.busy:
+        if self._looking is None:
             self._looking = frozenset()
             self._desk.emit(ReadLeases())
 
+    def when_known(self, then: Callable[[], None]) -> None:
+        """Call ``then`` once no leases are being read any more, at once if none are."""
+        if self._looking is None:
+            then()
+        else:
+            self._waiting.append(then)
+
     def swept(self, state: State) -> State:
-        """``state`` after a sweep; unchanged if nobody knows who reads what since the last peek: then it comes later."""
+        """``state`` after a sweep; unchanged if the leases could not be read since the last peek: then it comes later."""
         if self._leased is None:
             return state
         swept = self._sweep(state, self._leased | self._protected())
@@ -89,13 +97,15 @@ class Keeping:
         if self._looking is None:
             return
         retiring, self._looking = self._looking, None
-        self._look_at = None
         self._leased = None if event.failed else event.attempts
         if event.failed:
-            self._look_at = self._desk.mono + LOOK_AGAIN
-            return
-        self._retire(event.attempts)
-        self._delete(retiring, event.attempts)
+            self._look_later()
+        else:
+            self._retire(event.attempts)
+            self._delete(retiring, event.attempts)
+        waiting, self._waiting = self._waiting, []
+        for then in waiting:
+            then()
 
     def deleted(self, event: Deleted) -> None:
         """Forget what is gone. The rest is tried again later."""

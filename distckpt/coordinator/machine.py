@@ -80,15 +80,6 @@ class Machine:
         self._early: dict[int, Request] = {}
         self._ledger = Ledger(self._desk, identities, self._lead)
         self._runs = Runs(self._desk, self._ledger, self._run_ended, self._run_known)
-        self._saves = Saves(
-            self._desk,
-            self._ledger,
-            identities,
-            self._committed,
-            self._failed,
-            lambda: self._keeping.peek(),
-            lambda state: self._keeping.swept(state),
-        )
         self._restores = Restores(self._desk, self._ledger)
         self._stops = Stops(self._desk)
         self._keeping = Keeping(
@@ -98,6 +89,7 @@ class Machine:
             lambda: self._saves.live,
             lambda: frozenset(self._saves.book.failed),
         )
+        self._saves = Saves(self._desk, self._ledger, identities, self._keeping)
 
     @property
     def leading(self) -> bool:
@@ -320,9 +312,3 @@ class Machine:
         self._restores.begin_run(run)
         self._stops.begin_run(run)
         self._keeping.begin_run(run)
-
-    def _committed(self) -> None:
-        self._keeping.look()
-
-    def _failed(self) -> None:
-        self._keeping.collect()

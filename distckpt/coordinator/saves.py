@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 from distckpt.coordinator.actions import MakePlan, Plan, PlanMade, Sealed, StepFailed
 from distckpt.coordinator.commits import Commits
 from distckpt.coordinator.desk import Desk, Identities
+from distckpt.coordinator.keeping import Keeping
 from distckpt.coordinator.ledger import Ledger
 from distckpt.coordinator.messages import (
     Accepted,
@@ -37,36 +38,20 @@ from distckpt.errors import (
     RankFailedError,
     SaveError,
 )
-from distckpt.format.log import State
 
 
 class Saves:
-    """All save rounds of the current run, and the outcomes of the latest ones.
+    """All save rounds of the current run, and the outcomes of the latest ones."""
 
-    ``on_committed`` and ``on_failed`` are called after the ranks have been answered, ``on_committed`` also when a failed
-    save is to be deleted.
-    """
-
-    def __init__(
-        self,
-        desk: Desk,
-        ledger: Ledger,
-        identities: Identities,
-        on_committed: Callable[[], None],
-        on_failed: Callable[[], None],
-        on_sealing: Callable[[], None],
-        swept: Callable[[State], State],
-    ) -> None:
-        self._on_sealing = on_sealing
+    def __init__(self, desk: Desk, ledger: Ledger, identities: Identities, keeping: Keeping) -> None:
         self.book = RoundBook()
         self._desk = desk
         self._ledger = ledger
         self._identities = identities
-        self._on_committed = on_committed
-        self._on_failed = on_failed
+        self._keeping = keeping
         self._plans = Plans()
         self._run: Run | None = None
-        self._commits = Commits(desk, ledger, self._committed, swept, on_committed)
+        self._commits = Commits(desk, ledger, keeping, self._committed)
 
     @property
     def live(self) -> frozenset[str]:
@@ -258,7 +243,7 @@ class Saves:
             self._plan(round)
         # Checkpoints are committed in save order, so a fast save waits for an earlier one that all have joined.
         if round.outcome is None and round.saves and round.all_landed and not self.book.must_wait(round):
-            self._on_sealing()
+            self._keeping.peek()
             self._commits.seal(round, self._current)
 
     def _plan(self, round: SaveRound) -> None:
@@ -304,7 +289,7 @@ class Saves:
             reason = "a later save was committed before every rank had joined this one"
             self._fail(other, SaveError(other.number, reason))
         self._end(round, reply)
-        self._on_committed()
+        self._keeping.look()
 
     def _expire(self, round: SaveRound) -> None:
         if round.record is not None:
@@ -327,7 +312,7 @@ class Saves:
         self._end(round, Refused(error))
         if round.sealing:
             self._commits.discard(round, self._current.name)
-        self._on_failed()
+        self._keeping.collect()
 
     def _end(self, round: SaveRound, outcome: Reply) -> None:
         round.end(outcome)

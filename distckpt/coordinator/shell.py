@@ -138,7 +138,7 @@ class Shell:
     def _dispatch(self, action: Action) -> None:
         if self._closed:
             return
-        if isinstance(action, Append | ReadTail):
+        if isinstance(action, Append | ReadTail | ReadLeases):  # a commit waits for leases, but for no deletion
             pool = self._log_pool
         elif isinstance(action, MakePlan | Seal):
             pool = self._work_pool
