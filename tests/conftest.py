@@ -12,6 +12,7 @@ import pytest
 from tests.gang import Gang
 
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+os.environ.setdefault("REPORTER_UPDATE_INTERVAL_MS", "3600000")
 os.environ.setdefault("RAY_worker_niceness", "0")  # else the coordinator waits for whatever else runs on this machine
 
 # No deadlines: the machine may be shared. In CI the same examples every time; elsewhere new ones, printed when they fail.
@@ -26,7 +27,9 @@ def ray_address() -> Iterator[str]:
     import ray
     from ray.cluster_utils import Cluster
 
-    args = {"num_cpus": 2, "object_store_memory": 100 << 20, "include_dashboard": False}
+    # Nothing looks at what these would report, and they take as much of the CPUs as some of the tests.
+    spared = {"include_dashboard": False, "include_log_monitor": False, "no_monitor": True}
+    args = {"num_cpus": 2, "object_store_memory": 100 << 20, **spared}
     cluster = Cluster(initialize_head=True, head_node_args=args)
     cluster.add_node(num_cpus=2, object_store_memory=100 << 20)
     logging.getLogger("ray").setLevel(logging.WARNING)

@@ -7,10 +7,12 @@ import signal
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 import distckpt
 from tests.gang import Gang
+from tests.small_runs import until
 
 pytestmark = pytest.mark.timeout(150)
 
@@ -43,6 +45,19 @@ def test_coordinator_killed_between_saves_comes_back(gang2: Gang, tmp_path: Path
         assert results[0]["path"] == f"{tmp_path}/ckpt-{number}"
     gang2.run("scenarios:release")
     assert distckpt.load(f"{tmp_path}/ckpt-2")["state"]["a"].tolist() == [1, 1, 1, 1]
+
+
+@pytest.mark.usefixtures("connected")
+def test_a_coordinator_that_every_rank_has_left_ends_and_the_next_run_starts_another(gang2: Gang, tmp_path: Path) -> None:
+    gang2.run("scenarios:hold", directory=str(tmp_path))
+    pid = coordinator_pid(str(tmp_path))
+    gang2.run("scenarios:release")
+    assert until(lambda: not psutil.pid_exists(pid), 30)
+    gang2.run("scenarios:hold", directory=str(tmp_path))
+    assert coordinator_pid(str(tmp_path)) != pid
+    results = gang2.run("scenarios:held_save", number=2)
+    assert [result["path"] for result in results] == [f"{tmp_path}/ckpt-2"] * 2
+    gang2.run("scenarios:release")
 
 
 @pytest.mark.usefixtures("connected")

@@ -554,6 +554,34 @@ def test_an_idle_coordinator_stops_but_never_with_work_in_flight():
     assert isinstance(refusal(driver.answer(Status())), CoordinatorUnavailableError)
 
 
+def test_a_coordinator_that_every_rank_has_left_stops_soon_but_does_what_is_to_be_done_first():
+    driver = Driver(idle_timeout=100.0).lead()
+    run = driver.open(2, retention=Retention(1))
+    driver.save(run, 2, 1, 5)
+    driver.land(run, driver.plan(run, 2, 2, 6))
+    driver.answer(Leave(run, 0))
+    driver.wait(50.0)
+    assert not driver.has(Stop), "one rank is left"
+    driver.answer(Leave(run, 1))
+    driver.wait(50.0)
+    assert not driver.has(Stop), "a checkpoint is to be committed, and one to be deleted"
+    driver.settle()
+    assert driver.done[-1] == Stop("idle")
+    assert [one.number for one in driver.machine.state.active] == [6]
+    assert driver.machine.state.retiring == ()
+
+
+def test_a_coordinator_that_every_rank_has_left_serves_a_run_that_begins_at_once():
+    driver = Driver(idle_timeout=100.0).lead()
+    driver.answer(Leave(driver.open(), 0))
+    driver.wait(4.0)
+    driver.open(token="next")
+    driver.wait(99.0)
+    assert not driver.has(Stop)
+    driver.wait(1.0)
+    assert driver.has(Stop)
+
+
 def test_an_unfinished_append_keeps_an_idle_coordinator_alive():
     driver = Driver(idle_timeout=5.0).lead()
     _, entry = opening(driver)

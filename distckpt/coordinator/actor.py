@@ -61,9 +61,12 @@ class CoordinatorActor:
         if shell is None:
             return Unknown()
         try:
-            return await asyncio.wait_for(asyncio.wrap_future(shell.ask(request)), wait)
+            reply = await asyncio.wait_for(asyncio.wrap_future(shell.ask(request)), wait)
         except asyncio.TimeoutError:
             return None
+        # One that was idle is about to end; who asks again finds the next one.
+        is_ending = isinstance(reply, Refused) and isinstance(reply.error, CoordinatorUnavailableError)
+        return None if is_ending else reply
 
     def _started_for(self, request: Request) -> Shell | None:
         """The running shell, started if a run opens; None if nothing runs yet. Raises what starting it raises.
@@ -184,8 +187,20 @@ def _connect(address: str) -> None:
 
 
 def _start_local() -> None:
+    """Start a cluster for this run. Ray gives its parts 15 s to start, which may be too short on a busy host: twice."""
     _outlive_ray()
     os.environ.setdefault(NICENESS_VARIABLE, str(COORDINATOR_NICENESS))
+    try:
+        _start_cluster()
+    except Exception as error:  # noqa: BLE001 - Ray raises nothing more particular
+        logger.warning("Ray did not start on this host, trying once more: %s", error)
+        try:
+            _start_cluster()
+        except Exception as again:
+            raise CoordinatorUnavailableError(f"Ray cannot be started on this host: {again}") from again
+
+
+def _start_cluster() -> None:
     ray.init(
         address="local",
         num_cpus=1,

@@ -61,13 +61,16 @@ from distckpt.format.log import Entry, State
 from distckpt.format.names import checkpoint_folder
 
 DEFAULT_NAME = "ckpt"
+DESERTED_SECONDS = 5.0
+"""How long a coordinator waits, once every rank has left, for a next run that would spare itself a start."""
 
 
 class Machine:
     """One coordinator of ``directory``, from its claim to its end.
 
     ``claim_id`` must be unique for ever; every id that the machine makes is derived from it, so the same events always
-    give the same actions. ``idle_timeout`` (seconds; None: never) is how long it goes on when nobody asks anything.
+    give the same actions. ``idle_timeout`` (seconds; None: never) is how long it goes on when nobody asks anything, at
+    most; when every rank has left, that is a few seconds.
     """
 
     def __init__(self, directory: str, claim_id: str, *, idle_timeout: float | None = None) -> None:
@@ -191,7 +194,8 @@ class Machine:
             return None
         if self._saves.book or self._early or any(part.busy for part in parts):
             return None
-        return self._heard + self._idle_timeout
+        deserted = self._runs.current is not None and self._runs.current.deserted
+        return self._heard + (min(DESERTED_SECONDS, self._idle_timeout) if deserted else self._idle_timeout)
 
     # ---- requests --------------------------------------------------------------------------------------------------
 
@@ -249,7 +253,7 @@ class Machine:
         run.left.add(request.rank)
         self._stops.leave(request.rank)
         self._desk.answer(ticket, Accepted())
-        if len(run.left) == run.world_size:
+        if run.deserted:
             self._saves.everyone_left()
 
     def _pin(self, ticket: int, request: Pin) -> None:

@@ -28,6 +28,11 @@ class Run:
     hosts: dict[int, str] = field(default_factory=dict)
     left: set[int] = field(default_factory=set)
 
+    @property
+    def deserted(self) -> bool:
+        """Whether every rank has left."""
+        return len(self.left) == self.world_size
+
     def hosts_of(self, ranks: list[int]) -> dict[int, str]:
         """Where these ranks are, as far as they have reported."""
         return {rank: self.hosts[rank] for rank in ranks if rank in self.hosts}
