@@ -48,7 +48,9 @@ def test_coordinator_killed_between_saves_comes_back(gang2: Gang, tmp_path: Path
 
 
 @pytest.mark.usefixtures("connected")
-def test_a_coordinator_that_every_rank_has_left_ends_and_the_next_run_starts_another(gang2: Gang, tmp_path: Path) -> None:
+def test_a_coordinator_that_every_rank_has_left_ends_and_the_next_run_starts_another(
+    gang2: Gang, tmp_path: Path
+) -> None:
     gang2.run("scenarios:hold", directory=str(tmp_path))
     pid = coordinator_pid(str(tmp_path))
     gang2.run("scenarios:release")
