@@ -1,27 +1,18 @@
-"""Processes that do harm to themselves: a warm process forks them, so that none has to import torch again.
-
-``python -m tests.crashing`` reads one JSON line for each request, and answers with one.
-"""
+"""Processes that do harm to themselves."""
 
 from __future__ import annotations
 
-import atexit
-import functools
-import gc
 import json
 import os
 import resource
 import signal
-import subprocess
-import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parent.parent
+from tests.warm import warm
 
 SYSTEM_CALLS = ("link", "unlink", "fsync", "replace", "mkdir", "rmdir", "pwrite", "open")
 """What the local store is made of; ``open`` counts if it creates a file."""
@@ -40,54 +31,22 @@ class Ended:
     said: list[Any]
 
 
-class Warm:
-    """A process that has imported everything, and forks."""
+class Crashing:
+    """A process in which a function of this module runs."""
 
-    def __init__(self) -> None:
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.crashing"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            cwd=ROOT,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )
+    def __init__(self, function: Callable[..., object], **arguments: Any) -> None:
+        self._process = warm().start("crashing:live", {"function": function.__name__, "arguments": arguments})
 
-    def start(self, function: Callable[..., object], **arguments: Any) -> int:
-        """Have a new process call ``function(say, **arguments)``, a function of this module; its number."""
-        return int(self._ask({"function": function.__name__, "arguments": arguments}))
-
-    def end(self, number: int) -> Ended:
-        """Wait for the end of a process that was started."""
-        return Ended(**self._ask({"end": number}))
-
-    def run(self, function: Callable[..., object], **arguments: Any) -> Ended:
-        """Both."""
-        return self.end(self.start(function, **arguments))
-
-    def close(self) -> None:
-        """End it."""
-        stdin, stdout = self._pipes()
-        stdin.close()
-        self._process.wait(30)
-        stdout.close()
-
-    def _ask(self, request: dict[str, Any]) -> Any:
-        stdin, stdout = self._pipes()
-        stdin.write(json.dumps(request) + "\n")
-        stdin.flush()
-        return json.loads(stdout.readline())
-
-    def _pipes(self) -> Any:
-        return self._process.stdin, self._process.stdout
+    def end(self) -> Ended:
+        """Wait for its end."""
+        with self._process.stdin, self._process.stdout as stdout:
+            said = [json.loads(line) for line in stdout]
+        return Ended(max(0, -self._process.wait()), said)
 
 
-@functools.cache
-def warm() -> Warm:
-    """The one that all tests of this process share."""
-    made = Warm()
-    atexit.register(made.close)
-    return made
+def run(function: Callable[..., object], **arguments: Any) -> Ended:
+    """Call ``function(say, **arguments)``, a function of this module, in a process of its own."""
+    return Crashing(function, **arguments).end()
 
 
 # ---- what they do ---------------------------------------------------------------------------------------------------
@@ -191,56 +150,19 @@ def save_against_others(say: Say, directory: str, first: int) -> None:
             say([-1, type(error).__name__])
 
 
-# ---- the warm process -----------------------------------------------------------------------------------------------
+# ---- in the process -------------------------------------------------------------------------------------------------
 
 
-def _serve() -> None:
-    import torch  # noqa: F401 - what takes long is imported once
+def live(function: str, arguments: dict[str, Any]) -> None:
+    """Call the function, saying what it says, and end at once."""
+    pipe = os.dup(1)
+    os.dup2(2, 1)  # whatever is printed goes elsewhere
 
-    import distckpt.manager
-    import distckpt.testing.faulty  # noqa: F401
-    import tests.small_runs  # noqa: F401
-
-    gc.collect()
-    gc.freeze()  # a collection in a child would touch, and so copy, all of this process's memory
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
-    children: dict[int, int] = {}
-    for line in sys.stdin:
-        request = json.loads(line)
-        answer = _end(children, request["end"]) if "end" in request else _fork(children, request)
-        answers.write(json.dumps(answer) + "\n")
-        answers.flush()
-
-
-def _fork(children: dict[int, int], request: dict[str, Any]) -> int:
-    assert threading.active_count() == 1
-    reading, writing = os.pipe()
-    child = os.fork()
-    if child == 0:
-        _live(request, writing)
-    os.close(writing)
-    children[child] = reading
-    return child
-
-
-def _live(request: dict[str, Any], pipe: int) -> None:
     def say(what: Any) -> None:
         os.write(pipe, json.dumps(what).encode() + b"\n")
 
     try:
-        globals()[request["function"]](say, **request["arguments"])
-    except BaseException as error:  # noqa: BLE001 - a child must never run on into the code of its parent
+        globals()[function](say, **arguments)
+    except BaseException as error:  # noqa: BLE001 - the test is told, whatever it is
         say(f"{type(error).__name__}: {error}")
     os._exit(0)
-
-
-def _end(children: dict[int, int], child: int) -> dict[str, Any]:
-    with os.fdopen(children.pop(child)) as pipe:
-        said = [json.loads(line) for line in pipe]
-    _, status = os.waitpid(child, 0)
-    return {"signal": os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0, "said": said}
-
-
-if __name__ == "__main__":
-    _serve()

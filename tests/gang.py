@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
-from tests.warm_ranks import WarmRank, warm
+from tests.warm import WarmProcess, warm
 
 ROOT = Path(__file__).parent.parent
 
@@ -43,7 +43,7 @@ class Gang:
     size: int
     env: Mapping[str, str] = field(default_factory=dict)
     hosts: Sequence[Sequence[str]] = ()
-    processes: list[subprocess.Popen[str] | WarmRank] = field(default_factory=list)
+    processes: list[subprocess.Popen[str] | WarmProcess] = field(default_factory=list)
     logs: list[Path] = field(default_factory=list)
 
     def __enter__(self) -> Gang:
@@ -63,7 +63,9 @@ class Gang:
             }
             self.logs.append(folder / f"rank-{rank}.log")
             with self.logs[-1].open("w") as log:
-                self.processes.append(self._on_host(rank, env, log) if self.hosts else warm().start(env, log))
+                self.processes.append(
+                    self._on_host(rank, env, log) if self.hosts else warm().start("gang:serve", {}, log.fileno(), env)
+                )
         return self
 
     def _on_host(self, rank: int, env: dict[str, str], log: IO[str]) -> subprocess.Popen[str]:

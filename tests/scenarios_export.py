@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import os
 import signal
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -144,7 +143,3 @@ def save_and_export(directory: str, died: str, blocked: str) -> None:
     with distckpt.ExportCheckpointManager(distckpt.Checkpoint(model=tower(1)), directory, 5, how) as manager:
         manager.save(1).result(30)
         manager.wait_for_exports()
-
-
-if __name__ == "__main__":
-    save_and_export(*sys.argv[1:])

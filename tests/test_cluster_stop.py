@@ -33,6 +33,7 @@ from distckpt.storage import LocalStore
 from tests.gang import ROOT, Gang
 from tests.small_runs import until
 from tests.test_faults import connected, coordinator_pid  # noqa: F401 - a fixture
+from tests.warm import run_script
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -414,15 +415,13 @@ def test_a_save_in_flight_outlives_the_block_that_an_error_left(
 @pytest.mark.timeout(150)
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_the_example_stops_all_ranks_and_says_why(ray_address: str, tmp_path: Path, ranks: int) -> None:
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"] if ranks == 2 else []
-    done = subprocess.run(
-        [sys.executable, *launcher, str(ROOT / "examples" / "cluster_stop.py"), "--directory", str(tmp_path)],
-        env={**os.environ, "RAY_ADDRESS": ray_address, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=140,
-        check=False,
-    )
+    arguments = [ROOT / "examples" / "cluster_stop.py", "--directory", tmp_path]
+    env = {**os.environ, "RAY_ADDRESS": ray_address, "OMP_NUM_THREADS": "1"}
+    if ranks == 2:
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *arguments]
+        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=140, check=False)
+    else:
+        done = run_script(*arguments, env=env)
     assert done.returncode == 0, done.stderr[-4000:]
     lines = [line for line in done.stdout.splitlines() if "stopped" in line]
     assert len(lines) == ranks, done.stdout

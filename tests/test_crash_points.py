@@ -22,7 +22,8 @@ from distckpt.coordinator import client, ledger
 from distckpt.errors import CommitUnknownError, DistckptError, StorageError
 from distckpt.storage import LocalStore
 from distckpt.testing.faulty import Call, Fault, FaultyStore, Operation, faults_of, rewritten
-from tests.crashing import Ended, save_and_die, warm
+from tests import crashing
+from tests.crashing import Ended, save_and_die
 from tests.small_runs import Trainer, assert_loads, assert_sound_log, holds, leftovers, mount, mounting, numbers, run
 
 pytestmark = pytest.mark.timeout(240)
@@ -280,7 +281,7 @@ def _age(directory: Path, hours: float) -> None:
 
 
 def _saving(directory: Path, count: str, moment: int | None) -> Ended:
-    return warm().run(save_and_die, directory=str(directory), numbers=[2], count=count, at=moment, max_to_keep=KEEP)
+    return crashing.run(save_and_die, directory=str(directory), numbers=[2], count=count, at=moment, max_to_keep=KEEP)
 
 
 def _die_at(template: Path, tmp_path: Path, count: str, chosen: Callable[[int], Sequence[int]]) -> list[Aftermath]:

@@ -9,7 +9,6 @@ import multiprocessing
 import os
 import shutil
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -39,7 +38,8 @@ from distckpt.format.lease import Lease
 from distckpt.format.sealed import seal
 from distckpt.storage import LocalStore, ObjectInfo
 from distckpt.testing.faulty import Call, Fault, FaultyStore
-from tests.crashing import save_against_others, save_below_a_limit, warm
+from tests import crashing
+from tests.crashing import Crashing, save_against_others, save_below_a_limit
 from tests.small_runs import (
     Trainer,
     assert_loads,
@@ -57,6 +57,7 @@ from tests.small_runs import (
     target,
     until,
 )
+from tests.warm import ROOT, run_script
 
 
 @pytest.fixture(autouse=True)
@@ -143,7 +144,7 @@ def test_room_for_the_shard_but_not_for_the_rest(tmpfs: Path) -> None:
 
 
 def test_a_file_size_limit(tmp_path: Path) -> None:
-    error, path = warm().run(save_below_a_limit, directory=str(tmp_path), limit=2000).said
+    error, path = crashing.run(save_below_a_limit, directory=str(tmp_path), limit=2000).said
     assert error.startswith("StorageFullError")
     assert "File too large" in error
     assert path == f"{tmp_path}/ckpt-3"
@@ -469,14 +470,9 @@ def test_a_script_that_ends_without_closing_has_saved_all_the_same(tmp_path: Pat
     )
     if ending != "plain":
         program += f"raise {ending}\n"
-    done = subprocess.run(
-        [sys.executable, "-c", program, str(tmp_path)],
-        cwd=Path(__file__).parent.parent,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=55,
-    )
+    script = tmp_path.with_suffix(".py")
+    script.write_text(program)
+    done = run_script(script, tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)})
     assert done.returncode == (ending != "plain")
     assert "cannot schedule new futures" not in done.stderr
     assert numbers(tmp_path) == [1, 2], done.stderr
@@ -562,8 +558,8 @@ def test_the_older_one_is_in_the_middle_of_a_save(tmp_path: Path) -> None:
 
 
 def test_two_managers_in_two_processes(tmp_path: Path) -> None:
-    started = [warm().start(save_against_others, directory=str(tmp_path), first=first) for first in (100, 200)]
-    told = [one for number in started for one in warm().end(number).said]
+    started = [Crashing(save_against_others, directory=str(tmp_path), first=first) for first in (100, 200)]
+    told = [one for process in started for one in process.end().said]
     saved = {number for number, word in told if word == "saved"}
     assert {word for _, word in told if word != "saved"} <= {"FencedError", "StaleRunError"}
     log = assert_sound_log(tmp_path)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,19 +11,14 @@ import pytest
 import torch
 
 import distckpt
+from tests.warm import run_script
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
 def run(script: str, *arguments: object) -> str:
     """Run an example in a process of its own and return what it printed."""
-    done = subprocess.run(
-        [sys.executable, str(EXAMPLES / script), *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        timeout=50,
-        check=False,
-    )
+    done = run_script(EXAMPLES / script, *arguments)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

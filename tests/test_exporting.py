@@ -5,8 +5,6 @@ from __future__ import annotations
 import functools
 import json
 import os
-import signal
-import subprocess
 import sys
 import threading
 import time
@@ -44,6 +42,7 @@ from tests.checkpoints import append_state, commit, new_attempt, put_manifest, w
 from tests.gang import ROOT, Gang
 from tests.scenarios_export import Tower, blocks, gpt_config, inputs, output, small_gpt, tower
 from tests.small_runs import mount, mounting, until
+from tests.warm import run_script, warm
 
 Exporting = functools.partial(
     distckpt.ExportCheckpointManager, task_options={"scheduling_strategy": "DEFAULT", "max_calls": 0}
@@ -718,14 +717,7 @@ def test_an_error_does_not_wait_for_an_export(tmp_path: Path) -> None:
 
 def test_a_program_that_leaves_ray_and_closes_nothing_ends_all_the_same(ray_address: str, tmp_path: Path) -> None:
     script = str(ROOT / "tests" / "programs" / "leaves_ray.py")
-    done = subprocess.run(
-        [sys.executable, script, str(tmp_path), ray_address],
-        capture_output=True,
-        text=True,
-        timeout=50,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        check=False,
-    )
+    done = run_script(script, tmp_path, ray_address, env={**os.environ, "PYTHONPATH": str(ROOT)})
     assert done.returncode == 0, done.stderr
     assert "checkpoint 1 was not exported: the process has left its Ray cluster" in done.stderr
     assert distckpt.latest_checkpoint(tmp_path / "run") == f"{tmp_path}/run/ckpt-1"
@@ -824,8 +816,7 @@ def test_a_task_whose_process_dies_is_repeated(gang2: Gang, tmp_path: Path) -> N
 
 @pytest.mark.timeout(150)
 def test_the_example_serves_what_it_exported(tmp_path: Path) -> None:
-    run = [sys.executable, "examples/export.py", "--directory", str(tmp_path / "run")]
-    done = subprocess.run(run, cwd=ROOT, capture_output=True, text=True, check=False)
+    done = run_script(ROOT / "examples" / "export.py", "--directory", tmp_path / "run", timeout=140)
     assert done.returncode == 0, done.stderr
     assert "differ by 0.0e+00" in done.stdout
     assert [distckpt.export_number(path) for path in distckpt.list_exports(tmp_path / "run")] == [10, 20]
@@ -837,8 +828,9 @@ def test_the_example_serves_what_it_exported(tmp_path: Path) -> None:
 @pytest.mark.timeout(150)
 def test_a_process_killed_while_it_exports_leaves_nothing_that_counts(tmp_path: Path) -> None:
     run, died, blocked = tmp_path / "run", tmp_path / "died", tmp_path / "blocked"
-    arguments = [sys.executable, "-m", "tests.scenarios_export", str(run), str(died), str(blocked)]
-    process = subprocess.Popen(arguments, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    arguments = {"directory": str(run), "died": str(died), "blocked": str(blocked)}
+    with (tmp_path / "stderr").open("w") as stderr:
+        process = warm().start("scenarios_export:save_and_export", arguments, stderr.fileno())
     try:
         assert until(lambda: blocked.exists() and blocked.read_text(), 60)
         assert distckpt.list_exports(run) == []
@@ -848,9 +840,9 @@ def test_a_process_killed_while_it_exports_leaves_nothing_that_counts(tmp_path: 
         assert child != process.pid
         assert is_alive(child)
     finally:
-        process.send_signal(signal.SIGKILL)
-        _, said = process.communicate()
-    assert "ended with status -9" in said
+        process.kill()
+        process.wait()
+    assert "ended with status -9" in (tmp_path / "stderr").read_text()
     assert until(lambda: not is_alive(child), 60)
 
     live = tower(1)

@@ -23,7 +23,8 @@ from distckpt.storage import LocalStore
 from distckpt.testing.faulty import Call, Fault, FaultyStore, RandomFaults, rewritten
 from distckpt.transfer import log
 from distckpt.transfer.log import read_entry
-from tests.crashing import save_and_die, warm
+from tests import crashing
+from tests.crashing import save_and_die
 from tests.small_runs import (
     Trainer,
     assert_loads,
@@ -154,7 +155,7 @@ def test_G3_an_acknowledged_save_is_durable_and_visible_to_every_later_reader(tm
     What outlives a power loss is tested with the store.
     """
     acknowledged = list(range(1, saves + 1))
-    ended = warm().run(
+    ended = crashing.run(
         save_and_die, directory=str(tmp_path), numbers=range_list(saves + 2), count="saves", at=saves - 1
     )
     assert ended.signal == 9
@@ -382,7 +383,7 @@ def test_G8_after_a_crash_at_any_point_the_previous_loads_and_the_next_save_succ
     """
     run(tmp_path, 1)
     for at in (moment, moment + 3):  # and it crashes again
-        warm().run(save_and_die, directory=str(tmp_path), numbers=[2], count="system", at=at)
+        crashing.run(save_and_die, directory=str(tmp_path), numbers=[2], count="system", at=at)
         assert_loads(tmp_path / "ckpt-1", 1)
         for number in numbers(tmp_path):
             assert_loads(tmp_path / f"ckpt-{number}", number)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +15,7 @@ from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e
 from distckpt import do_quantize_training
 from tests.gang import Gang
 from tests.scenarios_quantizing import Small, batch, make, ranges, run_steps, trained
+from tests.warm import run_script
 
 KINDS = pytest.mark.parametrize("kind", ["module", "program"])
 
@@ -306,9 +305,10 @@ def test_a_sharded_model_is_refused(gang2: Gang) -> None:
     )
 
 
-def test_without_torchao_the_extra_is_named() -> None:
-    program = "import sys; sys.modules['torchao'] = None; import distckpt; distckpt.do_quantize_training"
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=50, check=False)
+def test_without_torchao_the_extra_is_named(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text("import sys; sys.modules['torchao'] = None; import distckpt; distckpt.do_quantize_training")
+    done = run_script(script)
     assert done.returncode == 1
     assert "ImportError: do_quantize_training needs torchao: pip install 'distckpt[quantize]'" in done.stderr
 

@@ -7,8 +7,6 @@ import logging
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -25,6 +23,7 @@ from distckpt.errors import AgreementError, CheckpointNotFoundError, OutOfRangeE
 from tests import small_runs
 from tests.gang import ROOT, Gang
 from tests.test_hooks import Training
+from tests.warm import start_script
 
 
 @pytest.fixture
@@ -625,16 +624,15 @@ def test_the_example_saves_and_stops_when_it_is_told_to_and_goes_on_from_there(
 ) -> None:
     script = ROOT / "examples" / "hook.py"
     stopped, whole = tmp_path / "stopped", tmp_path / "whole"
-    with subprocess.Popen(
-        [sys.executable, script, "--directory", stopped, "--steps", "1000000", "--loss", "0"], stdout=subprocess.PIPE
-    ) as process:
+    process = start_script(script, "--directory", stopped, "--steps", 1_000_000, "--loss", 0)
+    with process.stdin, process.stdout:
         while distckpt.latest_checkpoint(stopped) is None and process.poll() is None:
             time.sleep(0.01)
         process.send_signal(signal.SIGTERM)
-        said, _ = process.communicate(timeout=30)
-    assert process.returncode == 0
+        said = process.stdout.read()
+    assert process.wait(30) == 0
     last = small_runs.numbers(stopped)[-1]
-    assert f"ended at step {last}" in said.decode()
+    assert f"ended at step {last}" in said
 
     monkeypatch.syspath_prepend(str(script.parent))
     example = importlib.import_module("hook")

@@ -6,6 +6,8 @@ by x to the power 8n. For a layout these factors never change.
 
 from __future__ import annotations
 
+import functools
+
 import crc32c
 import numpy as np
 import numpy.typing as npt
@@ -37,20 +39,19 @@ class FileCrc:
 def _factors(nbytes: Int64s) -> _Uint32s:
     """x to the power 8n for every n."""
     factors = np.full(len(nbytes), _ONE, dtype=np.uint32)
-    power = np.array([_X8], dtype=np.uint32)
     for bit in range(int(nbytes.max(initial=0)).bit_length()):
         chosen = (nbytes >> bit) & 1 == 1
-        factors[chosen] = _times(factors[chosen], int(power[0]))
-        power = _times(power, int(power[0]))
+        factors[chosen] = _products(_powers()[bit], factors[chosen])
     return factors
 
 
-def _times(many: _Uint32s, one: int) -> _Uint32s:
-    product = np.zeros_like(many)
-    for bit in range(31, -1, -1):
-        product ^= ((many >> np.uint32(bit)) & np.uint32(1)) * np.uint32(one)
-        one = (one >> 1) ^ (_POLYNOMIAL if one & 1 else 0)
-    return product
+@functools.cache
+def _powers() -> _Uint32s:
+    """The tables of x to the power 8, 16, 32, 64 and so on."""
+    tables = [_table(np.array([_X8], dtype=np.uint32))]
+    while len(tables) < 63:
+        tables.append(_table(_products(tables[-1], tables[-1][:, 31])))
+    return np.concatenate(tables)
 
 
 def _table(factors: _Uint32s) -> _Uint32s:
@@ -65,5 +66,11 @@ def _table(factors: _Uint32s) -> _Uint32s:
 
 def _fold(table: _Uint32s, crcs: _Uint32s) -> int:
     """The sum (XOR) of each CRC times its factor."""
+    return int(np.bitwise_xor.reduce(_products(table, crcs)))
+
+
+def _products(table: _Uint32s, crcs: _Uint32s) -> _Uint32s:
+    """Each CRC times its factor, or all times the same one if the table has one row."""
     bits = (crcs[:, np.newaxis] >> np.arange(32, dtype=np.uint32)) & np.uint32(1)
-    return int(np.bitwise_xor.reduce(table * bits, axis=None))
+    products: _Uint32s = np.bitwise_xor.reduce(table * bits, axis=1)
+    return products
