@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import logging
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import hypothesis
 import pytest
@@ -22,20 +24,39 @@ hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "default")
 
 
 @pytest.fixture(scope="session")
-def ray_address() -> Iterator[str]:
-    """The address of a Ray cluster of two nodes on this machine."""
-    import ray
+def ray_address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of a Ray cluster of two nodes on this machine, which all processes of this test run share."""
+    own = tmp_path_factory.getbasetemp()
+    shared = own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
+    noted = shared / "ray-address"
+    with (shared / "ray-starting").open("w") as starting, (shared / "ray-using").open("w") as using:
+        fcntl.flock(starting, fcntl.LOCK_EX)
+        cluster = None if noted.exists() else _start_cluster()
+        if cluster is not None:
+            noted.write_text(cluster.address)
+        fcntl.flock(using, fcntl.LOCK_SH)
+        fcntl.flock(starting, fcntl.LOCK_UN)
+        yield noted.read_text()
+        import ray
+
+        ray.shutdown()
+        if cluster is not None:
+            fcntl.flock(starting, fcntl.LOCK_EX)
+            noted.unlink()
+            fcntl.flock(using, fcntl.LOCK_EX)  # once the others have finished
+            cluster.shutdown()
+
+
+def _start_cluster() -> Any:
     from ray.cluster_utils import Cluster
 
     # Nothing looks at what these would report, and they take as much of the CPUs as some of the tests.
     spared = {"include_dashboard": False, "include_log_monitor": False, "no_monitor": True}
-    args = {"num_cpus": 2, "object_store_memory": 100 << 20, **spared}
-    cluster = Cluster(initialize_head=True, head_node_args=args)
-    cluster.add_node(num_cpus=2, object_store_memory=100 << 20)
+    node = {"num_cpus": 4, "object_store_memory": 100 << 20}
+    cluster = Cluster(initialize_head=True, head_node_args={**node, **spared})
+    cluster.add_node(**node)
     logging.getLogger("ray").setLevel(logging.WARNING)
-    yield cluster.address
-    ray.shutdown()
-    cluster.shutdown()
+    return cluster
 
 
 def _gang(size: int, address: str) -> Iterator[Gang]:

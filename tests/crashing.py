@@ -39,9 +39,9 @@ class Crashing:
 
     def end(self) -> Ended:
         """Wait for its end."""
-        with self._process.stdin, self._process.stdout as stdout:
-            said = [json.loads(line) for line in stdout]
-        return Ended(max(0, -self._process.wait()), said)
+        with self._process as process:
+            said = [json.loads(line) for line in process.stdout]
+            return Ended(max(0, -process.wait()), said)
 
 
 def run(function: Callable[..., object], **arguments: Any) -> Ended:

@@ -829,19 +829,20 @@ def test_the_example_serves_what_it_exported(tmp_path: Path) -> None:
 def test_a_process_killed_while_it_exports_leaves_nothing_that_counts(tmp_path: Path) -> None:
     run, died, blocked = tmp_path / "run", tmp_path / "died", tmp_path / "blocked"
     arguments = {"directory": str(run), "died": str(died), "blocked": str(blocked)}
-    with (tmp_path / "stderr").open("w") as stderr:
-        process = warm().start("scenarios_export:save_and_export", arguments, stderr.fileno())
-    try:
-        assert until(lambda: blocked.exists() and blocked.read_text(), 60)
-        assert distckpt.list_exports(run) == []
-        [half] = run.glob("ckpt-1/*/export-*")
-        assert (half / "first/program.pt2").exists()
-        child = int(blocked.read_text())
-        assert child != process.pid
-        assert is_alive(child)
-    finally:
-        process.kill()
-        process.wait()
+    with (
+        (tmp_path / "stderr").open("w") as stderr,
+        warm().start("scenarios_export:save_and_export", arguments, stderr.fileno()) as process,
+    ):
+        try:
+            assert until(lambda: blocked.exists() and blocked.read_text(), 60)
+            assert distckpt.list_exports(run) == []
+            [half] = run.glob("ckpt-1/*/export-*")
+            assert (half / "first/program.pt2").exists()
+            child = int(blocked.read_text())
+            assert child != process.pid
+            assert is_alive(child)
+        finally:
+            process.kill()
     assert "ended with status -9" in (tmp_path / "stderr").read_text()
     assert until(lambda: not is_alive(child), 60)
 

@@ -624,8 +624,7 @@ def test_the_example_saves_and_stops_when_it_is_told_to_and_goes_on_from_there(
 ) -> None:
     script = ROOT / "examples" / "hook.py"
     stopped, whole = tmp_path / "stopped", tmp_path / "whole"
-    process = start_script(script, "--directory", stopped, "--steps", 1_000_000, "--loss", 0)
-    with process.stdin, process.stdout:
+    with start_script(script, "--directory", stopped, "--steps", 1_000_000, "--loss", 0) as process:
         while distckpt.latest_checkpoint(stopped) is None and process.poll() is None:
             time.sleep(0.01)
         process.send_signal(signal.SIGTERM)

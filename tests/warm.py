@@ -49,6 +49,14 @@ class WarmProcess:
         self._status: int | None = None
         weakref.finalize(self, os.close, self._fd)
 
+    def __enter__(self) -> WarmProcess:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stdin.close()
+        self.stdout.close()
+        self.wait()
+
     def send_signal(self, number: int) -> None:
         """As Popen."""
         if self.poll() is None:
@@ -123,9 +131,9 @@ def run_script(
         process = start_script(script, *arguments, env=env, stderr=stderr.fileno())
         impatient = threading.Timer(timeout, process.kill)
         impatient.start()
-        with process.stdin, process.stdout:
+        with process:
             stdout = process.stdout.read()
-            status = process.wait(timeout)
+            status = process.wait()
         impatient.cancel()
         stderr.seek(0)
         return subprocess.CompletedProcess([str(script)], status, stdout, stderr.read())
