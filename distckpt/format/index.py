@@ -11,6 +11,7 @@ import pyarrow as pa
 
 from distckpt.errors import DamagedError, UnsupportedFormatError
 from distckpt.format.arrow_file import check_plain
+from distckpt.format.columns import numbers_of
 from distckpt.format.dtypes import ITEM_SIZES, VALUE, is_dtype
 from distckpt.format.index_checks import (
     Blocks,
@@ -139,7 +140,7 @@ def decode_index(data: bytes, path: str, shard_sizes: Mapping[tuple[int, int], i
     """
     batch = _read(data, path)
     index = _assemble(batch, path)
-    for findings in _findings(index, batch.column("crc32c").to_numpy(), shard_sizes):
+    for findings in _findings(index, numbers_of(batch.column("crc32c")), shard_sizes):
         for found in findings:
             raise DamagedError(path, f"row {found.row}: {found.reason}", index.names[int(index.key[found.row])])
     return index
@@ -228,7 +229,7 @@ def _assemble(batch: pa.RecordBatch, path: str) -> Index:
 
 
 def _ids(batch: pa.RecordBatch, name: str) -> Ints:
-    ids: Ints = _column(batch, name).indices.to_numpy().astype(np.int64)
+    ids: Ints = numbers_of(_column(batch, name).indices).astype(np.int64)
     return ids
 
 
@@ -258,8 +259,8 @@ class _Lists:
 
 def _boxes(batch: pa.RecordBatch, name: str, path: str) -> _Lists:
     column = _column(batch, name)
-    offsets = column.offsets.to_numpy().astype(np.int64)
-    lists = _Lists(np.diff(offsets), column.values.to_numpy()[offsets[0] : offsets[-1]])
+    offsets = numbers_of(column.offsets).astype(np.int64)
+    lists = _Lists(np.diff(offsets), numbers_of(column.values)[offsets[0] : offsets[-1]])
     if int(lists.count.max(initial=0)) > MAX_DIMENSIONS:
         raise DamagedError(path, f"a tensor of more than {MAX_DIMENSIONS} dimensions")
     return lists
@@ -283,12 +284,12 @@ def _check_agreement(columns: list[Ints], key: Ints, first: Ints, names: tuple[s
 
 
 def _numbers(batch: pa.RecordBatch, name: str) -> Ints:
-    numbers: Ints = batch.column(name).to_numpy().astype(np.int64)
+    numbers: Ints = numbers_of(batch.column(name)).astype(np.int64)
     return numbers
 
 
 def _blocks(batch: pa.RecordBatch) -> tuple[Ints, Crcs]:
     column = _column(batch, "blocks")
-    starts = column.offsets.to_numpy().astype(np.int64)
-    values: Crcs = column.values.to_numpy()[starts[0] : starts[-1]]
+    starts = numbers_of(column.offsets).astype(np.int64)
+    values: Crcs = numbers_of(column.values)[starts[0] : starts[-1]]
     return starts - starts[0], values

@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 
 from distckpt.errors import RankFailedError
+from distckpt.format.columns import column_of, lists, numbers_of
 from distckpt.format.dtypes import VALUE
 from distckpt.format.index_checks import (
     Blocks,
@@ -130,7 +131,7 @@ def _numbers(table: pa.Table, name: str) -> Ints:
     column = table.column(name)
     if column.null_count:
         raise ValueError(f"column {name} of the plan has nulls")
-    numbers: Ints = column.to_numpy().astype(np.int64)
+    numbers: Ints = numbers_of(column).astype(np.int64)
     return numbers
 
 
@@ -149,7 +150,7 @@ def _check_counts(planned: Ints, received: Ints, blame: _Blame) -> None:
 def _wrong_sizes(table: pa.Table, rows: Places) -> Iterator[Finding]:
     dtypes = table.column("dtype").cast(pa.utf8()).combine_chunks().dictionary_encode()
     value = np.array([name == VALUE for name in dtypes.dictionary.to_pylist()], dtype=np.bool_)
-    wrong: Bools = ~value[dtypes.indices.to_numpy()] & (rows.size != _numbers(table, "nbytes"))
+    wrong: Bools = ~value[numbers_of(dtypes.indices)] & (rows.size != _numbers(table, "nbytes"))
     if wrong.any():
         row = int(np.argmax(wrong))
         yield Finding(row, f"{rows.size[row]} bytes long, and the plan says {_numbers(table, 'nbytes')[row]}")
@@ -175,13 +176,13 @@ def _write(table: pa.Table, rows: Places, blocks: Blocks) -> bytes:
         [
             *(_text(table, name) for name in ("key", "path", "dtype")),
             *(_box(table, name) for name in ("shape", "offset", "length")),
-            pa.array(rows.rank, pa.int32()),
-            pa.array(rows.shard, pa.int32()),
-            pa.array(rows.position, pa.int64()),
-            pa.array(rows.size, pa.int64()),
-            pa.array(blocks.values[blocks.starts[1:] - 1], pa.uint32()),
-            pa.array(rows.block, pa.int64()),
-            pa.ListArray.from_arrays(pa.array(blocks.starts, pa.int32()), pa.array(blocks.values, pa.uint32())),
+            column_of(rows.rank, pa.int32()),
+            column_of(rows.shard, pa.int32()),
+            column_of(rows.position, pa.int64()),
+            column_of(rows.size, pa.int64()),
+            column_of(blocks.values[blocks.starts[1:] - 1], pa.uint32()),
+            column_of(rows.block, pa.int64()),
+            lists(blocks.starts, blocks.values, SCHEMA.field("blocks").type),
         ],
         schema=SCHEMA,
     )

@@ -20,6 +20,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from distckpt.errors import DamagedError, SaveError, UnsupportedFormatError
+from distckpt.format.columns import texts, tuples
 from distckpt.format.dtypes import ITEM_SIZES, VALUE
 
 FORMAT = b"1"
@@ -147,11 +148,11 @@ def _reserve(nbytes: int) -> mmap.mmap:
 
 
 def _rows(chunks: Sequence[Chunk], starts: Int64s, payload: pa.Buffer, crcs: pa.Buffer) -> pa.RecordBatch:
-    dimensions = [pa.array([getattr(chunk, name) for chunk in chunks], pa.list_(pa.int64())) for name in _DIMENSIONS]
+    dimensions = [tuples([getattr(chunk, name) for chunk in chunks], pa.list_(pa.int64())) for name in _DIMENSIONS]
     count = len(chunks)
     columns: list[Any] = [
-        pa.array([chunk.key for chunk in chunks], pa.utf8()),
-        pa.array([chunk.dtype for chunk in chunks], pa.utf8()),
+        texts([chunk.key for chunk in chunks]),
+        texts([chunk.dtype for chunk in chunks]),
         *dimensions,
         pa.Array.from_buffers(pa.uint32(), count, [None, crcs]),
         pa.Array.from_buffers(pa.large_binary(), count, [None, pa.py_buffer(starts.tobytes()), payload]),

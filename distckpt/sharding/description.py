@@ -6,7 +6,10 @@ import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+import numpy as np
 import pyarrow as pa
+
+from distckpt.format.columns import column_of, optional, texts, tuples
 
 
 def _tuple_of_int64() -> pa.DataType:
@@ -65,8 +68,18 @@ class Description:
 def build_description(rows: Iterable[Row]) -> Description:
     """Describe what a rank holds. ``rows`` become row numbers 0, 1, 2 ... of the description."""
     held = list(rows)
-    columns = [pa.array([getattr(row, field.name) for row in held], type=field.type) for field in SCHEMA]
-    table = pa.Table.from_arrays(columns, schema=SCHEMA)
+    table = pa.Table.from_arrays(
+        [
+            *(texts([getattr(row, name) for row in held]) for name in ("key", "path", "dtype")),
+            *(
+                tuples([getattr(row, name) for row in held], _tuple_of_int64())
+                for name in ("shape", "offset", "length")
+            ),
+            column_of(np.fromiter((row.nbytes for row in held), np.int64), pa.int64()),
+            optional([row.value_crc for row in held], pa.uint32()),
+        ],
+        schema=SCHEMA,
+    )
     return Description(table, hashlib.sha256(_ipc(table.remove_column(_CRC))).hexdigest())
 
 

@@ -12,11 +12,12 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from distckpt.errors import PlanError
+from distckpt.format.columns import column_of, lists, numbers_of
 from distckpt.sharding.description import SCHEMA, decode_description
 
 Ints = npt.NDArray[np.int64]
 Codes = npt.NDArray[np.int32]
-_NO_CRC = pa.scalar(-1, pa.int64())
+_NO_CRC = column_of(np.array([-1]), pa.int64())[0]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -46,10 +47,8 @@ class Tuples:
 
     def take(self, codes: Codes) -> pa.ListArray[Any]:
         """The tuples with these codes, as list<int64>."""
-        starts: Any = pa.array(self.starts, pa.int32())
-        lists: Any = pa.ListArray.from_arrays(starts, pa.array(self.values))
-        taken: pa.ListArray[Any] = lists.take(pa.array(codes))
-        return taken
+        tuples = lists(self.starts, self.values, pa.list_(pa.int64()))
+        return cast("pa.ListArray[Any]", tuples.take(column_of(codes, pa.int32())))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -122,7 +121,7 @@ def merge(number: int | None, descriptions: Mapping[int, bytes]) -> Merged:
         raise ValueError("a plan needs the description of every rank from 0 on")
     tables = [_decoded(number, rank, descriptions[rank]) for rank in range(len(descriptions))]
     counts = [table.num_rows for table in tables]
-    together = pa.concat_tables([SCHEMA.empty_table(), *tables])
+    together = pa.concat_tables([pa.Table.from_batches([], SCHEMA), *tables])
     texts = {name: _encoded_texts(together.column(name)) for name in ("key", "path", "dtype")}
     tuples = {name: _encoded_tuples(together.column(name)) for name in ("shape", "offset", "length")}
     return Merged(
@@ -140,8 +139,8 @@ def merge(number: int | None, descriptions: Mapping[int, bytes]) -> Merged:
         shape=tuples["shape"][0],
         offset=tuples["offset"][0],
         length=tuples["length"][0],
-        nbytes=np.array(together.column("nbytes"), np.int64),
-        crc=np.array(together.column("value_crc").cast(pa.int64()).fill_null(_NO_CRC), np.int64),
+        nbytes=numbers_of(together.column("nbytes")),
+        crc=numbers_of(together.column("value_crc").cast(pa.int64()).fill_null(_NO_CRC)),
     )
 
 
@@ -157,14 +156,14 @@ def _encoded_texts(column: pa.ChunkedArray[Any]) -> pa.DictionaryArray[Any, Any]
 
 
 def _codes(encoded: pa.DictionaryArray[Any, Any]) -> Codes:
-    return np.ascontiguousarray(encoded.indices, np.int32)
+    return numbers_of(encoded.indices)
 
 
 def _encoded_tuples(column: pa.ChunkedArray[Any]) -> tuple[Codes, Tuples]:
     """Codes and distinct tuples: each list is looked at as the bytes of its integers, which Arrow can hash."""
     lists = cast("pa.ListArray[Any]", column.combine_chunks())
-    starts = np.asarray(lists.offsets).astype(np.int64)
-    encoded = encode_slices(starts, np.asarray(lists.values, np.int64))
+    starts = numbers_of(lists.offsets).astype(np.int64)
+    encoded = encode_slices(starts, numbers_of(lists.values))
     return _codes(encoded), _tuples(encoded.dictionary)
 
 

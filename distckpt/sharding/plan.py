@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 
 from distckpt.errors import PlanError
+from distckpt.format.columns import column_of, numbers_of
 from distckpt.sharding.balance import spread
 from distckpt.sharding.checks import Chunks, checked_chunks, told
 from distckpt.sharding.merged import Codes, Ints, Merged, encode_slices, merge
@@ -137,7 +138,7 @@ def _by_holders(ranks: Codes, chunk: Ints) -> list[tuple[Codes, Ints]]:
         return []
     starts = np.flatnonzero(np.diff(chunk, prepend=-1))
     sets: Any = encode_slices(np.append(starts, len(chunk)), ranks)
-    codes = np.asarray(sets.indices)
+    codes = numbers_of(sets.indices)
     order = np.argsort(codes, kind="stable")
     groups = np.split(chunk[starts][order], np.flatnonzero(np.diff(codes[order])) + 1)
     holders = [np.frombuffer(item.as_buffer(), np.int32) for item in sets.dictionary]
@@ -146,7 +147,7 @@ def _by_holders(ranks: Codes, chunk: Ints) -> list[tuple[Codes, Ints]]:
 
 def _table(merged: Merged, rows: Ints) -> pa.Table:
     def texts(codes: Codes, dictionary: pa.Array[Any]) -> pa.DictionaryArray[Any, Any]:
-        return pa.DictionaryArray.from_arrays(codes[rows], dictionary)
+        return pa.DictionaryArray.from_arrays(column_of(codes[rows], pa.int32()), dictionary)
 
     return pa.table(
         {
@@ -156,7 +157,7 @@ def _table(merged: Merged, rows: Ints) -> pa.Table:
             "shape": merged.shapes.take(merged.shape[rows]),
             "offset": merged.offsets.take(merged.offset[rows]),
             "length": merged.lengths.take(merged.length[rows]),
-            "rank": pa.array(merged.rank[rows]),
-            "nbytes": pa.array(merged.nbytes[rows]),
+            "rank": column_of(merged.rank[rows], pa.int32()),
+            "nbytes": column_of(merged.nbytes[rows], pa.int64()),
         }
     )

@@ -1,0 +1,70 @@
+"""Between Arrow, NumPy and Python by the buffers alone.
+
+pyarrow's own conversions import pandas wherever it is installed, as it is beside Ray: half a second before the first
+save, and 40 MB in every coordinator, for nothing.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+
+def column_of(numbers: npt.NDArray[Any], kind: pa.DataType) -> pa.Array[Any]:
+    """``numbers`` as a column of that type; not copied if they are of it. OverflowError if one does not fit."""
+    values = np.ascontiguousarray(numbers, kind.to_pandas_dtype())
+    if values.dtype != numbers.dtype and not np.array_equal(values, numbers):
+        raise OverflowError(f"numbers from {numbers.min()} to {numbers.max()} do not fit {kind}")
+    return pa.Array.from_buffers(kind, len(values), [None, pa.py_buffer(values.data)])
+
+
+def numbers_of(column: pa.Array[Any] | pa.ChunkedArray[Any]) -> npt.NDArray[Any]:
+    """The numbers of a column, read-only and, if it is of one chunk, not copied. ValueError if there are nulls."""
+    if column.null_count:
+        raise ValueError("a column has nulls")
+    whole = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
+    kind = np.dtype(whole.type.to_pandas_dtype())
+    data: Any = whole.buffers()[1]
+    if data is None:
+        return np.empty(0, kind)
+    numbers: npt.NDArray[Any] = np.frombuffer(data, kind, len(whole), whole.offset * kind.itemsize)
+    return numbers
+
+
+def lists(starts: npt.NDArray[Any], values: npt.NDArray[Any], kind: pa.DataType) -> pa.Array[Any]:
+    """A column of lists, ``values[starts[i] : starts[i + 1]]`` each, of the list type ``kind``."""
+    inner = column_of(values, kind.field(0).type)
+    return pa.Array.from_buffers(kind, len(starts) - 1, [None, _data(starts)], children=[inner])
+
+
+def tuples(found: Sequence[Sequence[int]], kind: pa.DataType) -> pa.Array[Any]:
+    """A column of lists of integers, of the list type ``kind``."""
+    return lists(_starts(found), np.fromiter(itertools.chain.from_iterable(found), np.int64), kind)
+
+
+def optional(numbers: Sequence[int | None], kind: pa.DataType) -> pa.Array[Any]:
+    """A column of numbers, some of which may be missing."""
+    there = np.array([number is not None for number in numbers], np.bool_)
+    known = np.packbits(there, bitorder="little").tobytes()
+    values = np.array([number or 0 for number in numbers], kind.to_pandas_dtype()).tobytes()
+    return pa.Array.from_buffers(kind, len(numbers), [pa.py_buffer(known), pa.py_buffer(values)])
+
+
+def texts(found: Sequence[str]) -> pa.Array[Any]:
+    """A column of texts."""
+    encoded = [text.encode() for text in found]
+    buffers = [None, _data(_starts(encoded)), pa.py_buffer(b"".join(encoded))]
+    return pa.Array.from_buffers(pa.utf8(), len(encoded), buffers)
+
+
+def _starts(parts: Sequence[Any]) -> npt.NDArray[np.int64]:
+    return np.cumsum([0, *map(len, parts)], dtype=np.int64)
+
+
+def _data(starts: npt.NDArray[Any]) -> pa.Buffer | None:
+    return column_of(starts, pa.int32()).buffers()[1]
