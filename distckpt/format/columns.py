@@ -29,9 +29,9 @@ def numbers_of(column: pa.Array[Any] | pa.ChunkedArray[Any]) -> npt.NDArray[Any]
         raise ValueError("a column has nulls")
     whole = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
     kind = np.dtype(whole.type.to_pandas_dtype())
-    data: Any = whole.buffers()[1]
-    if data is None:
+    if len(whole) == 0:  # and then it may have no buffer
         return np.empty(0, kind)
+    data: Any = whole.buffers()[1]
     numbers: npt.NDArray[Any] = np.frombuffer(data, kind, len(whole), whole.offset * kind.itemsize)
     return numbers
 
