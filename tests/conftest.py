@@ -6,6 +6,7 @@ import fcntl
 import logging
 import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import hypothesis
@@ -23,28 +24,30 @@ hypothesis.settings.register_profile("ci", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "default")
 
 
-@pytest.fixture(scope="session")
-def ray_address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The address of a Ray cluster of two nodes on this machine, which all processes of this test run share."""
-    own = tmp_path_factory.getbasetemp()
-    shared = own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
-    noted = shared / "ray-address"
-    with (shared / "ray-starting").open("w") as starting, (shared / "ray-using").open("w") as using:
-        fcntl.flock(starting, fcntl.LOCK_EX)
-        cluster = None if noted.exists() else _start_cluster()
-        if cluster is not None:
-            noted.write_text(cluster.address)
-        fcntl.flock(using, fcntl.LOCK_SH)
-        fcntl.flock(starting, fcntl.LOCK_UN)
-        yield noted.read_text()
-        import ray
+class SharedCluster:
+    """A Ray cluster of two nodes on this machine, which all processes of a test run share; the first starts it."""
 
-        ray.shutdown()
-        if cluster is not None:
-            fcntl.flock(starting, fcntl.LOCK_EX)
-            noted.unlink()
-            fcntl.flock(using, fcntl.LOCK_EX)  # once the others have finished
-            cluster.shutdown()
+    def __init__(self, folder: Path) -> None:
+        self._noted = folder / "ray-address"
+        self._starting = (folder / "ray-starting").open("w")
+        self._using = (folder / "ray-using").open("w")
+        self._cluster: Any = None
+        fcntl.flock(self._starting, fcntl.LOCK_EX)
+        if not self._noted.exists():
+            self._cluster = _start_cluster()
+            self._noted.write_text(self._cluster.address)
+        self.address = self._noted.read_text()
+        fcntl.flock(self._using, fcntl.LOCK_SH)
+        fcntl.flock(self._starting, fcntl.LOCK_UN)
+
+    def close(self) -> None:
+        """Who started it waits for the others."""
+        with self._starting, self._using:
+            if self._cluster is not None:
+                fcntl.flock(self._starting, fcntl.LOCK_EX)
+                self._noted.unlink()
+                fcntl.flock(self._using, fcntl.LOCK_EX)
+                self._cluster.shutdown()
 
 
 def _start_cluster() -> Any:
@@ -57,6 +60,28 @@ def _start_cluster() -> Any:
     cluster.add_node(**node)
     logging.getLogger("ray").setLevel(logging.WARNING)
     return cluster
+
+
+_CLUSTER = pytest.StashKey[SharedCluster]()
+
+
+@pytest.fixture(scope="session")
+def ray_address(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of the shared Ray cluster."""
+    own = tmp_path_factory.getbasetemp()
+    cluster = SharedCluster(own.parent if "PYTEST_XDIST_WORKER" in os.environ else own)
+    request.config.stash[_CLUSTER] = cluster
+    yield cluster.address
+    import ray
+
+    ray.shutdown()
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Not in the fixture: waiting for the other processes would count as time of this one's last test."""
+    cluster = session.config.stash.get(_CLUSTER, None)
+    if cluster is not None:
+        cluster.close()
 
 
 def _gang(size: int, address: str) -> Iterator[Gang]:
