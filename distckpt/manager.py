@@ -106,7 +106,7 @@ class CheckpointManager:
         self._step_counter = step_counter
         self._interval = checkpoint_interval
         self._init_fn = init_fn
-        self._last_step = last_checkpoint_step
+        self._saved_steps: list[tuple[int | None, PendingSave | None]] = [(last_checkpoint_step, None)]
         self._store = open_store(directory, storage_options)
         self._world = find_world(rank, world_size, run_id)
         opening = OpenRun(
@@ -226,40 +226,47 @@ class CheckpointManager:
         step = self._step()
         if step is not None and self._too_early(step, check_interval):
             return None
-        counter, last_step = self._checkpoint.save_counter, self._last_step
+        counter = self._checkpoint.save_counter
         number = counter + 1 if checkpoint_number is None else _whole(checkpoint_number, "checkpoint_number")
         if not 0 <= number <= MAX_NUMBER:
             raise ValueError(f"checkpoint numbers go from 0 to {MAX_NUMBER}, but this one is {number}")
         self._checkpoint.save_counter = counter + 1
-        if step is not None:
-            self._last_step = step
         try:
             pending = self._saver.save(number, self._path(self._name, number))
         except BaseException:
-            self._not_saved(step, last_step)
+            if step is not None and self._world.size > 1:
+                self._saved_steps = [(step, None)]
             raise
         if pending is None:  # all ranks skip it
-            self._checkpoint.save_counter, self._last_step = counter, last_step
+            self._checkpoint.save_counter = counter
             return None
         self._pending.append(pending)
-        pending._future.add_done_callback(lambda done: self._not_saved(step, last_step) if done.exception() else None)
+        if step is not None:
+            self._saved_steps.append((step, pending))
         return pending
 
     def _too_early(self, step: int, check_interval: bool) -> bool:
-        if self._interval is None or self._last_step is None:
+        last = self._last_step()
+        if self._interval is None or last is None:
             return False
-        return step == self._last_step or (check_interval and step < self._last_step + self._interval)
+        return step == last or (check_interval and step < last + self._interval)
+
+    def _last_step(self) -> int | None:
+        """The step that was saved last.
+
+        A failed save does not count, so its step may be tried again; unless ranks could disagree on whether it failed.
+        """
+        many = self._world.size > 1
+        steps = [at for at in self._saved_steps if many or not _has_failed(at[1])]
+        sure = max(index for index, (_, pending) in enumerate(steps) if many or pending is None or pending.done())
+        self._saved_steps = steps[sure:]
+        return self._saved_steps[-1][0]
 
     def _step(self) -> int | None:
         counter = self._step_counter
         if self._interval is None or counter is None:
             return None
         return _whole(counter() if callable(counter) else counter, "step_counter")
-
-    def _not_saved(self, step: int | None, last_step: int | None) -> None:
-        """A failed save does not count, so the same step may be tried again; unless ranks could disagree on that."""
-        if self._world.size == 1 and self._last_step == step:
-            self._last_step = last_step
 
     def _settle(self) -> None:
         for pending in self._pending:
@@ -308,7 +315,7 @@ class CheckpointManager:
 
     def _restored(self, record: CheckpointRecord | None) -> CheckpointRecord | None:
         if record is not None:
-            self._last_step = self._step()
+            self._saved_steps = [(self._step(), None)]
         return record
 
     def _folder(self, which: int | str | os.PathLike[str] | None) -> int | str | None:
@@ -382,6 +389,10 @@ class CheckpointManager:
 
     def _path(self, name: str, number: int) -> str:
         return join(self._store.url, names.checkpoint_folder(name, number))
+
+
+def _has_failed(pending: PendingSave | None) -> bool:
+    return pending is not None and pending.done() and pending._future.exception() is not None
 
 
 def _whole(value: Any, what: str) -> int:
