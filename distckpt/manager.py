@@ -257,9 +257,10 @@ class CheckpointManager:
         A failed save does not count, so its step may be tried again; unless ranks could disagree on whether it failed.
         """
         many = self._world.size > 1
-        steps = [at for at in self._saved_steps if many or not _has_failed(at[1])]
-        sure = max(index for index, (_, pending) in enumerate(steps) if many or pending is None or pending.done())
-        self._saved_steps = steps[sure:]
+        looked = [(at, many or at[1] is None or at[1].done()) for at in self._saved_steps]
+        steps = [(at, decided) for at, decided in looked if many or not (decided and _has_failed(at[1]))]
+        sure = max(index for index, (_, decided) in enumerate(steps) if decided)
+        self._saved_steps = [at for at, _ in steps[sure:]]
         return self._saved_steps[-1][0]
 
     def _step(self) -> int | None:
@@ -392,7 +393,7 @@ class CheckpointManager:
 
 
 def _has_failed(pending: PendingSave | None) -> bool:
-    return pending is not None and pending.done() and pending._future.exception() is not None
+    return pending is not None and pending._future.exception() is not None
 
 
 def _whole(value: Any, what: str) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import struct
 import time
 from collections.abc import Callable
 from typing import Any
@@ -100,6 +101,21 @@ def test_a_checkpoint_of_nothing_has_an_index() -> None:
     schema = plan_table(CHUNKS).schema
     index = decode_index(encode_index(schema.empty_table(), {0: Receipt(1, 0, "a", ())}), "index.arrow", {})
     assert (len(index), index.keys()) == (0, ())
+
+
+def test_an_index_of_no_rows_may_have_lists_without_any_offset() -> None:
+    """Arrow allows that, and checks it."""
+    schema = plan_table([value("lr", b"1")]).schema
+    data = encode_index(schema.empty_table(), {0: Receipt(1, 0, "a", ())})
+    length = struct.pack("<q", 4)  # of a buffer of one offset, in the file's metadata
+    places = [at for at in range(0, len(data) - 8, 8) if data[at : at + 8] == length]
+    assert len(places) >= 4
+    for place in places:
+        changed = data[:place] + bytes(8) + data[place + 8 :]
+        try:
+            assert len(decode_index(changed, "index.arrow", {})) == 0
+        except DamagedError:
+            continue
 
 
 def test_dictionary_columns_and_many_chunks_make_no_difference() -> None:

@@ -16,11 +16,13 @@ from distckpt.coordinator.actions import (
     ReadLeases,
     Seal,
     StepFailed,
+    Stop,
 )
 from distckpt.coordinator.messages import (
     Accepted,
     Committed,
     Heartbeat,
+    Leave,
     Pin,
     Restored,
     RestoreFrom,
@@ -236,6 +238,37 @@ def test_a_commit_waits_for_leases_that_are_being_read_so_the_same_entry_retires
     assert kinds(driver)[-2:] == ["commit", "commit"]
     assert [one.number for one in driver.machine.state.active] == [2]
     assert cast(Committed, driver.replies[ticket]).record.number == 2
+
+
+def test_a_commit_does_not_wait_long_for_leases_and_what_is_due_retires_later():
+    driver = Driver().lead()
+    run = saving(driver, 1)
+    old = driver.save(run, 1, 1, 1)
+    driver.land(run, driver.plan(run, 1, 2, 2))
+    driver.settle(ReadLeases)
+    reading = driver.take(ReadLeases)
+    assert driver.machine.next_deadline() == driver.mono + 5.0
+    driver.wait(5.0)
+    driver.settle()
+    assert [one.number for one in driver.machine.state.active] == [1, 2]
+    driver.perform(reading)
+    driver.settle()
+    assert [one.number for one in driver.machine.state.active] == [2]
+    assert Delete((old,)) in driver.done
+
+
+def test_a_coordinator_that_every_rank_has_left_stays_for_what_is_to_be_deleted_later():
+    driver = Driver(idle_timeout=600.0).lead()
+    run = saving(driver, 1)
+    old = driver.save(run, 1, 1, 1)
+    driver.leased = frozenset({old.attempt})
+    driver.save(run, 1, 2, 2)
+    driver.answer(Leave(run, 0))
+    driver.leased = frozenset()
+    driver.wait(30.0)
+    driver.settle()
+    assert Delete((old,)) in driver.done
+    assert Stop("idle") in driver.done
 
 
 def test_a_commit_waits_for_no_deletion_and_retires_all_the_same():

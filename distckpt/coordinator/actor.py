@@ -29,6 +29,7 @@ logger = logging.getLogger(__name__)
 NAMESPACE = "distckpt"
 LOCAL_OBJECT_STORE_BYTES = 100 << 20
 FOLLOW_SECONDS = 120.0
+ENDING_SECONDS = 0.2
 CONNECT_SECONDS = 2.0
 RECONNECT_VARIABLE = "RAY_gcs_rpc_server_reconnect_timeout_s"
 RECONNECT_SECONDS = 7 * 86400
@@ -65,8 +66,10 @@ class CoordinatorActor:
         except asyncio.TimeoutError:
             return None
         # One that was idle is about to end; who asks again finds the next one.
-        is_ending = isinstance(reply, Refused) and isinstance(reply.error, CoordinatorUnavailableError)
-        return None if is_ending else reply
+        if isinstance(reply, Refused) and isinstance(reply.error, CoordinatorUnavailableError):
+            await asyncio.sleep(min(wait, ENDING_SECONDS))
+            return None
+        return reply
 
     def _started_for(self, request: Request) -> Shell | None:
         """The running shell, started if a run opens; None if nothing runs yet. Raises what starting it raises.

@@ -14,6 +14,8 @@ from distckpt.format.log import Entry, State
 
 LOOK_AGAIN = 30.0
 GARBAGE_EVERY = 600.0
+PATIENCE = 5.0
+"""How long a commit waits for the leases. Without them it retires nothing, which comes later then."""
 
 
 class Keeping:
@@ -43,6 +45,7 @@ class Keeping:
         self._looking: frozenset[str] | None = None
         self._leased: frozenset[str] | None = None
         self._waiting: list[Callable[[], None]] = []
+        self._wait_until: float | None = None
         self._deleting: frozenset[str] = frozenset()
         self._garbage_wanted = False
         self._garbage_at: float | None = None
@@ -52,9 +55,14 @@ class Keeping:
         """Whether leases are being read or objects deleted."""
         return self._looking is not None or bool(self._deleting)
 
+    @property
+    def owes(self) -> bool:
+        """Whether something that is due could not be retired or deleted yet."""
+        return self._look_at is not None
+
     def deadlines(self) -> Iterator[float]:
-        """When to look again, in monotonic seconds."""
-        return (at for at in (self._look_at, self._garbage_at) if at is not None)
+        """When to look again, or to wait no longer, in monotonic seconds."""
+        return (at for at in (self._look_at, self._garbage_at, self._wait_until) if at is not None)
 
     def begin_run(self, run: Run) -> None:
         """Apply this run's settings from now on."""
@@ -69,11 +77,13 @@ class Keeping:
             self._desk.emit(ReadLeases())
 
     def when_known(self, then: Callable[[], None]) -> None:
-        """Call ``then`` once no leases are being read any more, at once if none are."""
+        """Call ``then`` once no leases are being read any more, at once if none are; in any case before long."""
         if self._looking is None:
             then()
-        else:
-            self._waiting.append(then)
+            return
+        self._waiting.append(then)
+        if self._wait_until is None:
+            self._wait_until = self._desk.mono + PATIENCE
 
     def swept(self, state: State) -> State:
         """``state`` after a sweep; unchanged if the leases could not be read since the last peek: then it comes later."""
@@ -103,7 +113,10 @@ class Keeping:
         else:
             self._retire(event.attempts)
             self._delete(retiring, event.attempts)
-        waiting, self._waiting = self._waiting, []
+        self._go_on()
+
+    def _go_on(self) -> None:
+        waiting, self._waiting, self._wait_until = self._waiting, [], None
         for then in waiting:
             then()
 
@@ -118,6 +131,8 @@ class Keeping:
 
     def tick(self) -> None:
         """Look and collect if it is time or if it was asked for."""
+        if self._wait_until is not None and self._wait_until <= self._desk.mono:
+            self._go_on()
         if self._look_at is not None and self._look_at <= self._desk.mono:
             self._look_at = None
             self._look_wanted = True

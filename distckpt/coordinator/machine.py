@@ -70,7 +70,7 @@ class Machine:
 
     ``claim_id`` must be unique for ever; every id that the machine makes is derived from it, so the same events always
     give the same actions. ``idle_timeout`` (seconds; None: never) is how long it goes on when nobody asks anything, at
-    most; when every rank has left, that is a few seconds.
+    most; when every rank has left and nothing is to be deleted later, that is a few seconds.
     """
 
     def __init__(self, directory: str, claim_id: str, *, idle_timeout: float | None = None) -> None:
@@ -194,8 +194,9 @@ class Machine:
             return None
         if self._saves.book or self._early or any(part.busy for part in parts):
             return None
-        deserted = self._runs.current is not None and self._runs.current.deserted
-        return self._heard + (min(DESERTED_SECONDS, self._idle_timeout) if deserted else self._idle_timeout)
+        run = self._runs.current
+        soon = run is not None and run.deserted and not self._keeping.owes
+        return self._heard + (min(DESERTED_SECONDS, self._idle_timeout) if soon else self._idle_timeout)
 
     # ---- requests --------------------------------------------------------------------------------------------------
 

@@ -81,7 +81,8 @@ class Shell:
         # One thread each, so that appends, and later the things derived from them, happen in the order of the log.
         self._log_pool = ThreadPoolExecutor(1, "distckpt-log")
         self._keep_pool = ThreadPoolExecutor(1, "distckpt-keep")
-        self._work_pool = ThreadPoolExecutor(2, "distckpt-work")
+        self._work_pool = ThreadPoolExecutor(3, "distckpt-work")
+        self._garbage_pool = ThreadPoolExecutor(1, "distckpt-garbage")
         self._timer = threading.Thread(target=self._run_timer, name="distckpt-timer", daemon=True)
 
     def start(self) -> None:
@@ -114,7 +115,7 @@ class Shell:
             self._changed.notify_all()
         if self._timer.is_alive() and self._timer is not threading.current_thread():
             self._timer.join()
-        for pool in (self._work_pool, self._log_pool, self._keep_pool):
+        for pool in (self._work_pool, self._log_pool, self._keep_pool, self._garbage_pool):
             pool.shutdown(wait=True)
 
     def _forget(self, ticket: int) -> None:
@@ -138,10 +139,12 @@ class Shell:
     def _dispatch(self, action: Action) -> None:
         if self._closed:
             return
-        if isinstance(action, Append | ReadTail | ReadLeases):  # a commit waits for leases, but for no deletion
+        if isinstance(action, Append | ReadTail):
             pool = self._log_pool
-        elif isinstance(action, MakePlan | Seal):
+        elif isinstance(action, MakePlan | Seal | ReadLeases):  # a commit waits for leases, but for no deletion
             pool = self._work_pool
+        elif isinstance(action, CollectGarbage):  # it may take long, and nothing waits for it
+            pool = self._garbage_pool
         else:
             pool = self._keep_pool
         self._in_flight += 1

@@ -17,7 +17,7 @@ import pyarrow as pa
 
 def column_of(numbers: npt.NDArray[Any], kind: pa.DataType) -> pa.Array[Any]:
     """``numbers`` as a column of that type; not copied if they are of it. OverflowError if one does not fit."""
-    values = np.ascontiguousarray(numbers, kind.to_pandas_dtype())
+    values = np.ascontiguousarray(numbers, _dtype(kind))
     if values.dtype != numbers.dtype and not np.array_equal(values, numbers):
         raise OverflowError(f"numbers from {numbers.min()} to {numbers.max()} do not fit {kind}")
     return pa.Array.from_buffers(kind, len(values), [None, pa.py_buffer(values.data)])
@@ -28,12 +28,20 @@ def numbers_of(column: pa.Array[Any] | pa.ChunkedArray[Any]) -> npt.NDArray[Any]
     if column.null_count:
         raise ValueError("a column has nulls")
     whole = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
-    kind = np.dtype(whole.type.to_pandas_dtype())
+    kind = _dtype(whole.type)
     if len(whole) == 0:  # and then it may have no buffer
         return np.empty(0, kind)
     data: Any = whole.buffers()[1]
     numbers: npt.NDArray[Any] = np.frombuffer(data, kind, len(whole), whole.offset * kind.itemsize)
+    numbers.flags.writeable = False
     return numbers
+
+
+def starts_of(column: Any) -> npt.NDArray[np.int64]:
+    """Where each list of a column of lists begins in ``column.values``, and where the last one ends."""
+    if len(column) == 0:  # Arrow allows such a column to have no offset at all
+        return np.zeros(1, np.int64)
+    return numbers_of(column.offsets).astype(np.int64)
 
 
 def lists(starts: npt.NDArray[Any], values: npt.NDArray[Any], kind: pa.DataType) -> pa.Array[Any]:
@@ -51,7 +59,7 @@ def optional(numbers: Sequence[int | None], kind: pa.DataType) -> pa.Array[Any]:
     """A column of numbers, some of which may be missing."""
     there = np.array([number is not None for number in numbers], np.bool_)
     known = np.packbits(there, bitorder="little").tobytes()
-    values = np.array([number or 0 for number in numbers], kind.to_pandas_dtype()).tobytes()
+    values = np.array([number or 0 for number in numbers], _dtype(kind)).tobytes()
     return pa.Array.from_buffers(kind, len(numbers), [pa.py_buffer(known), pa.py_buffer(values)])
 
 
@@ -68,3 +76,8 @@ def _starts(parts: Sequence[Any]) -> npt.NDArray[np.int64]:
 
 def _data(starts: npt.NDArray[Any]) -> pa.Buffer | None:
     return column_of(starts, pa.int32()).buffers()[1]
+
+
+def _dtype(kind: pa.DataType) -> np.dtype[Any]:
+    """Not by ``to_pandas_dtype``, which needs pandas in pyarrow before 26."""
+    return np.dtype(str(kind))

@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from distckpt.errors import DamagedError, UnsupportedFormatError
 from distckpt.format.arrow_file import check_plain
-from distckpt.format.columns import numbers_of
+from distckpt.format.columns import numbers_of, starts_of
 from distckpt.format.dtypes import ITEM_SIZES, VALUE, is_dtype
 from distckpt.format.index_checks import (
     Blocks,
@@ -259,7 +259,7 @@ class _Lists:
 
 def _boxes(batch: pa.RecordBatch, name: str, path: str) -> _Lists:
     column = _column(batch, name)
-    offsets = numbers_of(column.offsets).astype(np.int64)
+    offsets = starts_of(column)
     lists = _Lists(np.diff(offsets), numbers_of(column.values)[offsets[0] : offsets[-1]])
     if int(lists.count.max(initial=0)) > MAX_DIMENSIONS:
         raise DamagedError(path, f"a tensor of more than {MAX_DIMENSIONS} dimensions")
@@ -290,6 +290,6 @@ def _numbers(batch: pa.RecordBatch, name: str) -> Ints:
 
 def _blocks(batch: pa.RecordBatch) -> tuple[Ints, Crcs]:
     column = _column(batch, "blocks")
-    starts = numbers_of(column.offsets).astype(np.int64)
+    starts = starts_of(column)
     values: Crcs = numbers_of(column.values)[starts[0] : starts[-1]]
     return starts - starts[0], values

@@ -12,7 +12,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from distckpt.errors import PlanError
-from distckpt.format.columns import column_of, lists, numbers_of
+from distckpt.format.columns import column_of, lists, numbers_of, starts_of
 from distckpt.sharding.description import SCHEMA, decode_description
 
 Ints = npt.NDArray[np.int64]
@@ -162,7 +162,7 @@ def _codes(encoded: pa.DictionaryArray[Any, Any]) -> Codes:
 def _encoded_tuples(column: pa.ChunkedArray[Any]) -> tuple[Codes, Tuples]:
     """Codes and distinct tuples: each list is looked at as the bytes of its integers, which Arrow can hash."""
     lists = cast("pa.ListArray[Any]", column.combine_chunks())
-    starts = numbers_of(lists.offsets).astype(np.int64)
+    starts = starts_of(lists)
     encoded = encode_slices(starts, numbers_of(lists.values))
     return _codes(encoded), _tuples(encoded.dictionary)
 
