@@ -80,4 +80,4 @@ def _data(starts: npt.NDArray[Any]) -> pa.Buffer | None:
 
 def _dtype(kind: pa.DataType) -> np.dtype[Any]:
     """Not by ``to_pandas_dtype``, which needs pandas in pyarrow before 26."""
-    return np.dtype(str(kind))
+    return np.dtype("object" if pa.types.is_null(kind) else str(kind))
