@@ -226,7 +226,7 @@ class CheckpointManager:
         step = self._step()
         if step is not None and self._too_early(step, check_interval):
             return None
-        counter = self._checkpoint.save_counter
+        many, counter = self._world.size > 1, self._checkpoint.save_counter
         number = counter + 1 if checkpoint_number is None else _whole(checkpoint_number, "checkpoint_number")
         if not 0 <= number <= MAX_NUMBER:
             raise ValueError(f"checkpoint numbers go from 0 to {MAX_NUMBER}, but this one is {number}")
@@ -234,15 +234,15 @@ class CheckpointManager:
         try:
             pending = self._saver.save(number, self._path(self._name, number))
         except BaseException:
-            if step is not None and self._world.size > 1:
-                self._saved_steps = [(step, None)]
+            if step is not None and many:
+                self._saved_steps.append((step, None))
             raise
         if pending is None:  # all ranks skip it
             self._checkpoint.save_counter = counter
             return None
         self._pending.append(pending)
         if step is not None:
-            self._saved_steps.append((step, pending))
+            self._saved_steps.append((step, None if many else pending))
         return pending
 
     def _too_early(self, step: int, check_interval: bool) -> bool:
@@ -256,12 +256,14 @@ class CheckpointManager:
 
         A failed save does not count, so its step may be tried again; unless ranks could disagree on whether it failed.
         """
-        many = self._world.size > 1
-        looked = [(at, many or at[1] is None or at[1].done()) for at in self._saved_steps]
-        steps = [(at, decided) for at, decided in looked if many or not (decided and _has_failed(at[1]))]
-        sure = max(index for index, (_, decided) in enumerate(steps) if decided)
-        self._saved_steps = [at for at, _ in steps[sure:]]
-        return self._saved_steps[-1][0]
+        kept: list[tuple[int | None, PendingSave | None]] = []
+        for step, pending in self._saved_steps:
+            if pending is not None and not pending.done():
+                kept.append((step, pending))
+            elif pending is None or pending._future.exception() is None:
+                kept = [(step, None)]
+        self._saved_steps = kept
+        return kept[-1][0]
 
     def _step(self) -> int | None:
         counter = self._step_counter
@@ -390,10 +392,6 @@ class CheckpointManager:
 
     def _path(self, name: str, number: int) -> str:
         return join(self._store.url, names.checkpoint_folder(name, number))
-
-
-def _has_failed(pending: PendingSave | None) -> bool:
-    return pending is not None and pending._future.exception() is not None
 
 
 def _whole(value: Any, what: str) -> int:

@@ -16,10 +16,10 @@ import pyarrow as pa
 
 
 def column_of(numbers: npt.NDArray[Any], kind: pa.DataType) -> pa.Array[Any]:
-    """``numbers`` as a column of that type; not copied if they are of it. OverflowError if one does not fit."""
+    """``numbers`` as a column of that type; not copied if they are of it. ValueError if one does not fit."""
     values = np.ascontiguousarray(numbers, _dtype(kind))
     if values.dtype != numbers.dtype and not np.array_equal(values, numbers):
-        raise OverflowError(f"numbers from {numbers.min()} to {numbers.max()} do not fit {kind}")
+        raise ValueError(f"numbers from {numbers.min()} to {numbers.max()} do not fit {kind}")
     return pa.Array.from_buffers(kind, len(values), [None, pa.py_buffer(values.data)])
 
 

@@ -161,9 +161,8 @@ def _codes(encoded: pa.DictionaryArray[Any, Any]) -> Codes:
 
 def _encoded_tuples(column: pa.ChunkedArray[Any]) -> tuple[Codes, Tuples]:
     """Codes and distinct tuples: each list is looked at as the bytes of its integers, which Arrow can hash."""
-    lists = cast("pa.ListArray[Any]", column.combine_chunks())
-    starts = starts_of(lists)
-    encoded = encode_slices(starts, numbers_of(lists.values))
+    whole = cast("pa.ListArray[Any]", column.combine_chunks())
+    encoded = encode_slices(starts_of(whole), numbers_of(whole.values))
     return _codes(encoded), _tuples(encoded.dictionary)
 
 
