@@ -11,7 +11,7 @@ import torch.distributed as dist
 from rounds import Spans, alternate, now
 
 import distckpt
-from distckpt.agreeing import Agreement
+from distckpt.training.agreement import Agreement
 
 STEPS = 300
 

@@ -41,9 +41,9 @@ from distckpt.coordinator.messages import (
     RunOpened,
     ShardReceipt,
 )
-from distckpt.coordinator.shell import Settings, Shell
+from distckpt.coordinator.shell.shell import Settings, Shell
 from distckpt.format import names
-from distckpt.format.shard import block_size
+from distckpt.format.arrow.shard import block_size
 from distckpt.sharding.description import decode_description
 from distckpt.storage import LocalStore
 

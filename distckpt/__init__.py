@@ -6,89 +6,89 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from distckpt.agreeing import Agreement as Agreement
     from distckpt.checkpoint import Checkpoint as Checkpoint
     from distckpt.checkpoint import LoadStatus as LoadStatus
     from distckpt.checkpoint import PerRank as PerRank
     from distckpt.checkpoint import RandomState as RandomState
-    from distckpt.coordinator.threads import Coordinator as Coordinator
-    from distckpt.coordinator.threads import LooperThread as LooperThread
-    from distckpt.exporting.listing import export_number as export_number
-    from distckpt.exporting.listing import exports_iterator as exports_iterator
-    from distckpt.exporting.listing import latest_export as latest_export
-    from distckpt.exporting.listing import list_exports as list_exports
-    from distckpt.exporting.listing import wait_for_new_export as wait_for_new_export
-    from distckpt.exporting.manager import ExportCheckpointManager as ExportCheckpointManager
-    from distckpt.exporting.recipes import Export as Export
-    from distckpt.hooks import CheckpointSaverHook as CheckpointSaverHook
-    from distckpt.hooks import CheckpointSaverListener as CheckpointSaverListener
-    from distckpt.hooks import Scaffold as Scaffold
-    from distckpt.hooks import SecondOrStepTimer as SecondOrStepTimer
-    from distckpt.hooks import SessionRunArgs as SessionRunArgs
-    from distckpt.hooks import SessionRunContext as SessionRunContext
-    from distckpt.hooks import SessionRunHook as SessionRunHook
-    from distckpt.hooks import SessionRunValues as SessionRunValues
-    from distckpt.hooks import current_session as current_session
-    from distckpt.loading import CheckpointReader as CheckpointReader
-    from distckpt.loading import checkpoint_exists as checkpoint_exists
-    from distckpt.loading import get_checkpoint_mtimes as get_checkpoint_mtimes
-    from distckpt.loading import latest_checkpoint as latest_checkpoint
-    from distckpt.loading import load as load
-    from distckpt.loading import open as open
+    from distckpt.export.listing import export_number as export_number
+    from distckpt.export.listing import exports_iterator as exports_iterator
+    from distckpt.export.listing import latest_export as latest_export
+    from distckpt.export.listing import list_exports as list_exports
+    from distckpt.export.listing import wait_for_new_export as wait_for_new_export
+    from distckpt.export.manager import ExportCheckpointManager as ExportCheckpointManager
+    from distckpt.export.recipes import Export as Export
     from distckpt.manager import CheckpointManager as CheckpointManager
-    from distckpt.quantizing import do_quantize_training as do_quantize_training
-    from distckpt.saving import PendingSave as PendingSave
-    from distckpt.session import HookedLoop as HookedLoop
-    from distckpt.session import TrainingSession as TrainingSession
+    from distckpt.rank.pending import PendingSave as PendingSave
+    from distckpt.reader import CheckpointReader as CheckpointReader
+    from distckpt.reader import checkpoint_exists as checkpoint_exists
+    from distckpt.reader import get_checkpoint_mtimes as get_checkpoint_mtimes
+    from distckpt.reader import latest_checkpoint as latest_checkpoint
+    from distckpt.reader import load as load
+    from distckpt.reader import open as open
     from distckpt.state_file import CheckpointState as CheckpointState
     from distckpt.state_file import generate_checkpoint_state_proto as generate_checkpoint_state_proto
     from distckpt.state_file import get_checkpoint_state as get_checkpoint_state
     from distckpt.state_file import update_checkpoint_state as update_checkpoint_state
-    from distckpt.watching import checkpoints_iterator as checkpoints_iterator
-    from distckpt.watching import wait_for_new_checkpoint as wait_for_new_checkpoint
+    from distckpt.threads.coordinator import Coordinator as Coordinator
+    from distckpt.threads.looper import LooperThread as LooperThread
+    from distckpt.training.agreement import Agreement as Agreement
+    from distckpt.training.hooks import CheckpointSaverHook as CheckpointSaverHook
+    from distckpt.training.hooks import CheckpointSaverListener as CheckpointSaverListener
+    from distckpt.training.hooks import Scaffold as Scaffold
+    from distckpt.training.hooks import SecondOrStepTimer as SecondOrStepTimer
+    from distckpt.training.hooks import SessionRunArgs as SessionRunArgs
+    from distckpt.training.hooks import SessionRunContext as SessionRunContext
+    from distckpt.training.hooks import SessionRunHook as SessionRunHook
+    from distckpt.training.hooks import SessionRunValues as SessionRunValues
+    from distckpt.training.hooks import current_session as current_session
+    from distckpt.training.quantization import do_quantize_training as do_quantize_training
+    from distckpt.training.session import HookedLoop as HookedLoop
+    from distckpt.training.session import TrainingSession as TrainingSession
+    from distckpt.watch import checkpoints_iterator as checkpoints_iterator
+    from distckpt.watch import wait_for_new_checkpoint as wait_for_new_checkpoint
 
 # Looked up when first used: reading a log or running the coordinator needs no torch, and torch takes seconds to import.
 _HOMES = {
-    "Agreement": "agreeing",
+    "Agreement": "training.agreement",
     "Checkpoint": "checkpoint",
     "CheckpointManager": "manager",
-    "CheckpointReader": "loading",
-    "CheckpointSaverHook": "hooks",
-    "CheckpointSaverListener": "hooks",
+    "CheckpointReader": "reader",
+    "CheckpointSaverHook": "training.hooks",
+    "CheckpointSaverListener": "training.hooks",
     "CheckpointState": "state_file",
-    "Coordinator": "coordinator.threads",
-    "Export": "exporting.recipes",
-    "ExportCheckpointManager": "exporting.manager",
-    "HookedLoop": "session",
+    "Coordinator": "threads.coordinator",
+    "Export": "export.recipes",
+    "ExportCheckpointManager": "export.manager",
+    "HookedLoop": "training.session",
     "LoadStatus": "checkpoint",
-    "LooperThread": "coordinator.threads",
-    "PendingSave": "saving",
+    "LooperThread": "threads.looper",
+    "PendingSave": "rank.pending",
     "PerRank": "checkpoint",
     "RandomState": "checkpoint",
-    "Scaffold": "hooks",
-    "SecondOrStepTimer": "hooks",
-    "SessionRunArgs": "hooks",
-    "SessionRunContext": "hooks",
-    "SessionRunHook": "hooks",
-    "SessionRunValues": "hooks",
-    "TrainingSession": "session",
-    "checkpoint_exists": "loading",
-    "checkpoints_iterator": "watching",
-    "current_session": "hooks",
-    "do_quantize_training": "quantizing",
-    "export_number": "exporting.listing",
-    "exports_iterator": "exporting.listing",
+    "Scaffold": "training.hooks",
+    "SecondOrStepTimer": "training.hooks",
+    "SessionRunArgs": "training.hooks",
+    "SessionRunContext": "training.hooks",
+    "SessionRunHook": "training.hooks",
+    "SessionRunValues": "training.hooks",
+    "TrainingSession": "training.session",
+    "checkpoint_exists": "reader",
+    "checkpoints_iterator": "watch",
+    "current_session": "training.hooks",
+    "do_quantize_training": "training.quantization",
+    "export_number": "export.listing",
+    "exports_iterator": "export.listing",
     "generate_checkpoint_state_proto": "state_file",
-    "get_checkpoint_mtimes": "loading",
+    "get_checkpoint_mtimes": "reader",
     "get_checkpoint_state": "state_file",
-    "latest_checkpoint": "loading",
-    "latest_export": "exporting.listing",
-    "list_exports": "exporting.listing",
-    "load": "loading",
-    "open": "loading",
+    "latest_checkpoint": "reader",
+    "latest_export": "export.listing",
+    "list_exports": "export.listing",
+    "load": "reader",
+    "open": "reader",
     "update_checkpoint_state": "state_file",
-    "wait_for_new_checkpoint": "watching",
-    "wait_for_new_export": "exporting.listing",
+    "wait_for_new_checkpoint": "watch",
+    "wait_for_new_export": "export.listing",
 }
 
 __all__ = sorted([*_HOMES, "errors"])  # noqa: PLE0605 - derived, so that it cannot disagree

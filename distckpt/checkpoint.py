@@ -7,9 +7,9 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from distckpt.objects import NamedObjects, PerRank, RandomState
-from distckpt.restoring import LoadStatus, restore_objects
-from distckpt.transfer.catalog import locate, read_index
+from distckpt.directory.locate import locate, read_index
+from distckpt.state.filler import LoadStatus, restore_objects
+from distckpt.state.objects import NamedObjects, PerRank, RandomState
 from distckpt.world import find_world
 
 __all__ = ["Checkpoint", "LoadStatus", "PerRank", "RandomState"]

@@ -11,22 +11,25 @@ from types import TracebackType
 from typing import Any, Literal
 
 from distckpt.checkpoint import Checkpoint
-from distckpt.collecting import Collector, optimizers_of
-from distckpt.coordinator.client import Session, open_session
-from distckpt.coordinator.cluster import RankCluster
+from distckpt.coordinator.client.membership import RankCluster
+from distckpt.coordinator.client.opening import open_session
+from distckpt.coordinator.client.session import Session
 from distckpt.coordinator.messages import Heartbeat, Leave, OpenRun, Retention
-from distckpt.coordinator.shell import Settings
-from distckpt.coordinator.threads import Coordinator, LooperThread
-from distckpt.ending import close_at_exit, forget_at_exit
+from distckpt.coordinator.shell.shell import Settings
+from distckpt.directory.log import read_tail
 from distckpt.errors import CheckpointNotFoundError, CoordinatorError, DistckptError
 from distckpt.format import names
+from distckpt.format.json.log import CheckpointRecord
 from distckpt.format.limits import MAX_NUMBER
-from distckpt.format.log import CheckpointRecord
-from distckpt.resuming import Restorer
-from distckpt.saving import PendingSave, Saver
+from distckpt.rank.exit import close_at_exit, forget_at_exit
+from distckpt.rank.pending import PendingSave
+from distckpt.rank.restorer import Restorer
+from distckpt.rank.saver import Saver
+from distckpt.state.collector import Collector, optimizers_of
 from distckpt.storage import canonical, join, open_store
-from distckpt.transfer.log import read_tail
-from distckpt.watching import newest_committed
+from distckpt.threads.coordinator import Coordinator
+from distckpt.threads.looper import LooperThread
+from distckpt.watch import newest_committed
 from distckpt.world import find_world
 
 logger = logging.getLogger(__name__)

@@ -17,7 +17,7 @@ from google.protobuf.message import Message
 
 from distckpt.errors import DamagedError, ObjectNotFoundError, StorageError
 from distckpt.format import names
-from distckpt.format.log import CheckpointRecord, State
+from distckpt.format.json.log import CheckpointRecord, State
 from distckpt.storage import open_store
 
 logger = logging.getLogger(__name__)

@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import distckpt
-from distckpt.hooks import Session
+from distckpt.training.hooks import Session
 
 FEATURES, BATCH = 8, 16
 

@@ -12,7 +12,7 @@ from typing import Any
 import hypothesis
 import pytest
 
-from tests.gang import Gang
+from tests.support.gang import Gang
 
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 os.environ.setdefault("REPORTER_UPDATE_INTERVAL_MS", "3600000")

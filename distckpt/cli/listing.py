@@ -11,11 +11,11 @@ import msgspec
 from rich.text import Text
 
 from distckpt.cli import options, text
+from distckpt.directory.log import read_tail
 from distckpt.errors import CheckpointNotFoundError
 from distckpt.format import names
-from distckpt.format.log import CheckpointRecord, State
+from distckpt.format.json.log import CheckpointRecord, State
 from distckpt.storage import open_store
-from distckpt.transfer.log import read_tail
 
 _STYLES = {"newest": "bold green", "preserved": "cyan", "retiring": "dim"}
 

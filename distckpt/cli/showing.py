@@ -10,15 +10,15 @@ import click
 import msgspec
 
 from distckpt.cli import options, text
+from distckpt.directory.exports import read_export
+from distckpt.directory.locate import Located, locate, read_index
 from distckpt.format import names
-from distckpt.format.dtypes import VALUE
-from distckpt.format.tree import RankStep, Step, decode_path
-from distckpt.transfer.catalog import Located, locate, read_index
-from distckpt.transfer.exports import read_export
+from distckpt.format.arrow.dtypes import VALUE
+from distckpt.format.tree.tree import RankStep, Step, decode_path
 
 if TYPE_CHECKING:
-    from distckpt.format.export import ExportManifest
-    from distckpt.format.index import Index, KeyInfo
+    from distckpt.format.arrow.index import Index, KeyInfo
+    from distckpt.format.json.export import ExportManifest
 
 MOST_RANKS = 16
 

@@ -13,12 +13,12 @@ from rich.text import Text
 
 from distckpt.cli import options, text
 from distckpt.cli.listing import in_order
+from distckpt.directory.locate import Located, locate, located, read_index
+from distckpt.directory.log import Tail, read_tail
+from distckpt.directory.verify import Damage, VerifyReport, verify
 from distckpt.errors import CheckpointNotFoundError, DamagedError
-from distckpt.format.log import CheckpointRecord
+from distckpt.format.json.log import CheckpointRecord
 from distckpt.storage import Store, join, open_store
-from distckpt.transfer.catalog import Located, locate, located, read_index
-from distckpt.transfer.log import Tail, read_tail
-from distckpt.transfer.verify import Damage, VerifyReport, verify
 
 MOST_DAMAGES = 20
 

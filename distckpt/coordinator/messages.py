@@ -12,8 +12,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from distckpt.errors import DistckptError
-from distckpt.format.log import CheckpointRecord
-from distckpt.format.receipt import ShardReceipt
+from distckpt.format.arrow.receipt import ShardReceipt
+from distckpt.format.json.log import CheckpointRecord
+from distckpt.threads.report import StopReport
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,27 +183,6 @@ class Restored:
 
     record: CheckpointRecord | None
     refused: tuple[tuple[str, str], ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class StopReport:
-    """Why everyone stops: ``rank`` on ``host`` asked for it, failed, or was not heard of for ``silent`` seconds.
-
-    Of an error ``kind`` is the class's name ('' if there is none), ``kinds`` are the full names of the class and its
-    bases, ``reason`` is its text.
-    """
-
-    rank: int
-    host: str
-    kind: str = ""
-    kinds: tuple[str, ...] = ()
-    reason: str = ""
-    traceback_text: str = field(default="", repr=False)
-    silent: float | None = None
-
-    def __str__(self) -> str:
-        who = f"rank {self.rank} ({self.host})" if self.host else f"rank {self.rank}"
-        return f"{who} failed with {self.kind}: {self.reason}" if self.kind else f"{who} has requested a stop"
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,13 +11,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from distckpt.checkpoint import Checkpoint
-from distckpt.collecting import is_array
 from distckpt.errors import EncodeError
-from distckpt.format.tree import DictStep, flatten
-from distckpt.format.values import encode_value
-from distckpt.hooks import CheckpointSaverHook, CheckpointSaverListener, SecondOrStepTimer, Session
+from distckpt.format.tree.tree import DictStep, flatten
+from distckpt.format.tree.values import encode_value
 from distckpt.manager import CheckpointManager
-from distckpt.session import HookedLoop
+from distckpt.state.collector import is_array
+from distckpt.training.hooks import CheckpointSaverHook, CheckpointSaverListener, SecondOrStepTimer, Session
+from distckpt.training.session import HookedLoop
 
 logger = logging.getLogger(__name__)
 

@@ -14,8 +14,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from distckpt.checkpoint import Checkpoint, PerRank, RandomState
-from distckpt.hooks import CheckpointSaverListener
 from distckpt.integrations.carrying import CarriedRun, Saving, storable
+from distckpt.training.hooks import CheckpointSaverListener
 
 try:
     from lightning.fabric.utilities.data import _set_sampler_epoch

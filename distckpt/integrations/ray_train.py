@@ -17,9 +17,9 @@ from typing import Any, TypeVar
 
 from distckpt.checkpoint import Checkpoint
 from distckpt.format import names
-from distckpt.hooks import CheckpointSaverListener
 from distckpt.integrations.carrying import Saving
-from distckpt.session import TrainingSession
+from distckpt.training.hooks import CheckpointSaverListener
+from distckpt.training.session import TrainingSession
 
 try:
     import ray.train

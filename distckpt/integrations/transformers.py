@@ -18,10 +18,10 @@ from typing import Any
 
 from distckpt.checkpoint import Checkpoint, PerRank, RandomState
 from distckpt.errors import DistckptError
-from distckpt.hooks import CheckpointSaverListener
 from distckpt.integrations.carrying import CarriedRun, Saving, first_rank
-from distckpt.loading import latest_checkpoint, load
+from distckpt.reader import latest_checkpoint, load
 from distckpt.storage import scratch_folder
+from distckpt.training.hooks import CheckpointSaverListener
 from distckpt.world import find_world
 
 try:

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from distckpt.errors import PlanError
-from distckpt.format.dtypes import ITEM_SIZES, VALUE
+from distckpt.format.arrow.dtypes import ITEM_SIZES, VALUE
 from distckpt.sharding.coverage import Boxes, find_hole, find_overlap
 from distckpt.sharding.merged import Codes, Ints, Merged, Tuples
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
-from distckpt.format.columns import column_of, optional, texts, tuples
+from distckpt.format.arrow.columns import column_of, optional, texts, tuples
 
 
 def _tuple_of_int64() -> pa.DataType:

@@ -12,7 +12,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from distckpt.errors import PlanError
-from distckpt.format.columns import column_of, lists, numbers_of, starts_of
+from distckpt.format.arrow.columns import column_of, lists, numbers_of, starts_of
 from distckpt.sharding.description import SCHEMA, decode_description
 
 Ints = npt.NDArray[np.int64]

@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 
 from distckpt.errors import PlanError
-from distckpt.format.columns import column_of, numbers_of
+from distckpt.format.arrow.columns import column_of, numbers_of
 from distckpt.sharding.balance import spread
 from distckpt.sharding.checks import Chunks, checked_chunks, told
 from distckpt.sharding.merged import Codes, Ints, Merged, encode_slices, merge

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
-from distckpt.format.log import CheckpointRecord, Entry, State
+from distckpt.format.json.log import CheckpointRecord, Entry, State
 from distckpt.format.names import attempt_age
 
 MANIFEST = "manifest"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import cast
 
-from distckpt.coordinator.actions import (
+from distckpt.coordinator.machine.actions import (
     Action,
     Answer,
     Append,
@@ -30,10 +30,10 @@ from distckpt.coordinator.actions import (
     TailRead,
     Tick,
 )
-from distckpt.coordinator.machine import Machine
+from distckpt.coordinator.machine.machine import Machine
 from distckpt.coordinator.messages import Committed, Reply, Request
 from distckpt.errors import PlanError, SaveError
-from distckpt.format.log import Entry
+from distckpt.format.json.log import Entry
 from distckpt.format.names import attempt_epoch
 from distckpt.testing.history import INDEX, MANIFEST, Promised, Whole
 from distckpt.testing.sim_store import SimulatedPlan, make_plan, record_of

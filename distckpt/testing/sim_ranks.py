@@ -29,8 +29,8 @@ from distckpt.coordinator.messages import (
     Unknown,
 )
 from distckpt.errors import CoordinatorUnavailableError, DistckptError, FencedError, SaveError, StaleRunError
-from distckpt.format.log import CheckpointRecord
-from distckpt.format.receipt import ShardReceipt
+from distckpt.format.arrow.receipt import ShardReceipt
+from distckpt.format.json.log import CheckpointRecord
 from distckpt.testing.history import Agreed, Content, Held, LetGo, Piece, Returned
 from distckpt.testing.sim_store import describe
 from distckpt.testing.sim_world import World

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from distckpt.errors import PlanError
-from distckpt.format.log import CheckpointRecord, Entry
+from distckpt.format.json.log import CheckpointRecord, Entry
 from distckpt.testing.history import INDEX, MANIFEST, Content, Erased, History, Logged, Whole, Wrote
 
 

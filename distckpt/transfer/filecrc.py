@@ -12,7 +12,7 @@ import crc32c
 import numpy as np
 import numpy.typing as npt
 
-from distckpt.format.shard import Int64s, ShardImage
+from distckpt.format.arrow.shard import Int64s, ShardImage
 
 _POLYNOMIAL = 0x82F63B78  # Castagnoli, bit 31 is x to the power 0
 _ONE, _X8 = 1 << 31, 1 << 23

@@ -15,11 +15,11 @@ import crc32c
 import numpy as np
 
 from distckpt.errors import DamagedError, ObjectNotFoundError
-from distckpt.format.index import Index
+from distckpt.format.arrow.index import Index
 from distckpt.format.names import shard_name
-from distckpt.sharding.reshard import Transfers
+from distckpt.sharding.match import Transfers
 from distckpt.storage.interface import Source, Store
-from distckpt.transfer.reads import Batch, Read, Scatter, plan_reads
+from distckpt.transfer.read_plan import Batch, Read, Scatter, plan_reads
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,9 +10,9 @@ from dataclasses import dataclass, replace
 import torch
 
 from distckpt.errors import SaveError
-from distckpt.format.dtypes import VALUE
-from distckpt.format.shard import Chunk, ShardImage, build_image
-from distckpt.format.values import capacity_for, pad_value
+from distckpt.format.arrow.dtypes import VALUE
+from distckpt.format.arrow.shard import Chunk, ShardImage, build_image
+from distckpt.format.tree.values import capacity_for, pad_value
 from distckpt.transfer.arena import Arena
 from distckpt.transfer.filecrc import FileCrc
 from distckpt.transfer.memcopy import MemoryCopier, Move

@@ -9,7 +9,7 @@ import crc32c
 import numpy as np
 
 from distckpt.errors import DamagedError
-from distckpt.format.receipt import ShardReceipt
+from distckpt.format.arrow.receipt import ShardReceipt
 from distckpt.storage.interface import ObjectInfo, Store
 from distckpt.transfer.checksums import stored_size_and_crc
 from distckpt.transfer.staging import StagedShard

@@ -1,0 +1,1 @@
+"""Asks: one rank's side of the conversation with the coordinator."""

@@ -1,0 +1,1 @@
+"""Decides: a pure state machine, events in and actions out."""

@@ -1,0 +1,244 @@
+"""What the machine hears and what it asks for. The shell turns actions into effects and their results into events."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from distckpt.coordinator.messages import Receipt, Reply, Request
+from distckpt.errors import DistckptError
+from distckpt.format.json.log import CheckpointRecord, Entry
+
+
+class Plan(Protocol):
+    """Who writes what, for one attempt. Opaque to the machine but for this."""
+
+    @property
+    def plan_id(self) -> str:
+        """Unique for the descriptions and the assignment it was made from."""
+
+    @property
+    def world_size(self) -> int:
+        """How many ranks it covers."""
+
+    def rows(self, rank: int) -> bytes:
+        """Rows of the rank's description that it writes, in order: int32, little endian."""
+
+    def row_count(self, rank: int) -> int:
+        """How many rows that is."""
+
+
+# ---- events -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """A request came in; ``ticket`` is where its answer goes."""
+
+    ticket: int
+    request: Request
+
+
+@dataclass(frozen=True, slots=True)
+class Forgotten:
+    """Nobody waits for ``ticket`` any more (its caller is gone)."""
+
+    ticket: int
+
+
+@dataclass(frozen=True, slots=True)
+class TailRead:
+    """The newest entry that can be read (None in a fresh directory), and ``seq``, the highest number in the log.
+
+    ``complete`` are checkpoints of the newest entry's epoch whose manifest and every shard are on storage but which
+    that entry's state does not know: candidates for rolling forward, oldest first.
+    """
+
+    seq: int
+    entry: Entry | None
+    complete: tuple[CheckpointRecord, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Appended:
+    """The entry is on storage, durable, and a listing made after that shows ``newest`` as the highest number."""
+
+    entry: Entry
+    newest: int
+
+
+@dataclass(frozen=True, slots=True)
+class NameTaken:
+    """Another entry is at that number: ``found``, or None if it cannot be read; ``newest`` is the highest number."""
+
+    entry: Entry
+    found: Entry | None
+    newest: int
+
+
+@dataclass(frozen=True, slots=True)
+class AppendUnknown:
+    """The store answered neither yes nor no to this append."""
+
+    entry: Entry
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class PlanMade:
+    """The plan of ``attempt``."""
+
+    attempt: str
+    plan: Plan
+
+
+@dataclass(frozen=True, slots=True)
+class Sealed:
+    """Every shard of ``attempt`` was seen on the store, index and manifest are durable: it can be committed."""
+
+    attempt: str
+    manifest_size: int
+    manifest_crc32c: int
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class StepFailed:
+    """Making the plan of ``attempt``, or sealing it, failed for good."""
+
+    attempt: str
+    error: DistckptError
+
+
+@dataclass(frozen=True, slots=True)
+class LeasesRead:
+    """Attempts that live leases name now. ``failed`` is why they could not be read ('' if they could)."""
+
+    attempts: frozenset[str]
+    failed: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Deleted:
+    """Nothing of these attempts is left on storage. Those that could not be deleted are absent; they stay retiring."""
+
+    attempts: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Tick:
+    """Time has passed."""
+
+
+Event = (
+    Asked
+    | Forgotten
+    | TailRead
+    | Appended
+    | NameTaken
+    | AppendUnknown
+    | PlanMade
+    | Sealed
+    | StepFailed
+    | LeasesRead
+    | Deleted
+    | Tick
+)
+
+
+# ---- actions ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """Send ``reply`` to whoever holds ``ticket``."""
+
+    ticket: int
+    reply: Reply
+
+
+@dataclass(frozen=True, slots=True)
+class ReadTail:
+    """Read the log's tail; TailRead follows."""
+
+
+@dataclass(frozen=True, slots=True)
+class Append:
+    """Put the entry if absent, then list; Appended, NameTaken or AppendUnknown follows."""
+
+    entry: Entry
+
+
+@dataclass(frozen=True, slots=True)
+class MakePlan:
+    """Plan ``attempt`` from every rank's description; ``staged`` fixes rows of ranks that copied theirs already.
+
+    ``fresh`` are the ranks that described in this very save: the values that the others described are of an earlier
+    one. PlanMade or StepFailed follows.
+    """
+
+    attempt: str
+    number: int | None
+    descriptions: Mapping[int, bytes] = field(repr=False)
+    staged: Mapping[int, bytes] = field(repr=False)
+    fresh: frozenset[int] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
+class Seal:
+    """Check every shard on the store, write index and manifest; Sealed or StepFailed follows."""
+
+    attempt: str
+    name: str
+    number: int
+    epoch: int
+    time: float
+    plan: Plan
+    receipts: Mapping[int, Receipt] = field(repr=False)
+    hosts: Mapping[int, str] = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class ReadLeases:
+    """Read the live leases; LeasesRead follows."""
+
+
+@dataclass(frozen=True, slots=True)
+class Delete:
+    """Delete these checkpoints' objects, manifest first; Deleted follows."""
+
+    records: tuple[CheckpointRecord, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class CollectGarbage:
+    """Delete attempts of this name that came to nothing and are old enough. Nothing follows.
+
+    Of epochs before ``epoch``: all that are not ``known``; of ``epoch`` itself: only those in ``failed``, which have
+    no manifest and never will; of later epochs: none. These rules hold however late the action is performed: what it
+    deletes can never be committed. ``live`` are attempts in work.
+    """
+
+    name: str
+    known: frozenset[str]
+    live: frozenset[str]
+    epoch: int
+    failed: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
+class Publish:
+    """Refresh the derived ``checkpoint`` file from the entry's state and prune log entries that nobody needs."""
+
+    entry: Entry
+
+
+@dataclass(frozen=True, slots=True)
+class Stop:
+    """This coordinator is finished: ``reason`` says why (fenced, or idle). Nothing follows."""
+
+    reason: str
+
+
+Action = Answer | ReadTail | Append | MakePlan | Seal | ReadLeases | Delete | CollectGarbage | Publish | Stop

@@ -1,0 +1,319 @@
+"""The coordinator as a pure state machine: events in, actions out. No clock, no randomness, no input or output.
+
+Parts: the ledger appends to the log, runs know the job's incarnations, saves and restores their rounds, stops who asked
+everyone to stop, keeping applies retention. All of them share one desk, where tickets wait for answers and actions are collected.
+"""
+
+from __future__ import annotations
+
+from itertools import chain
+
+from distckpt.coordinator.machine.actions import (
+    Action,
+    Appended,
+    AppendUnknown,
+    Asked,
+    Deleted,
+    Event,
+    Forgotten,
+    LeasesRead,
+    NameTaken,
+    PlanMade,
+    Publish,
+    Sealed,
+    StepFailed,
+    Stop,
+    TailRead,
+    Tick,
+)
+from distckpt.coordinator.machine.desk import Desk, Identities
+from distckpt.coordinator.machine.keeping import Keeping
+from distckpt.coordinator.machine.ledger import Ledger
+from distckpt.coordinator.machine.records import find_attempt, find_number, pinned, unpinned
+from distckpt.coordinator.machine.restores import Restores
+from distckpt.coordinator.machine.runs import Run, Runs
+from distckpt.coordinator.machine.saves import Saves
+from distckpt.coordinator.machine.stops import Stops
+from distckpt.coordinator.messages import (
+    Accepted,
+    AwaitPlan,
+    AwaitStop,
+    Committed,
+    Describe,
+    Fail,
+    Heartbeat,
+    Join,
+    Leave,
+    OpenRun,
+    Pin,
+    RankRequest,
+    Receipt,
+    Refused,
+    Reply,
+    Request,
+    RestoreRound,
+    Status,
+    StatusReply,
+    Unknown,
+)
+from distckpt.errors import CheckpointNotFoundError, CoordinatorUnavailableError, DistckptError, StaleRunError
+from distckpt.format.json.log import Entry, State
+from distckpt.format.names import checkpoint_folder
+
+DEFAULT_NAME = "ckpt"
+DESERTED_SECONDS = 5.0
+"""How long a coordinator waits, once every rank has left, for a next run that would spare itself a start."""
+
+
+class Machine:
+    """One coordinator of ``directory``, from its claim to its end.
+
+    ``claim_id`` must be unique for ever; every id that the machine makes is derived from it, so the same events always
+    give the same actions. ``idle_timeout`` (seconds; None: never) is how long it goes on when nobody asks anything, at
+    most; when every rank has left and nothing is to be deleted later, that is a few seconds.
+    """
+
+    def __init__(self, directory: str, claim_id: str, *, idle_timeout: float | None = None) -> None:
+        identities = Identities(claim_id)
+        self._desk = Desk(directory)
+        self._idle_timeout = idle_timeout
+        self._started = False
+        self._end: DistckptError | None = None
+        self._heard = 0.0
+        self._early: dict[int, Request] = {}
+        self._ledger = Ledger(self._desk, identities, self._lead)
+        self._runs = Runs(self._desk, self._ledger, self._run_ended, self._run_known)
+        self._restores = Restores(self._desk, self._ledger)
+        self._stops = Stops(self._desk)
+        self._keeping = Keeping(
+            self._desk,
+            self._ledger,
+            lambda: self._restores.protected,
+            lambda: self._saves.live,
+            lambda: frozenset(self._saves.book.failed),
+        )
+        self._saves = Saves(self._desk, self._ledger, identities, self._keeping)
+
+    @property
+    def leading(self) -> bool:
+        """Whether it has claimed its epoch and not ended."""
+        return self._ledger.leading and self._end is None
+
+    @property
+    def epoch(self) -> int:
+        """The claimed epoch, 0 before the claim."""
+        return self._ledger.epoch
+
+    @property
+    def state(self) -> State:
+        """The checkpoint state of the newest entry that counts."""
+        return self._ledger.state
+
+    def step(self, event: Event, now: float, mono: float) -> list[Action]:
+        """What to do after ``event``.
+
+        ``now`` is wall-clock time in epoch seconds, for records; ``mono`` is monotonic time in seconds, for deadlines.
+        """
+        self._desk.begin(now, mono)
+        if self._end is not None:
+            self._after_the_end(event, self._end)
+            return self._desk.take()
+        if not self._started:
+            self._started = True
+            self._heard = mono
+            self._ledger.start()
+        self._take(event)
+        self._pass_time()
+        return self._desk.take()
+
+    def next_deadline(self) -> float | None:
+        """The monotonic time by which a Tick is wanted, or None."""
+        if self._end is not None:
+            return None
+        times = chain(self._saves.deadlines(), self._restores.deadlines(), self._keeping.deadlines())
+        single = (self._ledger.deadline, self._stops.deadline, self._idle_at())
+        return min(chain(times, (at for at in single if at is not None)), default=None)
+
+    # ---- events ----------------------------------------------------------------------------------------------------
+
+    def _take(self, event: Event) -> None:
+        match event:
+            case Asked(ticket, request):
+                self._ask(ticket, request)
+            case Forgotten(ticket):
+                self._desk.forget(ticket)
+            case PlanMade():
+                self._saves.plan_made(event)
+            case Sealed():
+                self._saves.sealed(event)
+            case StepFailed():
+                self._saves.step_failed(event)
+            case Appended():
+                self._ledger.appended(event)
+            case NameTaken():
+                self._ledger.name_taken(event)
+            case AppendUnknown():
+                self._ledger.append_unknown(event)
+            case TailRead():
+                self._ledger.tail_read(event)
+            case LeasesRead():
+                self._keeping.leases_read(event)
+            case Deleted():
+                self._keeping.deleted(event)
+            case Tick():
+                pass
+
+    def _pass_time(self) -> None:
+        if self._ledger.ended is None:
+            self._ledger.tick()
+            if self._ledger.leading:
+                self._saves.tick()
+                self._restores.tick()
+                self._stops.tick()
+                self._keeping.tick()
+            idle_at = self._idle_at()
+            if idle_at is not None and idle_at <= self._desk.mono:
+                error = CoordinatorUnavailableError(f"{self._desk.directory}: the coordinator was idle and has stopped")
+                self._stop("idle", error)
+        else:
+            self._stop(f"{type(self._ledger.ended).__name__}: {self._ledger.ended}", self._ledger.ended)
+
+    def _stop(self, reason: str, error: DistckptError) -> None:
+        self._end = error
+        self._desk.answer_everyone(Refused(error))
+        self._desk.emit(Stop(reason))
+
+    def _after_the_end(self, event: Event, error: DistckptError) -> None:
+        if isinstance(event, Asked):
+            self._desk.answer(event.ticket, Refused(error))
+
+    def _idle_at(self) -> float | None:
+        """When it will have been idle for too long; None while there is work."""
+        parts = (self._ledger, self._restores, self._keeping)
+        if self._idle_timeout is None or not self._ledger.leading:
+            return None
+        if self._saves.book or self._early or any(part.busy for part in parts):
+            return None
+        run = self._runs.current
+        soon = run is not None and run.deserted and not self._keeping.owes
+        return self._heard + (min(DESERTED_SECONDS, self._idle_timeout) if soon else self._idle_timeout)
+
+    # ---- requests --------------------------------------------------------------------------------------------------
+
+    def _ask(self, ticket: int, request: Request) -> None:
+        self._heard = self._desk.mono
+        if not self._ledger.leading:
+            self._desk.hold(ticket, self._early, request)
+        elif isinstance(request, OpenRun):
+            self._runs.open(ticket, request)
+        elif isinstance(request, Pin):
+            self._pin(ticket, request)
+        elif isinstance(request, Status):
+            self._desk.answer(ticket, self._status())
+        else:
+            self._ask_of_rank(ticket, request)
+
+    def _ask_of_rank(self, ticket: int, request: RankRequest) -> None:
+        run = self._runs.current
+        refusal = self._runs.refusal(request.run, request.rank)
+        if refusal is not None or run is None:
+            self._turn_away(ticket, request, refusal)
+            return
+        self._stops.alive(request.rank)
+        if not isinstance(request, Leave | AwaitStop | Heartbeat):  # these may come late, after the rank has left
+            run.left.discard(request.rank)
+        match request:
+            case Join():
+                self._saves.join(ticket, request)
+            case Describe():
+                self._saves.describe(ticket, request)
+            case AwaitPlan():
+                self._saves.await_plan(ticket, request)
+            case Receipt():
+                self._saves.receipt(ticket, request)
+            case Fail():
+                self._saves.fail(ticket, request)
+            case RestoreRound():
+                self._restores.ask(ticket, request)
+            case AwaitStop():
+                self._stops.ask(ticket, request)
+            case Heartbeat():
+                self._restores.alive(request.rank)
+                self._desk.answer(ticket, Accepted())
+            case Leave():
+                self._leave(ticket, request, run)
+
+    def _turn_away(self, ticket: int, request: Request, refusal: Reply | None) -> None:
+        """What was committed is committed, also for a rank that has not reported again after a restart."""
+        record = None
+        if isinstance(refusal, Unknown) and isinstance(request, Join | Receipt):
+            record = find_attempt(self._ledger.state, request.attempt)
+        self._desk.answer(ticket, Committed(record) if record is not None else refusal or Unknown())
+
+    def _leave(self, ticket: int, request: Leave, run: Run) -> None:
+        run.left.add(request.rank)
+        self._stops.leave(request.rank)
+        self._desk.answer(ticket, Accepted())
+        if run.deserted:
+            self._saves.everyone_left()
+
+    def _pin(self, ticket: int, request: Pin) -> None:
+        """Answered once the log says so; at once if it does already."""
+        tickets: dict[int, None] = {}
+        self._desk.hold(ticket, tickets, None)
+
+        def change(state: State) -> State | None:
+            if find_number(state, request.number, self._name) is None:
+                path = f"{self._desk.directory}/{checkpoint_folder(self._name, request.number)}"
+                error = CheckpointNotFoundError(path, "no such checkpoint is committed")
+                self._desk.answer_shelf(tickets, Refused(error))
+                return None
+            changed = pinned(state, request.number, self._name) if request.pinned else unpinned(state, request.number)
+            if changed is None:
+                self._desk.answer_shelf(tickets, Accepted())
+            return changed
+
+        def counted(_: Entry) -> None:
+            self._desk.answer_shelf(tickets, Accepted())
+            if not request.pinned:
+                self._keeping.look()
+
+        self._ledger.intend("pin", change, counted)
+
+    @property
+    def _name(self) -> str:
+        return self._runs.current.name if self._runs.current is not None else DEFAULT_NAME
+
+    def _status(self) -> StatusReply:
+        state, entry = self._ledger.state, self._ledger.entry
+        return StatusReply(
+            epoch=self._ledger.epoch,
+            seq=entry.seq if entry is not None else 0,
+            run=state.run,
+            checkpoints=state.active,
+            preserved=state.preserved,
+            retiring=state.retiring,
+            waiting={**self._restores.waiting(), **self._saves.waiting()},
+        )
+
+    # ---- what the parts tell each other ----------------------------------------------------------------------------
+
+    def _lead(self, entry: Entry) -> None:
+        self._desk.emit(Publish(entry))
+        if entry.state.retiring:
+            self._keeping.look()
+        early, self._early = self._early, {}
+        for ticket, request in list(early.items()):
+            self._desk.forget(ticket)
+            self._ask(ticket, request)
+
+    def _run_ended(self, error: StaleRunError) -> None:
+        self._saves.abandon(error)
+        self._restores.abandon(error)
+        self._stops.abandon(error)
+
+    def _run_known(self, run: Run) -> None:
+        self._saves.begin_run(run)
+        self._restores.begin_run(run)
+        self._stops.begin_run(run)
+        self._keeping.begin_run(run)

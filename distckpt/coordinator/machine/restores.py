@@ -1,0 +1,198 @@
+"""Collective restores: all ranks restore the same checkpoint, and fall back together when one of them cannot."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from distckpt.coordinator.machine.desk import Desk
+from distckpt.coordinator.machine.ledger import Ledger
+from distckpt.coordinator.machine.records import find_folder, find_number, newest_first, record_path
+from distckpt.coordinator.machine.runs import Run
+from distckpt.coordinator.messages import Refused, Reply, Restored, RestoreFrom, RestoreRound
+from distckpt.errors import (
+    CheckpointNotFoundError,
+    DistckptError,
+    MissingRanksError,
+    NoGoodCheckpointError,
+    RestoreError,
+)
+from distckpt.format.json.log import CheckpointRecord
+
+REMEMBERED_ROUNDS = 16
+
+
+@dataclass(slots=True, eq=False)
+class _Round:
+    """``candidates`` are what is left to try, best first; its first element is being tried.
+
+    ``reported`` are ranks that are through with it, ``refusal`` the first reason against it; ``heard`` is when each
+    rank spoke last, in monotonic seconds.
+    """
+
+    which: int | str | None
+    deadline: float
+    candidates: list[CheckpointRecord]
+    refused: tuple[tuple[str, str], ...] = ()
+    reported: set[int] = field(default_factory=set)
+    refusal: str = ""
+    heard: dict[int, float] = field(default_factory=dict)
+    waiting: dict[int, int] = field(default_factory=dict)
+    outcome: Reply | None = None
+
+    @property
+    def current(self) -> CheckpointRecord:
+        return self.candidates[0]
+
+
+class Restores:
+    """All restore rounds of the current run, and the outcomes of the latest ones."""
+
+    def __init__(self, desk: Desk, ledger: Ledger) -> None:
+        self._desk = desk
+        self._ledger = ledger
+        self._run: Run | None = None
+        self._rounds: dict[str, _Round] = {}
+        self._open: dict[str, _Round] = {}
+
+    @property
+    def busy(self) -> bool:
+        """Whether a restore is unfinished."""
+        return bool(self._open)
+
+    @property
+    def protected(self) -> frozenset[str]:
+        """Attempts that are being restored."""
+        return frozenset(round.current.attempt for round in self._open.values())
+
+    def waiting(self) -> dict[str, tuple[int, ...]]:
+        """For each attempt that is being restored the ranks that are still awaited."""
+        return {round.current.attempt: tuple(self._missing(round)) for round in self._open.values()}
+
+    def deadlines(self) -> Iterator[float]:
+        """When restores will be given up, in monotonic seconds."""
+        return (round.deadline for round in self._open.values())
+
+    def begin_run(self, run: Run) -> None:
+        """Serve this run from now on."""
+        self._run = run
+
+    def abandon(self, error: DistckptError) -> None:
+        """End every round with ``error``."""
+        for ask in list(self._open):
+            self._end(ask, Refused(error))
+        self._rounds.clear()
+
+    def ask(self, ticket: int, message: RestoreRound) -> None:
+        """A rank wants to restore, or says what came of the last candidate."""
+        round = self._rounds.get(message.ask) or self._new_round(message)
+        if round.outcome is None:
+            self._hear(round, message)
+        if round.outcome is not None:
+            self._desk.answer(ticket, round.outcome)
+        elif message.rank in round.reported:
+            self._desk.hold(ticket, round.waiting, message.rank)
+        else:
+            self._desk.answer(ticket, RestoreFrom(round.current, round.refused))
+
+    def alive(self, rank: int) -> None:
+        """A rank gave a sign of life; restoring may take it longer than the timeout once it has begun."""
+        for round in self._open.values():
+            if rank in round.heard:
+                round.heard[rank] = self._desk.mono
+
+    def tick(self) -> None:
+        """Give up rounds whose missing ranks have been silent for too long."""
+        for ask, round in list(self._open.items()):
+            if round.deadline <= self._desk.mono:
+                self._expire(ask, round)
+
+    @property
+    def _current(self) -> Run:
+        assert self._run is not None
+        return self._run
+
+    def _new_round(self, first: RestoreRound) -> _Round:
+        deadline = self._desk.mono + self._current.save_timeout
+        round = _Round(first.which, deadline, self._candidates(first.which))
+        self._rounds[first.ask] = self._open[first.ask] = round
+        if not round.candidates:
+            self._end(first.ask, self._nothing(first.which))
+        return round
+
+    def _candidates(self, which: int | str | None) -> list[CheckpointRecord]:
+        state = self._ledger.state
+        if which is None:
+            return list(newest_first(state))
+        record = find_folder(state, which) if isinstance(which, str) else find_number(state, which, self._current.name)
+        return [record] if record is not None else []
+
+    def _nothing(self, which: int | str | None) -> Reply:
+        if which is None:
+            return Restored(None)
+        path = f"{self._desk.directory}/{which if isinstance(which, str) else f'{self._current.name}-{which}'}"
+        return Refused(CheckpointNotFoundError(path, "no such checkpoint is committed"))
+
+    def _hear(self, round: _Round, message: RestoreRound) -> None:
+        if message.which != round.which:
+            reason = f"rank {message.rank} restores {_shown(message.which)}, but others restore {_shown(round.which)}"
+            self._end(message.ask, Refused(RestoreError(f"{self._desk.directory}: {reason}")))
+            return
+        if message.failed:
+            who = f"rank {message.rank} ({self._current.hosts.get(message.rank, '')})"
+            self._end(message.ask, Refused(RestoreError(f"{self._desk.directory}: {who} failed: {message.failed}")))
+            return
+        round.heard[message.rank] = self._desk.mono
+        if message.tried != round.current.attempt or message.rank in round.reported:
+            return
+        round.deadline = self._desk.mono + self._current.save_timeout
+        round.reported.add(message.rank)
+        if message.refused and not round.refusal:
+            host = self._current.hosts.get(message.rank, "")
+            round.refusal = f"rank {message.rank} ({host}): {message.refused}"
+        if len(round.reported) == self._current.world_size:
+            self._all_reported(message.ask, round)
+
+    def _all_reported(self, ask: str, round: _Round) -> None:
+        if not round.refusal:
+            self._end(ask, Restored(round.current, round.refused))
+            return
+        refused = (record_path(self._desk.directory, round.current), round.refusal)
+        round.refused = (*round.refused, refused)
+        round.refusal = ""
+        round.reported = set()
+        # Retention may have taken older ones away meanwhile.
+        alive = {record.attempt for record in newest_first(self._ledger.state)}
+        left = [record for record in round.candidates[1:] if record.attempt in alive]
+        if not left:
+            self._end(ask, Refused(NoGoodCheckpointError(self._desk.directory, round.refused)))
+            return
+        round.candidates = left
+        self._desk.answer_shelf(round.waiting, RestoreFrom(round.current, round.refused))
+
+    def _missing(self, round: _Round) -> list[int]:
+        return [rank for rank in range(self._current.world_size) if rank not in round.reported]
+
+    def _expire(self, ask: str, round: _Round) -> None:
+        timeout = self._current.save_timeout
+        silent = [
+            rank
+            for rank in self._missing(round)
+            if rank not in round.heard or round.heard[rank] + timeout <= self._desk.mono
+        ]
+        if not silent:
+            round.deadline = min(round.heard[rank] for rank in self._missing(round)) + timeout
+            return
+        hosts = self._current.hosts_of(silent)
+        self._end(ask, Refused(MissingRanksError(None, silent, hosts, timeout, "to restore")))
+
+    def _end(self, ask: str, outcome: Reply) -> None:
+        round = self._open.pop(ask)
+        round.outcome = outcome
+        self._desk.answer_shelf(round.waiting, outcome)
+        if len(self._rounds) - len(self._open) > REMEMBERED_ROUNDS:
+            del self._rounds[next(old for old in self._rounds if old not in self._open)]
+
+
+def _shown(which: int | str | None) -> str:
+    return "the newest checkpoint" if which is None else f"checkpoint {which}"

@@ -1,0 +1,128 @@
+"""One save of all ranks: who has joined, what they hold, which plan they follow, whose shards have landed."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+
+from distckpt.coordinator.machine.actions import Plan
+from distckpt.coordinator.machine.plans import HeldPlan, Plans
+from distckpt.coordinator.messages import Describe, Join, Receipt, Reply
+from distckpt.format.json.log import CheckpointRecord
+
+Shelf = dict[int, int]
+
+
+@dataclass(slots=True, eq=False)
+class SaveRound:
+    """The save with the same ``order`` on every rank. ``number`` None: it only prepares. Deadlines are monotonic.
+
+    It collects joins and descriptions, then a plan, then receipts; then it is sealed (``time`` is when that began, in
+    epoch seconds) and committed. ``outcome`` is what every rank is told in the end.
+    """
+
+    order: int
+    number: int | None
+    attempt: str
+    world_size: int
+    deadline: float | None
+    joins: dict[int, Join] = field(default_factory=dict)
+    undescribed: set[int] = field(default_factory=set)
+    descriptions: dict[int, bytes] = field(default_factory=dict)
+    fresh: set[int] = field(default_factory=set)
+    staged_plans: dict[int, HeldPlan] = field(default_factory=dict)
+    staged_rows: dict[int, bytes] = field(default_factory=dict)
+    planning: bool = False
+    plan: Plan | None = None
+    told: set[int] = field(default_factory=set)
+    receipts: dict[int, Receipt] = field(default_factory=dict)
+    sealing: bool = False
+    time: float = 0.0
+    record: CheckpointRecord | None = None
+    outcome: Reply | None = None
+    awaiting_plan: Shelf = field(default_factory=dict)
+    awaiting_end: Shelf = field(default_factory=dict)
+
+    @property
+    def saves(self) -> bool:
+        """Whether it saves rather than only prepares."""
+        return self.number is not None
+
+    @property
+    def all_joined(self) -> bool:
+        """Whether every rank takes part."""
+        return len(self.joins) == self.world_size
+
+    @property
+    def can_plan(self) -> bool:
+        """Whether everything that a plan needs is known, and no plan is there or being made."""
+        return self.plan is None and not self.planning and self.all_joined and not self.undescribed
+
+    @property
+    def all_landed(self) -> bool:
+        """Whether every shard of every rank has landed as planned, and sealing has not begun."""
+        return self.plan is not None and not self.sealing and len(self.receipts) == self.world_size
+
+    def takes_part(self, rank: int) -> bool:
+        """Whether ``rank`` has joined, or had before the round ended."""
+        return rank in self.joins or self.outcome is not None
+
+    def join(self, message: Join, plans: Plans) -> None:
+        """Take a rank in, with what is already known of what it holds."""
+        rank = message.rank
+        self.joins[rank] = message
+        description = plans.description(rank, message.digest)
+        if description is not None:
+            self.descriptions[rank] = description
+        held = plans.staged_under(message)
+        if held is not None:
+            self.staged_plans[rank] = held
+        if description is None or (message.staged and held is None):
+            self.undescribed.add(rank)
+
+    def describe(self, message: Describe) -> None:
+        """Take what a rank holds, and which rows of it the rank has copied already."""
+        self.undescribed.discard(message.rank)
+        self.joins[message.rank] = dataclasses.replace(self.joins[message.rank], digest=message.digest)
+        self.descriptions[message.rank] = message.description
+        if message.staged is None:
+            self.fresh.add(message.rank)
+        else:
+            self.staged_rows[message.rank] = message.staged
+
+    def copied(self, rank: int) -> bytes | None:
+        """Which rows a staged rank has copied. None if it has not said so."""
+        held = self.staged_plans.get(rank)
+        return held.plan.rows(rank) if held is not None else self.staged_rows.get(rank)
+
+    def staged_ranks(self) -> list[int]:
+        """The ranks that have copied their part already."""
+        return [rank for rank, join in self.joins.items() if join.staged]
+
+    def misplanned(self, plan: Plan) -> int | None:
+        """A rank that has copied other rows than the plan wants of it, or None."""
+        return next((rank for rank in self.staged_ranks() if self.copied(rank) != plan.rows(rank)), None)
+
+    def misjoined(self, message: Join) -> bool:
+        """Whether a rank that had joined unstaged says, too late for the plan, that it has copied its part."""
+        made = self.plan is not None and self.plan.plan_id == message.plan
+        return message.staged and not self.joins[message.rank].staged and not made
+
+    def missing(self) -> list[int]:
+        """The ranks that it waits for, ascending."""
+        ranks = range(self.world_size)
+        if self.plan is not None:
+            return [rank for rank in ranks if rank not in self.receipts] if self.saves else []
+        if self.planning:
+            return []
+        return [rank for rank in ranks if rank not in self.joins or rank in self.undescribed]
+
+    def end(self, outcome: Reply) -> None:
+        """Remember the outcome and let go of everything large."""
+        self.outcome = outcome
+        self.deadline = None
+        # New containers, not cleared ones: an action that is still being performed may hold the old ones.
+        self.joins, self.descriptions, self.staged_plans, self.staged_rows, self.receipts = {}, {}, {}, {}, {}
+        self.undescribed, self.told, self.fresh = set(), set(), set()
+        if self.saves:
+            self.plan = None

@@ -1,0 +1,341 @@
+"""Saves in flight: rounds of joins, plans, receipts, sealing and commit. Every message may come late or twice."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from distckpt.coordinator.machine.actions import MakePlan, Plan, PlanMade, Sealed, StepFailed
+from distckpt.coordinator.machine.commits import Commits
+from distckpt.coordinator.machine.desk import Desk, Identities
+from distckpt.coordinator.machine.keeping import Keeping
+from distckpt.coordinator.machine.ledger import Ledger
+from distckpt.coordinator.machine.plans import HeldPlan, Plans
+from distckpt.coordinator.machine.records import find_attempt
+from distckpt.coordinator.machine.roundbook import RoundBook
+from distckpt.coordinator.machine.rounds import SaveRound
+from distckpt.coordinator.machine.runs import Run
+from distckpt.coordinator.messages import (
+    Accepted,
+    AwaitPlan,
+    Committed,
+    Describe,
+    Fail,
+    Join,
+    Joined,
+    Planned,
+    Prepared,
+    Receipt,
+    Refused,
+    Reply,
+    Skipped,
+    Unknown,
+)
+from distckpt.errors import (
+    CoordinatorError,
+    DistckptError,
+    MissingRanksError,
+    NumberMismatchError,
+    RankFailedError,
+    SaveError,
+)
+
+
+class Saves:
+    """All save rounds of the current run, and the outcomes of the latest ones."""
+
+    def __init__(self, desk: Desk, ledger: Ledger, identities: Identities, keeping: Keeping) -> None:
+        self.book = RoundBook()
+        self._desk = desk
+        self._ledger = ledger
+        self._identities = identities
+        self._keeping = keeping
+        self._plans = Plans()
+        self._run: Run | None = None
+        self._commits = Commits(desk, ledger, keeping, self._committed)
+
+    @property
+    def live(self) -> frozenset[str]:
+        """The attempts of unfinished rounds."""
+        return frozenset(round.attempt for round in self.book)
+
+    def waiting(self) -> dict[str, tuple[int, ...]]:
+        """For each attempt in flight the ranks that are still awaited."""
+        return {round.attempt: tuple(round.missing()) for round in self.book}
+
+    def deadlines(self) -> Iterator[float]:
+        """When rounds will be given up, in monotonic seconds."""
+        return (round.deadline for round in self.book if round.deadline is not None)
+
+    # ---- runs ------------------------------------------------------------------------------------------------------
+
+    def begin_run(self, run: Run) -> None:
+        """Serve this run from now on."""
+        self._run = run
+        self.book.begin(self._ledger.state.saves)
+        self._plans.shrink(run.world_size)
+
+    def abandon(self, error: DistckptError) -> None:
+        """End every round of the run with ``error``: another run begins."""
+        for round in self.book:
+            self._fail(round, error)
+
+    def everyone_left(self) -> None:
+        """Give up rounds that nobody will finish. Those whose shards have all landed go on."""
+        for round in self.book:
+            if not round.sealing:
+                self._fail(round, SaveError(round.number, "every rank has left the run"))
+
+    # ---- requests --------------------------------------------------------------------------------------------------
+
+    def join(self, ticket: int, message: Join) -> None:
+        """A rank takes part in its next save."""
+        record = find_attempt(self._ledger.state, message.attempt) if message.attempt else None
+        if record is not None:
+            self._desk.answer(ticket, Committed(record))
+            return
+        if not message.ask.isdecimal():
+            error = CoordinatorError(f"the ask of a save counts the saves of its rank, but it is {message.ask!r}")
+            self._desk.answer(ticket, Refused(error))
+            return
+        round = self.book.at(int(message.ask)) or self._new_round(int(message.ask), message)
+        if round is None:
+            reason = "it came too late: the coordinator has finished a later save already"
+            self._desk.answer(ticket, Refused(SaveError(message.number, reason)))
+            return
+        if round.outcome is None:
+            self._take_in(round, message)
+        self._desk.answer(ticket, _joined(round, message.rank))
+        self._advance(round)
+
+    def describe(self, ticket: int, message: Describe) -> None:
+        """A rank says what it holds."""
+        prepared = self.book.of(message.attempt)
+        if prepared is not None and isinstance(prepared.outcome, Prepared):
+            self._desk.answer(ticket, Accepted())
+            return
+        round = self._round_of(ticket, message)
+        if round is None:
+            return
+        self._desk.answer(ticket, Accepted())
+        if message.rank in round.undescribed:
+            self._plans.describe(message.rank, message.digest, message.description)
+            round.describe(message)
+            self._advance(round)
+
+    def await_plan(self, ticket: int, message: AwaitPlan) -> None:
+        """A rank wants to know what it writes."""
+        prepared = self.book.of(message.attempt)
+        if prepared is not None and prepared.plan is not None and isinstance(prepared.outcome, Prepared):
+            self._desk.answer(ticket, _planned(prepared.plan, message.rank))
+            return
+        round = self._round_of(ticket, message)
+        if round is None:
+            return
+        if round.plan is None:
+            self._desk.hold(ticket, round.awaiting_plan, message.rank)
+            return
+        self._desk.answer(ticket, _planned(round.plan, message.rank))
+        if message.rank not in round.told and not round.sealing:
+            round.told.add(message.rank)
+            round.deadline = self._later()
+
+    def receipt(self, ticket: int, message: Receipt) -> None:
+        """All shards of a rank have landed."""
+        round = self._round_of(ticket, message)
+        if round is None:
+            return
+        self._desk.hold(ticket, round.awaiting_end, message.rank)
+        if message.rank in round.receipts or not round.saves:
+            return
+        round.receipts[message.rank] = message
+        if round.plan is not None:
+            round.deadline = self._later()
+            self._check_rows(round, message)
+            self._advance(round)
+
+    def fail(self, ticket: int, message: Fail) -> None:
+        """A rank cannot do its part. Once all shards have landed, that changes nothing any more."""
+        round = self.book.of(message.attempt)
+        known = round is not None or find_attempt(self._ledger.state, message.attempt) is not None
+        self._desk.answer(ticket, Accepted() if known else Unknown())
+        if round is not None and round.outcome is None and not round.sealing:
+            self._fail_rank(round, message.rank, message.reason)
+
+    # ---- results of actions, and time ------------------------------------------------------------------------------
+
+    def plan_made(self, event: PlanMade) -> None:
+        """The plan of a round is there."""
+        round = self.book.of(event.attempt)
+        if round is None or round.outcome is not None or not round.planning:
+            return
+        rank = round.misplanned(event.plan)
+        if rank is not None:
+            self._fail_rank(round, rank, "the plan wants other chunks of it than it has copied already")
+            return
+        digests = {rank: join.digest for rank, join in round.joins.items()}
+        self._adopt(round, self._plans.add(event.plan, digests))
+
+    def sealed(self, event: Sealed) -> None:
+        """Everything of an attempt is durable: commit it."""
+        round = self.book.of(event.attempt)
+        if round is not None and round.outcome is None and round.sealing and round.record is None:
+            round.deadline = self._later()
+            self._commits.commit(round, self._current.name, event)
+
+    def step_failed(self, event: StepFailed) -> None:
+        """Planning or sealing failed for good."""
+        round = self.book.of(event.attempt)
+        if round is not None and round.outcome is None and round.record is None and (round.planning or round.sealing):
+            self._fail(round, event.error)
+
+    def tick(self) -> None:
+        """Give up what is overdue."""
+        for round in self.book:
+            if round.outcome is None and round.deadline is not None and round.deadline <= self._desk.mono:
+                self._expire(round)
+
+    # ---- rounds ----------------------------------------------------------------------------------------------------
+
+    @property
+    def _current(self) -> Run:
+        assert self._run is not None
+        return self._run
+
+    def _later(self) -> float:
+        return self._desk.mono + self._current.save_timeout
+
+    def _round_of(self, ticket: int, message: Describe | AwaitPlan | Receipt) -> SaveRound | None:
+        """The unfinished round that a rank of it speaks of. None if there is none, and that has been answered."""
+        round = self.book.of(message.attempt)
+        if round is None or not round.takes_part(message.rank):
+            record = find_attempt(self._ledger.state, message.attempt)
+            self._desk.answer(ticket, Unknown() if record is None else Committed(record))
+            return None
+        if round.outcome is not None:
+            self._desk.answer(ticket, round.outcome)
+            return None
+        return round
+
+    def _new_round(self, order: int, first: Join) -> SaveRound | None:
+        if self.book.is_over(order):
+            return None
+        busy = self.book.saving()
+        attempt = self._identities.attempt(self._ledger.epoch)
+        round = SaveRound(order, first.number, attempt, self._current.world_size, self._later())
+        self.book.add(round)
+        # A rank that has staged is past the question: it joins again after the coordinator was replaced.
+        if 0 < first.skip_if_busy <= busy and round.saves and not first.staged:
+            self._end(round, Skipped())
+        return round
+
+    def _take_in(self, round: SaveRound, message: Join) -> None:
+        known = round.joins.get(message.rank)
+        if message.number != round.number:
+            self._fail(round, _mismatch(round, message))
+        elif known is None or (message.staged and not known.staged and round.plan is None and not round.planning):
+            # A delayed copy of an older Join may have come first; what the rank has copied counts.
+            round.join(message, self._plans)
+        elif round.misjoined(message):
+            self._fail_rank(round, message.rank, "it had copied its chunks before it could be planned for")
+
+    def _advance(self, round: SaveRound) -> None:
+        if round.outcome is None and round.can_plan:
+            self._plan(round)
+        # Checkpoints are committed in save order, so a fast save waits for an earlier one that all have joined.
+        if round.outcome is None and round.saves and round.all_landed and not self.book.must_wait(round):
+            self._keeping.peek()
+            self._commits.seal(round, self._current)
+
+    def _plan(self, round: SaveRound) -> None:
+        held = self._plans.fitting(round.joins)
+        if held is not None:
+            self._adopt(round, held)
+            return
+        staged: dict[int, bytes] = {}
+        for rank in round.staged_ranks():
+            rows = round.copied(rank)
+            if rows is None:
+                self._fail_rank(round, rank, "it did not say which chunks it has copied")
+                return
+            staged[rank] = rows
+        round.planning = True
+        round.deadline = None
+        self._desk.emit(MakePlan(round.attempt, round.number, round.descriptions, staged, frozenset(round.fresh)))
+
+    def _adopt(self, round: SaveRound, held: HeldPlan) -> None:
+        round.planning = False
+        round.plan = held.plan
+        round.deadline = self._later()
+        for ticket, rank in list(round.awaiting_plan.items()):
+            round.told.add(rank)
+            self._desk.answer(ticket, _planned(held.plan, rank))
+        if not round.saves:
+            self._end(round, Prepared())
+            return
+        for receipt in list(round.receipts.values()):
+            self._check_rows(round, receipt)
+        self._advance(round)
+
+    def _check_rows(self, round: SaveRound, receipt: Receipt) -> None:
+        if round.plan is None:
+            return
+        landed = sum(shard.rows for shard in receipt.shards)
+        wanted = round.plan.row_count(receipt.rank)
+        if landed != wanted:
+            self._fail_rank(round, receipt.rank, f"its shards hold {landed} chunks and the plan gives it {wanted}")
+
+    def _committed(self, round: SaveRound, reply: Committed) -> None:
+        for other in self.book.overtaken(round):
+            reason = "a later save was committed before every rank had joined this one"
+            self._fail(other, SaveError(other.number, reason))
+        self._end(round, reply)
+        self._keeping.look()
+
+    def _expire(self, round: SaveRound) -> None:
+        if round.record is not None:
+            round.deadline = self._later()
+            self._commits.overdue(round, self._current.save_timeout)
+            return
+        missing = round.missing()
+        if not missing:
+            round.deadline = None
+            return
+        stage = "to join the save" if round.plan is None else "to report that its shards have landed"
+        hosts = self._current.hosts_of(missing)
+        self._fail(round, MissingRanksError(round.number, missing, hosts, self._current.save_timeout, stage))
+
+    def _fail_rank(self, round: SaveRound, rank: int, reason: str) -> None:
+        host = self._current.hosts.get(rank, "")
+        self._fail(round, RankFailedError(round.number, rank, host, reason))
+
+    def _fail(self, round: SaveRound, error: DistckptError) -> None:
+        self._end(round, Refused(error))
+        if round.sealing:
+            self._commits.discard(round, self._current.name)
+        self._keeping.collect()
+
+    def _end(self, round: SaveRound, outcome: Reply) -> None:
+        round.end(outcome)
+        self.book.close(round, failed=isinstance(outcome, Refused))
+        self._desk.answer_shelf(round.awaiting_plan, outcome)
+        self._desk.answer_shelf(round.awaiting_end, outcome)
+        for other in self.book:
+            self._advance(other)
+
+
+def _joined(round: SaveRound, rank: int) -> Reply:
+    if round.outcome is None or isinstance(round.outcome, Prepared):
+        return Joined(round.attempt, rank in round.undescribed)
+    return round.outcome
+
+
+def _planned(plan: Plan, rank: int) -> Planned:
+    return Planned(plan.plan_id, plan.rows(rank))
+
+
+def _mismatch(round: SaveRound, message: Join) -> SaveError:
+    joins = [*round.joins.values(), message]
+    numbers = {join.rank: join.number for join in joins if join.number is not None}
+    if len(numbers) < len(joins):
+        return SaveError(round.number, f"rank {message.rank} and others disagree whether to save or only to prepare")
+    return NumberMismatchError(round.number, numbers)

@@ -1,0 +1,1 @@
+"""Is Ray: the only place where the coordinator knows of it."""

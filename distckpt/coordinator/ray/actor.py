@@ -1,0 +1,103 @@
+"""The coordinator as a Ray actor: a thin, named, detached, restarting shell around the machine."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import logging
+import os
+from typing import Any, cast
+
+import ray
+
+from distckpt.coordinator.machine.runs import is_superseded
+from distckpt.coordinator.messages import OpenRun, Refused, Reply, Request, Unknown
+from distckpt.coordinator.shell.shell import Settings, Shell
+from distckpt.directory.log import read_tail
+from distckpt.errors import CoordinatorUnavailableError, DistckptError, StaleRunError
+from distckpt.storage import open_store
+
+logger = logging.getLogger(__name__)
+
+NAMESPACE = "distckpt"
+ENDING_SECONDS = 0.2
+
+
+def actor_name(directory: str) -> str:
+    """The name under which the coordinator of a canonical directory is found in its namespace."""
+    return f"coordinator-{hashlib.sha256(directory.encode()).hexdigest()[:24]}"
+
+
+class CoordinatorActor:
+    """Answers requests. A restart begins from storage: nothing that matters is only in its memory."""
+
+    def __init__(self, directory: str, storage_options: dict[str, Any] | None, settings: Settings) -> None:
+        self._directory = directory
+        self._storage_options = storage_options
+        self._settings = settings
+        self._shell: Shell | None = None
+
+    async def ask(self, request: Request, wait: float) -> Reply | None:
+        """The answer to a request, or None when there is none within ``wait`` seconds: then ask again."""
+        try:
+            shell = self._started_for(request)
+        except DistckptError as error:
+            return Refused(error)
+        if shell is None:
+            return Unknown()
+        try:
+            reply = await asyncio.wait_for(asyncio.wrap_future(shell.ask(request)), wait)
+        except asyncio.TimeoutError:
+            return None
+        # One that was idle is about to end; who asks again finds the next one.
+        if isinstance(reply, Refused) and isinstance(reply.error, CoordinatorUnavailableError):
+            await asyncio.sleep(min(wait, ENDING_SECONDS))
+            return None
+        return reply
+
+    def _started_for(self, request: Request) -> Shell | None:
+        """The running shell, started if a run opens; None if nothing runs yet. Raises what starting it raises.
+
+        Not in __init__: an actor that dies while it is made tells its callers less than an answer does. And not for a
+        run that has been superseded: a restarted actor would fence the coordinator of the newer run.
+        """
+        if self._shell is None and isinstance(request, OpenRun):
+            store = open_store(self._directory, self._storage_options)
+            state = read_tail(store).state
+            if is_superseded(request, state):
+                raise StaleRunError(self._directory, request.run, state.run)
+            shell = Shell(store, self._settings, self._stopped)
+            shell.start()
+            self._shell = shell
+        return self._shell
+
+    async def describe(self) -> tuple[str, int]:
+        """The directory that this actor serves and its process id."""
+        return self._directory, os.getpid()
+
+    def _stopped(self, reason: str) -> None:
+        logger.info("the coordinator of %s stops: %s", self._directory, reason)
+        # Killing itself is the one exit that Ray neither restarts nor reports as a failure of the job.
+        ray.kill(ray.get_runtime_context().current_actor, no_restart=True)
+
+
+def find_or_start(
+    directory: str, storage_options: dict[str, Any] | None, settings: Settings, home: str
+) -> ray.actor.ActorHandle[CoordinatorActor]:
+    """The running coordinator of ``directory``, or a new one on the node ``home``; answers once before it is returned."""
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    remote: Any = ray.remote(CoordinatorActor)
+    actor = remote.options(
+        name=actor_name(directory),
+        namespace=NAMESPACE,
+        lifetime="detached",
+        get_if_exists=True,
+        max_restarts=-1,
+        max_concurrency=100_000,
+        num_cpus=0,
+        memory=1,  # bytes: Ray takes an actor that claims nothing at all to any node, whatever the strategy says
+        scheduling_strategy=NodeAffinitySchedulingStrategy(home, soft=True),
+    ).remote(directory, storage_options, settings)
+    ray.get(actor.describe.remote())
+    return cast("ray.actor.ActorHandle[CoordinatorActor]", actor)

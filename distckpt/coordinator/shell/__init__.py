@@ -1,0 +1,1 @@
+"""Acts: performs the machine's actions on a store."""

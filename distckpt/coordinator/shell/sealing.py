@@ -1,0 +1,171 @@
+"""Turning a complete set of receipts into a checkpoint that only lacks its log entry, and finding such on storage."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+
+import crc32c
+import msgspec
+import pyarrow as pa
+
+from distckpt.coordinator.machine.actions import Seal, Sealed, TailRead
+from distckpt.coordinator.messages import Receipt
+from distckpt.directory.locate import read_manifest
+from distckpt.directory.log import read_tail
+from distckpt.errors import (
+    AlreadyExistsError,
+    DamagedError,
+    NotSharedError,
+    ObjectNotFoundError,
+    RankFailedError,
+    SaveError,
+)
+from distckpt.format import names
+from distckpt.format.arrow.index import encode_index
+from distckpt.format.arrow.receipt import ShardReceipt
+from distckpt.format.json.log import CheckpointRecord, Entry, State
+from distckpt.format.json.manifest import FORMAT, Manifest, ShardRecord
+from distckpt.format.json.sealed import seal
+from distckpt.storage import Store
+
+STAT_THREADS = 16
+
+
+def seal_checkpoint(store: Store, action: Seal, plan_table: pa.Table) -> Sealed:
+    """Look at every shard on the store, then write index and manifest; all durable on return.
+
+    Raises NotSharedError when the coordinator cannot see shards, RankFailedError when one is not what its receipt
+    says, SaveError or StorageError when index or manifest cannot be written. Writes nothing unless all shards are there.
+    """
+    folder = names.attempt_folder(action.name, action.number, action.attempt)
+    _check_shards(store, action, folder)
+    index = encode_index(plan_table, action.receipts, action.number, action.hosts)
+    _put(store, action, f"{folder}/{names.INDEX}", index)
+    shards = tuple(
+        ShardRecord(rank=rank, shard=shard.shard, size=shard.size, crc32c=shard.crc32c)
+        for rank, shard in _shards(action.receipts)
+    )
+    manifest = seal(
+        Manifest(
+            format=FORMAT,
+            name=action.name,
+            number=action.number,
+            attempt=action.attempt,
+            epoch=action.epoch,
+            time=action.time,
+            world_size=action.plan.world_size,
+            index_size=len(index),
+            index_crc32c=crc32c.crc32c(index),
+            shards=shards,
+        )
+    )
+    _put(store, action, f"{folder}/{names.MANIFEST}", manifest)
+    return Sealed(action.attempt, len(manifest), crc32c.crc32c(manifest), sum(shard.size for shard in shards))
+
+
+def _shards(receipts: Mapping[int, Receipt]) -> Iterator[tuple[int, ShardReceipt]]:
+    for rank in sorted(receipts):
+        for shard in sorted(receipts[rank].shards, key=lambda shard: shard.shard):
+            yield rank, shard
+
+
+def _check_shards(store: Store, action: Seal, folder: str) -> None:
+    expected = list(_shards(action.receipts))
+    paths = [f"{folder}/{names.shard_name(rank, shard.shard)}" for rank, shard in expected]
+    if len(paths) < STAT_THREADS:
+        found = [store.stat(path) for path in paths]
+    else:
+        with ThreadPoolExecutor(STAT_THREADS) as pool:
+            found = list(pool.map(store.stat, paths))
+    unseen = sorted({rank for (rank, _), info in zip(expected, found, strict=True) if info is None})
+    if unseen:
+        hosts = {rank: action.hosts.get(rank, "") for rank in unseen}
+        raise NotSharedError(action.number, store.url, unseen, hosts)
+    for (rank, shard), path, info in zip(expected, paths, found, strict=True):
+        wrong = info is not None and (info.size != shard.size or info.crc32c not in (None, shard.crc32c))
+        if wrong:
+            reason = (
+                f"{store.url}/{path} has {info.size if info else 0} bytes on the store and {shard.size} in its receipt"
+            )
+            raise RankFailedError(action.number, rank, action.hosts.get(rank, ""), reason)
+
+
+def _put(store: Store, action: Seal, path: str, data: bytes) -> None:
+    try:
+        store.put_if_absent(path, data)
+    except AlreadyExistsError:
+        # Our own earlier try, whose acknowledgement was lost, left the very same bytes; anything else is not ours.
+        if store.read(path, len(data) + 1) != data:
+            raise SaveError(action.number, f"{store.url}/{path} exists with other content") from None
+
+
+def read_log_tail(store: Store) -> TailRead:
+    """Where the log stands, and the checkpoints that only lack their commit entry.
+
+    When the newest entries are damaged, the one before them is used, and checkpoints that it lists but that have no
+    manifest any more move to ``retiring``: one of the lost entries may have retired them.
+    """
+    tail = read_tail(store)
+    if tail.entry is None:
+        return TailRead(tail.seq, None)
+    entry = tail.entry
+    if tail.damaged:
+        entry = msgspec.structs.replace(entry, state=_without_vanished(store, entry.state))
+    complete = sorted(_complete(store, tail.entry), key=lambda record: (record.time, record.number))
+    return TailRead(tail.seq, entry, tuple(complete))
+
+
+def _without_vanished(store: Store, state: State) -> State:
+    gone = [record for record in state.active if _stat_manifest(store, record) is None]
+    return msgspec.structs.replace(
+        state,
+        active=tuple(record for record in state.active if record not in gone),
+        retiring=(*state.retiring, *gone),
+    )
+
+
+def _stat_manifest(store: Store, record: CheckpointRecord) -> object:
+    return store.stat(f"{names.attempt_folder(record.name, record.number, record.attempt)}/{names.MANIFEST}")
+
+
+def _complete(store: Store, entry: Entry) -> Iterator[CheckpointRecord]:
+    state = entry.state
+    known = {record.attempt for record in (*state.active, *state.preserved, *state.retiring)}
+    for folder in store.folders(""):
+        if names.parse_checkpoint(folder) is None:
+            continue
+        for attempt in store.folders(folder):
+            # Of the same coordinator as the newest entry: a folder that was copied here from another run is not ours.
+            ours = names.is_attempt(attempt) and names.claim_of(attempt) == names.claim_of(entry.commit_id)
+            if ours and attempt not in known:
+                record = _complete_record(store, f"{folder}/{attempt}")
+                if record is not None:
+                    yield record
+
+
+def _complete_record(store: Store, folder: str) -> CheckpointRecord | None:
+    path = f"{folder}/{names.MANIFEST}"
+    try:
+        manifest = read_manifest(store, folder)
+    except (DamagedError, ObjectNotFoundError):
+        return None  # no manifest, or half of one: an attempt that never came to its end
+    if names.attempt_folder(manifest.name, manifest.number, manifest.attempt) != folder:
+        return None
+    sizes = {names.shard_name(shard.rank, shard.shard): shard.size for shard in manifest.shards}
+    sizes[names.INDEX] = manifest.index_size
+    for name, size in sizes.items():
+        info = store.stat(f"{folder}/{name}")
+        if info is None or info.size != size:
+            return None
+    data = store.read(path, 64 << 20)
+    return CheckpointRecord(
+        name=manifest.name,
+        number=manifest.number,
+        attempt=manifest.attempt,
+        manifest_size=len(data),
+        manifest_crc32c=crc32c.crc32c(data),
+        time=manifest.time,
+        world_size=manifest.world_size,
+        nbytes=sum(shard.size for shard in manifest.shards),
+    )

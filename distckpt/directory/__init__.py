@@ -1,0 +1,1 @@
+"""What a run's folder says: all that readers need."""

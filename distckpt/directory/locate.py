@@ -1,0 +1,122 @@
+"""From a path that a person writes to the one attempt that it means, with manifest and index read and checked."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import crc32c
+
+from distckpt.directory.log import find_record, newest_record, read_tail
+from distckpt.errors import CheckpointNotFoundError, DamagedError, ObjectNotFoundError
+from distckpt.format import names
+from distckpt.format.arrow.index import Index, decode_index
+from distckpt.format.json.log import CheckpointRecord
+from distckpt.format.json.manifest import MAX_MANIFEST_BYTES, Manifest, check_manifest
+from distckpt.format.json.sealed import unseal
+from distckpt.storage import Store, open_store
+
+
+@dataclass(frozen=True, slots=True)
+class Located:
+    """One committed attempt: ``folder`` is relative to the root of ``store``; ``path`` is what people call it."""
+
+    store: Store
+    folder: str
+    path: str
+    manifest: Manifest
+
+    def object_path(self, name: str) -> str:
+        """An object of the attempt, relative to the store's root."""
+        return f"{self.folder}/{name}"
+
+    def shard_path(self, rank: int, shard: int) -> str:
+        """A shard of the attempt, relative to the store's root."""
+        return self.object_path(names.shard_name(rank, shard))
+
+
+def locate(path: str | os.PathLike[str], storage_options: Mapping[str, Any] | None = None) -> Located:
+    """The checkpoint that ``path`` means: ``<directory>/<name>-<number>``, a directory (its newest), or a lone copy.
+
+    A lone copy is a checkpoint folder without its directory's log. Raises CheckpointNotFoundError when nothing
+    committed answers to the path, DamagedError when its manifest is not what was written.
+    """
+    store = open_store(path, storage_options)
+    tail = read_tail(store)
+    if tail.entry is not None:
+        return located(store, newest_record(tail.state, store.url))
+    directory, _, folder = store.url.rpartition("/")
+    checkpoint = names.parse_checkpoint(folder)
+    if checkpoint is not None and directory:
+        parent = open_store(directory, storage_options)
+        tail = read_tail(parent)
+        if tail.entry is not None:
+            record = find_record(tail.state, checkpoint[1], checkpoint[0])
+            if record is None:
+                raise CheckpointNotFoundError(store.url, f"not a committed checkpoint of {parent.url}")
+            return located(parent, record)
+    return _lone_copy(store)
+
+
+def located(store: Store, record: CheckpointRecord) -> Located:
+    """The attempt of a record of this directory, its manifest checked against the log."""
+    folder = names.attempt_folder(record.name, record.number, record.attempt)
+    path = f"{store.url}/{names.checkpoint_folder(record.name, record.number)}"
+    data = _read(store, f"{folder}/{names.MANIFEST}", MAX_MANIFEST_BYTES)
+    if len(data) != record.manifest_size or crc32c.crc32c(data) != record.manifest_crc32c:
+        raise DamagedError(f"{store.url}/{folder}/{names.MANIFEST}", "size or CRC32C is not what the log says")
+    manifest = _manifest(store, folder, data)
+    if (manifest.name, manifest.number, manifest.attempt) != (record.name, record.number, record.attempt):
+        raise DamagedError(f"{store.url}/{folder}/{names.MANIFEST}", "it is the manifest of another checkpoint")
+    return Located(store, folder, path, manifest)
+
+
+def read_index(where: Located) -> Index:
+    """The checkpoint's index, checked against its manifest."""
+    path = where.object_path(names.INDEX)
+    shown = f"{where.store.url}/{path}"
+    data = _read(where.store, path, where.manifest.index_size)
+    if len(data) != where.manifest.index_size or crc32c.crc32c(data) != where.manifest.index_crc32c:
+        raise DamagedError(shown, "size or CRC32C is not what the manifest says")
+    sizes = {(shard.rank, shard.shard): shard.size for shard in where.manifest.shards}
+    return decode_index(data, shown, sizes)
+
+
+def read_manifest(store: Store, folder: str) -> Manifest:
+    """The manifest of an attempt, known to be whole by its own checksum."""
+    return _manifest(store, folder, _read(store, f"{folder}/{names.MANIFEST}", MAX_MANIFEST_BYTES))
+
+
+def _manifest(store: Store, folder: str, data: bytes) -> Manifest:
+    shown = f"{store.url}/{folder}/{names.MANIFEST}"
+    manifest = unseal(data, Manifest, shown, MAX_MANIFEST_BYTES)
+    check_manifest(manifest, shown)
+    return manifest
+
+
+def _read(store: Store, path: str, max_bytes: int) -> bytes:
+    try:
+        return store.read(path, max_bytes)
+    except ObjectNotFoundError as error:
+        raise DamagedError(f"{store.url}/{path}", "missing: it was deleted, or retired while it was read") from error
+
+
+def _own_manifest(store: Store, attempt: str) -> Manifest:
+    manifest = read_manifest(store, attempt)
+    if manifest.attempt != attempt:
+        raise DamagedError(f"{store.url}/{attempt}/{names.MANIFEST}", "it is the manifest of another attempt")
+    return manifest
+
+
+def _lone_copy(store: Store) -> Located:
+    attempts = [folder for folder in store.folders("") if names.is_attempt(folder)]
+    found = [
+        Located(store, attempt, store.url, _own_manifest(store, attempt))
+        for attempt in attempts
+        if store.stat(f"{attempt}/{names.MANIFEST}") is not None
+    ]
+    if not found:
+        raise CheckpointNotFoundError(store.url, "neither a directory with committed checkpoints nor a checkpoint")
+    return max(found, key=lambda where: (where.manifest.epoch, where.manifest.time))

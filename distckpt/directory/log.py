@@ -1,0 +1,158 @@
+"""The log on a store: read its tail, append to it, prune it. Nothing here needs a coordinator."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+
+from distckpt.errors import (
+    AlreadyExistsError,
+    CheckpointNotFoundError,
+    DamagedError,
+    ObjectNotFoundError,
+    StorageError,
+    StoreOutcomeUnknownError,
+    UnsupportedFormatError,
+)
+from distckpt.format import names
+from distckpt.format.json.log import MAX_ENTRY_BYTES, CheckpointRecord, Entry, State, check_entry
+from distckpt.format.json.sealed import seal, unseal
+from distckpt.storage import Store
+
+logger = logging.getLogger(__name__)
+
+KEEP_ENTRIES = 64
+"""Newest entries that pruning leaves alone: enough to look back at what happened, few enough to list at once."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tail:
+    """The highest number in the log (0: none), the newest entry that can be read, and those newer that cannot."""
+
+    seq: int
+    entry: Entry | None
+    damaged: tuple[DamagedError, ...] = ()
+
+    @property
+    def state(self) -> State:
+        """The checkpoint state of the newest readable entry; empty in a fresh directory."""
+        return self.entry.state if self.entry is not None else State()
+
+
+@dataclass(frozen=True, slots=True)
+class AppendResult:
+    """What became of an append.
+
+    ``outcome``: "appended", "taken" (``found`` is the other entry, None if unreadable) or "unknown" (``reason``).
+    ``newest`` is the highest number that a listing made after it shows; 0 when unknown.
+    """
+
+    outcome: str
+    newest: int = 0
+    found: Entry | None = None
+    reason: str = ""
+
+
+def sequence_numbers(store: Store) -> list[int]:
+    """Every number in the log, ascending."""
+    found = (names.entry_seq(info.path) for info in store.list(names.LOG))
+    return sorted(seq for seq in found if seq is not None)
+
+
+def read_entry(store: Store, seq: int) -> Entry:
+    """The entry with that number. DamagedError if it is not what was written; ObjectNotFoundError if it is gone."""
+    path = names.entry_path(seq)
+    entry = unseal(store.read(path, MAX_ENTRY_BYTES), Entry, path, MAX_ENTRY_BYTES)
+    check_entry(entry, path)
+    if entry.seq != seq:
+        raise DamagedError(path, f"the entry says that it is number {entry.seq}")
+    return entry
+
+
+def read_tail(store: Store) -> Tail:
+    """The log's tail as it stands. Damaged entries are passed over, remembered and logged, never mended.
+
+    Raises UnsupportedFormatError if a newer release wrote one of them, DamagedError if none can be read.
+    """
+    for _ in range(8):
+        numbers = sequence_numbers(store)
+        tail = _newest_readable(store, numbers)
+        if tail is not None:
+            return tail
+    raise StorageError(names.LOG, "the log was pruned faster than it could be read, several times over")
+
+
+def _newest_readable(store: Store, numbers: list[int]) -> Tail | None:
+    damaged: list[DamagedError] = []
+    for seq in reversed(numbers):
+        try:
+            return Tail(numbers[-1], read_entry(store, seq), tuple(damaged))
+        except UnsupportedFormatError:
+            raise  # a newer release wrote it: to go on from an older entry would undo what it says
+        except DamagedError as error:
+            logger.warning("log entry passed over: %s", error)
+            damaged.append(error)
+        except ObjectNotFoundError:
+            return None  # pruned since the listing: list again
+    if damaged:
+        raise damaged[0]
+    return Tail(0, None)
+
+
+def append(store: Store, entry: Entry) -> AppendResult:
+    """Put the entry at its number if absent, then look which number is the highest. Never overwrites."""
+    try:
+        store.put_if_absent(names.entry_path(entry.seq), seal(entry))
+    except AlreadyExistsError:
+        return _taken(store, entry)
+    except StoreOutcomeUnknownError as error:
+        return AppendResult("unknown", reason=str(error))
+    except StorageError as error:
+        # The name may have been created before the error (a failed fsync, a full disk): ask again rather than assume.
+        return AppendResult("unknown", reason=str(error))
+    return _listed(store, "appended", entry.seq)
+
+
+def _taken(store: Store, entry: Entry) -> AppendResult:
+    try:
+        found = read_entry(store, entry.seq)
+    except DamagedError as error:
+        logger.warning("cannot read the entry that took our number: %s", error)
+        return _listed(store, "taken", entry.seq)
+    except StorageError as error:
+        return AppendResult("unknown", reason=str(error))
+    if found.commit_id == entry.commit_id:
+        return _listed(store, "appended", entry.seq)
+    return _listed(store, "taken", entry.seq, found)
+
+
+def _listed(store: Store, outcome: str, seq: int, found: Entry | None = None) -> AppendResult:
+    try:
+        numbers = sequence_numbers(store)
+    except StorageError as error:
+        return AppendResult("unknown", reason=str(error))
+    return AppendResult(outcome, max(numbers, default=seq), found)
+
+
+def prune(store: Store, seq: int) -> None:
+    """Drop entries that are more than KEEP_ENTRIES below ``seq``; the newest alone holds the whole state."""
+    for old in sequence_numbers(store):
+        if old < seq - KEEP_ENTRIES:
+            store.delete(names.entry_path(old))
+
+
+def find_record(state: State, number: int, name: str | None = None) -> CheckpointRecord | None:
+    """The newest committed record of that number (and name), retiring ones left out."""
+    for record in (*reversed(state.active), *reversed(state.preserved)):
+        if record.number == number and name in (None, record.name):
+            return record
+    return None
+
+
+def newest_record(state: State, where: str) -> CheckpointRecord:
+    """The newest committed checkpoint. CheckpointNotFoundError, naming ``where``, if there is none."""
+    if state.active:
+        return state.active[-1]
+    if state.preserved:
+        return max(state.preserved, key=lambda record: names.attempt_age(record.attempt))
+    raise CheckpointNotFoundError(where, "no checkpoint has been committed here")

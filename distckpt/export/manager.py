@@ -1,0 +1,206 @@
+"""ExportCheckpointManager: a CheckpointManager that also exports what it saves, in the forms that are deployed."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+from collections.abc import Callable, Iterator, Mapping
+from types import TracebackType
+from typing import Any
+
+from torch import nn
+
+from distckpt.checkpoint import Checkpoint
+from distckpt.export.exporter import Exporter
+from distckpt.export.listing import Exports, PathLike, export_number
+from distckpt.export.packing import pack
+from distckpt.export.places import find_place
+from distckpt.export.recipes import Export, Recipe, recipes_of
+from distckpt.format.json.log import CheckpointRecord
+from distckpt.manager import CheckpointManager, StepCounter
+from distckpt.rank.pending import PendingSave
+
+
+class ExportCheckpointManager(CheckpointManager):
+    """A CheckpointManager that exports modules from every checkpoint it commits; TensorFlow's SavedModel manager.
+
+    For each of ``modules_to_export`` an export has a folder with ``model.safetensors`` (several with an index where it
+    is large), ``config.json`` if there is a configuration, and ``program.pt2`` if there are example inputs::
+
+        torch.export.load(f"{manager.latest_export}/encoder/program.pt2")
+        AutoModel.from_pretrained(f"{manager.latest_export}/encoder")
+
+    A program is traced on the CPU, for inference: without gradients, in eval mode.
+
+    Exports are made from what was committed, never by gathering on the ranks, and off the training path: by a task on
+    the Ray cluster, or by a child process where there is no Ray. They are made one at a time, the lowest number first.
+    An export is there as a whole or not at all. It belongs to its checkpoint: it goes when that is retired, and stays
+    when it is preserved. A checkpoint that is retired before its turn comes is passed over, with a line in the log;
+    one that is being exported is not retired. What a manager finds missing when it is made, after a crash say, it makes
+    first: of all active and preserved checkpoints of its name.
+
+    Args (those that CheckpointManager does not have):
+        modules_to_export: by name, each an Export that says how, or an ``nn.Module`` of the checkpoint itself: an object
+            or a part of one. Its attribute ``example_inputs``, a tuple, is what its program is traced with; without it
+            there is no program. From a sharded module no program can be traced: give an Export with ``build``.
+        task_options: for ``ray.remote``, such as ``{"num_cpus": 4, "memory": 16 << 30}``. By default the task claims
+            nothing, so that it never waits for CPUs that the training holds.
+        options: CheckpointManager's other keyword options, ``last_checkpoint_step`` among them.
+
+    Raises what CheckpointManager raises; ValueError or TypeError for modules that cannot be exported as they were
+    given; ImportError without safetensors.
+
+    Where TensorFlow's differs: it exports in place, so that half an export is taken for one; does not make up for a
+    crash between checkpoint and export; deletes the export of a preserved checkpoint, and those of another manager
+    whose name begins alike; lists by name (10 before 9) after a restart; and knows no export of number 0. There is no
+    ``make_saved_modules_directory_name``, since a path contains what is unique to one try: ask ``latest_export``.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        directory: str | os.PathLike[str],
+        max_to_keep: int | None = 5,
+        modules_to_export: Mapping[str, nn.Module | Export] | None = None,
+        keep_checkpoint_every_n_hours: float | None = None,
+        checkpoint_name: str = "ckpt",
+        step_counter: StepCounter | None = None,
+        checkpoint_interval: int | None = None,
+        init_fn: Callable[[], object] | None = None,
+        *,
+        task_options: Mapping[str, Any] | None = None,
+        **options: Any,
+    ) -> None:
+        self._modules = dict(modules_to_export or {})
+        recipes = recipes_of(checkpoint, self._modules)
+        if recipes and importlib.util.find_spec("safetensors") is None:
+            raise ImportError("exporting needs safetensors: pip install 'distckpt[export]'")
+        if recipes:
+            pack(recipes)  # what cannot be sent is refused now and not after the first save
+        self._exporter: Exporter | None = None
+        super().__init__(
+            checkpoint,
+            directory,
+            max_to_keep,
+            keep_checkpoint_every_n_hours,
+            checkpoint_name,
+            step_counter,
+            checkpoint_interval,
+            init_fn,
+            **options,
+        )
+        self._exports = Exports(self._store, checkpoint_name)
+        if recipes and self._world.rank == 0:
+            self._start(recipes, options.get("storage_options"), task_options or {})
+
+    def _start(
+        self, recipes: tuple[Recipe, ...], storage_options: Mapping[str, Any] | None, task_options: Mapping[str, Any]
+    ) -> None:
+        try:
+            place = find_place(task_options)
+        except BaseException:
+            super().close()
+            raise
+        self._exporter = Exporter(self._store, self._name, storage_options, recipes, place)
+        self._exporter.wake()
+
+    # ---- what there is -----------------------------------------------------------------------------------------
+
+    @property
+    def modules_to_export(self) -> dict[str, nn.Module | Export]:
+        """What is exported, by name."""
+        return dict(self._modules)
+
+    @property
+    def exports(self) -> list[str]:
+        """Paths of the exports of active and preserved checkpoints, by number, read from storage."""
+        return self._exports.paths()
+
+    @property
+    def latest_export(self) -> str | None:
+        """The path of the export with the highest number, read from storage, or None."""
+        return self._exports.latest()
+
+    @property
+    def savedmodels(self) -> list[str]:
+        """TensorFlow's name for ``exports``."""
+        return self.exports
+
+    @property
+    def latest_savedmodel(self) -> str | None:
+        """TensorFlow's name for ``latest_export``."""
+        return self.latest_export
+
+    def get_existing_savedmodels(self) -> list[str]:
+        """The same as ``exports``: there are no others, since an export goes with its checkpoint."""
+        return self.exports
+
+    def get_savedmodel_number_from_path(self, savedmodel_path: PathLike) -> int | None:
+        """The number of the checkpoint that was exported to this path; None if it is no export of this name.
+
+        0 is a number, and a slash at the end does no harm.
+        """
+        return export_number(savedmodel_path, self._name)
+
+    def wait_for_new_savedmodel(
+        self, last_savedmodel: PathLike | None = None, seconds_to_sleep: float = 1.0, timeout: float | None = None
+    ) -> str | None:
+        """The export that comes next after ``last_savedmodel`` by number, or None after ``timeout`` seconds.
+
+        As ``distckpt.wait_for_new_export``: it looks at least once (TensorFlow's gives up before it looks), and raises
+        ValueError for a last path that is not an export's (TensorFlow's fails to compare it).
+        """
+        return self._exports.wait(last_savedmodel, seconds_to_sleep, timeout)
+
+    def savedmodels_iterator(
+        self,
+        min_interval_secs: float = 0,
+        timeout: float | None = None,
+        timeout_fn: Callable[[], object] | None = None,
+    ) -> Iterator[str]:
+        """Yields exports by number, then each new one as it comes. As ``distckpt.exports_iterator``."""
+        return self._exports.iterator(min_interval_secs, timeout, timeout_fn)
+
+    wait_for_new_export = wait_for_new_savedmodel
+    exports_iterator = savedmodels_iterator
+    get_existing_exports = get_existing_savedmodels
+    get_export_number_from_path = get_savedmodel_number_from_path
+
+    # ---- what is done ------------------------------------------------------------------------------------------
+
+    def wait_for_exports(self, timeout: float | None = None) -> None:
+        """Return once every checkpoint saved so far has its export. Raises ExportError for one that could not be made.
+
+        Exports are rank 0's business: on the others it returns at once. TimeoutError after ``timeout`` seconds.
+        """
+        if self._exporter is not None:
+            self._settle()
+            self._exporter.wait(timeout)
+
+    def close(self) -> None:
+        """Wait for saves and exports under way and leave the run. Raises the first failure that nobody has collected."""
+        with contextlib.ExitStack() as after:
+            after.callback(super().close)
+            if self._exporter is not None:
+                after.callback(self._exporter.stop)
+                self.wait_for_exports()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is not None and self._exporter is not None:
+            self._exporter.stop()
+        super().__exit__(kind, error, trace)
+
+    def _begin(self, checkpoint_number: Any, check_interval: bool) -> PendingSave | None:
+        pending = super()._begin(checkpoint_number, check_interval)
+        if pending is not None and self._exporter is not None:
+            exporter = self._exporter
+            pending._future.add_done_callback(lambda _: exporter.wake())
+        return pending
+
+    def _restored(self, record: CheckpointRecord | None) -> CheckpointRecord | None:
+        if self._exporter is not None:
+            self._exporter.wake()
+        return super()._restored(record)

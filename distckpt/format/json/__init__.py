@@ -1,0 +1,1 @@
+"""Typed JSON objects with a checksum of their own."""

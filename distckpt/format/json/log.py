@@ -1,0 +1,118 @@
+"""The log: what an entry says, and the checkpoint state that the newest one holds whole."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Literal
+
+import msgspec
+
+from distckpt.errors import DamagedError
+from distckpt.format.json.manifest import MAX_MANIFEST_BYTES
+from distckpt.format.limits import MAX_BYTES, MAX_CRC32C, MAX_NUMBER, MAX_WORLD, shown
+from distckpt.format.names import is_attempt, is_name
+
+FORMAT = 1
+MAX_ENTRY_BYTES = 64 << 20
+MAX_ID_LENGTH = 256
+
+Kind = Literal["claim", "run", "commit", "retire", "forget", "pin", "metric"]
+
+
+class CheckpointRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One committed checkpoint. ``time`` is the commit, in epoch seconds; ``nbytes`` sums its shards."""
+
+    name: str
+    number: int
+    attempt: str
+    manifest_size: int
+    manifest_crc32c: int
+    time: float
+    world_size: int
+    nbytes: int
+    pinned: bool = False
+    metrics: dict[str, float] = {}
+
+
+class State(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Everything the log knows. ``active`` is in save order, oldest first; its last element is the newest checkpoint.
+
+    ``retiring`` are checkpoints that nobody may open any more and whose objects are being deleted; one with a manifest
+    size of 0 never was a checkpoint, its save failed.
+    ``run`` counts incarnations of the job; ``run_token`` names the current one. ``saves`` counts its saves up to the
+    newest that was committed: whatever of them is not committed by then never will be.
+    """
+
+    active: tuple[CheckpointRecord, ...] = ()
+    preserved: tuple[CheckpointRecord, ...] = ()
+    retiring: tuple[CheckpointRecord, ...] = ()
+    last_preserved_timestamp: float = 0.0
+    run: int = 0
+    run_token: str = ""
+    saves: int = 0
+
+
+class Entry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One log entry. ``commit_id`` is unique for ever, so a coordinator recognizes its own entry after a lost answer."""
+
+    format: int
+    seq: int
+    epoch: int
+    kind: Kind
+    time: float
+    commit_id: str
+    state: State
+
+
+def check_entry(entry: Entry, path: str) -> None:
+    """Whether a decoded entry makes sense, whoever wrote it. DamagedError with the first reason why not."""
+    for problem in _problems(entry):
+        raise DamagedError(path, problem)
+
+
+def _problems(entry: Entry) -> Iterator[str]:
+    state = entry.state
+    if entry.format != FORMAT:
+        yield f"format version {entry.format} inside version {FORMAT}"
+    counts = {"seq": entry.seq, "epoch": entry.epoch, "run": state.run, "saves": state.saves}
+    for name, count in counts.items():
+        if not 0 <= count <= MAX_NUMBER:
+            yield f"{name} {count} is out of bounds"
+    if not (math.isfinite(entry.time) and math.isfinite(state.last_preserved_timestamp)):
+        yield "a time in it is not a number"
+    if not 1 <= len(entry.commit_id) <= MAX_ID_LENGTH or len(state.run_token) > MAX_ID_LENGTH:
+        yield "its commit id or run token is empty or too long"
+    for record in (*state.active, *state.preserved, *state.retiring):
+        yield from _record_problems(record)
+    yield from _twice(state)
+
+
+def _record_problems(record: CheckpointRecord) -> Iterator[str]:
+    if not is_name(record.name):
+        yield f"{shown(record.name)} is not a checkpoint name"
+    if not is_attempt(record.attempt):
+        yield f"{shown(record.attempt)} is not an attempt id"
+    where = f"of checkpoint {record.name}-{record.number}"
+    if not 0 <= record.number <= MAX_NUMBER:
+        yield f"the number {where} is out of bounds"
+    if not (0 <= record.manifest_size <= MAX_MANIFEST_BYTES and 0 <= record.manifest_crc32c <= MAX_CRC32C):
+        yield f"manifest size or CRC32C {where} is out of bounds"
+    if not (1 <= record.world_size <= MAX_WORLD and 0 <= record.nbytes <= MAX_BYTES):
+        yield f"world size or bytes {where} are out of bounds"
+    if not all(map(math.isfinite, (record.time, *record.metrics.values()))):
+        yield f"time or a metric {where} is not a number"
+
+
+def _twice(state: State) -> Iterator[str]:
+    """A checkpoint may stand in several lists of one kind only: what is being deleted is in no other."""
+    for records in (state.active, state.preserved, state.retiring):
+        attempts = [record.attempt for record in records]
+        if len(set(attempts)) < len(attempts):
+            yield "it lists an attempt twice"
+    folders = [(record.name, record.number) for record in state.active]
+    if len(set(folders)) < len(folders):
+        yield "it lists two active checkpoints of the same name and number"
+    alive = {record.attempt for record in (*state.active, *state.preserved)}
+    if any(record.attempt in alive for record in state.retiring):
+        yield "it lists a checkpoint both as alive and as being deleted"

@@ -1,0 +1,1 @@
+"""The saved tree: its paths, keys and plain values."""

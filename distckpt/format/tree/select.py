@@ -1,0 +1,65 @@
+"""Choosing part of a saved tree by the text that people write: ``model``, ``optimizer.state``, ``loader@3``."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Collection, Iterable, Mapping
+
+from distckpt.format.tree.tree import DictStep, Path, RankStep, Step, decode_path
+
+
+def select_paths(paths: Mapping[str, str], selector: str, where: str) -> dict[str, Path]:
+    """The keys that ``selector`` means, each with its path below the selected place.
+
+    ``paths`` maps every key to its path as JSON text. The selector is a key, or what a key begins with up to a ``.``
+    or ``@``; a key of exactly that name is meant alone, and has an empty path. KeyError, naming keys that look like
+    it, if there is none. DamagedError, naming ``where``, for a text that is no path.
+    """
+    if selector in paths:
+        return {selector: ()}
+    begins = (f"{selector}.", f"{selector}@")
+    found = {key: path_below(decode_path(paths[key], where), selector) for key in paths if key.startswith(begins)}
+    chosen = {key: path for key, path in found.items() if path is not None}
+    if not chosen:
+        raise unknown_key(selector, paths, where)
+    return chosen
+
+
+def path_below(path: Path, selector: str) -> Path | None:
+    """What is left of ``path`` below the place that ``selector`` means; None if it is elsewhere.
+
+    A selector may end at a dot inside a step, since the names of parameters have dots: then the rest of that step
+    becomes the first one.
+    """
+    rest = selector
+    for at, step in enumerate(path):
+        text = _text(step, first=at == 0)
+        if not rest:
+            return path[at:]
+        if isinstance(step, DictStep) and text.startswith(f"{rest}."):
+            return (DictStep(text[len(rest) + 1 :]), *path[at + 1 :])
+        if not rest.startswith(text):
+            return None
+        rest = rest[len(text) :]
+    return None if rest else ()
+
+
+def unknown_key(key: str, known: Collection[str], where: str) -> KeyError:
+    """The error for a key that is not there; it names up to three that look like it."""
+    close = difflib.get_close_matches(key, _with_prefixes(known), n=3)
+    hint = f"; did you mean {' or '.join(map(repr, close))}?" if close else ""
+    return KeyError(f"{where} has no key {key!r}{hint}")
+
+
+def _with_prefixes(keys: Iterable[str]) -> list[str]:
+    found = dict.fromkeys(keys)
+    for key in list(found)[:10_000]:
+        top = key.replace("@", ".").partition(".")[0]
+        found.setdefault(top)
+    return list(found)[:20_000]
+
+
+def _text(step: Step, *, first: bool) -> str:
+    if isinstance(step, RankStep):
+        return f"@{step.rank}"
+    return str(step) if first else f".{step}"

@@ -1,0 +1,237 @@
+"""Reading checkpoints: whole or in part, on any machine, with nothing but access to the storage."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from distckpt.directory.locate import Located, locate, read_index
+from distckpt.directory.verify import Damage, Progress, VerifyReport, verify
+from distckpt.errors import CheckpointNotFoundError, DamagedError
+from distckpt.format import names
+from distckpt.format.arrow.dtypes import VALUE
+from distckpt.format.arrow.index import Index, KeyInfo
+from distckpt.format.json.manifest import Manifest
+from distckpt.format.tree.select import select_paths, unknown_key
+from distckpt.format.tree.tree import Path, decode_path, unflatten
+from distckpt.state_file import get_checkpoint_state
+from distckpt.storage import join, open_store
+from distckpt.watch import newest_committed
+
+if TYPE_CHECKING:
+    import torch  # imported late where it is needed: opening a checkpoint and verifying it do without
+    from typing_extensions import Self
+
+__all__ = [
+    "CheckpointReader",
+    "Damage",
+    "VerifyReport",
+    "checkpoint_exists",
+    "get_checkpoint_mtimes",
+    "latest_checkpoint",
+    "load",
+    "open",
+]
+
+logger = logging.getLogger(__name__)
+
+PathLike = str | os.PathLike[str]
+
+
+def open(path: PathLike, storage_options: Mapping[str, Any] | None = None) -> CheckpointReader:
+    """The checkpoint at ``path``, open for reading: ``<directory>/ckpt-42``, a directory (its newest), or a lone copy.
+
+    Raises CheckpointNotFoundError when nothing committed answers to the path, DamagedError when its manifest or index
+    is not what was written.
+    """
+    return CheckpointReader(locate(path, storage_options))
+
+
+def load(
+    path: PathLike,
+    select: str | Sequence[str] | None = None,
+    storage_options: Mapping[str, Any] | None = None,
+) -> Any:
+    """What was saved, as a tree of dicts, lists and tuples with CPU tensors and plain values; see CheckpointReader.load."""
+    with open(path, storage_options) as reader:
+        return reader.load(select)
+
+
+def latest_checkpoint(
+    checkpoint_dir: PathLike,
+    latest_filename: str | None = None,
+    *,
+    storage_options: Mapping[str, Any] | None = None,
+) -> str | None:
+    """The path of the newest committed checkpoint, or None if there is none (or no such directory).
+
+    It is what the log says, if the checkpoint's manifest is there. With a ``latest_filename`` other than "checkpoint"
+    it is what that state file says, as in TensorFlow. DamagedError if there is a log of which no entry can be read.
+    """
+    if latest_filename not in (None, names.STATE_FILE):
+        return _latest_of_state_file(checkpoint_dir, latest_filename, storage_options)
+    store = open_store(checkpoint_dir, storage_options)
+    record = newest_committed(store)
+    return None if record is None else join(store.url, names.checkpoint_folder(record.name, record.number))
+
+
+def _latest_of_state_file(
+    checkpoint_dir: PathLike, latest_filename: str | None, storage_options: Mapping[str, Any] | None
+) -> str | None:
+    state = get_checkpoint_state(checkpoint_dir, latest_filename, storage_options=storage_options)
+    if state is None:
+        return None
+    if _committed_at(state.model_checkpoint_path, storage_options) is None:
+        logger.error("%s names a checkpoint that cannot be opened: %s", latest_filename, state.model_checkpoint_path)
+        return None
+    return state.model_checkpoint_path
+
+
+def checkpoint_exists(checkpoint_prefix: PathLike, *, storage_options: Mapping[str, Any] | None = None) -> bool:
+    """Whether a committed checkpoint answers to this path and its manifest is what was written.
+
+    One that is being retired does not exist any more, and an unfinished save not yet. A path is no pattern here.
+    """
+    return _committed_at(checkpoint_prefix, storage_options) is not None
+
+
+def get_checkpoint_mtimes(
+    checkpoint_prefixes: Sequence[PathLike], *, storage_options: Mapping[str, Any] | None = None
+) -> list[float | None]:
+    """When each of these checkpoints was saved, in epoch seconds.
+
+    None for a path to which ``checkpoint_exists`` says no; TensorFlow leaves those out, so that nobody knows which is
+    which.
+    """
+    found = [_committed_at(path, storage_options) for path in checkpoint_prefixes]
+    return [None if where is None else where.manifest.time for where in found]
+
+
+def _committed_at(path: PathLike, storage_options: Mapping[str, Any] | None) -> Located | None:
+    try:
+        return locate(path, storage_options)
+    except CheckpointNotFoundError:
+        return None
+    except DamagedError as error:
+        logger.warning("taken for no checkpoint: %s", error)
+        return None
+
+
+class CheckpointReader:
+    """One committed checkpoint. Its manifest and index have been read and checked; tensors are read when asked for.
+
+    Safe to use from several threads. Every byte that comes out has been checked against its CRC32C: DamagedError,
+    naming shard and key, for what is not as it was written.
+    """
+
+    def __init__(self, where: Located) -> None:
+        self._where = where
+        self._opened: Index | None = read_index(where)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"<CheckpointReader {self.path}>"
+
+    def close(self) -> None:
+        """Let go of the index. Closing twice does no harm; reading after it raises ValueError."""
+        self._opened = None
+
+    @property
+    def path(self) -> str:
+        """``<directory>/<name>-<number>``."""
+        return self._where.path
+
+    @property
+    def manifest(self) -> Manifest:
+        """Name, number, attempt, time and world size of the save, and its shards."""
+        return self._where.manifest
+
+    @property
+    def _index(self) -> Index:
+        if self._opened is None:
+            raise ValueError(f"{self.path} has been closed")
+        return self._opened
+
+    def keys(self) -> list[str]:
+        """The keys of all tensors and plain values, in the order in which they were written."""
+        return list(self._index.names)
+
+    def info(self, key: str) -> KeyInfo:
+        """Type, shape, size in bytes, and the ranks that wrote it. KeyError, naming similar keys, if there is none."""
+        if key not in self._index:
+            raise unknown_key(key, self._index.names, self.path)
+        return self._index.info(key)
+
+    def tensor(self, key: str) -> torch.Tensor:
+        """The whole tensor, of its global shape, on the CPU. KeyError for an unknown key, ValueError for a value's."""
+        if self.info(key).dtype == VALUE:
+            raise ValueError(f"{key!r} of {self.path} is a plain value: read it with value()")
+        tensor: torch.Tensor = self._read([key])[key]
+        return tensor
+
+    def value(self, key: str) -> Any:
+        """The plain value. KeyError for an unknown key, ValueError for a tensor's."""
+        if self.info(key).dtype != VALUE:
+            raise ValueError(f"{key!r} of {self.path} is a tensor: read it with tensor()")
+        return self._read([key])[key]
+
+    def load(self, select: str | Sequence[str] | None = None) -> Any:
+        """What was saved, as a tree of dicts, lists and tuples with CPU tensors and plain values.
+
+        State of single ranks comes as a list ordered by rank. ``select`` is a key, or what keys begin with up to a
+        ``.`` or ``@``: then only what is below that place is read and returned, so that
+        ``model.load_state_dict(reader.load("model"))`` works. Several make a dict from each to what is below it.
+        KeyError, naming similar keys, if there is no such place.
+        """
+        texts = dict(zip(self._index.names, self._index.paths, strict=True))
+        if select is None:
+            paths = {key: decode_path(text, self.path) for key, text in texts.items()}
+            return self._tree(paths, self._read(paths))
+        if isinstance(select, str):
+            paths = select_paths(texts, select, self.path)
+            return self._tree(paths, self._read(paths))
+        parts = {selector: select_paths(texts, selector, self.path) for selector in select}
+        leaves = self._read(dict.fromkeys(key for paths in parts.values() for key in paths))
+        return {selector: self._tree(paths, leaves) for selector, paths in parts.items()}
+
+    def verify(self, progress: Progress | None = None) -> VerifyReport:
+        """Read every byte of the checkpoint again and report all that is not as it was written.
+
+        Checks manifest, index, and of each shard: size, CRC32C of the whole and of every block, and that what Arrow
+        finds in it is what the index says. ``progress`` is called with the bytes done and the bytes there are.
+        """
+        return verify(self._where, self._index, progress)
+
+    def _tree(self, paths: Mapping[str, Path], leaves: Mapping[str, Any]) -> Any:
+        try:
+            return unflatten((path, leaves[key]) for key, path in paths.items())
+        except ValueError as error:
+            raise DamagedError(self.path, f"its keys do not make a tree: {error}") from error
+
+    def _read(self, keys: Iterable[str]) -> dict[str, Any]:
+        from distckpt.state.tensors import read_values  # it imports torch
+
+        index = self._index
+        infos = [index.info(key) for key in keys]
+        values = read_values(self._where, index, [info.key for info in infos if info.dtype == VALUE])
+        return {**values, **self._read_tensors([info for info in infos if info.dtype != VALUE])}
+
+    def _read_tensors(self, infos: Sequence[KeyInfo]) -> dict[str, torch.Tensor]:
+        import torch
+
+        from distckpt.sharding.chunks import dtype_from_name
+        from distckpt.state.tensors import read_tensors
+
+        tensors = {info.key: torch.empty(info.shape, dtype=dtype_from_name(info.dtype)) for info in infos}
+        read_tensors(self._where, self._index, {key: [tensor] for key, tensor in tensors.items()})
+        return tensors

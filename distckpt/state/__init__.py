@@ -1,0 +1,1 @@
+"""Live objects to rows and back."""

@@ -1,0 +1,71 @@
+"""Bytes of a checkpoint into tensors: straight into their memory where layout and dtype allow, else through a copy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from distckpt.directory.locate import Located
+from distckpt.errors import DamagedError
+from distckpt.format.arrow.index import Index
+from distckpt.format.tree.values import decode_value
+from distckpt.sharding.chunks import Piece, dtype_from_name, pieces
+from distckpt.sharding.match import Wanted, match
+from distckpt.transfer.reader import ReadStats, read_transfers
+
+
+def read_tensors(where: Located, index: Index, targets: Mapping[str, Sequence[torch.Tensor]]) -> ReadStats:
+    """Fill every target with its part of the saved tensor of that key; all bytes checked before the return.
+
+    Targets have the saved global shape; a DTensor takes what this rank holds of it. Another dtype is converted as
+    ``copy_`` does, another device is copied to. DamagedError names shard and key; the targets then hold anything.
+    """
+    wanted: list[Wanted] = []
+    memory: list[memoryview] = []
+    finish: list[Callable[[], object]] = []
+    for key, tensors in targets.items():
+        dtype = dtype_from_name(index.layout(key)[0])
+        for piece in _distinct(tensors):
+            landing = piece.local if _is_plain(piece.local, dtype) else torch.empty(piece.length, dtype=dtype)
+            if landing is not piece.local:
+                finish.append(lambda piece=piece, landing=landing: piece.local.copy_(landing))  # type: ignore[misc]
+            wanted.append(Wanted(key, piece.offset, piece.length))
+            memory.append(_bytes_of(landing))
+    stats = _read(where, index, wanted, memory)
+    for step in finish:
+        step()
+    return stats
+
+
+def read_values(where: Located, index: Index, keys: Iterable[str]) -> dict[str, Any]:
+    """The plain values of these keys. DamagedError names shard and key."""
+    wanted = [Wanted(key, (), ()) for key in keys]
+    memory = [memoryview(bytearray(index.info(one.key).nbytes)) for one in wanted]
+    _read(where, index, wanted, memory)
+    return {one.key: decode_value(data, where.path, one.key) for one, data in zip(wanted, memory, strict=True)}
+
+
+def _read(where: Located, index: Index, wanted: Sequence[Wanted], memory: Sequence[memoryview]) -> ReadStats:
+    transfers = match(index, wanted)
+    if transfers.uncovered:
+        key = transfers.keys[transfers.uncovered[0]]
+        raise DamagedError(where.path, "the index does not cover the whole of it", key)
+    return read_transfers(where.store, where.folder, index, transfers, memory)
+
+
+def _distinct(tensors: Sequence[torch.Tensor]) -> Iterable[Piece]:
+    for tensor in tensors:
+        yield from pieces(tensor)
+
+
+def _is_plain(local: torch.Tensor, dtype: torch.dtype) -> bool:
+    return local.device.type == "cpu" and local.dtype == dtype and local.is_contiguous()
+
+
+def _bytes_of(tensor: torch.Tensor) -> memoryview:
+    # Bytes rather than elements: NumPy knows neither bfloat16 nor float8.
+    flat = tensor.detach().reshape(-1).view(torch.uint8) if tensor.numel() else torch.empty(0, dtype=torch.uint8)
+    array: Any = flat.numpy()
+    return memoryview(array)

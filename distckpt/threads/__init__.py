@@ -1,0 +1,1 @@
+"""Threads that stop together: TensorFlow's Coordinator and LooperThread."""

@@ -1,0 +1,1 @@
+"""What needs a training loop: hooks, sessions, agreements, quantization."""

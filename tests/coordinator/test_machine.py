@@ -1,0 +1,696 @@
+"""The coordinator's machine, one behaviour a test: the log, runs, and what belongs to no other part."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import sys
+import time
+from typing import cast
+
+import pytest
+
+from distckpt.coordinator.machine import machine as machine_module
+from distckpt.coordinator.machine.actions import (
+    Append,
+    Appended,
+    AppendUnknown,
+    Asked,
+    CollectGarbage,
+    Delete,
+    Forgotten,
+    NameTaken,
+    PlanMade,
+    Publish,
+    ReadTail,
+    Seal,
+    Sealed,
+    StepFailed,
+    Stop,
+    TailRead,
+    Tick,
+)
+from distckpt.coordinator.machine.ledger import FIRST_RETRY
+from distckpt.coordinator.messages import (
+    Accepted,
+    AwaitPlan,
+    Describe,
+    Fail,
+    Heartbeat,
+    Join,
+    Joined,
+    Leave,
+    OpenRun,
+    Restored,
+    RestoreRound,
+    Retention,
+    RunOpened,
+    Status,
+    StatusReply,
+    Unknown,
+)
+from distckpt.errors import (
+    CoordinatorError,
+    CoordinatorUnavailableError,
+    DamagedError,
+    FencedError,
+    RestoreError,
+    SaveError,
+    StaleRunError,
+)
+from distckpt.format.json.log import CheckpointRecord, Entry, State
+from distckpt.format.names import attempt_age, is_attempt
+from tests.support.driving import (
+    DIRECTORY,
+    TIMEOUT,
+    Driver,
+    attempt_of,
+    foreign,
+    kinds,
+    last,
+    opening,
+    receipt,
+    record,
+    refusal,
+    saved_three,
+    simulated_plan,
+)
+
+# ---- purity ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_machine_and_its_parts_import_nothing_impure():
+    allowed = {
+        "__future__", "array", "ast", "collections", "dataclasses", "distckpt", "hashlib", "itertools", "msgspec", "typing",
+    }  # fmt: skip
+    parts = [
+        "commits",
+        "desk",
+        "keeping",
+        "ledger",
+        "machine",
+        "plans",
+        "records",
+        "restores",
+        "retention",
+        "roundbook",
+        "rounds",
+        "runs",
+        "saves",
+    ]
+    for part in parts:
+        path = inspect.getfile(machine_module).replace("machine.py", f"{part}.py")
+        with open(path) as source:
+            tree = ast.parse(source.read())
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Import):
+                assert {name.name.split(".")[0] for name in node.names} <= allowed, path
+            if isinstance(node, ast.ImportFrom):
+                assert node.module.split(".")[0] in allowed, path
+                if node.module.startswith("distckpt."):
+                    assert node.module.split(".")[1] in {"coordinator", "errors", "format"}, path
+
+
+def test_the_same_events_give_the_same_actions():
+    one, two = Driver(), Driver()
+    for driver in (one, two):
+        driver.lead()
+        run = driver.open(2)
+        driver.save(run, 2, 1, 10)
+    assert one.log == two.log
+
+
+def test_ids_are_attempt_ids_and_sort_by_age():
+    driver = Driver().lead()
+    run = driver.open()
+    attempts = [driver.save(run, 1, order, order).attempt for order in range(1, 20)]
+    assert all(is_attempt(attempt) for attempt in attempts)
+    assert sorted(attempts, key=attempt_age) == attempts
+    other = driver.restarted("b")
+    run = other.open()
+    assert attempt_age(other.save(run, 1, 20, 20).attempt) > attempt_age(attempts[-1])
+
+
+# ---- claiming --------------------------------------------------------------------------------------------------------
+
+
+def test_the_first_step_reads_the_tail_and_claims_epoch_one_of_a_fresh_directory():
+    driver = Driver()
+    driver.feed(Tick())
+    driver.take(ReadTail)
+    driver.feed(TailRead(0, None))
+    entry = driver.take(Append).entry
+    assert (entry.seq, entry.epoch, entry.kind) == (1, 1, "claim")
+    assert entry.state == State(last_preserved_timestamp=driver.now - 1.0)
+
+
+def test_the_next_coordinator_claims_the_next_epoch_with_the_whole_state():
+    driver = Driver().lead()
+    run = driver.open()
+    driver.save(run, 1, 1, 7)
+    other = driver.restarted("b")
+    assert (other.machine.epoch, last(other).kind) == (2, "claim")
+    assert other.machine.state == driver.machine.state
+
+
+def test_requests_before_the_claim_are_served_after_it():
+    driver = Driver()
+    status = driver.ask(Status())
+    opened = driver.ask(OpenRun("job", 0, 1, "h", "ckpt", Retention(), TIMEOUT))
+    assert driver.replies == {}
+    driver.settle()
+    assert cast(StatusReply, driver.replies[status]).epoch == 1
+    assert cast(RunOpened, driver.replies[opened]).run == 1
+
+
+def test_a_claim_that_finds_another_entry_reads_the_tail_again():
+    driver = Driver()
+    driver.feed(Tick())
+    driver.take(ReadTail)
+    driver.feed(TailRead(0, None))
+    entry = driver.take(Append).entry
+    rival = foreign(entry, 1)
+    driver.feed(NameTaken(entry, rival, 1))
+    driver.take(ReadTail)
+    driver.feed(TailRead(1, rival))
+    again = driver.take(Append).entry
+    assert (again.seq, again.epoch) == (2, 2)
+    assert again.commit_id != entry.commit_id
+
+
+def test_a_lost_acknowledgement_of_the_claim_is_a_win():
+    driver = Driver()
+    driver.feed(Tick())
+    driver.take(ReadTail)
+    driver.feed(TailRead(0, None))
+    entry = driver.take(Append).entry
+    driver.feed(NameTaken(entry, entry, 1))
+    assert driver.machine.leading
+
+
+def test_a_claim_below_the_newest_number_does_not_count():
+    driver = Driver()
+    driver.feed(Tick())
+    driver.take(ReadTail)
+    driver.feed(TailRead(0, None))
+    entry = driver.take(Append).entry
+    driver.feed(Appended(entry, 50))
+    assert not driver.machine.leading
+    assert driver.has(Stop)
+
+
+def test_unreadable_newest_entries_raise_the_epoch_and_stop_garbage_collection():
+    driver = Driver()
+    driver.feed(Tick())
+    driver.take(ReadTail)
+    entry = Entry(1, 7, 3, "commit", 1.0, "c", State())
+    driver.feed(TailRead(9, entry))
+    claim = driver.take(Append)
+    assert (claim.entry.seq, claim.entry.epoch) == (10, 6)
+    driver.perform(claim)
+    driver.open()
+    assert not any(isinstance(action, CollectGarbage) for action in driver.done)
+
+
+def test_a_log_without_any_readable_entry_is_not_claimed():
+    driver = Driver()
+    ticket = driver.ask(Status())
+    driver.take(ReadTail)
+    driver.feed(TailRead(4, None))
+    assert isinstance(refusal(driver.replies[ticket]), DamagedError)
+    assert not driver.has(Append)
+    driver.take(Stop)
+
+
+def test_leading_publishes_and_deletes_what_was_retiring():
+    driver = Driver()
+    retiring = record(3, attempt_of(1, 1))
+    driver.log[5] = Entry(1, 5, 1, "retire", 1.0, "c", State(retiring=(retiring,)))
+    driver.lead()
+    assert Delete((retiring,)) in driver.done
+    assert kinds(driver) == ["retire", "claim", "forget"]
+    assert driver.machine.state.retiring == ()
+    assert any(isinstance(action, Publish) for action in driver.done)
+
+
+# ---- rolling forward -------------------------------------------------------------------------------------------------
+
+
+def claimed(state: State, *complete: CheckpointRecord) -> State:
+    driver = Driver()
+    driver.log[5] = Entry(1, 5, 2, "commit", 1.0, "c", state)
+    driver.complete = complete
+    driver.lead()
+    return driver.log[6].state
+
+
+def test_a_complete_attempt_is_rolled_forward_by_the_claim():
+    old, new = record(1, attempt_of(2, 1)), record(2, attempt_of(2, 2))
+    assert claimed(State(active=(old,)), new).active == (old, new)
+
+
+def test_rolling_forward_follows_age_and_replaces_the_same_number():
+    old = record(1, attempt_of(2, 1))
+    first, second = record(9, attempt_of(2, 2), 900.0), record(1, attempt_of(2, 3), 5.0)
+    state = claimed(State(active=(old,)), second, first)
+    assert (state.active, state.retiring) == ((first, second), (old,))
+
+
+def test_a_save_that_was_passed_over_does_not_come_back():
+    passed, newest = record(1, attempt_of(2, 1), 900.0), record(2, attempt_of(2, 2), 100.0)
+    assert claimed(State(active=(newest,)), passed).active == (newest,)
+
+
+def test_what_is_retiring_does_not_come_back():
+    gone = record(1, attempt_of(2, 9))
+    assert gone not in claimed(State(retiring=(gone,)), gone).active
+
+
+# ---- appending -------------------------------------------------------------------------------------------------------
+
+
+def test_one_append_is_in_flight_and_each_is_built_from_the_state_at_that_moment():
+    driver = Driver().lead()
+    first, entry = opening(driver)
+    second = driver.ask(OpenRun("job2", 0, 1, "h", "ckpt", Retention(), TIMEOUT))
+    assert not driver.has(Append)
+    driver.perform(Append(entry))
+    follower = driver.take(Append).entry
+    assert (follower.seq, follower.state.run) == (entry.seq + 1, 2)
+    driver.perform(Append(follower))
+    assert cast(RunOpened, driver.replies[first]).run == 1
+    assert cast(RunOpened, driver.replies[second]).run == 2
+
+
+def test_an_append_below_the_newest_number_fences():
+    driver = Driver().lead()
+    ticket, entry = opening(driver)
+    driver.feed(Appended(entry, entry.seq + 1))
+    assert isinstance(refusal(driver.replies[ticket]), FencedError)
+    assert driver.take(Stop).reason.startswith("FencedError")
+
+
+def test_a_foreign_entry_at_our_number_fences_for_ever():
+    driver = Driver().lead()
+    driver.open()
+    held = driver.ask(RestoreRound(1, 0, "0", None, "", ""))
+    ticket, entry = opening(driver, "other")
+    driver.feed(NameTaken(entry, foreign(entry, 9), entry.seq))
+    error = refusal(driver.replies[ticket])
+    assert isinstance(error, FencedError)
+    assert (error.epoch, error.newer, error.directory) == (1, 9, DIRECTORY)
+    assert held in driver.replies
+    for request in (Status(), Heartbeat(1, 0), OpenRun("t", 0, 1, "h", "ckpt", Retention(), TIMEOUT)):
+        assert isinstance(refusal(driver.answer(request)), FencedError)
+    driver.feed(Appended(entry, entry.seq))
+    assert driver.machine.next_deadline() is None
+
+
+def test_an_unreadable_entry_at_our_number_fences():
+    driver = Driver().lead()
+    ticket, entry = opening(driver)
+    driver.feed(NameTaken(entry, None, entry.seq))
+    assert isinstance(refusal(driver.replies[ticket]), FencedError)
+
+
+def test_a_lost_acknowledgement_is_a_win():
+    driver = Driver().lead()
+    ticket, entry = opening(driver)
+    driver.feed(NameTaken(entry, entry, entry.seq))
+    assert cast(RunOpened, driver.replies[ticket]).run == 1
+
+
+def test_a_lost_acknowledgement_below_the_newest_number_is_none():
+    driver = Driver().lead()
+    ticket, entry = opening(driver)
+    driver.feed(NameTaken(entry, entry, entry.seq + 3))
+    assert isinstance(refusal(driver.replies[ticket]), FencedError)
+
+
+def test_after_an_unknown_outcome_the_same_entry_is_appended_again_and_nothing_else():
+    driver = Driver().lead()
+    ticket, entry = opening(driver)
+    driver.ask(OpenRun("another", 0, 1, "h", "ckpt", Retention(), TIMEOUT))
+    for _ in range(4):
+        driver.feed(AppendUnknown(entry, "timeout"))
+        assert driver.pending == []
+        driver.wait(driver.machine.next_deadline() - driver.mono)
+        assert driver.take(Append).entry is entry
+    driver.feed(NameTaken(entry, entry, entry.seq))
+    assert cast(RunOpened, driver.replies[ticket]).run == 1
+
+
+def test_retries_back_off_and_start_over():
+    driver = Driver().lead()
+    _, entry = opening(driver)
+    waits = []
+    for _ in range(8):
+        driver.feed(AppendUnknown(entry, "timeout"))
+        waits.append(driver.machine.next_deadline() - driver.mono)
+        driver.wait(waits[-1])
+        driver.take(Append)
+    assert waits[0] == FIRST_RETRY
+    assert waits == sorted(waits)
+    assert waits[-1] == 10.0
+
+
+def test_a_listing_that_does_not_show_our_own_entry_is_no_answer():
+    driver = Driver().lead()
+    ticket, entry = opening(driver)
+    driver.feed(Appended(entry, entry.seq - 1))
+    assert ticket not in driver.replies
+    driver.wait(1.0)
+    assert driver.take(Append).entry is entry
+
+
+@pytest.mark.parametrize("late", [Appended, NameTaken, AppendUnknown])
+def test_late_and_repeated_answers_to_an_append_change_nothing(late):
+    driver = Driver().lead()
+    _, entry = opening(driver)
+    driver.perform(Append(entry))
+    _, following = opening(driver, "job2")
+    event = {
+        Appended: lambda: Appended(entry, entry.seq),
+        NameTaken: lambda: NameTaken(entry, foreign(entry, 9), entry.seq + 1),
+        AppendUnknown: lambda: AppendUnknown(entry, "late"),
+    }[late]()
+    driver.feed(event)
+    assert driver.machine.state == entry.state
+    driver.perform(Append(following))
+    assert driver.machine.state.run == 2
+    assert not driver.has(Stop)
+
+
+# ---- runs ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_new_token_begins_a_run_and_all_its_ranks_share_it():
+    driver = Driver().lead()
+    assert driver.open(3) == 1
+    assert kinds(driver) == ["claim", "run"]
+    assert last(driver).state.run_token == "job"
+
+
+def test_the_same_token_gets_the_same_run_also_after_a_restart():
+    driver = Driver().lead()
+    assert driver.open(2) == driver.open(2) == 1
+    other = driver.restarted("b")
+    assert other.open(2, run=1) == other.open(2) == 1
+    assert kinds(other) == ["claim", "run", "claim"]
+
+
+def test_a_new_run_opens_with_what_is_on_storage():
+    driver = Driver().lead()
+    saved = driver.save(driver.open(), 1, 1, 7)
+    reply = driver.settled(OpenRun("job2", 0, 1, "h", "ckpt", Retention(), TIMEOUT))
+    assert reply == RunOpened(2, 1, (saved,))
+
+
+def test_an_older_run_is_refused_everything():
+    driver = Driver().lead()
+    driver.open()
+    driver.open(token="job2")
+    for request in (
+        Join(1, 0, "1", 5, "d"), Describe(1, 0, "a", "d", b""), AwaitPlan(1, 0, "a"), receipt(1, 0, "a", 1),
+        Fail(1, 0, "a", "x"), RestoreRound(1, 0, "0", None), Heartbeat(1, 0), Leave(1, 0),
+    ):  # fmt: skip
+        error = refusal(driver.answer(request))
+        assert isinstance(error, StaleRunError)
+        assert (error.run, error.newer) == (1, 2)
+
+
+def test_a_superseded_token_does_not_come_back_to_life():
+    driver = Driver().lead()
+    driver.open()
+    driver.open(token="job2")
+    reply = driver.settled(OpenRun("job", 0, 1, "h", "ckpt", Retention(), TIMEOUT))
+    assert isinstance(refusal(reply), StaleRunError)
+    assert driver.machine.state.run == 2
+
+
+def test_a_superseded_run_that_reports_to_a_new_coordinator_is_stale():
+    driver = Driver().lead()
+    driver.open()
+    driver.open(token="job2")
+    other = driver.restarted("b")
+    reply = other.settled(OpenRun("job", 0, 1, "h", "ckpt", Retention(), TIMEOUT, run=1))
+    assert isinstance(refusal(reply), StaleRunError)
+
+
+def test_a_new_run_number_is_larger_than_any_that_a_process_has_seen():
+    driver = Driver().lead()
+    assert driver.open(run=41) == 42
+
+
+def test_ranks_are_unknown_after_a_restart_until_they_report_again():
+    driver = Driver().lead()
+    run = driver.open(2)
+    other = driver.restarted("b")
+    assert other.answer(Heartbeat(run, 0)) == Unknown()
+    other.open(2, run=run, ranks=[0])
+    assert other.answer(Heartbeat(run, 0)) == Accepted()
+    assert other.answer(Heartbeat(run, 1)) == Unknown()
+    assert other.answer(Heartbeat(run + 1, 0)) == Unknown()
+
+
+def test_ranks_that_disagree_on_the_world_or_the_name_are_told_so():
+    driver = Driver().lead()
+    driver.open(2)
+    for world, name in ((3, "ckpt"), (2, "model")):
+        error = refusal(driver.answer(OpenRun("job", 1, world, "h", name, Retention(), TIMEOUT)))
+        assert type(error) is CoordinatorError
+        assert "rank 1" in str(error)
+
+
+@pytest.mark.parametrize("rank", [-1, 2])
+def test_a_rank_outside_the_world_is_refused(rank):
+    driver = Driver().lead()
+    reply = driver.settled(OpenRun("job", rank, 2, "h", "ckpt", Retention(), TIMEOUT))
+    assert type(refusal(reply)) is CoordinatorError
+    assert driver.machine.state.run == 0
+
+
+def test_a_new_run_ends_what_the_old_one_had_in_flight():
+    driver = Driver().lead()
+    run = driver.open(2)
+    planned = driver.plan(run, 2, 1, 5)
+    save = driver.ask(receipt(run, 0, planned[0][0], len(planned[0][1].rows) // 4))
+    restore = driver.ask(RestoreRound(run, 0, "0", None))
+    driver.open(2, "job2")
+    assert isinstance(refusal(driver.replies[save]), StaleRunError)
+    assert driver.replies[restore] == Restored(None)
+    assert cast(StatusReply, driver.answer(Status())).waiting == {}
+
+
+def test_a_restore_that_fails_on_one_rank_fails_for_all():
+    driver, run, saved = saved_three()
+    waits = driver.ask(RestoreRound(run, 0, "r", None, saved[2].attempt))
+    failed = driver.answer(RestoreRound(run, 1, "r", None, saved[2].attempt, failed="MismatchError: no key 'w'"))
+    for reply in (failed, driver.replies[waits]):
+        assert isinstance(refusal(reply), RestoreError)
+        assert "rank 1" in str(refusal(reply))
+        assert "no key 'w'" in str(refusal(reply))
+    assert cast(StatusReply, driver.answer(Status())).waiting == {}
+
+
+def test_a_sealed_save_of_an_old_run_is_not_committed_after_the_new_run():
+    driver = Driver().lead()
+    run = driver.open()
+    tickets = driver.land(run, driver.plan(run, 1, 1, 5))
+    seal = driver.take(Seal)
+    _, entry = opening(driver, "job2")
+    driver.perform(seal)
+    driver.perform(Append(entry))
+    driver.settle()
+    assert isinstance(refusal(driver.replies[tickets[0]]), StaleRunError)
+    assert "commit" not in kinds(driver)
+
+
+# ---- the rest --------------------------------------------------------------------------------------------------------
+
+
+def test_status_says_what_is_there_and_who_is_awaited():
+    driver, run, saved = saved_three()
+    planned = driver.plan(run, 2, 4, 40)
+    driver.land(run, {1: planned[1]})
+    driver.answer(RestoreRound(run, 0, "0", None))
+    status = cast(StatusReply, driver.answer(Status()))
+    assert (status.epoch, status.run, status.seq) == (1, 1, max(driver.log))
+    assert status.checkpoints == tuple(saved)
+    assert status.waiting == {planned[0][0]: (0,), saved[2].attempt: (0, 1)}
+
+
+def test_a_forgotten_ticket_is_not_answered():
+    driver = Driver().lead()
+    run = driver.open(2)
+    planned = driver.plan(run, 2, 1, 5)
+    ticket = driver.land(run, {0: planned[0]})[0]
+    driver.feed(Forgotten(ticket))
+    driver.feed(Forgotten(ticket))
+    driver.land(run, {1: planned[1]})
+    driver.settle()
+    assert ticket not in driver.replies
+    early = Driver()
+    ticket = early.ask(Status())
+    early.feed(Forgotten(ticket))
+    early.lead()
+    assert ticket not in early.replies
+
+
+def test_an_idle_coordinator_stops_but_never_with_work_in_flight():
+    driver = Driver(idle_timeout=100.0).lead()
+    run = driver.open()
+    driver.join(run, 0, 1, 5)
+    driver.wait(29.0)
+    driver.answer(Heartbeat(run, 0))
+    assert driver.machine.next_deadline() == pytest.approx(driver.mono + 1.0)
+    driver.wait(1.0)
+    driver.settle()
+    assert driver.machine.next_deadline() == pytest.approx(driver.mono + 99.0)
+    driver.wait(98.0)
+    assert not driver.has(Stop)
+    driver.wait(1.0)
+    assert driver.take(Stop) == Stop("idle")
+    assert isinstance(refusal(driver.answer(Status())), CoordinatorUnavailableError)
+
+
+def test_a_coordinator_that_every_rank_has_left_stops_soon_but_does_what_is_to_be_done_first():
+    driver = Driver(idle_timeout=100.0).lead()
+    run = driver.open(2, retention=Retention(1))
+    driver.save(run, 2, 1, 5)
+    driver.land(run, driver.plan(run, 2, 2, 6))
+    driver.answer(Leave(run, 0))
+    driver.wait(50.0)
+    assert not driver.has(Stop), "one rank is left"
+    driver.answer(Leave(run, 1))
+    driver.wait(50.0)
+    assert not driver.has(Stop), "a checkpoint is to be committed, and one to be deleted"
+    driver.settle()
+    assert driver.done[-1] == Stop("idle")
+    assert [one.number for one in driver.machine.state.active] == [6]
+    assert driver.machine.state.retiring == ()
+
+
+def test_a_coordinator_that_every_rank_has_left_serves_a_run_that_begins_at_once():
+    driver = Driver(idle_timeout=100.0).lead()
+    driver.answer(Leave(driver.open(), 0))
+    driver.wait(4.0)
+    driver.open(token="next")
+    driver.wait(99.0)
+    assert not driver.has(Stop)
+    driver.wait(1.0)
+    assert driver.has(Stop)
+
+
+def test_an_unfinished_append_keeps_an_idle_coordinator_alive():
+    driver = Driver(idle_timeout=5.0).lead()
+    _, entry = opening(driver)
+    driver.wait(50.0)
+    assert not driver.has(Stop)
+    driver.perform(Append(entry))
+    assert driver.has(Stop)
+
+
+def test_when_every_rank_has_left_unfinished_saves_end():
+    driver = Driver().lead()
+    run = driver.open(2)
+    planned = driver.plan(run, 2, 1, 5)
+    ticket = driver.land(run, {0: planned[0]})[0]
+    assert driver.answer(Leave(run, 0)) == Accepted()
+    assert driver.answer(Leave(run, 0)) == Accepted()
+    assert ticket not in driver.replies
+    driver.answer(Leave(run, 1))
+    assert isinstance(refusal(driver.replies[ticket]), SaveError)
+
+
+def test_a_rank_that_speaks_again_has_not_left():
+    driver = Driver().lead()
+    run = driver.open(2)
+    driver.answer(Leave(run, 0))
+    driver.join(run, 0, 1, 5)
+    driver.answer(Leave(run, 1))
+    assert isinstance(driver.join(run, 1, 1, 5), Joined)
+
+
+def test_a_sealed_save_is_committed_though_every_rank_has_left():
+    driver = Driver().lead()
+    run = driver.open()
+    driver.land(run, driver.plan(run, 1, 1, 5))
+    driver.answer(Leave(run, 0))
+    driver.settle()
+    assert [one.number for one in driver.machine.state.active] == [5]
+
+
+def test_late_results_of_actions_change_nothing():
+    driver = Driver().lead()
+    run = driver.open()
+    saved = driver.save(run, 1, 1, 5)
+    state = driver.machine.state
+    for event in (
+        Sealed(saved.attempt, 1, 2, 3),
+        PlanMade(saved.attempt, simulated_plan(driver, 1, 3)),
+        StepFailed(saved.attempt, SaveError(5, "late")),
+        Sealed(attempt_of(1, 99), 1, 2, 3),
+        TailRead(0, None),
+        TailRead(99, last(driver)),
+    ):
+        driver.feed(event)
+        driver.settle()
+    assert driver.machine.state == state
+    assert driver.machine.leading
+
+
+def test_outcomes_of_old_rounds_are_remembered_only_so_long():
+    driver = Driver().lead()
+    run = driver.open(retention=Retention(1))
+    first = driver.save(run, 1, 1, 1)
+    for order in range(2, 80):
+        driver.save(run, 1, order, order)
+    assert driver.answer(receipt(run, 0, first.attempt, 8)) == Unknown()
+    assert isinstance(refusal(driver.join(run, 0, 1, 1)), SaveError)
+
+
+def calls_of(step) -> int:
+    calls = 0
+
+    def count(frame, event, argument):
+        nonlocal calls
+        calls += event == "call"
+
+    sys.setprofile(count)
+    try:
+        step()
+    finally:
+        sys.setprofile(None)
+    return calls
+
+
+@pytest.mark.parametrize("world", [64, 2048])
+def test_a_receipt_costs_the_same_in_a_large_world(world):
+    driver = Driver().lead()
+    run = driver.open(world)
+    planned = driver.plan(run, world, 1, 5, chunks=world)
+    messages = [receipt(run, rank, attempt, len(plan.rows) // 4) for rank, (attempt, plan) in planned.items()]
+    costs = [
+        calls_of(lambda ticket=100000 + rank, message=message: driver.feed(Asked(ticket, message)))
+        for rank, message in enumerate(messages[:-1])
+    ]
+    assert max(costs) < 60
+
+
+def test_two_thousand_ranks_save_within_a_second():
+    world = 2048
+    driver = Driver().lead()
+    run = driver.open(world)
+    first = driver.plan(run, world, 1, 5, chunks=world)
+    driver.land(run, first)
+    driver.settle()
+    begun = time.perf_counter()
+    for rank in range(world):
+        plan = first[rank][1]
+        joined = cast(Joined, driver.join(run, rank, 2, 6, digest=str(world), plan=plan.plan, staged=True))
+        driver.ask(receipt(run, rank, joined.attempt, len(plan.rows) // 4))
+    driver.settle()
+    took = time.perf_counter() - begun
+    assert [one.number for one in driver.machine.state.active] == [5, 6]
+    assert took < 5.0, f"{took:.2f} s"

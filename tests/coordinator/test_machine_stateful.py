@@ -1,0 +1,421 @@
+"""Several machines on one log, in whatever order Hypothesis thinks of: the promises hold after every step."""
+
+from __future__ import annotations
+
+from typing import cast
+
+from hypothesis import HealthCheck, Phase, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from distckpt.coordinator.machine.actions import (
+    Action,
+    Answer,
+    Append,
+    Appended,
+    AppendUnknown,
+    Asked,
+    CollectGarbage,
+    Delete,
+    Deleted,
+    Event,
+    LeasesRead,
+    MakePlan,
+    NameTaken,
+    PlanMade,
+    Publish,
+    ReadLeases,
+    ReadTail,
+    Seal,
+    Sealed,
+    StepFailed,
+    Stop,
+    TailRead,
+    Tick,
+)
+from distckpt.coordinator.machine.machine import Machine
+from distckpt.coordinator.messages import (
+    AwaitPlan,
+    Committed,
+    Describe,
+    Heartbeat,
+    Join,
+    Joined,
+    OpenRun,
+    Pin,
+    Planned,
+    Receipt,
+    Reply,
+    Request,
+    Restored,
+    RestoreFrom,
+    RestoreRound,
+    Retention,
+    RunOpened,
+    ShardReceipt,
+    Status,
+)
+from distckpt.errors import PlanError, SaveError
+from distckpt.format.names import attempt_epoch
+from distckpt.testing.history import (
+    INDEX,
+    MANIFEST,
+    PROMISES,
+    Agreed,
+    Held,
+    History,
+    LetGo,
+    Piece,
+    Promised,
+    Whole,
+)
+from distckpt.testing.sim_store import SimulatedPlan, SimulatedStore, describe, make_plan, record_of
+
+WORLD = 2
+FAULTS = st.sampled_from(["", "", "", "", "lost", "unknown", "late"])
+PICK = st.integers(0, 1 << 20)
+TO = st.sampled_from([-1, -1, -1, 0, 1])
+
+
+class Shell:
+    """A coordinator process: its machine, and what it has been asked for and not done yet."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.machine = Machine("mem://run", name)
+        self.pending: list[Action] = []
+
+
+class Coordinators(RuleBasedStateMachine):
+    def __init__(self) -> None:
+        super().__init__()
+        self.history = History(0)
+        self.store = SimulatedStore(self.history)
+        self.shells: list[Shell] = []
+        self.time = 0.0
+        self.asked: list[Request] = []
+        self.tickets: dict[int, Request] = {}
+        self.runs: dict[str, int] = {}
+        self.late: list[tuple[str, Append]] = []
+        self.joined: list[tuple[Join, Joined]] = []
+        self.planned: list[tuple[Join, str, Planned]] = []
+        self.restoring: list[tuple[RestoreRound, RestoreFrom]] = []
+        self.written: set[tuple[str, int]] = set()
+        self.started = 0
+        self.token = "one"
+
+    # ---- coordinators ------------------------------------------------------------------------------------------------
+
+    @initialize()
+    def first(self) -> None:
+        self.start()
+        while self.shells[0].pending:
+            self._perform(self.shells[0], self.shells[0].pending.pop(0), "")
+        for token, rank in (("one", 0), ("one", 1)):
+            self.open_run(token, rank, 0)
+            while self.shells[0].pending:
+                self._perform(self.shells[0], self.shells[0].pending.pop(0), "")
+
+    def start(self) -> None:
+        self.started += 1
+        shell = Shell(f"{self.started}")
+        self.shells.append(shell)
+        self._feed(shell, Tick())
+
+    @precondition(lambda self: any(shell.pending for shell in self.shells))
+    @rule(which=PICK, fault=FAULTS)
+    def perform(self, which: int, fault: str) -> None:
+        waiting = [(shell, action) for shell in self.shells for action in shell.pending]
+        shell, action = waiting[which % len(waiting)]
+        shell.pending.remove(action)
+        self._perform(shell, action, fault)
+
+    @precondition(lambda self: any(shell.pending for shell in self.shells))
+    @rule(which=PICK)
+    def perform_all(self, which: int) -> None:
+        shell = self.shells[which % len(self.shells)]
+        for _ in range(20):
+            if shell.pending:
+                self._perform(shell, shell.pending.pop(0), "")
+
+    def wait(self, seconds: float) -> None:
+        self.time += seconds
+        for shell in self.shells:
+            self._feed(shell, Tick())
+
+    @rule(
+        what=st.sampled_from(
+            ["start", "start", "crash", "late", "wait", "pin", "unpin", "status", "open", "supersede"]
+        ),
+        which=PICK,
+        to=PICK,
+    )
+    def disturb(self, what: str, which: int, to: int) -> None:
+        if what == "start" and len(self.shells) < 3:
+            self.start()
+        elif what == "crash" and len(self.shells) > 1:
+            self.shells.pop(which % len(self.shells))
+        elif what == "late" and self.late:
+            who, append = self.late.pop(which % len(self.late))
+            self.store.put_entry(who, append.entry, heard=False)
+        elif what == "wait":
+            self.wait([0.5, 5.0, 31.0][which % 3])
+        elif what in ("pin", "unpin"):
+            self._ask(to, Pin(1 + which % 5, what == "pin"))
+        elif what == "status":
+            self._ask(to, Status())
+            self._ask(to, Heartbeat(max(self.runs.values(), default=0), 0))
+        elif what in ("open", "supersede"):
+            self.open_run(["one", "two", "three"][which % 3] if what == "supersede" else self.token, which % WORLD, to)
+
+    # ---- ranks -----------------------------------------------------------------------------------------------------------
+
+    def open_run(self, token: str, rank: int, to: int) -> None:
+        self.token = token
+        run = self.runs.get(f"{token}/{rank}", 0)
+        self._ask(to, OpenRun(token, rank, WORLD, "h", "ckpt", Retention(1), 20.0, run))
+
+    @rule(to=TO)
+    def save_at_once(self, to: int) -> None:
+        self._save(1, to, 6, again=False)
+
+    @rule(
+        ahead=st.integers(-1, 1),
+        to=TO,
+        stages=st.sampled_from([6, 6, 6, 6, 6, 6, 5, 4, 3, 2, 1]),
+        again=st.booleans(),
+    )
+    def save(self, ahead: int, to: int, stages: int, again: bool) -> None:
+        self._save(ahead, to, stages, again=again)
+
+    def _save(self, ahead: int, to: int, stages: int, *, again: bool) -> None:
+        """Both ranks go through the first ``stages`` of a save; ``again`` saves a number that was saved before."""
+        self._work(to)
+        for rank in range(WORLD):
+            self.open_run(self.token, rank, to)
+        self._work(to)
+        run = self.runs.get(f"{self.token}/0", 0)
+        order = max([int(join.ask) for join, _ in self.joined if join.run == run], default=0) + ahead
+        order = max(1, order)
+        number = order - 1 if again and order % 2 else order
+        for stage in (self._join, self._describe, self._work, self._await_plan, self._land, self._work)[:stages]:
+            for rank in range(WORLD):
+                stage(to, run, rank, order, number)
+
+    def _join(self, to: int, run: int, rank: int, order: int, number: int) -> None:
+        self._ask(to, Join(run, rank, str(order), number, "8"))
+
+    def _describe(self, to: int, run: int, rank: int, order: int, number: int) -> None:
+        for join, joined in self.joined[-2:]:
+            if (join.run, join.rank, join.ask) == (run, rank, str(order)) and joined.describe:
+                self._ask(to, Describe(run, rank, joined.attempt, "8", describe(8)))
+
+    def _work(self, to: int, *_: int) -> None:
+        shell = self.shells[to % len(self.shells)]
+        for _ in range(6):
+            if shell.pending:
+                self._perform(shell, shell.pending.pop(0), "")
+
+    def _await_plan(self, to: int, run: int, rank: int, order: int, number: int) -> None:
+        for join, joined in self.joined[-2:]:
+            if (join.run, join.rank, join.ask) == (run, rank, str(order)):
+                self._ask(to, AwaitPlan(run, rank, joined.attempt))
+
+    def _land(self, to: int, run: int, rank: int, order: int, number: int) -> None:
+        for join, attempt, planned in self.planned[-2:]:
+            if (join.run, join.rank, join.ask) == (run, rank, str(order)):
+                self._send_receipt(to, join, attempt, planned)
+
+    @precondition(lambda self: self.joined)
+    @rule(which=PICK, to=PICK)
+    def rejoin_staged(self, which: int, to: int) -> None:
+        if self.planned:
+            join, attempt, planned = self.planned[which % len(self.planned)]
+            self._ask(to, Join(join.run, join.rank, join.ask, join.number, join.digest, planned.plan, True, attempt))
+
+    @precondition(lambda self: self.joined)
+    @rule(which=PICK, to=PICK, count=st.integers(1, 4))
+    def describe_and_await_plan(self, which: int, to: int, count: int) -> None:
+        for join, joined in self.joined[-1 - which % len(self.joined) :][:count]:
+            rows = next((plan.rows for old, _, plan in self.planned if old.run == join.run and old.ask == join.ask
+                         and old.rank == join.rank and join.staged), None)  # fmt: skip
+            if joined.describe:
+                self._ask(to, Describe(join.run, join.rank, joined.attempt, "8", describe(8), rows))
+            self._ask(to, AwaitPlan(join.run, join.rank, joined.attempt))
+
+    @precondition(lambda self: self.planned)
+    @rule(which=PICK, to=PICK, count=st.integers(1, 4))
+    def land(self, which: int, to: int, count: int) -> None:
+        for join, attempt, planned in self.planned[-1 - which % len(self.planned) :][:count]:
+            self._send_receipt(to, join, attempt, planned)
+
+    def _send_receipt(self, to: int, join: Join, attempt: str, planned: Planned) -> None:
+        if (attempt, join.rank) not in self.written:
+            self.written.add((attempt, join.rank))
+            piece = Piece(join.run, int(join.ask), cast(int, join.number), join.rank, planned.rows, 8)
+            self.store.put(attempt, str(join.rank), piece, self.time)
+        shard = ShardReceipt(0, 1, 1, len(planned.rows) // 4, b"", b"", b"", b"")
+        self._ask(to, Receipt(join.run, join.rank, attempt, (shard,)))
+
+    @precondition(lambda self: self.runs)
+    @rule(which=PICK, to=PICK, refused=st.sampled_from(["", "", "bad"]))
+    def restore(self, which: int, to: int, refused: str) -> None:
+        if which % 3 and self.restoring:
+            self.report_restored(which, to, refused)
+            return
+        rank = which % WORLD
+        self._ask(to, RestoreRound(sorted(self.runs.values())[which % len(self.runs)], rank, str(which % 2), None))
+
+    def report_restored(self, which: int, to: int, refused: str) -> None:
+        asked, reply = self.restoring[which % len(self.restoring)]
+        self._ask(to, RestoreRound(asked.run, asked.rank, asked.ask, None, reply.record.attempt, refused))
+
+    @precondition(lambda self: self.asked)
+    @rule(which=PICK, to=PICK)
+    def repeat_anything(self, which: int, to: int) -> None:
+        self._ask(to, self.asked[which % len(self.asked)])
+
+    @precondition(lambda self: self.store.log)
+    @rule(which=PICK, reader=st.sampled_from(["r1", "r2"]), take=st.booleans())
+    def lease(self, which: int, reader: str, take: bool) -> None:
+        self.drop_a_lease(reader)
+        if not take:
+            return
+        entry = self.store.newest_entry()
+        assert entry is not None
+        records = (*entry.state.active, *entry.state.preserved)
+        if records:
+            attempt = records[which % len(records)].attempt
+            self.store.leases[reader] = (attempt, 1e9)
+            self.history.add(Held(reader, attempt))
+
+    def drop_a_lease(self, reader: str) -> None:
+        if self.store.leases.pop(reader, None) is not None:
+            self.history.add(LetGo(reader))
+
+    # ---- effects -----------------------------------------------------------------------------------------------------------
+
+    def _ask(self, to: int, request: Request) -> None:
+        shell = self.shells[to % len(self.shells)]
+        ticket = len(self.tickets)
+        self.tickets[ticket] = request
+        self.asked.append(request)
+        self._feed(shell, Asked(ticket, request))
+
+    def _feed(self, shell: Shell, event: Event) -> None:
+        answered = set()
+        for action in shell.machine.step(event, 1e6 + self.time, self.time):
+            if isinstance(action, Answer):
+                assert action.ticket not in answered
+                answered.add(action.ticket)
+                self._hear(shell, self.tickets[action.ticket], action.reply)
+            else:
+                shell.pending.append(action)
+
+    def _hear(self, shell: Shell, request: Request, reply: Reply) -> None:
+        if isinstance(reply, Committed):
+            self.history.add(Promised(shell.name, 0, reply.record))
+        elif isinstance(reply, RunOpened) and isinstance(request, OpenRun):
+            self.runs[f"{request.token}/{request.rank}"] = reply.run
+        elif isinstance(reply, Joined) and isinstance(request, Join):
+            self.joined.append((request, reply))
+        elif isinstance(reply, Planned) and isinstance(request, AwaitPlan):
+            join = next(join for join, joined in reversed(self.joined)
+                        if joined.attempt == request.attempt and join.rank == request.rank)  # fmt: skip
+            self.planned.append((join, request.attempt, reply))
+        elif isinstance(reply, RestoreFrom) and isinstance(request, RestoreRound):
+            self.restoring.append((request, reply))
+        elif isinstance(reply, Restored) and isinstance(request, RestoreRound):
+            # Another coordinator may let a round begin anew, so a round is one coordinator's.
+            self.history.add(Agreed(request.run, f"{shell.name}/{request.ask}", request.rank, reply.record))
+
+    def _perform(self, shell: Shell, action: Action, fault: str) -> None:
+        match action:
+            case ReadTail():
+                self._feed(shell, self._tail())
+            case Append():
+                self._append(shell, action, fault)
+            case MakePlan():
+                try:
+                    plan = make_plan(action.number, action.descriptions, action.staged, action.attempt)
+                except PlanError as error:
+                    self._feed(shell, StepFailed(action.attempt, error))
+                else:
+                    self._feed(shell, PlanMade(action.attempt, plan))
+            case Seal():
+                self._seal(shell, action, fault)
+            case ReadLeases():
+                self._feed(shell, LeasesRead(self.store.leased(self.time), "cannot" if fault else ""))
+            case Delete(records):
+                for record in records if not fault else ():
+                    self._erase(shell, record.attempt)
+                self._feed(shell, Deleted(tuple(record.attempt for record in records) if not fault else ()))
+            case CollectGarbage(known=known, epoch=epoch, failed=failed):
+                for attempt in list(self.store.attempts):
+                    if attempt in failed or (attempt_epoch(attempt) < epoch and attempt not in known):
+                        self._erase(shell, attempt)
+            case Publish(entry):
+                self.store.prune(entry.seq)
+            case Stop():
+                self.shells.remove(shell)
+                if not self.shells:
+                    self.start()
+
+    def _tail(self) -> TailRead:
+        entry = self.store.newest_entry()
+        if entry is None:
+            return TailRead(0, None)
+        whole = {attempt: self.store.complete(attempt) for attempt in self.store.attempts}
+        complete = [
+            record_of("ckpt", attempt, found)
+            for attempt, found in whole.items()
+            if found is not None and attempt_epoch(attempt) == entry.epoch
+        ]
+        return TailRead(entry.seq, entry, tuple(complete))
+
+    def _append(self, shell: Shell, action: Append, fault: str) -> None:
+        entry = action.entry
+        if fault in ("unknown", "late"):
+            self.late += [(shell.name, action)] if fault == "late" else []
+            self._feed(shell, AppendUnknown(entry, "no answer"))
+        elif self.store.put_entry(shell.name, entry) and fault != "lost":
+            self._feed(shell, Appended(entry, self.store.newest()))
+        else:
+            self._feed(shell, NameTaken(entry, self.store.log.get(entry.seq), self.store.newest()))
+
+    def _seal(self, shell: Shell, action: Seal, fault: str) -> None:
+        plan = cast(SimulatedPlan, action.plan)
+        whole = Whole(action.number, dict(enumerate(plan.owned)), plan.chunks, action.time)
+        if fault != "unknown":
+            self.store.put(action.attempt, INDEX, whole, self.time)
+            self.store.put(action.attempt, MANIFEST, whole, self.time)
+        failed = StepFailed(action.attempt, SaveError(action.number, "no answer"))
+        self._feed(shell, failed if fault else Sealed(action.attempt, 1, 1, 8))
+
+    def _erase(self, shell: Shell, attempt: str) -> None:
+        for name in self.store.names(attempt):
+            self.store.erase(shell.name, attempt, name)
+
+    # ---- what always holds ---------------------------------------------------------------------------------------------------
+
+    @invariant()
+    def promises_hold(self) -> None:
+        for name in ("G1", "G2", "G3", "G4", "G5", "G6", "G7"):
+            assert PROMISES[name](self.history) == [], name
+
+    @invariant()
+    def nobody_spins(self) -> None:
+        for shell in self.shells:
+            deadline = shell.machine.next_deadline()
+            assert deadline is None or deadline > self.time or any(isinstance(a, Append) for a in shell.pending)
+
+
+Coordinators.TestCase.settings = settings(
+    max_examples=150,
+    stateful_step_count=60,
+    deadline=None,
+    suppress_health_check=list(HealthCheck),
+    # Shrinking would outlast the time limit of a test; the steps are printed as they are.
+    phases=(Phase.explicit, Phase.reuse, Phase.generate),
+)
+test_promises_hold_in_any_order = Coordinators.TestCase

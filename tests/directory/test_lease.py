@@ -1,0 +1,126 @@
+"""A lease keeps retention away from what is being read, for as long as it is renewed and no longer."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import distckpt
+from distckpt.coordinator.shell.housekeeping import read_leases
+from distckpt.directory.lease import LEASE_SECONDS, hold, is_committed
+from distckpt.directory.log import read_tail
+from distckpt.errors import CheckpointNotFoundError, StorageError
+from distckpt.format import names
+from distckpt.storage import LocalStore, MemoryStore, Store
+from distckpt.testing.faults import Fault, FaultOn
+from distckpt.testing.faulty import FaultyStore
+from tests.support.checkpoints import append_state, commit, new_attempt, put_manifest
+
+
+@pytest.fixture
+def store() -> MemoryStore:
+    return MemoryStore()
+
+
+def committed(store: Store, number: int = 1) -> str:
+    record = put_manifest(store, number, new_attempt())
+    commit(store, record)
+    return record.attempt
+
+
+def leased(store: Store) -> frozenset[str]:
+    return read_leases(store).attempts
+
+
+def test_what_is_held_is_not_deleted_and_goes_when_it_is_released(tmp_path: Path) -> None:
+    state = {"a": torch.ones(3)}
+    with distckpt.CheckpointManager(distckpt.Checkpoint(state=state), tmp_path, max_to_keep=1) as manager:
+        first = manager.save(1).result(30)
+        [record] = read_tail(LocalStore(tmp_path)).state.active
+        with hold(LocalStore(tmp_path), record.attempt, "a test"):
+            manager.save(2).result(30)
+            manager.save(3).result(30)
+            assert manager.checkpoints == [first, f"{tmp_path}/ckpt-3"]
+            assert distckpt.load(first)["state"]["a"].tolist() == [1, 1, 1]
+        assert leased(LocalStore(tmp_path)) == frozenset()
+        manager.save(4).result(30)
+    assert manager.checkpoints == [f"{tmp_path}/ckpt-4"]
+    assert not (tmp_path / "ckpt-1").exists()
+
+
+def test_a_preserved_checkpoint_can_be_held(store: MemoryStore) -> None:
+    attempt = committed(store)
+    append_state(store, lambda state: type(state)(preserved=state.active), "retire")
+    with hold(store, attempt, "a test"):
+        assert leased(store) == {attempt}
+
+
+def test_what_is_retiring_cannot_be_held_any_more(store: MemoryStore) -> None:
+    attempt = committed(store)
+    append_state(store, lambda state: type(state)(retiring=state.active), "retire")
+    assert not is_committed(store, attempt)
+    with pytest.raises(CheckpointNotFoundError, match=attempt), hold(store, attempt, "a test"):
+        pytest.fail("it was held")
+    assert list(store.list(names.LEASES)) == []
+
+
+def test_a_lease_is_renewed_for_as_long_as_it_is_held(store: MemoryStore) -> None:
+    attempt = committed(store)
+    with hold(store, attempt, "a test", seconds=0.4):
+        end = time.monotonic() + 1.0
+        while time.monotonic() < end:
+            assert leased(store) == {attempt}
+            time.sleep(0.02)
+    assert list(store.list(names.LEASES)) == []
+
+
+def test_what_a_killed_reader_left_behind_expires(store: MemoryStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    attempt = committed(store)
+    now = time.time()
+    with hold(store, attempt, "a test"):
+        monkeypatch.setattr(time, "time", lambda: now + LEASE_SECONDS - 10)
+        assert leased(store) == {attempt}
+        monkeypatch.setattr(time, "time", lambda: now + LEASE_SECONDS + 10)
+        assert leased(store) == frozenset()
+        assert list(store.list(names.LEASES)) == []
+
+
+@pytest.mark.parametrize("error", [StorageError("a lease", "scripted"), OSError("untranslated")])
+def test_a_renewal_that_fails_is_tried_again(error: Exception, caplog: pytest.LogCaptureFixture) -> None:
+    class FailsOnce(MemoryStore):
+        count = 0
+
+        def replace(self, path: str, data: bytes) -> None:
+            self.count += 1
+            if self.count == 2:
+                raise error
+            super().replace(path, data)
+
+    store = FailsOnce()
+    with hold(store, committed(store), "a test", seconds=0.2):
+        end = time.monotonic() + 10
+        while store.count < 4 and time.monotonic() < end:
+            time.sleep(0.01)
+    assert store.count >= 4
+    assert "could not be renewed" in caplog.text
+
+
+@pytest.mark.parametrize("fault", [Fault.BEFORE, Fault.LOST_ANSWER])
+def test_a_lease_that_cannot_be_written_is_no_lease(fault: Fault) -> None:
+    store = FaultyStore(MemoryStore(), FaultOn("replace", fault, "_leases/"))
+    attempt = committed(store)
+    with pytest.raises(StorageError), hold(store, attempt, "a test"):
+        pytest.fail("it was held")
+    assert list(store.list(names.LEASES)) == []
+
+
+def test_a_lease_that_cannot_be_deleted_does_no_harm(caplog: pytest.LogCaptureFixture) -> None:
+    store = FaultyStore(MemoryStore(), FaultOn("delete", Fault.BEFORE, "_leases/"))
+    attempt = committed(store)
+    with hold(store, attempt, "a test"):
+        pass
+    assert leased(store) == {attempt}
+    assert "will expire" in caplog.text

@@ -1,0 +1,253 @@
+"""Manifest and log entry on storage: what was sealed comes back, and nothing else ever does."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import crc32c
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from distckpt.errors import DamagedError, UnsupportedFormatError
+from distckpt.format.json.log import CheckpointRecord, Entry, State, check_entry
+from distckpt.format.json.manifest import Manifest, ShardRecord, check_manifest
+from distckpt.format.json.sealed import seal, unseal
+
+PATH = "run/ckpt-42/manifest.json"
+ATTEMPT = "e3-0123456789abcdef0123456789abcdef"
+
+RECORD = CheckpointRecord(
+    name="ckpt",
+    number=42,
+    attempt=ATTEMPT,
+    manifest_size=1000,
+    manifest_crc32c=7,
+    time=1.7e9,
+    world_size=2,
+    nbytes=1 << 40,
+    metrics={'a "quoted\\ [[{{ näme': 0.1},
+)
+OLDER = msgspec.structs.replace(RECORD, number=41, attempt=ATTEMPT.replace("e3", "e2"))
+ENTRY = Entry(
+    format=1, seq=9, epoch=3, kind="commit", time=1.7e9, commit_id="c1", state=State(active=(OLDER, RECORD), run=2)
+)
+MANIFEST = Manifest(
+    format=1,
+    name="ckpt",
+    number=42,
+    attempt=ATTEMPT,
+    epoch=3,
+    time=1.7e9,
+    world_size=2,
+    index_size=100,
+    index_crc32c=5,
+    shards=(ShardRecord(0, 0, 10, 1), ShardRecord(0, 1, 0, 2), ShardRecord(1, 0, 30, 3)),
+)
+
+
+def resealed(members: dict[str, Any]) -> bytes:
+    """An object with a good checksum, made without distckpt."""
+    body = json.dumps(members, separators=(",", ":"))[:-1].encode()
+    return body + b',"crc32c":"%08x"}\n' % crc32c.crc32c(body)
+
+
+def plain(record: msgspec.Struct) -> dict[str, Any]:
+    members: dict[str, Any] = msgspec.to_builtins(record)
+    return members
+
+
+@pytest.mark.parametrize("record", [MANIFEST, ENTRY])
+def test_what_is_sealed_comes_back(record: msgspec.Struct) -> None:
+    data = seal(record)
+    assert unseal(data, type(record), PATH, len(data)) == record
+
+
+def test_it_is_json_with_the_checksum_last() -> None:
+    data = seal(MANIFEST)
+    members = json.loads(data)
+    head, _, _ = data.rpartition(b',"crc32c"')
+    assert list(members)[-1] == "crc32c"
+    assert members["crc32c"] == f"{crc32c.crc32c(head):08x}"
+    assert data.endswith(b'"}\n')
+    assert resealed(plain(MANIFEST)) == data
+
+
+@given(
+    st.dictionaries(st.text(), st.floats(allow_nan=False, allow_infinity=False)),
+    st.text(),
+    st.integers(min_value=0, max_value=10**18 - 1),
+)
+def test_any_text_and_number_survives(metrics: dict[str, float], token: str, number: int) -> None:
+    record = msgspec.structs.replace(RECORD, metrics=metrics, number=number)
+    entry = msgspec.structs.replace(ENTRY, state=State(active=(record,), run_token=token))
+    assert unseal(seal(entry), Entry, PATH, 1 << 20) == entry
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_what_would_not_come_back_is_refused_before_it_is_written(number: float) -> None:
+    with pytest.raises(ValueError, match="CheckpointRecord cannot be stored"):
+        seal(msgspec.structs.replace(RECORD, metrics={"loss": number}))
+
+
+@pytest.mark.parametrize("flip", [0x01, 0x20, 0xFF])
+def test_every_flipped_byte_is_found(flip: int) -> None:
+    data = bytearray(seal(ENTRY))
+    for position in range(len(data)):
+        data[position] ^= flip
+        with pytest.raises(DamagedError, match=r"^run/ckpt-42/manifest\.json: ."):
+            unseal(bytes(data), Entry, PATH, 1 << 20)
+        data[position] ^= flip
+
+
+def test_every_cut_is_found() -> None:
+    data = seal(MANIFEST)
+    for length in range(len(data)):
+        with pytest.raises(DamagedError):
+            unseal(data[:length], Manifest, PATH, 1 << 20)
+
+
+@pytest.mark.parametrize("more", [b"\n", b" ", b"\0" * 512, b"{}"])
+def test_nothing_may_follow(more: bytes) -> None:
+    with pytest.raises(DamagedError):
+        unseal(seal(MANIFEST) + more, Manifest, PATH, 1 << 20)
+
+
+def test_a_file_of_zeros_says_that_its_end_is_missing() -> None:
+    with pytest.raises(DamagedError, match="cut short"):
+        unseal(bytes(4096), Manifest, PATH, 1 << 20)
+
+
+@pytest.mark.parametrize("newer", [resealed({"format": 7, "other": [1]}), b'{"format":7,"sealed":"otherwise"}'])
+def test_a_newer_format_is_named_whatever_else_is_in_it(newer: bytes) -> None:
+    with pytest.raises(UnsupportedFormatError, match="format version 7, and this release reads version 1"):
+        unseal(newer, Manifest, PATH, 1 << 20)
+
+
+def test_a_version_that_is_only_a_flipped_bit_says_that_it_may_be_one() -> None:
+    with pytest.raises(UnsupportedFormatError, match="damaged: CRC32C is"):
+        unseal(seal(MANIFEST).replace(b'"format":1', b'"format":3'), Manifest, PATH, 1 << 20)
+
+
+def test_the_size_is_capped_before_anything_is_decoded() -> None:
+    data = seal(MANIFEST)
+    with pytest.raises(DamagedError, match="is the most that is read"):
+        unseal(data, Manifest, PATH, len(data) - 1)
+
+
+def changed(record: msgspec.Struct, **fields: object) -> bytes:
+    return resealed({**plain(record), **fields})
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"world_size": "2"},
+        {"world_size": 2.0},
+        {"world_size": True},
+        {"world_size": None},
+        {"time": "1"},
+        {"shards": {}},
+        {"shards": [[0, 0, 10, 1]]},
+        {"name": 5},
+        {"path": "../../etc/passwd"},
+    ],
+)
+def test_types_are_not_coerced_and_unknown_fields_refused(fields: dict[str, object]) -> None:
+    with pytest.raises(DamagedError, match="not a Manifest"):
+        unseal(changed(MANIFEST, **fields), Manifest, PATH, 1 << 20)
+
+
+def test_a_missing_field_is_damage() -> None:
+    members = plain(MANIFEST)
+    del members["attempt"]
+    with pytest.raises(DamagedError, match="attempt"):
+        unseal(resealed(members), Manifest, PATH, 1 << 20)
+
+
+def test_a_sound_manifest_and_entry_pass_the_checks() -> None:
+    check_manifest(MANIFEST, PATH)
+    check_entry(ENTRY, PATH)
+    check_entry(msgspec.structs.replace(ENTRY, kind="claim", state=State()), PATH)
+
+
+SHARD = MANIFEST.shards[0]
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ({"name": "../up"}, "not a checkpoint name"),
+        ({"name": ""}, "not a checkpoint name"),
+        ({"attempt": "e3-xyz"}, "not an attempt id"),
+        ({"attempt": "../" + ATTEMPT}, "not an attempt id"),
+        ({"world_size": 0}, "world size 0"),
+        ({"world_size": (1 << 20) + 1}, "world size"),
+        ({"world_size": 1}, "cannot be in a world of 1"),
+        ({"number": -1}, "out of bounds"),
+        ({"number": 10**18}, "out of bounds"),
+        ({"epoch": -1}, "out of bounds"),
+        ({"format": 2}, "format version 2"),
+        ({"time": float("inf")}, "time"),
+        ({"index_size": -1}, "index size"),
+        ({"index_size": 1 << 40}, "index size"),
+        ({"index_crc32c": 1 << 32}, "index size"),
+        ({"shards": (SHARD, SHARD)}, "listed twice or out of order"),
+        ({"shards": MANIFEST.shards[::-1]}, "listed twice or out of order"),
+        ({"shards": (ShardRecord(-1, 0, 1, 1),)}, "cannot be in a world"),
+        ({"shards": (ShardRecord(0, -1, 1, 1),)}, "cannot be in a world"),
+        ({"shards": (ShardRecord(0, 1 << 40, 1, 1),)}, "cannot be in a world"),
+        ({"shards": (ShardRecord(0, 0, -1, 1),)}, "out of bounds"),
+        ({"shards": (ShardRecord(0, 0, 10**30, 1),)}, "out of bounds"),
+        ({"shards": (ShardRecord(0, 0, 1, -1),)}, "out of bounds"),
+        ({"shards": (ShardRecord(0, 0, 1 << 60, 1), ShardRecord(0, 1, 1 << 60, 1))}, "more bytes than can exist"),
+    ],
+)
+def test_a_manifest_that_makes_no_sense_is_damage(fields: dict[str, Any], reason: str) -> None:
+    with pytest.raises(DamagedError, match=reason) as caught:
+        check_manifest(msgspec.structs.replace(MANIFEST, **fields), PATH)
+    assert caught.value.path == PATH
+
+
+def with_record(**fields: Any) -> Entry:
+    record = msgspec.structs.replace(RECORD, **fields)
+    return msgspec.structs.replace(ENTRY, state=State(active=(record,)))
+
+
+def with_state(**fields: Any) -> Entry:
+    return msgspec.structs.replace(ENTRY, state=msgspec.structs.replace(ENTRY.state, **fields))
+
+
+@pytest.mark.parametrize(
+    ("entry", "reason"),
+    [
+        (msgspec.structs.replace(ENTRY, seq=-1), "seq -1"),
+        (msgspec.structs.replace(ENTRY, epoch=10**18), "epoch"),
+        (msgspec.structs.replace(ENTRY, format=2), "format version 2"),
+        (msgspec.structs.replace(ENTRY, time=float("nan")), "time"),
+        (msgspec.structs.replace(ENTRY, commit_id=""), "commit id"),
+        (msgspec.structs.replace(ENTRY, commit_id="x" * 257), "commit id"),
+        (with_state(run=-1), "run -1"),
+        (with_state(run_token="x" * 257), "run token"),
+        (with_state(last_preserved_timestamp=float("inf")), "time"),
+        (with_state(active=(RECORD, RECORD)), "lists an attempt twice"),
+        (with_state(retiring=(OLDER, OLDER), active=()), "lists an attempt twice"),
+        (with_state(active=(RECORD, msgspec.structs.replace(OLDER, number=42))), "same name and number"),
+        (with_state(active=(RECORD,), retiring=(RECORD,)), "both as alive and as being deleted"),
+        (with_state(active=(), preserved=(RECORD,), retiring=(RECORD,)), "both as alive and as being deleted"),
+        (with_record(name="a/b"), "not a checkpoint name"),
+        (with_record(attempt=ATTEMPT.upper()), "not an attempt id"),
+        (with_record(number=-1), "the number of"),
+        (with_record(manifest_size=1 << 40), "manifest size"),
+        (with_record(manifest_crc32c=-1), "manifest size"),
+        (with_record(world_size=0), "world size"),
+        (with_record(nbytes=-1), "bytes"),
+        (with_record(time=float("-inf")), "time"),
+        (with_record(metrics={"loss": float("nan")}), "metric"),
+    ],
+)
+def test_an_entry_that_makes_no_sense_is_damage(entry: Entry, reason: str) -> None:
+    with pytest.raises(DamagedError, match=reason):
+        check_entry(entry, PATH)

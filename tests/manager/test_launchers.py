@@ -1,0 +1,45 @@
+"""The ways in which people start many ranks: torchrun, with and without torch.distributed. Ray Train is in test_integrations."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+
+import distckpt
+from tests.support.gang import ROOT, Gang, RankError
+
+
+@pytest.mark.timeout(150)
+@pytest.mark.parametrize("group", ["gloo", "none"])
+def test_torchrun_with_and_without_a_ray_cluster(request: pytest.FixtureRequest, tmp_path: Path, group: str) -> None:
+    """With the group gloo the ranks start a Ray cluster, with none they join the one that runs."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    env = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")} | {"OMP_NUM_THREADS": "1"}
+    if group == "gloo":
+        env["RAY_TMPDIR"] = tempfile.mkdtemp(prefix="dc-")  # a short name, in which no other test's cluster is noted
+    else:
+        env["RAY_ADDRESS"] = request.getfixturevalue("ray_address")
+    script = str(ROOT / "tests" / "ranks" / "programs" / "plain.py")
+    done = subprocess.run(
+        [*command, script, str(tmp_path), group], env=env, capture_output=True, text=True, timeout=140, check=False
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    said = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    assert said == [{"before": None, "latest": f"{tmp_path}/ckpt-2", "niceness": 0}] * 2
+    with distckpt.open(f"{tmp_path}/ckpt-2") as reader:
+        assert reader.manifest.world_size == 2
+    assert distckpt.load(f"{tmp_path}/ckpt-2")["state"]["step"] == 2
+
+
+def test_a_ray_that_cannot_be_started_is_told(tmp_path: Path) -> None:
+    """Its sockets would have names that are too long."""
+    with Gang(2, {"RAY_TMPDIR": f"{tmp_path}/{'long' * 30}", "RAY_ADDRESS": ""}) as gang:
+        gang.start("ranks.saves:hold", directory=str(tmp_path / "run"))
+        with pytest.raises(RankError, match="CoordinatorUnavailableError: Ray cannot be started on this host"):
+            gang.result(0)

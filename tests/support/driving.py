@@ -1,0 +1,258 @@
+"""Drives one machine by hand: its actions wait until a test performs them, honestly or not."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TypeVar, cast
+
+import msgspec
+
+from distckpt.coordinator.machine.actions import (
+    Action,
+    Answer,
+    Append,
+    Appended,
+    Asked,
+    CollectGarbage,
+    Delete,
+    Deleted,
+    Event,
+    LeasesRead,
+    MakePlan,
+    PlanMade,
+    Publish,
+    ReadLeases,
+    ReadTail,
+    Seal,
+    Sealed,
+    Stop,
+    TailRead,
+    Tick,
+)
+from distckpt.coordinator.machine.machine import Machine
+from distckpt.coordinator.messages import (
+    AwaitPlan,
+    Committed,
+    Describe,
+    Join,
+    Joined,
+    OpenRun,
+    Planned,
+    Receipt,
+    Refused,
+    Reply,
+    Request,
+    Retention,
+    RunOpened,
+    ShardReceipt,
+)
+from distckpt.format.json.log import CheckpointRecord, Entry
+from distckpt.testing.sim_store import SimulatedPlan, describe, make_plan
+
+DIRECTORY = "mem://run"
+TIMEOUT = 30.0
+
+SomeAction = TypeVar("SomeAction", bound=Action)
+
+
+class Driver:
+    """A machine, the log that it shares with other drivers, and what it has asked for and not been given."""
+
+    def __init__(
+        self, log: dict[int, Entry] | None = None, claim: str = "a", idle_timeout: float | None = None
+    ) -> None:
+        self.log = {} if log is None else log
+        self.machine = Machine(DIRECTORY, claim * 32, idle_timeout=idle_timeout)
+        self.now = 100000.0
+        self.mono = 50.0
+        self.pending: list[Action] = []
+        self.done: list[Action] = []
+        self.replies: dict[int, Reply] = {}
+        self.leased: frozenset[str] = frozenset()
+        self.complete: tuple[CheckpointRecord, ...] = ()
+        self._tickets = 0
+
+    # ---- stepping ----------------------------------------------------------------------------------------------------
+
+    def feed(self, event: Event) -> list[Action]:
+        actions = self.machine.step(event, self.now, self.mono)
+        for action in actions:
+            if isinstance(action, Answer):
+                assert action.ticket not in self.replies, "a ticket is answered once"
+                self.replies[action.ticket] = action.reply
+            else:
+                self.pending.append(action)
+        return actions
+
+    def ask(self, request: Request) -> int:
+        self._tickets += 1
+        self.feed(Asked(self._tickets, request))
+        return self._tickets
+
+    def answer(self, request: Request) -> Reply | None:
+        """The answer that a request gets at once, or None."""
+        return self.replies.get(self.ask(request))
+
+    def settled(self, request: Request) -> Reply | None:
+        """The answer that it has got when everything that was asked for has been done."""
+        ticket = self.ask(request)
+        self.settle()
+        return self.replies.get(ticket)
+
+    def wait(self, seconds: float) -> None:
+        self.now += seconds
+        self.mono += seconds
+        self.feed(Tick())
+
+    # ---- effects -----------------------------------------------------------------------------------------------------
+
+    def take(self, kind: type[SomeAction]) -> SomeAction:
+        """The oldest pending action of this kind, which the test performs itself."""
+        action = next((action for action in self.pending if isinstance(action, kind)), None)
+        assert action is not None, f"no {kind.__name__} among {self.pending}"
+        self.pending.remove(action)
+        return action
+
+    def has(self, kind: type[Action]) -> bool:
+        return any(isinstance(action, kind) for action in self.pending)
+
+    def settle(self, *but: type[Action]) -> None:
+        """Perform everything honestly, except actions of the kinds in ``but``, until nothing is left to do."""
+        while True:
+            action = next((action for action in self.pending if not isinstance(action, but)), None)
+            if action is None:
+                return
+            self.pending.remove(action)
+            self.perform(action)
+
+    def perform(self, action: Action) -> None:
+        self.done.append(action)
+        match action:
+            case ReadTail():
+                newest = max(self.log, default=0)
+                self.feed(TailRead(newest, self.log.get(newest), self.complete))
+            case Append(entry):
+                assert entry.seq not in self.log
+                self.log[entry.seq] = entry
+                self.feed(Appended(entry, max(self.log)))
+            case MakePlan():
+                plan = make_plan(action.number, action.descriptions, action.staged, "spin")
+                self.feed(PlanMade(action.attempt, plan))
+            case Seal():
+                self.feed(Sealed(action.attempt, 11, 12, 13))
+            case ReadLeases():
+                self.feed(LeasesRead(self.leased))
+            case Delete(records):
+                self.feed(Deleted(tuple(record.attempt for record in records)))
+            case CollectGarbage() | Publish() | Stop():
+                pass
+
+    def lead(self) -> Driver:
+        self.feed(Tick())
+        self.settle()
+        assert self.machine.leading
+        return self
+
+    def restarted(self, claim: str) -> Driver:
+        """Another coordinator on the same log."""
+        other = Driver(self.log, claim)
+        other.now, other.mono = self.now, self.mono
+        return other.lead()
+
+    # ---- what ranks do -------------------------------------------------------------------------------------------------
+
+    def open(
+        self,
+        world: int = 1,
+        token: str = "job",
+        retention: Retention | None = None,
+        run: int = 0,
+        ranks: Iterable[int] | None = None,
+    ) -> int:
+        """All ranks report; the run's number."""
+        tickets = [
+            self.ask(OpenRun(token, rank, world, f"host{rank}", "ckpt", retention or Retention(), TIMEOUT, run))
+            for rank in (range(world) if ranks is None else ranks)
+        ]
+        self.settle()
+        opened = {cast(RunOpened, self.replies[ticket]).run for ticket in tickets}
+        assert len(opened) == 1
+        return opened.pop()
+
+    def join(self, run: int, rank: int, order: int, number: int | None, **more: object) -> Reply | None:
+        fields = {"digest": "d", **more}
+        return self.answer(Join(run, rank, str(order), number, **fields))  # type: ignore[arg-type]
+
+    def plan(
+        self, run: int, world: int, order: int, number: int | None, chunks: int = 8
+    ) -> dict[int, tuple[str, Planned]]:
+        """All ranks join, describe if asked, and learn the plan: attempt and plan of each."""
+        attempts = {}
+        for rank in range(world):
+            joined = cast(Joined, self.join(run, rank, order, number, digest=str(chunks)))
+            attempts[rank] = joined.attempt
+            if joined.describe:
+                self.answer(Describe(run, rank, joined.attempt, str(chunks), describe(chunks)))
+        tickets = {rank: self.ask(AwaitPlan(run, rank, attempts[rank])) for rank in range(world)}
+        self.settle()
+        return {rank: (attempts[rank], cast(Planned, self.replies[ticket])) for rank, ticket in tickets.items()}
+
+    def land(self, run: int, planned: dict[int, tuple[str, Planned]]) -> list[int]:
+        """All ranks send their receipts; the tickets."""
+        return [self.ask(receipt(run, rank, attempt, len(plan.rows) // 4)) for rank, (attempt, plan) in planned.items()]
+
+    def save(self, run: int, world: int, order: int, number: int) -> CheckpointRecord:
+        """One whole save; its record."""
+        tickets = self.land(run, self.plan(run, world, order, number))
+        self.settle()
+        replies = {cast(Committed, self.replies[ticket]).record.attempt for ticket in tickets}
+        assert len(replies) == 1
+        return cast(Committed, self.replies[tickets[0]]).record
+
+
+def receipt(run: int, rank: int, attempt: str, rows: int) -> Receipt:
+    return Receipt(run, rank, attempt, (ShardReceipt(0, 100, 0, rows, b"", b"", b"", b""),))
+
+
+def simulated_plan(driver: Driver, world: int, chunks: int, staged: dict[int, bytes] | None = None) -> SimulatedPlan:
+    return make_plan(1, dict.fromkeys(range(world), describe(chunks)), staged or {}, "spin")
+
+
+def refusal(reply):
+    assert isinstance(reply, Refused), reply
+    return reply.error
+
+
+def foreign(entry: Entry, epoch: int) -> Entry:
+    return msgspec.structs.replace(entry, epoch=epoch, commit_id="foreign")
+
+
+def record(number: int, attempt: str, time: float = 100.0, **more) -> CheckpointRecord:
+    return CheckpointRecord(
+        name="ckpt", number=number, attempt=attempt, manifest_size=1, manifest_crc32c=1, time=time, world_size=1,
+        nbytes=1, **more,
+    )  # fmt: skip
+
+
+def attempt_of(epoch: int, made: int) -> str:
+    return f"e{epoch}-{made:08x}{'0' * 24}"
+
+
+def last(driver: Driver) -> Entry:
+    return driver.log[max(driver.log)]
+
+
+def kinds(driver: Driver) -> list[str]:
+    return [driver.log[seq].kind for seq in sorted(driver.log)]
+
+
+def opening(driver: Driver, token: str = "job"):
+    """A ticket whose entry is in flight."""
+    ticket = driver.ask(OpenRun(token, 0, 1, "h", "ckpt", Retention(), TIMEOUT))
+    return ticket, driver.take(Append).entry
+
+
+def saved_three(world: int = 2) -> tuple[Driver, int, list[CheckpointRecord]]:
+    driver = Driver().lead()
+    run = driver.open(world)
+    return driver, run, [driver.save(run, world, order, 10 * order) for order in (1, 2, 3)]

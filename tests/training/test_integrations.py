@@ -1,0 +1,342 @@
+"""What the trainers that people use make of the hook: their own loops, real small models, nothing simulated."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import distckpt
+from tests.ranks import integrations as scenarios
+from tests.support.gang import ROOT, Gang
+
+FINAL = ("model", "optimizer", "lr_scheduler", "random")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """These models are far too small to be worth more."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def uncaught() -> Iterator[list[int]]:
+    """SIGTERMs that came to this process while nothing else caught them."""
+    found: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda number, frame: found.append(number))
+    yield found
+    ours = signal.signal(signal.SIGTERM, before)
+    assert found == []
+    ours(0, None)
+    assert found == [0], "a handler was left behind"
+
+
+def digests(path: str | Path, *parts: str) -> dict[str, str]:
+    """SHA-256 of each tensor, and the text of each value, below these names."""
+    found = {}
+    with distckpt.open(path) as reader:
+        for key in reader.keys():  # noqa: SIM118 - a reader is no dict
+            if key.partition(".")[0].partition("@")[0] in parts:
+                is_value = reader.info(key).dtype == "json"
+                data = repr(reader.value(key)).encode() if is_value else reader.tensor(key).numpy().tobytes()
+                found[key] = hashlib.sha256(data).hexdigest()
+    assert found
+    return found
+
+
+def numbers(directory: Path) -> list[int]:
+    """The checkpoints that are there."""
+    return sorted(int(path.name.rpartition("-")[2]) for path in directory.glob("ckpt-*"))
+
+
+def seen_over(results: list[dict[str, Any]]) -> list[list[int]]:
+    """What all ranks saw, step by step."""
+    return [
+        [item for batch in batches for item in batch]
+        for batches in zip(*[result["seen"] for result in results], strict=True)
+    ]
+
+
+# ---- Transformers ---------------------------------------------------------------------------------------------------
+
+
+class Hugging:
+    """Runs of Transformers' Trainer in one directory after the other; ``whole`` is one that nothing interrupted."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.whole = self.run("whole")
+
+    def run(self, name: str, **arguments: Any) -> dict[str, Any]:
+        return scenarios.transformers(str(self.folder / name), str(self.folder / "unused"), **arguments)
+
+
+@pytest.fixture(scope="module")
+def hugging(tmp_path_factory: pytest.TempPathFactory) -> Hugging:
+    return Hugging(tmp_path_factory.mktemp("transformers"))
+
+
+def test_transformers_trains_and_saves(hugging: Hugging) -> None:
+    assert hugging.whole["error"] == ""
+    assert hugging.whole["step"] == 12
+    assert numbers(hugging.folder / "whole") == [3, 6, 9, 12]
+    assert list((hugging.folder / "unused").iterdir()) == [], "Trainer saved something itself"
+    state = json.loads(distckpt.load(hugging.folder / "whole/ckpt-3", "trainer@0.state"))
+    assert [entry["step"] for entry in state["log_history"]] == [0, 1, 2, 3], "saved before it was logged"
+    assert state["log_history"][0] == {"step": 0, "odd": 1.5, "odder": None}
+
+
+@pytest.mark.parametrize("stops", [[4], [5, 7]], ids=["within an epoch", "between epochs and again"])
+def test_transformers_goes_on_where_it_was_stopped(hugging: Hugging, stops: list[int]) -> None:
+    name = "-".join(map(str, stops))
+    seen, losses = [], {}
+    for stop in [*stops, None]:
+        result = hugging.run(name, stop_at=stop)
+        assert result["error"] == ""
+        assert result["step"] == (12 if stop is None else stop + 1)
+        seen += result["seen"]
+        losses = result["losses"]
+    assert seen == hugging.whole["seen"]
+    assert losses == hugging.whole["losses"]
+    assert digests(hugging.folder / name / "ckpt-12", *FINAL) == digests(hugging.folder / "whole/ckpt-12", *FINAL)
+
+
+def test_transformers_fails_and_resumes_with_what_its_callbacks_knew(hugging: Hugging) -> None:
+    """A greater loss counts as better here, so early stopping counts evaluations: at 3, 6 and 9, over the failure."""
+    arguments = {"eval_strategy": "steps", "eval_steps": 3, "metric_for_best_model": "eval_loss", "patience": 2,
+                 "greater_is_better": True, "restore_callback_states_from_checkpoint": True,
+                 "gradient_accumulation_steps": 2, "batch": 2}  # fmt: skip
+    whole = hugging.run("patient", **arguments)
+    assert whole["step"] == 9
+    assert whole["best"] == pytest.approx(2.97, abs=0.1)
+    failed = hugging.run("failing", fail_at=7, **arguments)
+    assert failed["error"] == "Stopped: step 7"
+    assert numbers(hugging.folder / "failing") == [3, 6]
+    resumed = hugging.run("failing", **arguments)
+    assert {name: resumed[name] for name in ("step", "epoch", "best")} == {
+        name: whole[name] for name in ("step", "epoch", "best")
+    }
+    assert resumed["losses"] == whole["losses"]
+    assert resumed["seen"] == whole["seen"][-len(resumed["seen"]) :]
+    assert digests(hugging.folder / "failing/ckpt-9", *FINAL) == digests(hugging.folder / "patient/ckpt-9", *FINAL)
+
+
+def test_transformers_begins_at_the_newest_good_checkpoint(hugging: Hugging) -> None:
+    hugging.run("damaged", stop_at=7)
+    folder = hugging.folder / "damaged/ckpt-8"
+    with distckpt.open(folder) as reader:
+        shard = next(Path(path) for path in folder.glob("*/*.arrow") if path.name != "index.arrow")
+        place = int(reader._index.position[int(reader._index.rows("model.transformer.wte.weight")[0])])
+    content = bytearray(shard.read_bytes())
+    content[place] ^= 1
+    shard.write_bytes(content)
+    result = hugging.run("damaged")
+    assert (result["step"], len(result["seen"])) == (12, 6)
+    assert digests(hugging.folder / "damaged/ckpt-12", *FINAL) == digests(hugging.folder / "whole/ckpt-12", *FINAL)
+
+
+def test_transformers_own_train_cannot_resume_and_says_so(hugging: Hugging) -> None:
+    assert hugging.run("plain", plainly=True, stop_at=2)["step"] == 3
+    result = hugging.run("plain", plainly=True)
+    assert result["seen"] == []
+    assert result["error"].startswith("_ElsewhereError")
+    for part in ("plain/ckpt-3 was saved at step 3", "begins at step 0", "callback.train(trainer)"):
+        assert part in result["error"]
+
+
+@pytest.mark.timeout(120)
+def test_transformers_over_ranks_stops_together_and_resumes_on_one(hugging: Hugging, gang2: Gang) -> None:
+    directory, whole = str(hugging.folder / "ranks"), hugging.run("dry", dropout=0.0, items=24)
+    scratch = str(hugging.folder / "unused")
+    results = gang2.run(
+        "ranks.integrations:on_rank", kind="transformers", directory=directory, scratch=scratch,
+        batch=2, dropout=0.0, items=24, stop_at=6, rank=1,
+    )  # fmt: skip
+    assert [(result["step"], result["error"]) for result in results] == [(7, "")] * 2
+    assert numbers(hugging.folder / "ranks") == [3, 6, 7]
+    assert distckpt.open(f"{directory}/ckpt-7").manifest.world_size == 2
+    resumed = hugging.run("ranks", dropout=0.0, items=24)
+    assert resumed["error"] == ""
+    assert seen_over(results) + resumed["seen"] == whole["seen"]
+    assert resumed["losses"] == pytest.approx(whole["losses"], rel=1e-4)
+    last, expected = (distckpt.load(hugging.folder / name / "ckpt-12", "model") for name in ("ranks", "dry"))
+    assert last.keys() == expected.keys()
+    for key, tensor in last.items():
+        torch.testing.assert_close(tensor, expected[key], atol=1e-3, rtol=0)  # one step moves by 1e-2
+
+
+# ---- Lightning ------------------------------------------------------------------------------------------------------
+
+OF_LIGHTNING = [
+    "ignore:.*LeafSpec:FutureWarning",  # Lightning uses a class of torch's that is deprecated
+    "ignore:.*does not have many workers",  # Lightning's advice about loaders
+]
+lightning = pytest.mark.filterwarnings(*OF_LIGHTNING)
+
+
+@lightning
+@pytest.mark.parametrize("stops", [[2], [5, 7], [8, 11, 12]], ids=lambda stops: "-".join(map(str, stops)))
+@pytest.mark.parametrize(
+    "arguments",
+    [{"max_epochs": 3, "min_epochs": 2}, {"max_steps": 14, "max_epochs": 3, "validate": True},
+     {"max_epochs": 5, "accumulate_grad_batches": 2, "resumable": True}],
+    ids=["epochs", "steps and validation", "accumulated, from a loader that resumes"],
+)  # fmt: skip
+def test_lightning_goes_on_where_it_was_stopped(tmp_path: Path, arguments: dict[str, Any], stops: list[int]) -> None:
+    whole = scenarios.lightning(str(tmp_path / "whole"), **arguments)
+    seen: list[list[int]] = []
+    result = {}
+    for restores, stop in enumerate([*stops, None]):
+        result = scenarios.lightning(str(tmp_path / "parts"), stop_at=stop, **arguments)
+        assert result["step"] == (whole["step"] if stop is None else stop + 1)
+        assert result["restores"] == restores, "the datamodule was not restored"
+        seen += result.pop("seen")
+    assert seen == whole.pop("seen")
+    assert {**result, "restores": 0} == whole
+    last = f"ckpt-{whole['step']}"
+    assert digests(tmp_path / "parts" / last, *FINAL) == digests(tmp_path / "whole" / last, *FINAL)
+
+
+@lightning
+def test_lightning_fails_and_resumes(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    whole = scenarios.lightning(str(tmp_path / "whole"), max_epochs=2)
+    told = [record.getMessage() for record in caplog.records if record.name == "distckpt.integrations.carrying"]
+    assert len(told) == 1, "told once, though there were four saves"
+    assert "Odd is not saved" in told[0]
+    failed = scenarios.lightning(str(tmp_path / "parts"), max_epochs=2, fail_at=8)
+    assert failed["error"] == "step 8"
+    assert numbers(tmp_path / "parts") == [3, 6]
+    resumed = scenarios.lightning(str(tmp_path / "parts"), max_epochs=2)
+    assert resumed["seen"] == whole["seen"][6:]
+    assert resumed["counted"] == whole["counted"] == 12
+    assert digests(tmp_path / "parts/ckpt-12", *FINAL) == digests(tmp_path / "whole/ckpt-12", *FINAL)
+    again = scenarios.lightning(str(tmp_path / "parts"), max_epochs=2)
+    assert (again["step"], again["seen"]) == (12, [])
+
+
+@lightning
+def test_lightning_trains_on_within_an_epoch_that_the_number_of_steps_ended(tmp_path: Path) -> None:
+    whole = scenarios.lightning(str(tmp_path / "whole"), max_steps=10)
+    first = scenarios.lightning(str(tmp_path / "parts"), max_steps=4)
+    then = scenarios.lightning(str(tmp_path / "parts"), max_steps=10)
+    assert first["seen"] + then["seen"] == whole["seen"]
+    assert digests(tmp_path / "parts/ckpt-10", *FINAL) == digests(tmp_path / "whole/ckpt-10", *FINAL)
+
+
+@lightning
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("shard", [False, True], ids=["ddp", "sharded"])
+def test_lightning_over_ranks_stops_together_and_resumes(tmp_path: Path, gang2: Gang, shard: bool) -> None:
+    def train(name: str, **arguments: Any) -> list[dict[str, Any]]:
+        directory = str(tmp_path / name)
+        return gang2.run("ranks.integrations:on_rank", kind="lightning", directory=directory, ranks=2,
+                         batch=2, max_epochs=2, shard=shard, **arguments)  # fmt: skip
+
+    whole, stopped = train("whole"), train("parts", stop_at=7, rank=1)
+    assert [result["step"] for result in stopped] == [8, 8]
+    assert numbers(tmp_path / "parts") == [3, 6, 8]
+    resumed = train("parts")
+    assert seen_over(stopped) + seen_over(resumed) == seen_over(whole)
+    # Python's own random numbers aside: Ray draws some when the first of the runs connects to it.
+    assert digests(tmp_path / "parts/ckpt-12", *FINAL[:3]) == digests(tmp_path / "whole/ckpt-12", *FINAL[:3])
+    alone = scenarios.lightning(str(tmp_path / "parts"), batch=4, max_epochs=3)
+    assert (alone["step"], alone["epoch"], len(alone["seen"])) == (18, 3, 6)
+
+
+# ---- Ray Train ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.timeout(180)
+def test_ray_train_goes_on_after_a_worker_was_killed(tmp_path: Path, ray_address: str) -> None:
+    directory, notes = tmp_path / "run", tmp_path / "notes"
+    notes.mkdir()
+    program = ROOT / "tests" / "ranks" / "programs" / "on_ray_train_session.py"
+    done = subprocess.run(
+        [sys.executable, str(program), str(directory), str(tmp_path / "results"), str(notes)],
+        env={
+            **os.environ,
+            "RAY_ADDRESS": ray_address,
+            "PYTHONPATH": str(ROOT),
+            "OMP_NUM_THREADS": "1",
+            "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.3",  # it collects reports, and finds the dead, that often
+        },
+        capture_output=True,
+        text=True,
+        timeout=170,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    for rank in (0, 1):
+        steps = [int(line) for line in (notes / f"rank-{rank}").read_text().split()]
+        assert steps == [0, 1, 2, 3, 4, 4, 5, 6, 7], "each step once, but for the one in which a worker died"
+    reports = [json.loads(line) for line in (notes / "reports").read_text().splitlines()]
+    assert reports[-1] == [{"global_step": 8, "rank": rank} for rank in (0, 1)]
+    assert numbers(directory) == [2, 4, 6, 8]
+
+    from distckpt.integrations.ray_train import to_ray_checkpoint
+    from tests.ranks.programs.on_ray_train_session import STEPS, make_module, make_step
+
+    module, optimizer = make_module()
+    step = make_step(module, optimizer)
+    for number in range(STEPS):
+        step(number)
+    with to_ray_checkpoint(directory / "ckpt-8").as_directory() as folder:
+        saved = distckpt.load(folder, "model")
+    assert saved.keys() == module.state_dict().keys()
+    assert all(torch.equal(saved[key], tensor) for key, tensor in module.state_dict().items())
+
+
+# ---- the libraries are not there, or were not asked rightly -------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "needed", "extra"),
+    [("transformers", "transformers.trainer_callback", "transformers"), ("lightning", "lightning.pytorch", "lightning"),
+     ("ray_train", "ray.train", "train")],
+)  # fmt: skip
+def test_a_missing_library_is_named_with_what_installs_it(
+    monkeypatch: pytest.MonkeyPatch, name: str, needed: str, extra: str
+) -> None:
+    monkeypatch.setitem(sys.modules, needed, None)
+    monkeypatch.delitem(sys.modules, f"distckpt.integrations.{name}", raising=False)
+    with pytest.raises(ImportError, match=rf"pip install 'distckpt\[{extra}\]'"):
+        importlib.import_module(f"distckpt.integrations.{name}")
+
+
+def test_transformers_callback_refuses_a_trainer_that_is_not_its_own(tmp_path: Path) -> None:
+    from transformers import Trainer, TrainingArguments
+
+    from distckpt.integrations.transformers import DistckptCallback
+
+    settings = TrainingArguments(output_dir=str(tmp_path), report_to=[], use_cpu=True)
+    callback = DistckptCallback(tmp_path, 1)
+    trainer = Trainer(scenarios.language_model(0.0), settings, train_dataset=scenarios.Texts(4))
+    with pytest.raises(ValueError, match="not among the trainer's"):
+        callback.train(trainer)
+    with pytest.raises(TypeError, match="resume from"):
+        callback.train(trainer, resume_from_checkpoint=True)
+
+
+@lightning
+@pytest.mark.parametrize("name", ["transformers", "lightning"])
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [({}, ValueError), ({"save_steps": 1, "save_secs": 1.0}, ValueError), ({"save_steps": 1, "keep": 3}, TypeError)],
+)
+def test_wrong_arguments_are_refused_at_once(name: str, arguments: dict[str, Any], error: type[Exception]) -> None:
+    callback = importlib.import_module(f"distckpt.integrations.{name}").DistckptCallback
+    with pytest.raises(error):
+        callback("unused", **arguments)
