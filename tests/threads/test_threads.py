@@ -684,7 +684,7 @@ class Clocked(Coordinator):
 def called_at(monkeypatch: pytest.MonkeyPatch, durations: list[float], interval: float, **how: Any) -> list[float]:
     """When a looper's runs begin, in simulated seconds since its start, if they take so long."""
     coord = Clocked(len(durations))
-    monkeypatch.setattr("distckpt.threads.coordinator.time", SimpleNamespace(monotonic=lambda: coord.now))
+    monkeypatch.setattr("distckpt.threads.looper.time", SimpleNamespace(monotonic=lambda: coord.now))
     times = []
 
     def work() -> None:
