@@ -12,12 +12,13 @@ from torch import nn
 
 from distckpt.checkpoint import Checkpoint
 from distckpt.export.exporter import Exporter
-from distckpt.export.listing import Exports, PathLike, export_number
+from distckpt.export.listing import Exports, export_number
 from distckpt.export.packing import pack
 from distckpt.export.places import find_place
 from distckpt.export.recipes import Export, Recipe, recipes_of
 from distckpt.manager import CheckpointManager, StepCounter
 from distckpt.rank.pending import PendingSave, progress_of
+from distckpt.storage import PathLike
 
 
 class ExportCheckpointManager(CheckpointManager):

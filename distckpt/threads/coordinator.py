@@ -19,7 +19,9 @@ from distckpt.threads.report import StopReport, is_clean, peer_error, text_of
 
 logger = logging.getLogger(__name__)
 
-CLEAN_STOPS: tuple[type[BaseException], ...] = (OutOfRangeError, StopIteration)
+CLEAN_STOPS: tuple[type[Exception], ...] = (OutOfRangeError, StopIteration)
+"""What is raised at the end of the input: done, not failed."""
+
 LOOK_SECONDS = 0.5  # Python runs the handler of a signal that came just before a wait only after it
 SETTLE_SECONDS = 10.0
 """How long join waits until the cluster has heard of this rank's request to stop and says which was the first."""
