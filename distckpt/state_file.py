@@ -18,11 +18,9 @@ from google.protobuf.message import Message
 from distckpt.errors import DamagedError, ObjectNotFoundError, StorageError
 from distckpt.format import names
 from distckpt.format.json.log import CheckpointRecord, State
-from distckpt.storage import open_store
+from distckpt.storage import PathLike, open_store
 
 logger = logging.getLogger(__name__)
-
-PathLike = str | os.PathLike[str]
 
 MAX_STATE_BYTES = 64 << 20
 

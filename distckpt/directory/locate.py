@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +15,7 @@ from distckpt.format.arrow.index import Index, decode_index
 from distckpt.format.json.log import CheckpointRecord
 from distckpt.format.json.manifest import MAX_MANIFEST_BYTES, Manifest, check_manifest
 from distckpt.format.json.sealed import unseal
-from distckpt.storage import Store, open_store
+from distckpt.storage import PathLike, Store, open_store
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +36,7 @@ class Located:
         return self.object_path(names.shard_name(rank, shard))
 
 
-def locate(path: str | os.PathLike[str], storage_options: Mapping[str, Any] | None = None) -> Located:
+def locate(path: PathLike, storage_options: Mapping[str, Any] | None = None) -> Located:
     """The checkpoint that ``path`` means: ``<directory>/<name>-<number>``, a directory (its newest), or a lone copy.
 
     A lone copy is a checkpoint folder without its directory's log. Raises CheckpointNotFoundError when nothing

@@ -30,7 +30,7 @@ from distckpt.errors import (
     StaleRunError,
 )
 from distckpt.storage import LocalStore
-from tests.promises.test_faults import connected, coordinator_pid  # noqa: F401 - a fixture
+from tests.support.actors import coordinator_pid
 from tests.support.gang import ROOT, Gang
 from tests.support.small_runs import until
 from tests.support.warm import run_script

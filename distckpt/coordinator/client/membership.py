@@ -11,8 +11,9 @@ from distckpt.coordinator.client.session import Session
 from distckpt.coordinator.machine.stops import Members, merged
 from distckpt.coordinator.messages import AwaitStop, StopState
 from distckpt.errors import CoordinatorError, FencedError, StaleRunError
-from distckpt.threads.coordinator import Coordinator
+from distckpt.threads.coordinator import Listener
 from distckpt.threads.report import StopReport, report_of
+from distckpt.world import World
 
 logger = logging.getLogger(__name__)
 
@@ -29,10 +30,9 @@ TELL_SECONDS = 5.0
 class RankCluster:
     """All ranks of a run, as one of them sees them. See ``threads.Cluster``. Starts nothing until somebody joins."""
 
-    def __init__(self, session: Session, rank: int, host: str) -> None:
+    def __init__(self, session: Session, world: World) -> None:
         self._session = session
-        self._rank = rank
-        self._host = host
+        self._world = world
         self._lock = threading.Lock()
         self._closed = threading.Event()
         self._generation = 0
@@ -41,21 +41,26 @@ class RankCluster:
     @property
     def rank(self) -> int:
         """Which rank this process is."""
-        return self._rank
+        return self._world.rank
+
+    @property
+    def size(self) -> int:
+        """How many ranks there are."""
+        return self._world.size
 
     @property
     def host(self) -> str:
         """The name of this rank's host."""
-        return self._host
+        return self._world.host
 
-    def join(self, coordinator: Coordinator, silence_timeout: float) -> RankMembership:
+    def join(self, listener: Listener, silence_timeout: float) -> RankMembership:
         """See ``threads.Cluster.join``. CoordinatorError if the manager of this cluster has been closed."""
         with self._lock:
             if self._closed.is_set():
                 raise CoordinatorError("the manager of this cluster has been closed; take the cluster of another one")
             self._generation += 1
             membership = RankMembership(
-                self._session, self._rank, self._host, self._generation, coordinator, silence_timeout, self._closed
+                self._session, self.rank, self.host, self._generation, listener, silence_timeout, self._closed
             )
             self._memberships.add(membership)
         membership.start()
@@ -84,7 +89,7 @@ class RankMembership:
         rank: int,
         host: str,
         generation: int,
-        coordinator: Coordinator,
+        listener: Listener,
         silence_timeout: float,
         closed: threading.Event,
     ) -> None:
@@ -92,7 +97,7 @@ class RankMembership:
         self._rank = rank
         self._host = host
         self._generation = generation
-        self._coordinator = weakref.ref(coordinator)
+        self._listener = listener
         self._silence_timeout = silence_timeout
         self._closed = closed
         self._lock = threading.Lock()
@@ -122,9 +127,7 @@ class RankMembership:
 
     def fail(self, error: BaseException) -> None:
         """The Coordinator stops with ``error``, and all ranks with it."""
-        coordinator = self._coordinator()
-        if coordinator is not None and not coordinator.joined:
-            coordinator._stop_because(error)
+        self._listener.fail(error)
 
     def close(self, timeout: float) -> None:
         """Leave, but give what was reported ``timeout`` seconds to be heard."""
@@ -181,18 +184,13 @@ class RankMembership:
                 return
             # After a restart the coordinator may have heard another report first; this rank keeps to what it was told.
             if self._known is None and not self._left:
-                self._give(state.stop)
+                self._listener.hear(self, state.stop)
             self._known = state.stop
             self._settled.set()
 
     def _lost(self, error: CoordinatorError) -> None:
         """The coordinator turns this rank away: it will hear of no stop any more, so it stops by itself."""
         if not self._left:
-            self._give(error)
+            self._listener.hear(self, error)
         self.leave()
         self._settled.set()
-
-    def _give(self, cause: StopReport | CoordinatorError) -> None:
-        coordinator = self._coordinator()
-        if coordinator is not None:
-            coordinator._hear(self, cause)
