@@ -351,11 +351,7 @@ class Saver:
 
     def _committed(self, attempt: str) -> CheckpointRecord | None:
         """Storage is the truth when the coordinator is gone: was our attempt committed before it went?"""
-        state = read_tail(self._store).state
-        for record in (*state.active, *state.preserved):
-            if attempt and record.attempt == attempt:
-                return record
-        return None
+        return read_tail(self._store).state.find(attempt)
 
 
 def _layout(digest: str, planned: Planned, holding: Holding) -> Layout:

@@ -148,13 +148,12 @@ class SimulatedCoordinator:
         if entry is None:
             self._later(lambda: self.feed(TailRead(0, None)))
             return
-        known = {record.attempt for record in (*entry.state.active, *entry.state.preserved, *entry.state.retiring)}
+        known = entry.state.known()
         complete = []
         for attempt in self._world.store.attempts:
             whole = self._world.store.complete(attempt)
             if attempt not in known and attempt_epoch(attempt) == entry.epoch and whole is not None:
                 complete.append(record_of(NAME, attempt, whole))
-        complete.sort(key=lambda record: record.time)
         self._later(lambda: self.feed(TailRead(entry.seq, entry, tuple(complete))))
 
     def _append(self, entry: Entry) -> None:

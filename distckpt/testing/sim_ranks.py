@@ -358,7 +358,7 @@ class Reader(Process):
             if seq == 0:
                 return ()
             if entry is not None:
-                return (*entry.state.active, *entry.state.preserved)
+                return tuple(entry.state.alive().values())
 
     def _choose(self) -> Generator[Sleep | Say, Reply | None, CheckpointRecord | None]:
         records = yield from self._listed()

@@ -159,7 +159,7 @@ class Simulation:
         elif not lost and len(first.saved) != (2 if not first.job.skip_if_busy else len(first.saved)):
             lost.append(f"the last job saved {len(first.saved)} checkpoints instead of 2")
         known = expected.state if expected is not None else None
-        if known is not None and (known.active or known.preserved) and first.restored is None:
+        if known is not None and known.alive() and first.restored is None:
             lost.append("the last job restored nothing although there are checkpoints")
         self.world.history.add(
             CameBack(first.restored, tuple(sorted(first.saved, key=lambda record: record.number)), "; ".join(lost))

@@ -52,7 +52,7 @@ class TailRead:
     """The newest entry that can be read (None in a fresh directory), and ``seq``, the highest number in the log.
 
     ``complete`` are checkpoints of the newest entry's epoch whose manifest and every shard are on storage but which
-    that entry's state does not know: candidates for rolling forward, oldest first.
+    that entry's state does not know: candidates for rolling forward, in any order.
     """
 
     seq: int

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from distckpt.coordinator.machine.actions import CollectGarbage, Delete, Deleted, LeasesRead, Publish, ReadLeases
 from distckpt.coordinator.machine.desk import Desk
 from distckpt.coordinator.machine.ledger import Ledger
-from distckpt.coordinator.machine.records import forgotten, known_attempts, retired
+from distckpt.coordinator.machine.records import forgotten, retired
 from distckpt.coordinator.machine.retention import Sweep, sweep
 from distckpt.coordinator.machine.runs import Run
 from distckpt.format.json.log import Entry, State
@@ -193,5 +193,5 @@ class Keeping:
         self._garbage_wanted = False
         self._garbage_at = self._desk.mono + GARBAGE_EVERY
         if self._ledger.whole:
-            known = known_attempts(self._ledger.state)
+            known = self._ledger.state.known()
             self._desk.emit(CollectGarbage(run.name, known, self._live(), self._ledger.epoch, self._failed()))

@@ -29,7 +29,7 @@ from distckpt.coordinator.machine.actions import (
 from distckpt.coordinator.machine.desk import Desk, Identities
 from distckpt.coordinator.machine.keeping import Keeping
 from distckpt.coordinator.machine.ledger import Ledger
-from distckpt.coordinator.machine.records import find_attempt, find_number, pinned, unpinned
+from distckpt.coordinator.machine.records import find_number, pinned, unpinned
 from distckpt.coordinator.machine.restores import Restores
 from distckpt.coordinator.machine.runs import Run, Runs
 from distckpt.coordinator.machine.saves import Saves
@@ -247,7 +247,7 @@ class Machine:
         """What was committed is committed, also for a rank that has not reported again after a restart."""
         record = None
         if isinstance(refusal, Unknown) and isinstance(request, Join | Receipt):
-            record = find_attempt(self._ledger.state, request.attempt)
+            record = self._ledger.state.find(request.attempt)
         self._desk.answer(ticket, Committed(record) if record is not None else refusal or Unknown())
 
     def _leave(self, ticket: int, request: Leave, run: Run) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 
 import msgspec
 
@@ -10,17 +10,6 @@ from distckpt.format.json.log import CheckpointRecord, State
 from distckpt.format.names import attempt_age, checkpoint_folder
 
 Records = tuple[CheckpointRecord, ...]
-
-
-def known_attempts(state: State) -> frozenset[str]:
-    """Every attempt that the state names, retiring ones too."""
-    return frozenset(record.attempt for record in (*state.active, *state.preserved, *state.retiring))
-
-
-def find_attempt(state: State, attempt: str) -> CheckpointRecord | None:
-    """The committed record of an attempt, retiring ones too, or None."""
-    everything = (*reversed(state.active), *reversed(state.preserved), *state.retiring)
-    return next((record for record in everything if record.attempt == attempt and record.manifest_size), None)
 
 
 def never_committed(name: str, number: int, attempt: str, time: float, world_size: int) -> CheckpointRecord:
@@ -37,23 +26,16 @@ def never_committed(name: str, number: int, attempt: str, time: float, world_siz
     )
 
 
-def newest_first(state: State) -> Records:
-    """What may be restored, best first: the last one committed, then the others by age, not by clock."""
-    older = sorted((*state.active[:-1], *state.preserved), key=lambda record: attempt_age(record.attempt), reverse=True)
-    return (*state.active[-1:], *older)
-
-
 def find_number(state: State, number: int, name: str) -> CheckpointRecord | None:
     """The newest committed record of ``number``, one called ``name`` if there is one, or None."""
-    found = [record for record in newest_first(state) if record.number == number]
+    found = [record for record in state.newest_first() if record.number == number]
     return next((record for record in found if record.name == name), found[0] if found else None)
 
 
 def find_folder(state: State, folder: str) -> CheckpointRecord | None:
     """The newest committed record of a folder like ``ckpt-42``, or None."""
-    return next(
-        (record for record in newest_first(state) if checkpoint_folder(record.name, record.number) == folder), None
-    )
+    found = (record for record in state.newest_first() if checkpoint_folder(record.name, record.number) == folder)
+    return next(found, None)
 
 
 def record_path(directory: str, record: CheckpointRecord) -> str:
@@ -82,7 +64,7 @@ def rolled_forward(state: State, complete: Iterable[CheckpointRecord]) -> State:
     A save that began before the newest checkpoint was passed over: it failed for the ranks, and does not come back.
     Clocks have no say in this.
     """
-    known = known_attempts(state)
+    known = state.known()
     last = attempt_age(state.active[-1].attempt) if state.active else (0, "")
     for record in sorted(complete, key=lambda record: attempt_age(record.attempt)):
         if record.attempt not in known and attempt_age(record.attempt) > last:
@@ -103,7 +85,7 @@ def retired(state: State, active: Records, preserved: Records, retire: Records, 
 
 def discarded(state: State, record: CheckpointRecord) -> State | None:
     """A failed attempt is to be deleted and never committed. None if the state knows it already."""
-    if record.attempt in known_attempts(state):
+    if record.attempt in state.known():
         return None
     return msgspec.structs.replace(state, retiring=(*state.retiring, record))
 
@@ -122,13 +104,8 @@ def pinned(state: State, number: int, name: str) -> State | None:
 
 def unpinned(state: State, number: int) -> State | None:
     """No record of ``number`` is pinned. None if that is so already."""
-    attempts = {record.attempt for record in _alive(state) if record.number == number and record.pinned}
+    attempts = {record.attempt for record in state.newest_first() if record.number == number and record.pinned}
     return _repinned(state, attempts, pinned=False) if attempts else None
-
-
-def _alive(state: State) -> Iterator[CheckpointRecord]:
-    yield from state.active
-    yield from state.preserved
 
 
 def _repinned(state: State, attempts: set[str], *, pinned: bool) -> State:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from distckpt.coordinator.machine.desk import Desk
 from distckpt.coordinator.machine.ledger import Ledger
-from distckpt.coordinator.machine.records import find_folder, find_number, newest_first, record_path
+from distckpt.coordinator.machine.records import find_folder, find_number, record_path
 from distckpt.coordinator.machine.runs import Run
 from distckpt.coordinator.messages import Refused, Reply, Restored, RestoreFrom, RestoreRound
 from distckpt.errors import (
@@ -123,7 +123,7 @@ class Restores:
     def _candidates(self, which: int | str | None) -> list[CheckpointRecord]:
         state = self._ledger.state
         if which is None:
-            return list(newest_first(state))
+            return list(state.newest_first())
         record = find_folder(state, which) if isinstance(which, str) else find_number(state, which, self._current.name)
         return [record] if record is not None else []
 
@@ -162,7 +162,7 @@ class Restores:
         round.refusal = ""
         round.reported = set()
         # Retention may have taken older ones away meanwhile.
-        alive = {record.attempt for record in newest_first(self._ledger.state)}
+        alive = self._ledger.state.alive()
         left = [record for record in round.candidates[1:] if record.attempt in alive]
         if not left:
             self._end(ask, Refused(NoGoodCheckpointError(self._desk.directory, round.refused)))

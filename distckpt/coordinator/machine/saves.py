@@ -10,7 +10,6 @@ from distckpt.coordinator.machine.desk import Desk, Identities
 from distckpt.coordinator.machine.keeping import Keeping
 from distckpt.coordinator.machine.ledger import Ledger
 from distckpt.coordinator.machine.plans import HeldPlan, Plans
-from distckpt.coordinator.machine.records import find_attempt
 from distckpt.coordinator.machine.roundbook import RoundBook
 from distckpt.coordinator.machine.rounds import SaveRound
 from distckpt.coordinator.machine.runs import Run
@@ -89,7 +88,7 @@ class Saves:
 
     def join(self, ticket: int, message: Join) -> None:
         """A rank takes part in its next save."""
-        record = find_attempt(self._ledger.state, message.attempt) if message.attempt else None
+        record = self._ledger.state.find(message.attempt) if message.attempt else None
         if record is not None:
             self._desk.answer(ticket, Committed(record))
             return
@@ -156,7 +155,7 @@ class Saves:
     def fail(self, ticket: int, message: Fail) -> None:
         """A rank cannot do its part. Once all shards have landed, that changes nothing any more."""
         round = self.book.of(message.attempt)
-        known = round is not None or find_attempt(self._ledger.state, message.attempt) is not None
+        known = round is not None or self._ledger.state.find(message.attempt) is not None
         self._desk.answer(ticket, Accepted() if known else Unknown())
         if round is not None and round.outcome is None and not round.sealing:
             self._fail_rank(round, message.rank, message.reason)
@@ -208,7 +207,7 @@ class Saves:
         """The unfinished round that a rank of it speaks of. None if there is none, and that has been answered."""
         round = self.book.of(message.attempt)
         if round is None or not round.takes_part(message.rank):
-            record = find_attempt(self._ledger.state, message.attempt)
+            record = self._ledger.state.find(message.attempt)
             self._desk.answer(ticket, Unknown() if record is None else Committed(record))
             return None
         if round.outcome is not None:
