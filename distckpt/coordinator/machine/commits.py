@@ -29,11 +29,9 @@ class Commits:
 
     def seal(self, round: SaveRound, run: Run) -> None:
         """Have everything checked and the manifest written. From here on no deadline abandons the round."""
+        round.seal_begins(self._desk.now)
         assert round.plan is not None
         assert round.number is not None
-        round.sealing = True
-        round.deadline = None
-        round.time = self._desk.now
         self._desk.emit(
             Seal(
                 attempt=round.attempt,
@@ -60,10 +58,9 @@ class Commits:
             world_size=round.world_size,
             nbytes=sealed.nbytes,
         )
-        round.record = record
 
         def change(state: State) -> State | None:
-            if round.outcome is not None:
+            if round.over:
                 return None
             return self._keeping.swept(committed(self._ledger.recovered(state), record, round.order + 1))
 

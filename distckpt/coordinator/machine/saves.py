@@ -11,7 +11,7 @@ from distckpt.coordinator.machine.keeping import Keeping
 from distckpt.coordinator.machine.ledger import Ledger
 from distckpt.coordinator.machine.plans import HeldPlan, Plans
 from distckpt.coordinator.machine.roundbook import RoundBook
-from distckpt.coordinator.machine.rounds import SaveRound
+from distckpt.coordinator.machine.rounds import Phase, SaveRound
 from distckpt.coordinator.machine.runs import Run
 from distckpt.coordinator.messages import (
     Accepted,
@@ -81,7 +81,7 @@ class Saves:
     def everyone_left(self) -> None:
         """Give up rounds that nobody will finish. Those whose shards have all landed go on."""
         for round in self.book:
-            if not round.sealing:
+            if not round.landed:
                 self._fail(round, SaveError(round.number, "every rank has left the run"))
 
     # ---- requests --------------------------------------------------------------------------------------------------
@@ -101,7 +101,7 @@ class Saves:
             reason = "it came too late: the coordinator has finished a later save already"
             self._desk.answer(ticket, Refused(SaveError(message.number, reason)))
             return
-        if round.outcome is None:
+        if not round.over:
             self._take_in(round, message)
         self._desk.answer(ticket, _joined(round, message.rank))
         self._advance(round)
@@ -134,7 +134,7 @@ class Saves:
             self._desk.hold(ticket, round.awaiting_plan, message.rank)
             return
         self._desk.answer(ticket, _planned(round.plan, message.rank))
-        if message.rank not in round.told and not round.sealing:
+        if message.rank not in round.told and not round.landed:
             round.told.add(message.rank)
             round.deadline = self._later()
 
@@ -157,7 +157,7 @@ class Saves:
         round = self.book.of(message.attempt)
         known = round is not None or self._ledger.state.find(message.attempt) is not None
         self._desk.answer(ticket, Accepted() if known else Unknown())
-        if round is not None and round.outcome is None and not round.sealing:
+        if round is not None and not round.over and not round.landed:
             self._fail_rank(round, message.rank, message.reason)
 
     # ---- results of actions, and time ------------------------------------------------------------------------------
@@ -165,7 +165,7 @@ class Saves:
     def plan_made(self, event: PlanMade) -> None:
         """The plan of a round is there."""
         round = self.book.of(event.attempt)
-        if round is None or round.outcome is not None or not round.planning:
+        if round is None or round.phase is not Phase.PLANNING:
             return
         rank = round.misplanned(event.plan)
         if rank is not None:
@@ -177,20 +177,20 @@ class Saves:
     def sealed(self, event: Sealed) -> None:
         """Everything of an attempt is durable: commit it."""
         round = self.book.of(event.attempt)
-        if round is not None and round.outcome is None and round.sealing and round.record is None:
-            round.deadline = self._later()
+        if round is not None and round.phase is Phase.SEALING:
+            round.commit_begins(self._later())
             self._commits.commit(round, self._current.name, event)
 
     def step_failed(self, event: StepFailed) -> None:
         """Planning or sealing failed for good."""
         round = self.book.of(event.attempt)
-        if round is not None and round.outcome is None and round.record is None and (round.planning or round.sealing):
+        if round is not None and round.phase in (Phase.PLANNING, Phase.SEALING):
             self._fail(round, event.error)
 
     def tick(self) -> None:
         """Give up what is overdue."""
         for round in self.book:
-            if round.outcome is None and round.deadline is not None and round.deadline <= self._desk.mono:
+            if not round.over and round.deadline is not None and round.deadline <= self._desk.mono:
                 self._expire(round)
 
     # ---- rounds ----------------------------------------------------------------------------------------------------
@@ -231,17 +231,17 @@ class Saves:
         known = round.joins.get(message.rank)
         if message.number != round.number:
             self._fail(round, _mismatch(round, message))
-        elif known is None or (message.staged and not known.staged and round.plan is None and not round.planning):
+        elif known is None or (message.staged and not known.staged and round.phase is Phase.JOINING):
             # A delayed copy of an older Join may have come first; what the rank has copied counts.
             round.join(message, self._plans)
         elif round.misjoined(message):
             self._fail_rank(round, message.rank, "it had copied its chunks before it could be planned for")
 
     def _advance(self, round: SaveRound) -> None:
-        if round.outcome is None and round.can_plan:
+        if round.can_plan:
             self._plan(round)
         # Checkpoints are committed in save order, so a fast save waits for an earlier one that all have joined.
-        if round.outcome is None and round.saves and round.all_landed and not self.book.must_wait(round):
+        if round.can_seal and not self.book.must_wait(round):
             self._keeping.peek()
             self._commits.seal(round, self._current)
 
@@ -257,14 +257,11 @@ class Saves:
                 self._fail_rank(round, rank, "it did not say which chunks it has copied")
                 return
             staged[rank] = rows
-        round.planning = True
-        round.deadline = None
+        round.plan_begins()
         self._desk.emit(MakePlan(round.attempt, round.number, round.descriptions, staged, frozenset(round.fresh)))
 
     def _adopt(self, round: SaveRound, held: HeldPlan) -> None:
-        round.planning = False
-        round.plan = held.plan
-        round.deadline = self._later()
+        round.follow(held.plan, self._later())
         for ticket, rank in list(round.awaiting_plan.items()):
             round.told.add(rank)
             self._desk.answer(ticket, _planned(held.plan, rank))
@@ -291,7 +288,7 @@ class Saves:
         self._keeping.look()
 
     def _expire(self, round: SaveRound) -> None:
-        if round.record is not None:
+        if round.phase is Phase.COMMITTING:
             round.deadline = self._later()
             self._commits.overdue(round, self._current.save_timeout)
             return
@@ -299,7 +296,7 @@ class Saves:
         if not missing:
             round.deadline = None
             return
-        stage = "to join the save" if round.plan is None else "to report that its shards have landed"
+        stage = "to join the save" if round.phase is Phase.JOINING else "to report that its shards have landed"
         hosts = self._current.hosts_of(missing)
         self._fail(round, MissingRanksError(round.number, missing, hosts, self._current.save_timeout, stage))
 
@@ -308,14 +305,15 @@ class Saves:
         self._fail(round, RankFailedError(round.number, rank, host, reason))
 
     def _fail(self, round: SaveRound, error: DistckptError) -> None:
+        landed = round.landed
         self._end(round, Refused(error))
-        if round.sealing:
+        if landed:
             self._commits.discard(round, self._current.name)
         self._keeping.collect()
 
     def _end(self, round: SaveRound, outcome: Reply) -> None:
+        self.book.close(round, failed=isinstance(outcome, Refused) and not round.landed)
         round.end(outcome)
-        self.book.close(round, failed=isinstance(outcome, Refused))
         self._desk.answer_shelf(round.awaiting_plan, outcome)
         self._desk.answer_shelf(round.awaiting_end, outcome)
         for other in self.book:
