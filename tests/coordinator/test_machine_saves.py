@@ -51,6 +51,7 @@ from tests.support.driving import (
     TIMEOUT,
     Driver,
     attempt_of,
+    kinds,
     receipt,
     record,
     refusal,
@@ -565,6 +566,22 @@ def test_a_failing_rank_fails_the_save_at_once_for_all():
     assert isinstance(error, RankFailedError)
     assert (error.rank, error.host, error.reason, error.number) == (1, "host1", "no space left", 5)
     assert driver.answer(Fail(run, 1, planned[1][0], "no space left")) == Accepted()
+
+
+def test_a_save_that_fails_while_its_commit_waits_for_another_entry_is_never_committed():
+    driver = Driver().lead()
+    run = driver.open()
+    driver.save(run, 1, 1, 5)
+    planned = driver.plan(run, 1, 2, 6)
+    driver.ask(Pin(5, True))
+    (ticket,) = driver.land(run, planned)
+    driver.settle(Append)
+    assert isinstance(refusal(driver.join(run, 0, 2, 7)), SaveError)
+    assert isinstance(refusal(driver.replies[ticket]), SaveError)
+    driver.settle()
+    assert [one.number for one in driver.machine.state.active] == [5]
+    assert planned[0][0] not in {attempt for entry in driver.log.values() for attempt in entry.state.alive()}
+    assert kinds(driver)[-3:] == ["pin", "retire", "forget"]
 
 
 def test_a_failure_after_all_shards_have_landed_changes_nothing():

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distckpt.coordinator.machine.records import committed, retired
+from distckpt.coordinator.machine.records import committed
 from distckpt.coordinator.machine.retention import recover, sweep
 from distckpt.coordinator.messages import Retention
 from distckpt.format.json.log import CheckpointRecord, State
@@ -53,7 +53,12 @@ class Manager:
         state = committed(self.state, record(number, now), 0)
         self.made = None
         swept = sweep(state.active, self.retention, state.last_preserved_timestamp, NOBODY)
-        self.logged = retired(state, swept.active, swept.preserved, (), swept.last_preserved)
+        self.logged = msgspec.structs.replace(
+            state,
+            active=swept.active,
+            preserved=state.preserved + swept.preserved,
+            last_preserved_timestamp=swept.last_preserved,
+        )
         self.deleted += numbers(swept.retire)
 
     @property

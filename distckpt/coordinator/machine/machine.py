@@ -1,7 +1,8 @@
 """The coordinator as a pure state machine: events in, actions out. No clock, no randomness, no input or output.
 
 Parts: the ledger appends to the log, runs know the job's incarnations, saves and restores their rounds, stops who asked
-everyone to stop, keeping applies retention. All of them share one desk, where tickets wait for answers and actions are collected.
+everyone to stop, keeping applies retention. All of them share one desk, where tickets wait for answers and actions are
+collected. What comes in goes to the parts in ``_take`` and ``_ask``; what a log entry leads to stands in ``_follow_up``.
 """
 
 from __future__ import annotations
@@ -27,10 +28,21 @@ from distckpt.coordinator.machine.actions import (
     Tick,
 )
 from distckpt.coordinator.machine.desk import Desk, Identities
+from distckpt.coordinator.machine.intentions import (
+    BeginRun,
+    Claim,
+    Commit,
+    Discard,
+    Forget,
+    Intention,
+    Retire,
+    SetPin,
+)
 from distckpt.coordinator.machine.keeping import Keeping
 from distckpt.coordinator.machine.ledger import Ledger
-from distckpt.coordinator.machine.records import find_number, pinned, unpinned
+from distckpt.coordinator.machine.records import find_number
 from distckpt.coordinator.machine.restores import Restores
+from distckpt.coordinator.machine.roundbook import RoundBook
 from distckpt.coordinator.machine.runs import Run, Runs
 from distckpt.coordinator.machine.saves import Saves
 from distckpt.coordinator.machine.stops import Stops
@@ -56,7 +68,7 @@ from distckpt.coordinator.messages import (
     StatusReply,
     Unknown,
 )
-from distckpt.errors import CheckpointNotFoundError, CoordinatorUnavailableError, DistckptError, StaleRunError
+from distckpt.errors import CheckpointNotFoundError, CoordinatorUnavailableError, DistckptError
 from distckpt.format.json.log import Entry, State
 from distckpt.format.names import checkpoint_folder
 
@@ -81,18 +93,14 @@ class Machine:
         self._end: DistckptError | None = None
         self._heard = 0.0
         self._early: dict[int, Request] = {}
-        self._ledger = Ledger(self._desk, identities, self._lead)
-        self._runs = Runs(self._desk, self._ledger, self._run_ended, self._run_known)
-        self._restores = Restores(self._desk, self._ledger)
-        self._stops = Stops(self._desk)
-        self._keeping = Keeping(
-            self._desk,
-            self._ledger,
-            lambda: self._restores.protected,
-            lambda: self._saves.live,
-            lambda: frozenset(self._saves.book.failed),
-        )
-        self._saves = Saves(self._desk, self._ledger, identities, self._keeping)
+        self._pinning: dict[int, None] = {}
+        self._book = RoundBook()
+        self._ledger = Ledger(self._desk, identities, self._follow_up)
+        self._runs = Runs(self._desk, self._ledger)
+        self._restores = Restores(self._desk, self._ledger, self._runs)
+        self._stops = Stops(self._desk, self._runs)
+        self._keeping = Keeping(self._desk, self._ledger, self._runs, self._restores, self._book)
+        self._saves = Saves(self._desk, self._ledger, identities, self._runs, self._book, self._keeping)
 
     @property
     def leading(self) -> bool:
@@ -158,6 +166,7 @@ class Machine:
                 self._ledger.tail_read(event)
             case LeasesRead():
                 self._keeping.leases_read(event)
+                self._saves.readers_known()
             case Deleted():
                 self._keeping.deleted(event)
             case Tick():
@@ -192,7 +201,7 @@ class Machine:
         parts = (self._ledger, self._restores, self._keeping)
         if self._idle_timeout is None or not self._ledger.leading:
             return None
-        if self._saves.book or self._early or any(part.busy for part in parts):
+        if self._book or self._early or any(part.busy for part in parts):
             return None
         run = self._runs.current
         soon = run is not None and run.deserted and not self._keeping.owes
@@ -205,9 +214,10 @@ class Machine:
         if not self._ledger.leading:
             self._desk.hold(ticket, self._early, request)
         elif isinstance(request, OpenRun):
-            self._runs.open(ticket, request)
+            self._open(ticket, request)
         elif isinstance(request, Pin):
-            self._pin(ticket, request)
+            self._desk.hold(ticket, self._pinning, None)
+            self._ledger.intend(SetPin(ticket, request.number, self._name, request.pinned))
         elif isinstance(request, Status):
             self._desk.answer(ticket, self._status())
         else:
@@ -257,28 +267,11 @@ class Machine:
         if run.deserted:
             self._saves.everyone_left()
 
-    def _pin(self, ticket: int, request: Pin) -> None:
-        """Answered once the log says so; at once if it does already."""
-        tickets: dict[int, None] = {}
-        self._desk.hold(ticket, tickets, None)
-
-        def change(state: State) -> State | None:
-            if find_number(state, request.number, self._name) is None:
-                path = f"{self._desk.directory}/{checkpoint_folder(self._name, request.number)}"
-                error = CheckpointNotFoundError(path, "no such checkpoint is committed")
-                self._desk.answer_shelf(tickets, Refused(error))
-                return None
-            changed = pinned(state, request.number, self._name) if request.pinned else unpinned(state, request.number)
-            if changed is None:
-                self._desk.answer_shelf(tickets, Accepted())
-            return changed
-
-        def counted(_: Entry) -> None:
-            self._desk.answer_shelf(tickets, Accepted())
-            if not request.pinned:
-                self._keeping.look()
-
-        self._ledger.intend("pin", change, counted)
+    def _open(self, ticket: int, request: OpenRun) -> None:
+        known = self._runs.current
+        self._runs.open(ticket, request)
+        if self._runs.current is not known:
+            self._run_known()
 
     @property
     def _name(self) -> str:
@@ -296,7 +289,31 @@ class Machine:
             waiting={**self._restores.waiting(), **self._saves.waiting()},
         )
 
-    # ---- what the parts tell each other ----------------------------------------------------------------------------
+    # ---- what an entry of the log leads to -------------------------------------------------------------------------
+
+    def _follow_up(self, intention: Intention, entry: Entry | None) -> None:
+        """The entry of an intention counts, or (None) there was nothing left to change."""
+        if isinstance(intention, SetPin):
+            self._pin_settled(intention)
+        if entry is None:
+            return
+        match intention:
+            case Claim():
+                self._lead(entry)
+            case BeginRun():
+                self._run_begun(intention, entry)
+            case Commit(record):
+                self._saves.committed(record)
+                self._desk.emit(Publish(entry))
+            case Retire():
+                self._desk.emit(Publish(entry))
+                self._keeping.look()
+            case Discard():
+                self._keeping.look()
+            case SetPin(pinned=False):
+                self._keeping.look()
+            case SetPin() | Forget():
+                pass
 
     def _lead(self, entry: Entry) -> None:
         self._desk.emit(Publish(entry))
@@ -307,13 +324,23 @@ class Machine:
             self._desk.forget(ticket)
             self._ask(ticket, request)
 
-    def _run_ended(self, error: StaleRunError) -> None:
+    def _run_begun(self, begin: BeginRun, entry: Entry) -> None:
+        error = self._runs.superseded(entry)
         self._saves.abandon(error)
         self._restores.abandon(error)
         self._stops.abandon(error)
+        self._runs.begun(begin, entry)
+        self._run_known()
 
-    def _run_known(self, run: Run) -> None:
-        self._saves.begin_run(run)
-        self._restores.begin_run(run)
-        self._stops.begin_run(run)
-        self._keeping.begin_run(run)
+    def _run_known(self) -> None:
+        if self._runs.current is not None:
+            self._saves.begin_run(self._runs.current)
+            self._keeping.collect()
+
+    def _pin_settled(self, pin: SetPin) -> None:
+        """Whoever asked is answered once the log says so, at once if it does already; unless nobody waits any more."""
+        found = find_number(self._ledger.state, pin.number, pin.name)
+        if pin.ticket in self._pinning:
+            path = f"{self._desk.directory}/{checkpoint_folder(pin.name, pin.number)}"
+            unknown = Refused(CheckpointNotFoundError(path, "no such checkpoint is committed"))
+            self._desk.answer(pin.ticket, unknown if found is None else Accepted())

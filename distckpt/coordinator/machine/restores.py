@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from distckpt.coordinator.machine.desk import Desk
 from distckpt.coordinator.machine.ledger import Ledger
 from distckpt.coordinator.machine.records import find_folder, find_number, record_path
-from distckpt.coordinator.machine.runs import Run
+from distckpt.coordinator.machine.runs import Run, Runs
 from distckpt.coordinator.messages import Refused, Reply, Restored, RestoreFrom, RestoreRound
 from distckpt.errors import (
     CheckpointNotFoundError,
@@ -48,10 +48,10 @@ class _Round:
 class Restores:
     """All restore rounds of the current run, and the outcomes of the latest ones."""
 
-    def __init__(self, desk: Desk, ledger: Ledger) -> None:
+    def __init__(self, desk: Desk, ledger: Ledger, runs: Runs) -> None:
         self._desk = desk
         self._ledger = ledger
-        self._run: Run | None = None
+        self._runs = runs
         self._rounds: dict[str, _Round] = {}
         self._open: dict[str, _Round] = {}
 
@@ -72,10 +72,6 @@ class Restores:
     def deadlines(self) -> Iterator[float]:
         """When restores will be given up, in monotonic seconds."""
         return (round.deadline for round in self._open.values())
-
-    def begin_run(self, run: Run) -> None:
-        """Serve this run from now on."""
-        self._run = run
 
     def abandon(self, error: DistckptError) -> None:
         """End every round with ``error``."""
@@ -109,8 +105,8 @@ class Restores:
 
     @property
     def _current(self) -> Run:
-        assert self._run is not None
-        return self._run
+        assert self._runs.current is not None
+        return self._runs.current
 
     def _new_round(self, first: RestoreRound) -> _Round:
         deadline = self._desk.mono + self._current.save_timeout

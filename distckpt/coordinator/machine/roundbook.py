@@ -30,6 +30,11 @@ class RoundBook:
     def __bool__(self) -> bool:
         return bool(self._open)
 
+    @property
+    def live(self) -> frozenset[str]:
+        """The attempts of unfinished rounds."""
+        return frozenset(round.attempt for round in self._open.values())
+
     def at(self, order: int) -> SaveRound | None:
         """The round of the save with that order, finished or not."""
         return self._rounds.get(order)

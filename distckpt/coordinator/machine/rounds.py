@@ -9,6 +9,7 @@ from enum import IntEnum
 from distckpt.coordinator.machine.actions import Plan
 from distckpt.coordinator.machine.plans import HeldPlan, Plans
 from distckpt.coordinator.messages import Describe, Join, Receipt, Reply
+from distckpt.format.json.log import CheckpointRecord
 
 Shelf = dict[int, int]
 
@@ -24,9 +25,11 @@ class Phase(IntEnum):
     """Every rank may know what it writes; receipts come in."""
     SEALING = 4
     """Every shard has landed: the store is looked at, and index and manifest are written."""
-    COMMITTING = 5
-    """All of it is durable, and the log entry is on its way."""
-    OVER = 6
+    SEALED = 5
+    """All of it is durable; only who reads which checkpoint is not known yet."""
+    COMMITTING = 6
+    """The log entry is on its way."""
+    OVER = 7
     """``outcome`` is what every rank is told."""
 
 
@@ -34,7 +37,7 @@ class Phase(IntEnum):
 class SaveRound:
     """The save with the same ``order`` on every rank. ``number`` None: it only prepares. Deadlines are monotonic.
 
-    ``time`` is when sealing began, in epoch seconds. Tickets on ``awaiting_plan`` and ``awaiting_end`` wait for that.
+    ``time`` is when sealing began, in epoch seconds; ``record`` what the log will say of it, once it is sealed. Tickets on ``awaiting_plan`` and ``awaiting_end`` wait for that.
     """
 
     order: int
@@ -53,6 +56,7 @@ class SaveRound:
     told: set[int] = field(default_factory=set)
     receipts: dict[int, Receipt] = field(default_factory=dict)
     time: float = 0.0
+    record: CheckpointRecord | None = None
     outcome: Reply | None = None
     awaiting_plan: Shelf = field(default_factory=dict)
     awaiting_end: Shelf = field(default_factory=dict)
@@ -80,7 +84,7 @@ class SaveRound:
     @property
     def landed(self) -> bool:
         """Whether all shards have landed: nothing that a rank says, and no deadline, gives the round up any more."""
-        return self.phase in (Phase.SEALING, Phase.COMMITTING)
+        return self.phase in (Phase.SEALING, Phase.SEALED, Phase.COMMITTING)
 
     @property
     def over(self) -> bool:
@@ -113,9 +117,16 @@ class SaveRound:
         self.time = time
         self.deadline = None
 
-    def commit_begins(self, deadline: float) -> None:
-        """All of it is durable."""
+    def sealed(self, record: CheckpointRecord, deadline: float) -> None:
+        """All of it is durable. By the deadline it is committed, whoever reads what."""
         assert self.phase is Phase.SEALING
+        self.phase = Phase.SEALED
+        self.record = record
+        self.deadline = deadline
+
+    def commit_begins(self, deadline: float) -> None:
+        """The log entry is wanted."""
+        assert self.phase is Phase.SEALED
         self.phase = Phase.COMMITTING
         self.deadline = deadline
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 from distckpt.coordinator.machine.desk import Desk
-from distckpt.coordinator.machine.runs import Run
+from distckpt.coordinator.machine.runs import Runs
 from distckpt.coordinator.messages import AwaitStop, Refused, StopState
 from distckpt.errors import DistckptError, RankSilentError
 from distckpt.threads.report import StopReport
@@ -60,16 +60,12 @@ class _Generation:
 class Stops:
     """The generations of the current run. ``deadline`` is the monotonic time by which a tick is wanted, or None."""
 
-    def __init__(self, desk: Desk) -> None:
+    def __init__(self, desk: Desk, runs: Runs) -> None:
         self.deadline: float | None = None
         self._desk = desk
-        self._run: Run | None = None
+        self._runs = runs
         self._generations: dict[int, _Generation] = {}
         self._heard: dict[int, float] = {}
-
-    def begin_run(self, run: Run) -> None:
-        """Serve this run from now on."""
-        self._run = run
 
     def abandon(self, error: DistckptError) -> None:
         """Answer everyone with ``error`` and forget everything."""
@@ -124,6 +120,10 @@ class Stops:
                 self._answer_all(generation)
             self._wake_by(generation.answer_by)
 
+    @property
+    def _hosts(self) -> Mapping[int, str]:
+        return self._runs.current.hosts if self._runs.current is not None else {}
+
     def _look_for_silence(self, generation: _Generation, late: float) -> None:
         self._expect(generation)
         for rank, host, timeout, heard in self._watched(generation):
@@ -142,14 +142,14 @@ class Stops:
             host = generation.members.get(rank)
             if host is not None:
                 yield rank, host, timeout, self._heard[rank]
-        hosts = self._run.hosts if self._run is not None else {}
+        hosts = self._hosts
         timeout = max(MANAGER_SILENCE, *generation.timeouts.values(), 0.0)
         for rank, since in generation.expected.items():
             yield rank, hosts.get(rank, ""), timeout, max(since, self._heard.get(rank, since))
 
     def _expect(self, generation: _Generation) -> None:
         """Watch those who belong to the run, have not left it and have not joined, while others take part."""
-        run = self._run
+        run = self._runs.current
         if run is None or generation.deserted:
             generation.expected = {}
             return
@@ -159,7 +159,7 @@ class Stops:
     def _watch(self, generation: _Generation, rank: int, timeout: float) -> None:
         """Watch this rank, and those that were watched before the coordinator was replaced."""
         if rank not in generation.members:
-            hosts = self._run.hosts if self._run is not None else {}
+            hosts = self._hosts
             generation.members = {**generation.members, rank: hosts.get(rank, "")}
         generation.timeouts[rank] = timeout
         if len(generation.timeouts) < len(generation.members):
@@ -167,7 +167,7 @@ class Stops:
                 generation.timeouts.setdefault(other, timeout)
                 self._heard.setdefault(other, self._desk.mono)
         generation.expected.pop(rank, None)
-        if self._run is not None and len(generation.members) + len(generation.expected) < len(self._run.hosts):
+        if len(generation.members) + len(generation.expected) < len(self._hosts):
             self._expect(generation)
         self._wake_by(self._desk.mono + timeout)
 
