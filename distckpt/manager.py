@@ -362,7 +362,7 @@ class CheckpointManager:
         self._background.request_stop()
         self._background.join(stop_grace_period_secs=CLOSE_SECONDS, ignore_live_threads=True)
         with contextlib.suppress(DistckptError):  # the coordinator notices by itself that we are gone
-            self._session.ask(lambda run: Leave(run, self._world.rank), 5.0)
+            self._session.ask(Leave(), 5.0)
         self._session.close()
 
     def __enter__(self) -> CheckpointManager:
@@ -389,7 +389,7 @@ class CheckpointManager:
 
     def _beat(self) -> None:
         try:
-            self._session.ask(lambda run: Heartbeat(run, self._world.rank), HEARTBEAT_SECONDS)
+            self._session.ask(Heartbeat(), HEARTBEAT_SECONDS)
         except Exception as error:  # noqa: BLE001 - a save that needs the coordinator says so itself; training goes on
             logger.warning("heartbeat to the coordinator: %s", error)
 

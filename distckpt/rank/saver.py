@@ -20,9 +20,9 @@ from distckpt.coordinator.messages import (
     Join,
     Joined,
     Planned,
+    RankRequest,
     Receipt,
     Reply,
-    Request,
     Skipped,
     Unknown,
 )
@@ -68,7 +68,7 @@ class _Buffer:
 class _Task:
     """One save on its way through the background thread."""
 
-    ask: str
+    ask: int
     number: int
     layout: Layout
     staging: Staging
@@ -182,9 +182,9 @@ class Saver:
 
     # ---- before the training loop goes on ----------------------------------------------------------------------
 
-    def _next_ask(self) -> str:
+    def _next_ask(self) -> int:
         self._asked += 1
-        return str(self._asked)
+        return self._asked
 
     def _free_buffer(self) -> _Buffer:
         for buffer in self._buffers:
@@ -198,23 +198,23 @@ class Saver:
         if buffer.pending is not None:
             buffer.pending._settle()
 
-    def _collect(self, ask: str, number: int | None) -> Holding:
+    def _collect(self, ask: int, number: int | None) -> Holding:
         try:
             return self._collector.collect()
         except Exception as error:
             self._give_up(ask, number, str(error) if isinstance(error, DistckptError) else repr(error))
             raise
 
-    def _give_up(self, ask: str, number: int | None, reason: str) -> None:
+    def _give_up(self, ask: int, number: int | None, reason: str) -> None:
         """Tell the others, who would otherwise wait for us until the deadline."""
         try:
             reply = self._join(ask, number, "", staged=False)
             if isinstance(reply, Joined):
-                self._ask(lambda run: Fail(run, self._rank, reply.attempt, reason))
+                self._ask(Fail(reply.attempt, reason))
         except DistckptError as error:
             logger.warning("the other ranks could not be told that this save fails: %s", error)
 
-    def _plan(self, ask: str, number: int | None, holding: Holding) -> tuple[Layout, Joined] | None:
+    def _plan(self, ask: int, number: int | None, holding: Holding) -> tuple[Layout, Joined] | None:
         """Agree with all ranks on who writes what; None if all of them skip this save."""
         digest = holding.description.digest
         while True:
@@ -226,18 +226,16 @@ class Saver:
             if joined.describe and not self._describe(joined, digest, holding.describe(), None):
                 continue
             attempt = joined.attempt
-            reply = self._ask(lambda run, attempt=attempt: AwaitPlan(run, self._rank, attempt))  # type: ignore[misc]
+            reply = self._ask(AwaitPlan(attempt))
             if isinstance(reply, Planned):
                 return _layout(digest, reply, holding), joined
 
     def _join(
-        self, ask: str, number: int | None, digest: str, staged: bool, plan: str = "", attempt: str = ""
+        self, ask: int, number: int | None, digest: str, staged: bool, plan: str = "", attempt: str = ""
     ) -> Reply:
         while True:
             reply = self._ask(
-                lambda run: Join(
-                    run,
-                    self._rank,
+                Join(
                     ask,
                     number,
                     digest,
@@ -251,12 +249,12 @@ class Saver:
                 return reply
 
     def _describe(self, joined: Joined, digest: str, description: bytes, staged: bytes | None) -> bool:
-        reply = self._ask(lambda run: Describe(run, self._rank, joined.attempt, digest, description, staged))
+        reply = self._ask(Describe(joined.attempt, digest, description, staged))
         return not isinstance(reply, Unknown)
 
-    def _ask(self, question: Callable[[int], Request]) -> Reply:
+    def _ask(self, request: RankRequest) -> Reply:
         # The coordinator itself answers at the save's deadline; twice that means that it does not answer at all.
-        return self._session.ask(question, 2 * self._timeout + 60)
+        return self._session.ask(request, 2 * self._timeout + 60)
 
     def _fit(self, buffer: _Buffer, layout: Layout, holding: Holding) -> None:
         values = [holding.values[row] or b"" for row in layout.value_rows]
@@ -320,7 +318,7 @@ class Saver:
                 return Unknown()
         attempt = task.attempt = task.joined.attempt
         shards = self._write(task, attempt)
-        return self._ask(lambda run: Receipt(run, self._rank, attempt, shards))
+        return self._ask(Receipt(attempt, shards))
 
     def _write(self, task: _Task, attempt: str) -> tuple[ShardReceipt, ...]:
         if attempt not in task.written:
@@ -344,7 +342,7 @@ class Saver:
 
     def _report_failure(self, attempt: str, error: Exception) -> None:
         try:
-            self._ask(lambda run: Fail(run, self._rank, attempt, f"{type(error).__name__}: {error}"))
+            self._ask(Fail(attempt, f"{type(error).__name__}: {error}"))
         except DistckptError as refusal:
             # The usual answer is the failure itself, sent back; anything else the original error explains better.
             logger.debug("reporting the failure of this rank was answered with: %s", refusal)

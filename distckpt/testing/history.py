@@ -104,10 +104,10 @@ class Returned:
 
 @dataclass(frozen=True, slots=True)
 class Agreed:
-    """A rank was told that every rank has restored this checkpoint (None: there is none)."""
+    """A rank was told that every rank has restored this checkpoint (None: there is none), in restore ``order`` of it."""
 
     run: int
-    ask: str
+    order: int
     rank: int
     record: CheckpointRecord | None
 
@@ -273,7 +273,7 @@ def g6_readers_get_one_attempt(history: History) -> list[str]:
     """No reader returns bytes of two attempts, and all ranks restore the same checkpoint."""
     broken: list[str] = []
     objects: dict[str, dict[str, Content]] = {}
-    agreed: dict[tuple[int, str], str | None] = {}
+    agreed: dict[tuple[int, int], str | None] = {}
     for happening in history.happenings:
         if isinstance(happening, Wrote):
             objects.setdefault(happening.attempt, {})[happening.name] = happening.content
@@ -281,8 +281,10 @@ def g6_readers_get_one_attempt(history: History) -> list[str]:
             broken += _mixed(happening, objects.get(happening.record.attempt, {}))
         elif isinstance(happening, Agreed):
             attempt = happening.record.attempt if happening.record is not None else None
-            if agreed.setdefault((happening.run, happening.ask), attempt) != attempt:
-                broken.append(f"ranks of run {happening.run} restored different checkpoints in {happening.ask}")
+            if agreed.setdefault((happening.run, happening.order), attempt) != attempt:
+                broken.append(
+                    f"ranks of run {happening.run} restored different checkpoints in their restore {happening.order}"
+                )
     return broken
 
 

@@ -31,7 +31,7 @@ from distckpt.coordinator.machine.actions import (
     Tick,
 )
 from distckpt.coordinator.machine.machine import Machine
-from distckpt.coordinator.messages import Committed, Reply, Request
+from distckpt.coordinator.messages import Committed, FromRank, Reply, Request
 from distckpt.errors import PlanError, SaveError
 from distckpt.format.json.log import Entry
 from distckpt.format.names import attempt_epoch
@@ -140,7 +140,9 @@ class SimulatedCoordinator:
     def _answer(self, ticket: int, reply: Reply) -> None:
         request, send = self._callers.pop(ticket)
         if isinstance(reply, Committed):
-            self._world.history.add(Promised(self.name, getattr(request, "rank", -1), reply.record))
+            self._world.history.add(
+                Promised(self.name, request.rank if isinstance(request, FromRank) else -1, reply.record)
+            )
         send(reply)
 
     def _read_tail(self) -> None:

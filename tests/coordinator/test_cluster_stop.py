@@ -179,7 +179,7 @@ def report(rank: int, error: type[BaseException] | None = None) -> StopReport:
 def tell(manager: distckpt.CheckpointManager, coord: Coordinator, stop: StopReport) -> None:
     """Another rank's report comes to the coordinator."""
     membership: Any = coord._membership
-    manager._session.ask(lambda run: AwaitStop(run, 0, membership._generation, stop, {}, 60.0, 0.0), 30)
+    manager._session.ask(AwaitStop(membership._generation, stop, {}, 60.0, 0.0), 30)
 
 
 def hear(manager: distckpt.CheckpointManager, coord: Coordinator, stop: StopReport) -> None:
@@ -286,7 +286,7 @@ def test_several_coordinators_of_one_cluster_do_not_stop_each_other(manager: dis
 
 def stop_of(manager: distckpt.CheckpointManager, generation: int) -> StopReport | None:
     """What the coordinator would tell another rank."""
-    reply = manager._session.ask(lambda run: AwaitStop(run, 0, generation, None, {}, None, 0.0), 30)
+    reply = manager._session.ask(AwaitStop(generation, None, {}, None, 0.0), 30)
     assert isinstance(reply, StopState)
     return reply.stop
 

@@ -148,9 +148,7 @@ class RankMembership:
         leaving = self._left
         try:
             reply = self._session.ask(
-                lambda run: AwaitStop(
-                    run,
-                    self._rank,
+                AwaitStop(
                     self._generation,
                     self._known or self._mine,
                     self._members,

@@ -53,6 +53,7 @@ from distckpt.coordinator.messages import (
     Committed,
     Describe,
     Fail,
+    FromRank,
     Heartbeat,
     Join,
     Leave,
@@ -213,56 +214,59 @@ class Machine:
         self._heard = self._desk.mono
         if not self._ledger.leading:
             self._desk.hold(ticket, self._early, request)
-        elif isinstance(request, OpenRun):
-            self._open(ticket, request)
-        elif isinstance(request, Pin):
-            self._desk.hold(ticket, self._pinning, None)
-            self._ledger.intend(SetPin(ticket, request.number, self._name, request.pinned))
-        elif isinstance(request, Status):
-            self._desk.answer(ticket, self._status())
-        else:
-            self._ask_of_rank(ticket, request)
+            return
+        match request:
+            case OpenRun():
+                self._open(ticket, request)
+            case Pin(number, pinned):
+                self._desk.hold(ticket, self._pinning, None)
+                self._ledger.intend(SetPin(ticket, number, self._name, pinned))
+            case Status():
+                self._desk.answer(ticket, self._status())
+            case FromRank():
+                self._ask_of_rank(ticket, request)
 
-    def _ask_of_rank(self, ticket: int, request: RankRequest) -> None:
+    def _ask_of_rank(self, ticket: int, envelope: FromRank) -> None:
+        rank, request = envelope.rank, envelope.request
         run = self._runs.current
-        refusal = self._runs.refusal(request.run, request.rank)
+        refusal = self._runs.refusal(envelope.run, rank)
         if refusal is not None or run is None:
             self._turn_away(ticket, request, refusal)
             return
-        self._stops.alive(request.rank)
+        self._stops.alive(rank)
         if not isinstance(request, Leave | AwaitStop | Heartbeat):  # these may come late, after the rank has left
-            run.left.discard(request.rank)
+            run.left.discard(rank)
         match request:
             case Join():
-                self._saves.join(ticket, request)
+                self._saves.join(ticket, rank, request)
             case Describe():
-                self._saves.describe(ticket, request)
+                self._saves.describe(ticket, rank, request)
             case AwaitPlan():
-                self._saves.await_plan(ticket, request)
+                self._saves.await_plan(ticket, rank, request)
             case Receipt():
-                self._saves.receipt(ticket, request)
+                self._saves.receipt(ticket, rank, request)
             case Fail():
-                self._saves.fail(ticket, request)
+                self._saves.fail(ticket, rank, request)
             case RestoreRound():
-                self._restores.ask(ticket, request)
+                self._restores.restore(ticket, rank, request)
             case AwaitStop():
-                self._stops.ask(ticket, request)
+                self._stops.await_stop(ticket, rank, request)
             case Heartbeat():
-                self._restores.alive(request.rank)
+                self._restores.alive(rank)
                 self._desk.answer(ticket, Accepted())
             case Leave():
-                self._leave(ticket, request, run)
+                self._leave(ticket, rank, run)
 
-    def _turn_away(self, ticket: int, request: Request, refusal: Reply | None) -> None:
+    def _turn_away(self, ticket: int, request: RankRequest, refusal: Reply | None) -> None:
         """What was committed is committed, also for a rank that has not reported again after a restart."""
         record = None
         if isinstance(refusal, Unknown) and isinstance(request, Join | Receipt):
             record = self._ledger.state.find(request.attempt)
         self._desk.answer(ticket, Committed(record) if record is not None else refusal or Unknown())
 
-    def _leave(self, ticket: int, request: Leave, run: Run) -> None:
-        run.left.add(request.rank)
-        self._stops.leave(request.rank)
+    def _leave(self, ticket: int, rank: int, run: Run) -> None:
+        run.left.add(rank)
+        self._stops.leave(rank)
         self._desk.answer(ticket, Accepted())
         if run.deserted:
             self._saves.everyone_left()

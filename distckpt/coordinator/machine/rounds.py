@@ -143,28 +143,27 @@ class SaveRound:
 
     # ---- what ranks say --------------------------------------------------------------------------------------------
 
-    def join(self, message: Join, plans: Plans) -> None:
+    def join(self, rank: int, message: Join, plans: Plans) -> None:
         """Take a rank in, with what is already known of what it holds."""
-        rank = message.rank
         self.joins[rank] = message
         description = plans.description(rank, message.digest)
         if description is not None:
             self.descriptions[rank] = description
-        held = plans.staged_under(message)
+        held = plans.staged_under(rank, message)
         if held is not None:
             self.staged_plans[rank] = held
         if description is None or (message.staged and held is None):
             self.undescribed.add(rank)
 
-    def describe(self, message: Describe) -> None:
+    def describe(self, rank: int, message: Describe) -> None:
         """Take what a rank holds, and which rows of it the rank has copied already."""
-        self.undescribed.discard(message.rank)
-        self.joins[message.rank] = dataclasses.replace(self.joins[message.rank], digest=message.digest)
-        self.descriptions[message.rank] = message.description
+        self.undescribed.discard(rank)
+        self.joins[rank] = dataclasses.replace(self.joins[rank], digest=message.digest)
+        self.descriptions[rank] = message.description
         if message.staged is None:
-            self.fresh.add(message.rank)
+            self.fresh.add(rank)
         else:
-            self.staged_rows[message.rank] = message.staged
+            self.staged_rows[rank] = message.staged
 
     def copied(self, rank: int) -> bytes | None:
         """Which rows a staged rank has copied. None if it has not said so."""
@@ -179,10 +178,10 @@ class SaveRound:
         """A rank that has copied other rows than the plan wants of it, or None."""
         return next((rank for rank in self.staged_ranks() if self.copied(rank) != plan.rows(rank)), None)
 
-    def misjoined(self, message: Join) -> bool:
+    def misjoined(self, rank: int, message: Join) -> bool:
         """Whether a rank that had joined unstaged says, too late for the plan, that it has copied its part."""
         made = self.plan is not None and self.plan.plan_id == message.plan
-        return message.staged and not self.joins[message.rank].staged and not made
+        return message.staged and not self.joins[rank].staged and not made
 
     def missing(self) -> list[int]:
         """The ranks that it waits for, ascending."""

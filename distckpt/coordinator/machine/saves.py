@@ -36,7 +36,6 @@ from distckpt.coordinator.messages import (
 )
 from distckpt.errors import (
     CommitUnknownError,
-    CoordinatorError,
     DistckptError,
     MissingRanksError,
     NumberMismatchError,
@@ -91,79 +90,75 @@ class Saves:
 
     # ---- requests --------------------------------------------------------------------------------------------------
 
-    def join(self, ticket: int, message: Join) -> None:
+    def join(self, ticket: int, rank: int, message: Join) -> None:
         """A rank takes part in its next save."""
         record = self._ledger.state.find(message.attempt) if message.attempt else None
         if record is not None:
             self._desk.answer(ticket, Committed(record))
             return
-        if not message.ask.isdecimal():
-            error = CoordinatorError(f"the ask of a save counts the saves of its rank, but it is {message.ask!r}")
-            self._desk.answer(ticket, Refused(error))
-            return
-        round = self._book.at(int(message.ask)) or self._new_round(int(message.ask), message)
+        round = self._book.at(message.order) or self._new_round(message)
         if round is None:
             reason = "it came too late: the coordinator has finished a later save already"
             self._desk.answer(ticket, Refused(SaveError(message.number, reason)))
             return
         if not round.over:
-            self._take_in(round, message)
-        self._desk.answer(ticket, _joined(round, message.rank))
+            self._take_in(round, rank, message)
+        self._desk.answer(ticket, _joined(round, rank))
         self._advance(round)
 
-    def describe(self, ticket: int, message: Describe) -> None:
+    def describe(self, ticket: int, rank: int, message: Describe) -> None:
         """A rank says what it holds."""
         prepared = self._book.of(message.attempt)
         if prepared is not None and isinstance(prepared.outcome, Prepared):
             self._desk.answer(ticket, Accepted())
             return
-        round = self._round_of(ticket, message)
+        round = self._round_of(ticket, rank, message.attempt)
         if round is None:
             return
         self._desk.answer(ticket, Accepted())
-        if message.rank in round.undescribed:
-            self._plans.describe(message.rank, message.digest, message.description)
-            round.describe(message)
+        if rank in round.undescribed:
+            self._plans.describe(rank, message.digest, message.description)
+            round.describe(rank, message)
             self._advance(round)
 
-    def await_plan(self, ticket: int, message: AwaitPlan) -> None:
+    def await_plan(self, ticket: int, rank: int, message: AwaitPlan) -> None:
         """A rank wants to know what it writes."""
         prepared = self._book.of(message.attempt)
         if prepared is not None and prepared.plan is not None and isinstance(prepared.outcome, Prepared):
-            self._desk.answer(ticket, _planned(prepared.plan, message.rank))
+            self._desk.answer(ticket, _planned(prepared.plan, rank))
             return
-        round = self._round_of(ticket, message)
+        round = self._round_of(ticket, rank, message.attempt)
         if round is None:
             return
         if round.plan is None:
-            self._desk.hold(ticket, round.awaiting_plan, message.rank)
+            self._desk.hold(ticket, round.awaiting_plan, rank)
             return
-        self._desk.answer(ticket, _planned(round.plan, message.rank))
-        if message.rank not in round.told and not round.landed:
-            round.told.add(message.rank)
+        self._desk.answer(ticket, _planned(round.plan, rank))
+        if rank not in round.told and not round.landed:
+            round.told.add(rank)
             round.deadline = self._later()
 
-    def receipt(self, ticket: int, message: Receipt) -> None:
+    def receipt(self, ticket: int, rank: int, message: Receipt) -> None:
         """All shards of a rank have landed."""
-        round = self._round_of(ticket, message)
+        round = self._round_of(ticket, rank, message.attempt)
         if round is None:
             return
-        self._desk.hold(ticket, round.awaiting_end, message.rank)
-        if message.rank in round.receipts or not round.saves:
+        self._desk.hold(ticket, round.awaiting_end, rank)
+        if rank in round.receipts or not round.saves:
             return
-        round.receipts[message.rank] = message
+        round.receipts[rank] = message
         if round.plan is not None:
             round.deadline = self._later()
-            self._check_rows(round, message)
+            self._check_rows(round, rank, message)
             self._advance(round)
 
-    def fail(self, ticket: int, message: Fail) -> None:
+    def fail(self, ticket: int, rank: int, message: Fail) -> None:
         """A rank cannot do its part. Once all shards have landed, that changes nothing any more."""
         round = self._book.of(message.attempt)
         known = round is not None or self._ledger.state.find(message.attempt) is not None
         self._desk.answer(ticket, Accepted() if known else Unknown())
         if round is not None and not round.over and not round.landed:
-            self._fail_rank(round, message.rank, message.reason)
+            self._fail_rank(round, rank, message.reason)
 
     # ---- results of actions, and time ------------------------------------------------------------------------------
 
@@ -201,11 +196,11 @@ class Saves:
     def _later(self) -> float:
         return self._desk.mono + self._current.save_timeout
 
-    def _round_of(self, ticket: int, message: Describe | AwaitPlan | Receipt) -> SaveRound | None:
+    def _round_of(self, ticket: int, rank: int, attempt: str) -> SaveRound | None:
         """The unfinished round that a rank of it speaks of. None if there is none, and that has been answered."""
-        round = self._book.of(message.attempt)
-        if round is None or not round.takes_part(message.rank):
-            record = self._ledger.state.find(message.attempt)
+        round = self._book.of(attempt)
+        if round is None or not round.takes_part(rank):
+            record = self._ledger.state.find(attempt)
             self._desk.answer(ticket, Unknown() if record is None else Committed(record))
             return None
         if round.outcome is not None:
@@ -213,27 +208,27 @@ class Saves:
             return None
         return round
 
-    def _new_round(self, order: int, first: Join) -> SaveRound | None:
-        if self._book.is_over(order):
+    def _new_round(self, first: Join) -> SaveRound | None:
+        if self._book.is_over(first.order):
             return None
         busy = self._book.saving()
         attempt = self._identities.attempt(self._ledger.epoch)
-        round = SaveRound(order, first.number, attempt, self._current.world_size, self._later())
+        round = SaveRound(first.order, first.number, attempt, self._current.world_size, self._later())
         self._book.add(round)
         # A rank that has staged is past the question: it joins again after the coordinator was replaced.
         if 0 < first.skip_if_busy <= busy and round.saves and not first.staged:
             self._end(round, Skipped())
         return round
 
-    def _take_in(self, round: SaveRound, message: Join) -> None:
-        known = round.joins.get(message.rank)
+    def _take_in(self, round: SaveRound, rank: int, message: Join) -> None:
+        known = round.joins.get(rank)
         if message.number != round.number:
-            self._fail(round, _mismatch(round, message))
+            self._fail(round, _mismatch(round, rank, message))
         elif known is None or (message.staged and not known.staged and round.phase is Phase.JOINING):
             # A delayed copy of an older Join may have come first; what the rank has copied counts.
-            round.join(message, self._plans)
-        elif round.misjoined(message):
-            self._fail_rank(round, message.rank, "it had copied its chunks before it could be planned for")
+            round.join(rank, message, self._plans)
+        elif round.misjoined(rank, message):
+            self._fail_rank(round, rank, "it had copied its chunks before it could be planned for")
 
     def _advance(self, round: SaveRound) -> None:
         if round.can_plan:
@@ -265,17 +260,17 @@ class Saves:
         if not round.saves:
             self._end(round, Prepared())
             return
-        for receipt in list(round.receipts.values()):
-            self._check_rows(round, receipt)
+        for rank, receipt in list(round.receipts.items()):
+            self._check_rows(round, rank, receipt)
         self._advance(round)
 
-    def _check_rows(self, round: SaveRound, receipt: Receipt) -> None:
+    def _check_rows(self, round: SaveRound, rank: int, receipt: Receipt) -> None:
         if round.plan is None:
             return
         landed = sum(shard.rows for shard in receipt.shards)
-        wanted = round.plan.row_count(receipt.rank)
+        wanted = round.plan.row_count(rank)
         if landed != wanted:
-            self._fail_rank(round, receipt.rank, f"its shards hold {landed} chunks and the plan gives it {wanted}")
+            self._fail_rank(round, rank, f"its shards hold {landed} chunks and the plan gives it {wanted}")
 
     # ---- from the last receipt to the commit -----------------------------------------------------------------------
 
@@ -402,9 +397,9 @@ def _planned(plan: Plan, rank: int) -> Planned:
     return Planned(plan.plan_id, plan.rows(rank))
 
 
-def _mismatch(round: SaveRound, message: Join) -> SaveError:
-    joins = [*round.joins.values(), message]
-    numbers = {join.rank: join.number for join in joins if join.number is not None}
+def _mismatch(round: SaveRound, rank: int, message: Join) -> SaveError:
+    joins = {**round.joins, rank: message}
+    numbers = {rank: join.number for rank, join in joins.items() if join.number is not None}
     if len(numbers) < len(joins):
-        return SaveError(round.number, f"rank {message.rank} and others disagree whether to save or only to prepare")
+        return SaveError(round.number, f"rank {rank} and others disagree whether to save or only to prepare")
     return NumberMismatchError(round.number, numbers)

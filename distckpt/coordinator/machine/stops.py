@@ -88,14 +88,14 @@ class Stops:
                 self._left(generation, rank)
         self._forget()
 
-    def ask(self, ticket: int, message: AwaitStop) -> None:
+    def await_stop(self, ticket: int, rank: int, message: AwaitStop) -> None:
         """A rank takes part, tells what it knows, and waits for news."""
         generation = self._generations.setdefault(message.generation, _Generation())
         generation.members = merged(generation.members, message.members)
         if message.silence_timeout is None:
-            self._left(generation, message.rank)
+            self._left(generation, rank)
         else:
-            self._watch(generation, message.rank, message.silence_timeout)
+            self._watch(generation, rank, message.silence_timeout)
         if message.known is not None and generation.stop is None:
             self._stop(generation, message.known)
         if message.silence_timeout is None:
@@ -104,7 +104,7 @@ class Stops:
         elif message.patience <= 0 or generation.stop != message.known:
             self._answer(ticket, generation)
         else:
-            self._desk.hold(ticket, generation.waiting, message.rank)
+            self._desk.hold(ticket, generation.waiting, rank)
             generation.answer_by = min(generation.answer_by, self._desk.mono + message.patience)
             self._wake_by(generation.answer_by)
 
