@@ -189,7 +189,7 @@ class _Gang:
         return seconds
 
     def _ask(self, requests: Iterable[Request]) -> list[Reply]:
-        futures: list[Future[Reply]] = [self._shell.ask(request) for request in requests]
+        futures: list[Future[Reply]] = [self._shell.submit(request) for request in requests]
         return [future.result(WAIT_SECONDS) for future in futures]
 
 

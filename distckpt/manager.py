@@ -11,9 +11,9 @@ from types import TracebackType
 from typing import Any, Literal
 
 from distckpt.checkpoint import Checkpoint
+from distckpt.coordinator.client.client import Client
 from distckpt.coordinator.client.membership import RankCluster
-from distckpt.coordinator.client.opening import open_session
-from distckpt.coordinator.client.session import Session
+from distckpt.coordinator.client.opening import open_client
 from distckpt.coordinator.messages import Heartbeat, Leave, OpenRun, Retention
 from distckpt.coordinator.shell.shell import Settings
 from distckpt.directory.log import read_tail
@@ -122,7 +122,7 @@ class CheckpointManager:
             save_timeout=save_timeout,
         )
         options = dict(storage_options) if storage_options is not None else None
-        self._session: Session = open_session(
+        self._session: Client = open_client(
             self._store, options, self._world, opening, Settings(idle_timeout=IDLE_SECONDS)
         )
         self._cluster = RankCluster(self._session, self._world.rank, self._world.host)

@@ -1,9 +1,10 @@
 """What ranks say to the coordinator, and what it answers. Every request may arrive late, twice or out of order.
 
-A rank's life: OpenRun once; after that everything that it says is in an envelope, FromRank. For each save Join, Describe if asked, AwaitPlan if it has no valid plan, Receipt once
-its shards have landed (or Fail); for each collective restore RestoreRound until it is done. The answers to AwaitPlan,
-Receipt and RestoreRound come when there is something to say; a rank that hears nothing simply asks again. Beside all
-that, a rank whose Coordinator belongs to the cluster asks AwaitStop again and again.
+A rank's life: OpenRun once, and after that everything in an envelope, FromRank. For each save Join, Describe if asked,
+AwaitPlan if it has no valid plan, Receipt once its shards have landed (or Fail); for each restore Restore until it is
+done. The answers to AwaitPlan, Receipt and Restore come when there is something to say; a rank that hears nothing
+simply asks again. Beside all that, a rank with a ``distckpt.Coordinator`` of the whole cluster sends AwaitStop again
+and again, to hear of stops of all ranks.
 """
 
 from __future__ import annotations
@@ -143,7 +144,7 @@ class Fail:
 
 
 @dataclass(frozen=True, slots=True)
-class RestoreRound:
+class Restore:
     """The rank wants to restore together with all others.
 
     ``order`` counts the rank's restores; the same one on all ranks is the same restore, and a repeat is recognized by it.
@@ -175,19 +176,29 @@ class Restored:
     refused: tuple[tuple[str, str], ...] = ()
 
 
+Members = Mapping[int, str | None]
+"""Ranks that take part in stops, with their hosts; None for those that have left."""
+
+
+def merged_members(one: Members, other: Members) -> Members:
+    """Who takes part by both accounts. Who has left by either has left."""
+    if one == other:
+        return one
+    return {**one, **other, **{rank: None for rank, host in one.items() if host is None}}
+
+
 @dataclass(frozen=True, slots=True)
 class AwaitStop:
     """The rank takes part in ``generation``, and wants to know of its stop when that is another than ``known``.
 
     ``known`` is the stop that it knows of or asks for itself: the first one to come is everyone's. ``members`` are the
-    ranks that it knows to take part, with their hosts, None for those that have left. It is answered within
-    ``patience`` seconds, in any case. Nothing heard of it for ``silence_timeout`` seconds is a stop by itself; None
+    ranks that it knows to take part. It is answered within ``patience`` seconds, in any case. Nothing heard of it for ``silence_timeout`` seconds is a stop by itself; None
     says that the rank leaves.
     """
 
     generation: int
     known: StopReport | None
-    members: Mapping[int, str | None]
+    members: Members
     silence_timeout: float | None
     patience: float
 
@@ -197,7 +208,7 @@ class StopState:
     """The stop of the generation, None while there is none, and who takes part as in AwaitStop."""
 
     stop: StopReport | None
-    members: Mapping[int, str | None]
+    members: Members
 
 
 @dataclass(frozen=True, slots=True)
@@ -248,7 +259,7 @@ class Unknown:
     """The coordinator does not know that run or attempt (it was replaced): OpenRun and Join again."""
 
 
-RankRequest = Join | Describe | AwaitPlan | Receipt | Fail | RestoreRound | AwaitStop | Heartbeat | Leave
+RankRequest = Join | Describe | AwaitPlan | Receipt | Fail | Restore | AwaitStop | Heartbeat | Leave
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,8 +6,8 @@ import dataclasses
 import logging
 import time
 
-from distckpt.coordinator.client.session import Session
-from distckpt.coordinator.messages import Restored, RestoreFrom, RestoreRound, Unknown
+from distckpt.coordinator.client.client import Client
+from distckpt.coordinator.messages import Restore, Restored, RestoreFrom, Unknown
 from distckpt.directory.locate import Located, located, read_index
 from distckpt.errors import DamagedError, DistckptError, MismatchError, RestoreError, StorageError
 from distckpt.format.json.log import CheckpointRecord
@@ -25,7 +25,7 @@ class Restorer:
     """Restores the objects of ``checkpoint`` together with the other ranks, again and again."""
 
     def __init__(
-        self, session: Session, store: Store, checkpoint: NamedObjects, world: World, save_timeout: float
+        self, session: Client, store: Store, checkpoint: NamedObjects, world: World, save_timeout: float
     ) -> None:
         self._session = session
         self._store = store
@@ -44,7 +44,7 @@ class Restorer:
         self._asked += 1
         tried, refused = "", ""
         while True:
-            question = RestoreRound(self._asked, which, tried, refused)
+            question = Restore(self._asked, which, tried, refused)
             # The coordinator itself answers at the deadline; twice that means that it does not answer at all.
             reply = self._session.ask(question, 2 * self._timeout + 60)
             if isinstance(reply, Restored):
@@ -65,7 +65,7 @@ class Restorer:
             else:
                 raise RestoreError(f"unexpected answer from the coordinator: {reply!r}")
 
-    def _give_up(self, question: RestoreRound) -> None:
+    def _give_up(self, question: Restore) -> None:
         """Tell the others, who would otherwise wait for this rank."""
         try:
             self._session.ask(question, self._timeout)

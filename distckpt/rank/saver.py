@@ -11,7 +11,7 @@ from queue import SimpleQueue
 import numpy as np
 import torch
 
-from distckpt.coordinator.client.session import Session
+from distckpt.coordinator.client.client import Client
 from distckpt.coordinator.messages import (
     AwaitPlan,
     Committed,
@@ -88,7 +88,7 @@ class Saver:
     def __init__(
         self,
         background: Coordinator,
-        session: Session,
+        session: Client,
         store: Store,
         collector: Collector,
         rank: int,

@@ -22,9 +22,9 @@ from distckpt.coordinator.messages import (
     Refused,
     Reply,
     Request,
+    Restore,
     Restored,
     RestoreFrom,
-    RestoreRound,
     Retention,
     RunOpened,
     Skipped,
@@ -35,7 +35,7 @@ from distckpt.format.arrow.receipt import ShardReceipt
 from distckpt.format.json.log import CheckpointRecord
 from distckpt.testing.history import Agreed, Content, Held, LetGo, Piece, Returned
 from distckpt.testing.sim_store import describe
-from distckpt.testing.sim_world import World
+from distckpt.testing.sim_world import SimulatedWorld
 
 LEASE_SECONDS = 60.0
 
@@ -73,7 +73,7 @@ class Job:
 class Process:
     """Runs tasks until it is killed. ``send`` carries one message; the reply may come never, or twice."""
 
-    def __init__(self, world: World, send: Callable[[Request, Callable[[Reply], None]], None]) -> None:
+    def __init__(self, world: SimulatedWorld, send: Callable[[Request, Callable[[Reply], None]], None]) -> None:
         self.up = True
         self.world = world
         self._send = send
@@ -119,7 +119,7 @@ class Rank(Process):
     """One training process. ``done`` when it has made all its saves; ``saved`` are those that were acknowledged."""
 
     def __init__(
-        self, world: World, send: Callable[[Request, Callable[[Reply], None]], None], job: Job, rank: int
+        self, world: SimulatedWorld, send: Callable[[Request, Callable[[Reply], None]], None], job: Job, rank: int
     ) -> None:
         super().__init__(world, send)
         self.job = job
@@ -204,7 +204,7 @@ class Rank(Process):
     def _restore(self) -> Generator[Sleep | Say, Reply | None, None]:
         tried = refused = ""
         while True:
-            reply = yield from self._ask(RestoreRound(0, None, tried, refused))
+            reply = yield from self._ask(Restore(0, None, tried, refused))
             tried = refused = ""
             if isinstance(reply, Restored):
                 self.restored = reply.record
@@ -328,7 +328,7 @@ class Rank(Process):
 class Reader(Process):
     """An evaluation process: leases some checkpoint, makes sure that it is not retiring, and reads it."""
 
-    def __init__(self, world: World, name: str) -> None:
+    def __init__(self, world: SimulatedWorld, name: str) -> None:
         super().__init__(world, lambda request, reply: None)
         self.name = name
         self.start(self._live())

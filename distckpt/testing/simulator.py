@@ -12,7 +12,7 @@ from distckpt.coordinator.messages import Pin, Reply, Request, Retention
 from distckpt.testing.history import CameBack, History
 from distckpt.testing.sim_coordinator import SimulatedCoordinator
 from distckpt.testing.sim_ranks import Job, Rank, Reader
-from distckpt.testing.sim_world import Faults, World
+from distckpt.testing.sim_world import Faults, SimulatedWorld
 
 UNSAFE = {
     "ignore_newest": "an append counts although a listing after it shows higher numbers",
@@ -32,7 +32,7 @@ class Simulation:
         broken = frozenset(unsafe)
         if broken - set(UNSAFE):
             raise ValueError(f"no such rules: {sorted(broken - set(UNSAFE))}")
-        self.world = World(seed, Faults(), broken)
+        self.world = SimulatedWorld(seed, Faults(), broken)
         self.coordinators: list[SimulatedCoordinator] = []
         self.ranks: list[Rank] = []
         self.readers: list[Reader] = []
@@ -176,7 +176,7 @@ class Simulation:
         if world.random.random() < faults.stale_address:
             target = world.random.choice(self.coordinators)
         for _ in range(2 if world.random.random() < faults.doubled_message else 1):
-            world.later(world.latency(), lambda: target.ask(request, lambda value: self._carry_back(reply, value)))
+            world.later(world.latency(), lambda: target.receive(request, lambda value: self._carry_back(reply, value)))
 
     def _carry_back(self, reply: Callable[[Reply], None], value: Reply) -> None:
         if self.world.random.random() >= self.world.faults.lost_message:

@@ -19,6 +19,7 @@ from distckpt.coordinator.machine.actions import (
     Asked,
     CollectGarbage,
     Delete,
+    Exit,
     Forgotten,
     NameTaken,
     PlanMade,
@@ -27,7 +28,6 @@ from distckpt.coordinator.machine.actions import (
     Seal,
     Sealed,
     StepFailed,
-    Stop,
     TailRead,
     Tick,
 )
@@ -43,8 +43,8 @@ from distckpt.coordinator.messages import (
     Joined,
     Leave,
     OpenRun,
+    Restore,
     Restored,
-    RestoreRound,
     Retention,
     RunOpened,
     Status,
@@ -183,7 +183,7 @@ def test_a_claim_below_the_newest_number_does_not_count():
     entry = driver.take(Append).entry
     driver.feed(Appended(entry, 50))
     assert not driver.machine.leading
-    assert driver.has(Stop)
+    assert driver.has(Exit)
 
 
 def test_unreadable_newest_entries_raise_the_epoch_and_stop_garbage_collection():
@@ -206,7 +206,7 @@ def test_a_log_without_any_readable_entry_is_not_claimed():
     driver.feed(TailRead(4, None))
     assert isinstance(refusal(driver.replies[ticket]), DamagedError)
     assert not driver.has(Append)
-    driver.take(Stop)
+    driver.take(Exit)
 
 
 def test_leading_publishes_and_deletes_what_was_retiring():
@@ -274,13 +274,13 @@ def test_an_append_below_the_newest_number_fences():
     ticket, entry = opening(driver)
     driver.feed(Appended(entry, entry.seq + 1))
     assert isinstance(refusal(driver.replies[ticket]), FencedError)
-    assert driver.take(Stop).reason.startswith("FencedError")
+    assert driver.take(Exit).reason.startswith("FencedError")
 
 
 def test_a_foreign_entry_at_our_number_fences_for_ever():
     driver = Driver().lead()
     driver.open()
-    held = driver.ask(FromRank(1, 0, RestoreRound(0, None, "", "")))
+    held = driver.ask(FromRank(1, 0, Restore(0, None, "", "")))
     ticket, entry = opening(driver, "other")
     driver.feed(NameTaken(entry, foreign(entry, 9), entry.seq))
     error = refusal(driver.replies[ticket])
@@ -365,7 +365,7 @@ def test_late_and_repeated_answers_to_an_append_change_nothing(late):
     assert driver.machine.state == entry.state
     driver.perform(Append(following))
     assert driver.machine.state.run == 2
-    assert not driver.has(Stop)
+    assert not driver.has(Exit)
 
 
 # ---- runs ------------------------------------------------------------------------------------------------------------
@@ -399,7 +399,7 @@ def test_an_older_run_is_refused_everything():
     driver.open(token="job2")
     for request in (
         FromRank(1, 0, Join(1, 5, "d")), FromRank(1, 0, Describe("a", "d", b"")), FromRank(1, 0, AwaitPlan("a")), receipt(1, 0, "a", 1),
-        FromRank(1, 0, Fail("a", "x")), FromRank(1, 0, RestoreRound(0, None)), FromRank(1, 0, Heartbeat()), FromRank(1, 0, Leave()),
+        FromRank(1, 0, Fail("a", "x")), FromRank(1, 0, Restore(0, None)), FromRank(1, 0, Heartbeat()), FromRank(1, 0, Leave()),
     ):  # fmt: skip
         error = refusal(driver.answer(request))
         assert isinstance(error, StaleRunError)
@@ -462,7 +462,7 @@ def test_a_new_run_ends_what_the_old_one_had_in_flight():
     run = driver.open(2)
     planned = driver.plan(run, 2, 1, 5)
     save = driver.ask(receipt(run, 0, planned[0][0], len(planned[0][1].rows) // 4))
-    restore = driver.ask(FromRank(run, 0, RestoreRound(0, None)))
+    restore = driver.ask(FromRank(run, 0, Restore(0, None)))
     driver.open(2, "job2")
     assert isinstance(refusal(driver.replies[save]), StaleRunError)
     assert driver.replies[restore] == Restored(None)
@@ -471,10 +471,8 @@ def test_a_new_run_ends_what_the_old_one_had_in_flight():
 
 def test_a_restore_that_fails_on_one_rank_fails_for_all():
     driver, run, saved = saved_three()
-    waits = driver.ask(FromRank(run, 0, RestoreRound(0, None, saved[2].attempt)))
-    failed = driver.answer(
-        FromRank(run, 1, RestoreRound(0, None, saved[2].attempt, failed="MismatchError: no key 'w'"))
-    )
+    waits = driver.ask(FromRank(run, 0, Restore(0, None, saved[2].attempt)))
+    failed = driver.answer(FromRank(run, 1, Restore(0, None, saved[2].attempt, failed="MismatchError: no key 'w'")))
     for reply in (failed, driver.replies[waits]):
         assert isinstance(refusal(reply), RestoreError)
         assert "rank 1" in str(refusal(reply))
@@ -502,7 +500,7 @@ def test_status_says_what_is_there_and_who_is_awaited():
     driver, run, saved = saved_three()
     planned = driver.plan(run, 2, 4, 40)
     driver.land(run, {1: planned[1]})
-    driver.answer(FromRank(run, 0, RestoreRound(0, None)))
+    driver.answer(FromRank(run, 0, Restore(0, None)))
     status = cast(StatusReply, driver.answer(Status()))
     assert (status.epoch, status.run, status.seq) == (1, 1, max(driver.log))
     assert status.checkpoints == tuple(saved)
@@ -537,9 +535,9 @@ def test_an_idle_coordinator_stops_but_never_with_work_in_flight():
     driver.settle()
     assert driver.machine.next_deadline() == pytest.approx(driver.mono + 99.0)
     driver.wait(98.0)
-    assert not driver.has(Stop)
+    assert not driver.has(Exit)
     driver.wait(1.0)
-    assert driver.take(Stop) == Stop("idle")
+    assert driver.take(Exit) == Exit("idle")
     assert isinstance(refusal(driver.answer(Status())), CoordinatorUnavailableError)
 
 
@@ -550,12 +548,12 @@ def test_a_coordinator_that_every_rank_has_left_stops_soon_but_does_what_is_to_b
     driver.land(run, driver.plan(run, 2, 2, 6))
     driver.answer(FromRank(run, 0, Leave()))
     driver.wait(50.0)
-    assert not driver.has(Stop), "one rank is left"
+    assert not driver.has(Exit), "one rank is left"
     driver.answer(FromRank(run, 1, Leave()))
     driver.wait(50.0)
-    assert not driver.has(Stop), "a checkpoint is to be committed, and one to be deleted"
+    assert not driver.has(Exit), "a checkpoint is to be committed, and one to be deleted"
     driver.settle()
-    assert driver.done[-1] == Stop("idle")
+    assert driver.done[-1] == Exit("idle")
     assert [one.number for one in driver.machine.state.active] == [6]
     assert driver.machine.state.retiring == ()
 
@@ -566,18 +564,18 @@ def test_a_coordinator_that_every_rank_has_left_serves_a_run_that_begins_at_once
     driver.wait(4.0)
     driver.open(token="next")
     driver.wait(99.0)
-    assert not driver.has(Stop)
+    assert not driver.has(Exit)
     driver.wait(1.0)
-    assert driver.has(Stop)
+    assert driver.has(Exit)
 
 
 def test_an_unfinished_append_keeps_an_idle_coordinator_alive():
     driver = Driver(idle_timeout=5.0).lead()
     _, entry = opening(driver)
     driver.wait(50.0)
-    assert not driver.has(Stop)
+    assert not driver.has(Exit)
     driver.perform(Append(entry))
-    assert driver.has(Stop)
+    assert driver.has(Exit)
 
 
 def test_when_every_rank_has_left_unfinished_saves_end():

@@ -20,6 +20,7 @@ from distckpt.coordinator.machine.actions import (
     Delete,
     Deleted,
     Event,
+    Exit,
     LeasesRead,
     MakePlan,
     NameTaken,
@@ -30,7 +31,6 @@ from distckpt.coordinator.machine.actions import (
     Seal,
     Sealed,
     StepFailed,
-    Stop,
     TailRead,
     Tick,
 )
@@ -49,9 +49,9 @@ from distckpt.coordinator.messages import (
     Receipt,
     Reply,
     Request,
+    Restore,
     Restored,
     RestoreFrom,
-    RestoreRound,
     Retention,
     RunOpened,
     ShardReceipt,
@@ -273,7 +273,7 @@ class Coordinators(RuleBasedStateMachine):
             self.report_restored(which, to, refused)
             return
         rank = which % WORLD
-        self._ask(to, FromRank(sorted(self.runs.values())[which % len(self.runs)], rank, RestoreRound(which % 2, None)))
+        self._ask(to, FromRank(sorted(self.runs.values())[which % len(self.runs)], rank, Restore(which % 2, None)))
 
     def report_restored(self, which: int, to: int, refused: str) -> None:
         asked, reply = self.restoring[which % len(self.restoring)]
@@ -282,7 +282,7 @@ class Coordinators(RuleBasedStateMachine):
             FromRank(
                 asked.run,
                 asked.rank,
-                RestoreRound(cast(RestoreRound, asked.request).order, None, reply.record.attempt, refused),
+                Restore(cast(Restore, asked.request).order, None, reply.record.attempt, refused),
             ),
         )
 
@@ -344,9 +344,9 @@ class Coordinators(RuleBasedStateMachine):
                 join = next(old for old, joined in reversed(self.joined)
                             if joined.attempt == attempt and old.rank == said.rank)  # fmt: skip
                 self.planned.append((join, attempt, reply))
-            case RestoreRound(), RestoreFrom():
+            case Restore(), RestoreFrom():
                 self.restoring.append((said, reply))
-            case RestoreRound(order), Restored(record):
+            case Restore(order), Restored(record):
                 # Another coordinator may let a round begin anew, so a round is one coordinator's.
                 self.history.add(Agreed(said.run, 2 * int(shell.name) + order, said.rank, record))
 
@@ -377,7 +377,7 @@ class Coordinators(RuleBasedStateMachine):
                         self._erase(shell, attempt)
             case Publish(entry):
                 self.store.prune(entry.seq)
-            case Stop():
+            case Exit():
                 self.shells.remove(shell)
                 if not self.shells:
                     self.start()

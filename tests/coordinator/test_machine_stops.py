@@ -11,12 +11,13 @@ from typing import Any, cast
 import pytest
 
 from distckpt.coordinator.machine.actions import Forgotten
-from distckpt.coordinator.machine.stops import MANAGER_SILENCE, REMEMBERED_GENERATIONS, TOLD_OF_LEAVING, Members, merged
+from distckpt.coordinator.machine.stops import MANAGER_SILENCE, REMEMBERED_GENERATIONS, TOLD_OF_LEAVING
 from distckpt.coordinator.messages import (
     AwaitStop,
     FromRank,
     Heartbeat,
     Leave,
+    Members,
     OpenRun,
     Refused,
     Reply,
@@ -25,6 +26,7 @@ from distckpt.coordinator.messages import (
     StopReport,
     StopState,
     Unknown,
+    merged_members,
 )
 from distckpt.errors import StaleRunError
 from tests.support.driving import TIMEOUT, Driver
@@ -371,7 +373,7 @@ class Peer:
     def hear(self, reply: Reply, now: float) -> None:
         self.asked_at = -math.inf
         if isinstance(reply, StopState):
-            self.members = merged(self.members, reply.members)
+            self.members = merged_members(self.members, reply.members)
             if self.known is None and reply.stop is not None:
                 self.known, self.told_at = reply.stop, now
         else:

@@ -17,6 +17,7 @@ from distckpt.coordinator.machine.actions import (
     Delete,
     Deleted,
     Event,
+    Exit,
     LeasesRead,
     MakePlan,
     PlanMade,
@@ -25,7 +26,6 @@ from distckpt.coordinator.machine.actions import (
     ReadTail,
     Seal,
     Sealed,
-    Stop,
     TailRead,
     Tick,
 )
@@ -145,7 +145,7 @@ class Driver:
                 self.feed(LeasesRead(self.leased))
             case Delete(records):
                 self.feed(Deleted(tuple(record.attempt for record in records)))
-            case CollectGarbage() | Publish() | Stop():
+            case CollectGarbage() | Publish() | Exit():
                 pass
 
     def lead(self) -> Driver:

@@ -28,7 +28,7 @@ class LocalLine:
 
     def ask(self, request: Request, timeout: float) -> Reply:
         """See Line.ask."""
-        future = self._shell.ask(request)
+        future = self._shell.submit(request)
         try:
             return future.result(timeout)
         except FutureTimeoutError:

@@ -235,10 +235,10 @@ class Publish:
 
 
 @dataclass(frozen=True, slots=True)
-class Stop:
-    """This coordinator is finished: ``reason`` says why (fenced, or idle). Nothing follows."""
+class Exit:
+    """This coordinator has come to its end: ``reason`` says why (fenced, or idle). Nothing follows."""
 
     reason: str
 
 
-Action = Answer | ReadTail | Append | MakePlan | Seal | ReadLeases | Delete | CollectGarbage | Publish | Stop
+Action = Answer | ReadTail | Append | MakePlan | Seal | ReadLeases | Delete | CollectGarbage | Publish | Exit

@@ -2,7 +2,7 @@
 
 Parts: the ledger appends to the log, runs know the job's incarnations, saves and restores their rounds, stops who asked
 everyone to stop, keeping applies retention. All of them share one desk, where tickets wait for answers and actions are
-collected. What comes in goes to the parts in ``_take`` and ``_ask``; what a log entry leads to stands in ``_follow_up``.
+collected. What comes in goes to the parts in ``_take`` and ``_serve``; what a log entry leads to stands in ``_follow_up``.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from distckpt.coordinator.machine.actions import (
     Asked,
     Deleted,
     Event,
+    Exit,
     Forgotten,
     LeasesRead,
     NameTaken,
@@ -23,7 +24,6 @@ from distckpt.coordinator.machine.actions import (
     Publish,
     Sealed,
     StepFailed,
-    Stop,
     TailRead,
     Tick,
 )
@@ -64,7 +64,7 @@ from distckpt.coordinator.messages import (
     Refused,
     Reply,
     Request,
-    RestoreRound,
+    Restore,
     Status,
     StatusReply,
     Unknown,
@@ -148,7 +148,7 @@ class Machine:
     def _take(self, event: Event) -> None:
         match event:
             case Asked(ticket, request):
-                self._ask(ticket, request)
+                self._serve(ticket, request)
             case Forgotten(ticket):
                 self._desk.forget(ticket)
             case PlanMade():
@@ -184,14 +184,14 @@ class Machine:
             idle_at = self._idle_at()
             if idle_at is not None and idle_at <= self._desk.mono:
                 error = CoordinatorUnavailableError(f"{self._desk.directory}: the coordinator was idle and has stopped")
-                self._stop("idle", error)
+                self._exit("idle", error)
         else:
-            self._stop(f"{type(self._ledger.ended).__name__}: {self._ledger.ended}", self._ledger.ended)
+            self._exit(f"{type(self._ledger.ended).__name__}: {self._ledger.ended}", self._ledger.ended)
 
-    def _stop(self, reason: str, error: DistckptError) -> None:
+    def _exit(self, reason: str, error: DistckptError) -> None:
         self._end = error
         self._desk.answer_everyone(Refused(error))
-        self._desk.emit(Stop(reason))
+        self._desk.emit(Exit(reason))
 
     def _after_the_end(self, event: Event, error: DistckptError) -> None:
         if isinstance(event, Asked):
@@ -210,7 +210,7 @@ class Machine:
 
     # ---- requests --------------------------------------------------------------------------------------------------
 
-    def _ask(self, ticket: int, request: Request) -> None:
+    def _serve(self, ticket: int, request: Request) -> None:
         self._heard = self._desk.mono
         if not self._ledger.leading:
             self._desk.hold(ticket, self._early, request)
@@ -224,9 +224,9 @@ class Machine:
             case Status():
                 self._desk.answer(ticket, self._status())
             case FromRank():
-                self._ask_of_rank(ticket, request)
+                self._serve_rank(ticket, request)
 
-    def _ask_of_rank(self, ticket: int, envelope: FromRank) -> None:
+    def _serve_rank(self, ticket: int, envelope: FromRank) -> None:
         rank, request = envelope.rank, envelope.request
         run = self._runs.current
         refusal = self._runs.refusal(envelope.run, rank)
@@ -247,7 +247,7 @@ class Machine:
                 self._saves.receipt(ticket, rank, request)
             case Fail():
                 self._saves.fail(ticket, rank, request)
-            case RestoreRound():
+            case Restore():
                 self._restores.restore(ticket, rank, request)
             case AwaitStop():
                 self._stops.await_stop(ticket, rank, request)
@@ -326,7 +326,7 @@ class Machine:
         early, self._early = self._early, {}
         for ticket, request in list(early.items()):
             self._desk.forget(ticket)
-            self._ask(ticket, request)
+            self._serve(ticket, request)
 
     def _run_begun(self, begin: BeginRun, entry: Entry) -> None:
         error = self._runs.superseded(entry)

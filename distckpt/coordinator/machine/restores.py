@@ -9,7 +9,7 @@ from distckpt.coordinator.machine.desk import Desk
 from distckpt.coordinator.machine.ledger import Ledger
 from distckpt.coordinator.machine.records import find_folder, find_number, record_path
 from distckpt.coordinator.machine.runs import Run, Runs
-from distckpt.coordinator.messages import Refused, Reply, Restored, RestoreFrom, RestoreRound
+from distckpt.coordinator.messages import Refused, Reply, Restore, Restored, RestoreFrom
 from distckpt.errors import (
     CheckpointNotFoundError,
     DistckptError,
@@ -79,7 +79,7 @@ class Restores:
             self._end(order, Refused(error))
         self._rounds.clear()
 
-    def restore(self, ticket: int, rank: int, message: RestoreRound) -> None:
+    def restore(self, ticket: int, rank: int, message: Restore) -> None:
         """A rank wants to restore, or says what came of the last candidate."""
         round = self._rounds.get(message.order) or self._new_round(message)
         if round.outcome is None:
@@ -108,7 +108,7 @@ class Restores:
         assert self._runs.current is not None
         return self._runs.current
 
-    def _new_round(self, first: RestoreRound) -> _Round:
+    def _new_round(self, first: Restore) -> _Round:
         deadline = self._desk.mono + self._current.save_timeout
         round = _Round(first.which, deadline, self._candidates(first.which))
         self._rounds[first.order] = self._open[first.order] = round
@@ -129,7 +129,7 @@ class Restores:
         path = f"{self._desk.directory}/{which if isinstance(which, str) else f'{self._current.name}-{which}'}"
         return Refused(CheckpointNotFoundError(path, "no such checkpoint is committed"))
 
-    def _hear(self, round: _Round, rank: int, message: RestoreRound) -> None:
+    def _hear(self, round: _Round, rank: int, message: Restore) -> None:
         if message.which != round.which:
             reason = f"rank {rank} restores {_shown(message.which)}, but others restore {_shown(round.which)}"
             self._end(message.order, Refused(RestoreError(f"{self._desk.directory}: {reason}")))

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from distckpt.coordinator.machine.desk import Desk
 from distckpt.coordinator.machine.runs import Runs
-from distckpt.coordinator.messages import AwaitStop, Refused, StopState
+from distckpt.coordinator.messages import AwaitStop, Members, Refused, StopState, merged_members
 from distckpt.errors import DistckptError, RankSilentError
 from distckpt.threads.report import StopReport
 
@@ -21,15 +21,6 @@ TOLD_OF_LEAVING = 8
 
 MANAGER_SILENCE = 60.0
 """A rank that has not joined is known to live by its manager's heartbeats, every 20 seconds. It may miss two."""
-
-Members = Mapping[int, str | None]
-
-
-def merged(one: Members, other: Members) -> Members:
-    """Who takes part by both accounts, with their hosts. Who has left (None) by either has left."""
-    if one == other:
-        return one
-    return {**one, **other, **{rank: None for rank, host in one.items() if host is None}}
 
 
 def _silence(rank: int, host: str, seconds: float) -> StopReport:
@@ -91,7 +82,7 @@ class Stops:
     def await_stop(self, ticket: int, rank: int, message: AwaitStop) -> None:
         """A rank takes part, tells what it knows, and waits for news."""
         generation = self._generations.setdefault(message.generation, _Generation())
-        generation.members = merged(generation.members, message.members)
+        generation.members = merged_members(generation.members, message.members)
         if message.silence_timeout is None:
             self._left(generation, rank)
         else:

@@ -58,7 +58,7 @@ class RayLine:
             wait = min(POLL_SECONDS, left)
             try:
                 actor = self._find(wait)
-                reply = self._answer(actor.ask.remote(request, wait), wait + POLL_SECONDS)
+                reply = self._answer(actor.answer.remote(request, wait), wait + POLL_SECONDS)
             except (ray.exceptions.RayActorError, FutureTimeoutError) as error:
                 if silent_since is None:
                     silent_since = time.monotonic()

@@ -1,4 +1,4 @@
-"""One rank's standing in one run, whichever coordinator is in charge."""
+"""One rank of one run as a client of the coordinator, whichever is in charge."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ OPEN_SECONDS = 60.0
 """How long a coordinator has at least to answer the first question: it may be starting, or restarting."""
 
 
-class Session:
-    """One rank's standing in one run. Opens the run again whenever the coordinator has been replaced."""
+class Client:
+    """Asks on behalf of one rank of one run. Opens the run again whenever the coordinator has been replaced."""
 
     def __init__(self, line: Line, opening: OpenRun) -> None:
         self._line = line
