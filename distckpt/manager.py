@@ -11,9 +11,9 @@ from types import TracebackType
 from typing import Any, Literal
 
 from distckpt.checkpoint import Checkpoint
+from distckpt.coordinator.client.client import Client
 from distckpt.coordinator.client.membership import RankCluster
-from distckpt.coordinator.client.opening import open_session
-from distckpt.coordinator.client.session import Session
+from distckpt.coordinator.client.opening import open_client
 from distckpt.coordinator.messages import Heartbeat, Leave, OpenRun, Retention
 from distckpt.coordinator.shell.shell import Settings
 from distckpt.directory.log import read_tail
@@ -122,15 +122,15 @@ class CheckpointManager:
             save_timeout=save_timeout,
         )
         options = dict(storage_options) if storage_options is not None else None
-        self._session: Session = open_session(
+        self._client: Client = open_client(
             self._store, options, self._world, opening, Settings(idle_timeout=IDLE_SECONDS)
         )
-        self._cluster = RankCluster(self._session, self._world)
+        self._cluster = RankCluster(self._client, self._world)
         self._background = Coordinator([])
         saving = SaverOptions(self._world.rank, checkpoint_name, save_timeout, buffers, on_busy == "skip", verify)
-        self._saver = Saver(self._session, self._store, checkpoint, saving, self._background)
-        self._restorer = Restorer(self._session, self._store, checkpoint, self._world, save_timeout)
-        self._found = self._session.open()
+        self._saver = Saver(self._client, self._store, checkpoint, saving, self._background)
+        self._restorer = Restorer(self._client, self._store, checkpoint, self._world, save_timeout)
+        self._found = self._client.open()
         self._pending = PendingSaves()
         self._closed = False
         self._left = False
@@ -326,8 +326,8 @@ class CheckpointManager:
         self._background.request_stop()
         self._background.join(stop_grace_period_secs=CLOSE_SECONDS, ignore_live_threads=True)
         with contextlib.suppress(DistckptError):  # the coordinator notices by itself that we are gone
-            self._session.ask(lambda run: Leave(run, self._world.rank), 5.0)
-        self._session.close()
+            self._client.ask(Leave(), 5.0)
+        self._client.close()
 
     def __enter__(self) -> CheckpointManager:
         return self
@@ -367,7 +367,7 @@ class CheckpointManager:
 
     def _beat(self) -> None:
         try:
-            self._session.ask(lambda run: Heartbeat(run, self._world.rank), HEARTBEAT_SECONDS)
+            self._client.ask(Heartbeat(), HEARTBEAT_SECONDS)
         except Exception as error:  # noqa: BLE001 - a save that needs the coordinator says so itself; training goes on
             logger.warning("heartbeat to the coordinator: %s", error)
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import crc32c
 
-from distckpt.directory.log import find_record, newest_record, read_tail
+from distckpt.directory.log import read_tail
 from distckpt.errors import CheckpointNotFoundError, DamagedError, ObjectNotFoundError
 from distckpt.format import names
 from distckpt.format.arrow.index import Index, decode_index
@@ -45,14 +45,18 @@ def locate(path: PathLike, storage_options: Mapping[str, Any] | None = None) -> 
     store = open_store(path, storage_options)
     tail = read_tail(store)
     if tail.entry is not None:
-        return located(store, newest_record(tail.state, store.url))
+        newest = tail.state.newest()
+        if newest is None:
+            raise CheckpointNotFoundError(store.url, "no checkpoint has been committed here")
+        return located(store, newest)
     directory, _, folder = store.url.rpartition("/")
     checkpoint = names.parse_checkpoint(folder)
     if checkpoint is not None and directory:
         parent = open_store(directory, storage_options)
         tail = read_tail(parent)
         if tail.entry is not None:
-            record = find_record(tail.state, checkpoint[1], checkpoint[0])
+            records = tail.state.newest_first()
+            record = next((record for record in records if (record.name, record.number) == checkpoint), None)
             if record is None:
                 raise CheckpointNotFoundError(store.url, f"not a committed checkpoint of {parent.url}")
             return located(parent, record)
@@ -118,4 +122,4 @@ def _lone_copy(store: Store) -> Located:
     ]
     if not found:
         raise CheckpointNotFoundError(store.url, "neither a directory with committed checkpoints nor a checkpoint")
-    return max(found, key=lambda where: (where.manifest.epoch, where.manifest.time))
+    return max(found, key=lambda where: names.attempt_age(where.manifest.attempt))

@@ -135,8 +135,8 @@ class Exports:
         """The committed checkpoints of this name, one a number, in the order of numbers."""
         seq = max(sequence_numbers(self._store), default=0)
         if seq != self._seq:
-            state = read_tail(self._store).state
-            ours = [record for record in (*state.preserved, *state.active) if record.name == self._name]
+            alive = read_tail(self._store).state.alive().values()
+            ours = [record for record in alive if record.name == self._name]
             newest = {record.number: record for record in sorted(ours, key=_position_of)}
             self._records, self._seq = list(newest.values()), seq
         return self._records

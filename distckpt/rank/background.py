@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 class SaveTask:
     """One save on its way to the commit. ``joined`` is None until this rank has joined it."""
 
-    ask: str
+    order: int
     number: int
     layout: Layout
     staging: Staging
@@ -98,7 +98,7 @@ class Background:
     def _once(self, task: SaveTask) -> Reply:
         layout = task.layout
         if task.joined is None:
-            reply = self._dialogue.join(task.ask, task.number, layout.digest, True, layout.plan, task.attempt)
+            reply = self._dialogue.join(task.order, task.number, layout.digest, True, layout.plan, task.attempt)
             if not isinstance(reply, Joined):
                 return reply
             task.joined = reply
@@ -138,8 +138,4 @@ class Background:
 
     def _committed(self, attempt: str) -> CheckpointRecord | None:
         """Storage is the truth when the coordinator is gone: was our attempt committed before it went?"""
-        state = read_tail(self._store).state
-        for record in (*state.active, *state.preserved):
-            if attempt and record.attempt == attempt:
-                return record
-        return None
+        return read_tail(self._store).state.find(attempt)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from distckpt.coordinator.client.session import Session
+from distckpt.coordinator.client.client import Client
 from distckpt.errors import DistckptError, SaveError
 from distckpt.rank.background import Background, SaveTask
 from distckpt.rank.buffer import Buffer
@@ -24,11 +24,11 @@ class Saver:
     """
 
     def __init__(
-        self, session: Session, store: Store, checkpoint: NamedObjects, options: SaverOptions, threads: Coordinator
+        self, client: Client, store: Store, checkpoint: NamedObjects, options: SaverOptions, threads: Coordinator
     ) -> None:
         self._collector = Collector(checkpoint, options.rank)
         self._order = StepOrder(optimizers_of(checkpoint))
-        self._dialogue = Dialogue(session, options)
+        self._dialogue = Dialogue(client, options)
         self._background = Background(store, self._dialogue, options, threads)
         self._buffers = [Buffer() for _ in range(options.buffers)]
         self._skip_if_busy = options.skip_if_busy
@@ -40,7 +40,7 @@ class Saver:
 
         Raises what a save would raise: EncodeError, PlanError, MissingRanksError ...
         """
-        ask = self._next_ask()
+        ask = self._next_order()
         holding = self._collect(ask, None)
         planned = self._dialogue.plan(ask, None, holding)
         if planned is None:
@@ -55,7 +55,7 @@ class Saver:
 
         Raises EncodeError at once; everything that concerns other ranks or storage is in the PendingSave.
         """
-        ask = self._next_ask()
+        ask = self._next_order()
         holding = self._collect(ask, number)
         pending = PendingSave(path, number)
         progress, joined = progress_of(pending), None
@@ -72,7 +72,7 @@ class Saver:
             progress.ended.set_exception(error)
             return pending
         except Exception as error:  # no memory, say
-            self._dialogue.give_up(ask, number, f"{type(error).__name__}: {error}")
+            self._dialogue.give_up(order, number, f"{type(error).__name__}: {error}")
             raise
         try:
             self._background.put(SaveTask(ask, number, layout, staging, holding.describe, joined, progress))
@@ -96,9 +96,9 @@ class Saver:
         for buffer in self._buffers:
             buffer.close()
 
-    def _next_ask(self) -> str:
+    def _next_order(self) -> int:
         self._asked += 1
-        return str(self._asked)
+        return self._asked
 
     def _free_buffer(self) -> Buffer:
         free = next((buffer for buffer in self._buffers if buffer.is_free()), None)
@@ -107,9 +107,9 @@ class Saver:
             free.settle()
         return free
 
-    def _collect(self, ask: str, number: int | None) -> Holding:
+    def _collect(self, order: int, number: int | None) -> Holding:
         try:
             return self._collector.collect()
         except Exception as error:
-            self._dialogue.give_up(ask, number, str(error) if isinstance(error, DistckptError) else repr(error))
+            self._dialogue.give_up(order, number, str(error) if isinstance(error, DistckptError) else repr(error))
             raise

@@ -2,6 +2,9 @@
 
 A Coordinator carries one request to stop, and the first error, to everyone who works with it. A LooperThread calls a
 function again and again until then. Both are TensorFlow's, with the differences that their docstrings name.
+
+A Coordinator is a class of this module, and there are many. The coordinator, in lower case, is the one of a run's
+directory (``distckpt.coordinator``), which knows nothing of threads; a cluster carries stops from rank to rank by it.
 """
 
 from __future__ import annotations
@@ -304,7 +307,9 @@ class Coordinator:
     def _settle(self) -> None:
         membership = self._membership
         if membership is not None and not membership.settle(SETTLE_SECONDS):
-            logger.warning("the other ranks have not heard yet that this one stops: the coordinator does not answer")
+            logger.warning(
+                "the other ranks have not heard yet that this one stops: the coordinator of the run does not answer"
+            )
 
     def _hear(self, membership: Membership, cause: StopReport | CoordinatorError) -> None:
         """The first stop of all ranks, or why this rank will hear of none. The cluster's word is final."""

@@ -7,9 +7,8 @@ import threading
 import time
 import weakref
 
-from distckpt.coordinator.client.session import Session
-from distckpt.coordinator.machine.stops import Members, merged
-from distckpt.coordinator.messages import AwaitStop, StopState
+from distckpt.coordinator.client.client import Client
+from distckpt.coordinator.messages import AwaitStop, Members, StopState, merged_members
 from distckpt.errors import CoordinatorError, FencedError, StaleRunError
 from distckpt.threads.coordinator import Listener
 from distckpt.threads.report import StopReport, report_of
@@ -30,8 +29,8 @@ TELL_SECONDS = 5.0
 class RankCluster:
     """All ranks of a run, as one of them sees them. See ``threads.Cluster``. Starts nothing until somebody joins."""
 
-    def __init__(self, session: Session, world: World) -> None:
-        self._session = session
+    def __init__(self, client: Client, world: World) -> None:
+        self._client = client
         self._world = world
         self._lock = threading.Lock()
         self._closed = threading.Event()
@@ -60,7 +59,7 @@ class RankCluster:
                 raise CoordinatorError("the manager of this cluster has been closed; take the cluster of another one")
             self._generation += 1
             membership = RankMembership(
-                self._session, self.rank, self.host, self._generation, listener, silence_timeout, self._closed
+                self._client, self.rank, self.host, self._generation, listener, silence_timeout, self._closed
             )
             self._memberships.add(membership)
         membership.start()
@@ -85,7 +84,7 @@ class RankMembership:
 
     def __init__(
         self,
-        session: Session,
+        client: Client,
         rank: int,
         host: str,
         generation: int,
@@ -93,7 +92,7 @@ class RankMembership:
         silence_timeout: float,
         closed: threading.Event,
     ) -> None:
-        self._session = session
+        self._client = client
         self._rank = rank
         self._host = host
         self._generation = generation
@@ -139,21 +138,19 @@ class RankMembership:
     def _listen(self) -> None:
         patience = min(self._silence_timeout / SIGNS, MOST_PATIENCE)
         while not self._left:
-            self._ask(patience)
+            self._await_stop(patience)
         if not self._closed.is_set():  # else the whole rank has left
-            self._ask(0.0)
+            self._await_stop(0.0)
 
     def _tell(self) -> None:
         while not self._settled.is_set():
-            self._ask(0.0)
+            self._await_stop(0.0)
 
-    def _ask(self, patience: float) -> None:
+    def _await_stop(self, patience: float) -> None:
         leaving = self._left
         try:
-            reply = self._session.ask(
-                lambda run: AwaitStop(
-                    run,
-                    self._rank,
+            reply = self._client.ask(
+                AwaitStop(
                     self._generation,
                     self._known or self._mine,
                     self._members,
@@ -179,7 +176,7 @@ class RankMembership:
 
     def _learn(self, state: StopState) -> None:
         with self._lock:
-            self._members = merged(self._members, state.members)
+            self._members = merged_members(self._members, state.members)
             if state.stop is None:
                 return
             # After a restart the coordinator may have heard another report first; this rank keeps to what it was told.
