@@ -32,7 +32,7 @@ class Saver:
         self._background = Background(store, self._dialogue, options, threads)
         self._buffers = [Buffer() for _ in range(options.buffers)]
         self._skip_if_busy = options.skip_if_busy
-        self._asked = 0
+        self._orders = 0
         self._layout: Layout | None = None
 
     def prepare(self) -> None:
@@ -40,9 +40,9 @@ class Saver:
 
         Raises what a save would raise: EncodeError, PlanError, MissingRanksError ...
         """
-        ask = self._next_order()
-        holding = self._collect(ask, None)
-        planned = self._dialogue.plan(ask, None, holding)
+        order = self._next_order()
+        holding = self._collect(order, None)
+        planned = self._dialogue.plan(order, None, holding)
         if planned is None:
             raise SaveError(None, "a prepare cannot be skipped")
         self._layout, _ = planned
@@ -55,14 +55,14 @@ class Saver:
 
         Raises EncodeError at once; everything that concerns other ranks or storage is in the PendingSave.
         """
-        ask = self._next_order()
-        holding = self._collect(ask, number)
+        order = self._next_order()
+        holding = self._collect(order, number)
         pending = PendingSave(path, number)
         progress, joined = progress_of(pending), None
         try:
             # A warm layout asks nobody. To skip is a decision of all ranks, so that mode asks every time.
             if self._skip_if_busy or self._layout is None or self._layout.digest != holding.description.digest:
-                planned = self._dialogue.plan(ask, number, holding)
+                planned = self._dialogue.plan(order, number, holding)
                 if planned is None:
                     return None
                 self._layout, joined = planned
@@ -75,7 +75,7 @@ class Saver:
             self._dialogue.give_up(order, number, f"{type(error).__name__}: {error}")
             raise
         try:
-            self._background.put(SaveTask(ask, number, layout, staging, holding.describe, joined, progress))
+            self._background.put(SaveTask(order, number, layout, staging, holding.describe, joined, progress))
             buffer.lend(pending)
             sources = layout.tensors(holding)
             copied = staging.stage(sources, layout.values(holding))
@@ -97,8 +97,8 @@ class Saver:
             buffer.close()
 
     def _next_order(self) -> int:
-        self._asked += 1
-        return self._asked
+        self._orders += 1
+        return self._orders
 
     def _free_buffer(self) -> Buffer:
         free = next((buffer for buffer in self._buffers if buffer.is_free()), None)
