@@ -18,7 +18,7 @@ $(READY): pyproject.toml constraints.txt
 install: $(READY)   ## a virtual environment with everything in it
 
 demo: $(READY)  ## the main job: train on two ranks, kill one, resume on three
-	$(BIN)/python examples/demo.py
+	$(BIN)/python demo/demo.py
 
 test: $(READY)  ## the whole test suite, two files at a time
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
