@@ -5,7 +5,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help install demo test check bench clean
+SECONDS ?= 600
+
+.PHONY: help install demo test explore check bench clean
 
 help:           ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/'
@@ -18,10 +20,13 @@ $(READY): pyproject.toml constraints.txt
 install: $(READY)   ## a virtual environment with everything in it
 
 demo: $(READY)  ## the main job: train on two ranks, kill one, resume on three
-	$(BIN)/python examples/demo.py
+	$(BIN)/python demo/demo.py
 
 test: $(READY)  ## the whole test suite, two files at a time
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+explore: $(READY) ## look for what the tests have not met yet, for SECONDS=600
+	$(BIN)/python tests/explore.py $(SECONDS)
 
 check: $(READY) ## style and types
 	$(BIN)/ruff check .

@@ -10,15 +10,15 @@ from __future__ import annotations
 import argparse
 import math
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from gpt import GPT, Loader, Shape, share_anew, standard_library
+from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.optim.lr_scheduler import LambdaLR
-from witness import Witness, Witnessed
 
 import distckpt
 
@@ -32,50 +32,64 @@ class Options:
     save_every: int = 10
     keep: int = 5
     batch: int = 12
-    witnessed: Witnessed = field(default_factory=Witnessed)
 
 
 def train(options: Options) -> None:
     """Train up to step ``options.steps``, from the newest good checkpoint on if there is one. All ranks call it."""
-    rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    if options.batch % world_size:
-        raise ValueError(f"{world_size} ranks cannot share batches of {options.batch} samples evenly")
-    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-    model, optimizer, scheduler = build(device)
-    shape = Shape()
-    loader = Loader(standard_library(held_out=False), shape.context, options.batch // world_size, rank, world_size)
-    progress = {"step": 0}
-    witness = Witness(options.witnessed, model, optimizer, {"scheduler": scheduler, "progress": progress})
-
-    checkpoint = distckpt.Checkpoint(
-        model=model,
-        optimizer=optimizer,
-        scheduler=scheduler,
-        progress=progress,
-        loader=distckpt.PerRank(loader, on_resize=share_anew),
-        random=distckpt.PerRank(distckpt.RandomState(), on_resize="drop"),
-    )
-    with distckpt.CheckpointManager(checkpoint, options.directory, max_to_keep=options.keep) as manager:
-        restored = manager.restore_or_initialize()
-        witness.started(restored, progress["step"])
-        for tokens, targets in loader:
-            if progress["step"] >= options.steps:
+    training = Training(options)
+    with distckpt.CheckpointManager(training.checkpoint(), options.directory, max_to_keep=options.keep) as manager:
+        manager.restore_or_initialize()
+        for tokens, targets in training.loader:
+            if training.progress["step"] >= options.steps:
                 break
-            loss = model(tokens.to(device), targets.to(device))
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            scheduler.step()
-            progress["step"] += 1
-            witness.stepped(progress["step"], mean(loss), loader.start + world_size * loader.taken)
-            if progress["step"] % options.save_every == 0:
-                witness.saving(progress["step"])
-                pending = manager.save(progress["step"])  # copies the state; the rest happens while training goes on
-                witness.saved(progress["step"], pending)
-    witness.ended()
+            loss = training.step(tokens, targets)
+            step = training.progress["step"]
+            if training.rank == 0:
+                print(f"step {step}: loss {loss:.4f}", flush=True)
+            if step % options.save_every == 0:
+                manager.save(step)  # copies the state; the rest happens while training goes on
 
 
-def build(device: torch.device) -> tuple[GPT, torch.optim.Optimizer, LambdaLR]:
+class Training:
+    """What one rank trains: its part of the model, and its share of the data."""
+
+    def __init__(self, options: Options) -> None:
+        self.rank, self.world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        if options.batch % self.world_size:
+            raise ValueError(f"{self.world_size} ranks cannot share batches of {options.batch} samples evenly")
+        cuda = torch.cuda.is_available()
+        self.device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
+        self.model = make_model(self.device)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=2e-3, betas=(0.9, 0.95))
+        self.scheduler = LambdaLR(self.optimizer, warm_up_then_decay)
+        share = options.batch // self.world_size
+        text = standard_library(held_out=False)
+        self.loader = Loader(text, Shape().context, share, self.rank, self.world_size)
+        self.progress = {"step": 0}
+
+    def checkpoint(self) -> distckpt.Checkpoint:
+        """All that training needs to go on where it stopped."""
+        return distckpt.Checkpoint(
+            model=self.model,
+            optimizer=self.optimizer,
+            scheduler=self.scheduler,
+            progress=self.progress,
+            loader=distckpt.PerRank(self.loader, on_resize=share_anew),
+            random=distckpt.PerRank(distckpt.RandomState(), on_resize="drop"),
+        )
+
+    def step(self, tokens: Tensor, targets: Tensor) -> float:
+        """One step of the optimizer; the mean loss over all ranks."""
+        loss = self.model(tokens.to(self.device), targets.to(self.device))
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.scheduler.step()
+        self.progress["step"] += 1
+        return mean(loss)
+
+
+def make_model(device: torch.device) -> GPT:
     """The same model on every rank, each holding its part of it."""
     torch.manual_seed(0)
     model = GPT(Shape()).to(device)
@@ -84,11 +98,15 @@ def build(device: torch.device) -> tuple[GPT, torch.optim.Optimizer, LambdaLR]:
         for block in model.blocks:
             fully_shard(block, mesh=mesh)
         fully_shard(model, mesh=mesh)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, betas=(0.9, 0.95))
-    return model, optimizer, LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / 20) / math.sqrt(1 + step / 100))
+    return model
 
 
-def mean(loss: torch.Tensor) -> float:
+def warm_up_then_decay(step: int) -> float:
+    """The factor of the learning rate."""
+    return min(1.0, (step + 1) / 20) / math.sqrt(1 + step / 100)
+
+
+def mean(loss: Tensor) -> float:
     """The mean over all ranks."""
     loss = loss.detach().clone()
     if dist.is_initialized():
@@ -97,28 +115,36 @@ def mean(loss: torch.Tensor) -> float:
     return loss.item()
 
 
-def parse(arguments: list[str] | None = None) -> Options:
-    """The options as given on the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--directory", required=True, help="where checkpoints are, shared by all ranks")
-    parser.add_argument("--steps", type=int, default=Options.steps, help="train up to this step")
-    parser.add_argument("--save-every", type=int, default=Options.save_every, help="steps between two checkpoints")
-    parser.add_argument("--keep", type=int, default=Options.keep, help="how many checkpoints stay")
-    Witnessed.add_arguments(parser)
-    given = parser.parse_args(arguments)
-    return Options(given.directory, given.steps, given.save_every, given.keep, witnessed=Witnessed.of(given))
-
-
-def main() -> None:
-    """One rank of torchrun, or the only process there is."""
-    options = parse()
+def join_ranks() -> None:
+    """Join the others if torchrun has started this process as one of several."""
     if "RANK" in os.environ:
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
-    train(options)
+
+
+def leave_ranks() -> None:
+    """The end of what ``join_ranks`` began."""
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def make_parser(description: str | None) -> argparse.ArgumentParser:
+    """The command line, with a member of ``Options`` for each argument."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--directory", required=True, help="where checkpoints are, shared by all ranks")
+    parser.add_argument("--steps", type=int, default=Options.steps, help="train up to this step")
+    parser.add_argument("--save-every", type=int, default=Options.save_every, help="steps between two checkpoints")
+    parser.add_argument("--keep", type=int, default=Options.keep, help="how many checkpoints stay")
+    return parser
+
+
+def main() -> None:
+    """One rank of torchrun, or the only process there is."""
+    given = make_parser(__doc__).parse_args()
+    join_ranks()
+    train(Options(**vars(given)))
+    leave_ranks()
 
 
 if __name__ == "__main__":

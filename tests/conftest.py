@@ -18,10 +18,24 @@ os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 os.environ.setdefault("REPORTER_UPDATE_INTERVAL_MS", "3600000")
 os.environ.setdefault("RAY_worker_niceness", "0")  # else the coordinator waits for whatever else runs on this machine
 
-# No deadlines: the machine may be shared. In CI the same examples every time; elsewhere new ones, printed when they fail.
-hypothesis.settings.register_profile("default", deadline=None, print_blob=True)
-hypothesis.settings.register_profile("ci", deadline=None, derandomize=True)
-hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "default")
+# No deadlines: the machine may be shared. The same examples every time; new ones are what tests/explore.py looks at.
+hypothesis.settings.register_profile("same", deadline=None, derandomize=True, print_blob=True)
+hypothesis.settings.register_profile("explore", deadline=None, print_blob=True)
+hypothesis.settings.load_profile("same")
+
+
+@pytest.fixture(scope="session")
+def seed(request: pytest.FixtureRequest) -> int:
+    """Where the dice of a test begin: the same every time, but where ``--hypothesis-seed`` says."""
+    given = request.config.getoption("--hypothesis-seed")
+    return 0 if given is None else int(given)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Whatever depends on the seed can be chosen."""
+    for item in items:
+        if "seed" in getattr(item, "fixturenames", ()):
+            item.add_marker("seeded")
 
 
 class SharedCluster:

@@ -209,15 +209,13 @@ def _is_probe(place: Place) -> bool:
     return place.path.startswith("_probe")
 
 
-def test_every_fault_at_every_call(template: Path, places: list[Place], tmp_path: Path) -> None:
-    seed = random.SystemRandom().randrange(1 << 32)
-    print(f"seed {seed}")
+def test_every_fault_at_every_call(template: Path, places: list[Place], tmp_path: Path, seed: int) -> None:
     dice = random.Random(seed)
 
     def kinds(place: Place) -> Sequence[Fault]:
         possible = [kind for kind in faults_of(place.operation) if kind is not Fault.GONE]
         if not place.operation.startswith("put") or _is_probe(place):
-            return [dice.choice(possible)]  # another one every time
+            return [dice.choice(possible)]  # another one with every seed
         return [kind for kind in possible if kind is not Fault.DELAYED or dice.random() < 0.2]
 
     plan = _plan(places, kinds)
@@ -311,10 +309,8 @@ def killed_at_calls(template: Path, tmp_path_factory: pytest.TempPathFactory) ->
 
 
 @pytest.fixture(scope="module")
-def killed_at_system_calls(template: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Aftermath]:
-    """Killed between the system calls of which the store's calls are made; some of them, others each time."""
-    seed = random.SystemRandom().randrange(1 << 32)
-    print(f"seed {seed}")
+def killed_at_system_calls(template: Path, tmp_path_factory: pytest.TempPathFactory, seed: int) -> list[Aftermath]:
+    """Killed between the system calls of which the store's calls are made; some of them, which ones the seed says."""
     dice = random.Random(seed)
     return _die_at(
         template,

@@ -339,9 +339,7 @@ def positions(file: Path, dice: random.Random) -> Iterator[int]:
 
 
 @pytest.mark.timeout(120)
-def test_a_flipped_bit_anywhere_is_found_or_does_not_matter(of_one_rank: Path, tmp_path: Path) -> None:
-    seed = random.SystemRandom().randrange(1 << 32)
-    print(f"seed {seed}")
+def test_a_flipped_bit_anywhere_is_found_or_does_not_matter(of_one_rank: Path, tmp_path: Path, seed: int) -> None:
     dice = random.Random(seed)
     directory = copied(of_one_rank, tmp_path)
     path = directory / "ckpt-2"

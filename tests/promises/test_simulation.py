@@ -27,13 +27,13 @@ from distckpt.testing.history import (
 )
 from distckpt.testing.simulator import UNSAFE, Simulation, simulate
 
-SEEDS = range(300)
+STORIES = 300
 SEARCH = range(120)
 
 
 @pytest.fixture(scope="module")
-def histories() -> list[History]:
-    return [simulate(seed) for seed in SEEDS]
+def histories(seed: int) -> list[History]:
+    return [simulate(seed + story) for story in range(STORIES)]
 
 
 def breaches(histories: list[History], name: str) -> list[str]:

@@ -18,7 +18,7 @@ from distckpt.directory.log import append, read_tail
 from distckpt.format import names
 from distckpt.format.arrow.dtypes import VALUE
 from distckpt.format.arrow.shard import Chunk
-from distckpt.format.json.log import CheckpointRecord, Entry, State
+from distckpt.format.json.log import CheckpointRecord, Entry, Kind, State
 from distckpt.format.json.manifest import Manifest, ShardRecord
 from distckpt.format.json.sealed import seal
 from distckpt.format.tree.tree import DictStep, Leaf, RankStep, encode_path, flatten
@@ -30,7 +30,7 @@ def new_attempt(epoch: int = 1) -> str:
     return f"e{epoch}-{uuid.uuid4().hex}"
 
 
-def append_state(store: Store, change: Callable[[State], State], kind: str = "commit") -> None:
+def append_state(store: Store, change: Callable[[State], State], kind: Kind = "commit") -> None:
     """Append an entry whose state is the newest one's, changed."""
     tail = read_tail(store)
     entry = Entry(
@@ -143,7 +143,7 @@ class _Row:
 
 
 def _rows(tree: dict[str, Any], ranks: int) -> list[_Row]:
-    rows = []
+    rows: list[_Row] = []
     for name, value in tree.items():
         if isinstance(value, PerRankValues):
             for rank, own in enumerate(value):
@@ -188,7 +188,7 @@ def _staged(rows: list[_Row]) -> Any:
 
 
 def _plan_table(rows: list[_Row]) -> pa.Table:
-    def column(make: Callable[[_Row], Any], kind: pa.DataType) -> pa.Array:
+    def column(make: Callable[[_Row], Any], kind: pa.DataType) -> pa.Array[Any]:
         return pa.array([make(row) for row in rows], kind)
 
     box = pa.list_(pa.int64())

@@ -82,7 +82,7 @@ def save_and_die(say: Say, directory: str, numbers: Sequence[int], count: str, a
     from tests.support.small_runs import Trainer, mount, mounting
 
     death = Death(at)
-    store = FaultyStore(LocalStore(directory), death if count == "calls" else None)  # type: ignore[arg-type]
+    store = FaultyStore(LocalStore(directory), death if count == "calls" else None)
     with (
         mounting(),
         _system_calls(death if count == "system" else Death(None)),

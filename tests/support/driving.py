@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import msgspec
 
@@ -45,8 +45,8 @@ from distckpt.coordinator.messages import (
     Request,
     Retention,
     RunOpened,
-    ShardReceipt,
 )
+from distckpt.format.arrow.receipt import ShardReceipt
 from distckpt.format.json.log import CheckpointRecord, Entry
 from distckpt.testing.sim_store import SimulatedPlan, describe, make_plan
 
@@ -219,7 +219,7 @@ def simulated_plan(driver: Driver, world: int, chunks: int, staged: dict[int, by
     return make_plan(1, dict.fromkeys(range(world), describe(chunks)), staged or {}, "spin")
 
 
-def refusal(reply):
+def refusal(reply: Reply | None) -> Exception:
     assert isinstance(reply, Refused), reply
     return reply.error
 
@@ -228,7 +228,7 @@ def foreign(entry: Entry, epoch: int) -> Entry:
     return msgspec.structs.replace(entry, epoch=epoch, commit_id="foreign")
 
 
-def record(number: int, attempt: str, time: float = 100.0, **more) -> CheckpointRecord:
+def record(number: int, attempt: str, time: float = 100.0, **more: Any) -> CheckpointRecord:
     return CheckpointRecord(
         name="ckpt", number=number, attempt=attempt, manifest_size=1, manifest_crc32c=1, time=time, world_size=1,
         nbytes=1, **more,
@@ -247,7 +247,7 @@ def kinds(driver: Driver) -> list[str]:
     return [driver.log[seq].kind for seq in sorted(driver.log)]
 
 
-def opening(driver: Driver, token: str = "job"):
+def opening(driver: Driver, token: str = "job") -> tuple[int, Entry]:
     """A ticket whose entry is in flight."""
     ticket = driver.ask(OpenRun(token, 0, 1, "h", "ckpt", Retention(), TIMEOUT))
     return ticket, driver.take(Append).entry

@@ -72,8 +72,9 @@ class Gang:
 
     def _on_host(self, rank: int, env: dict[str, str], log: IO[str]) -> subprocess.Popen[str]:
         command = [*self.hosts[rank], sys.executable, "-m", "tests.support.gang"]
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": log}
-        return subprocess.Popen(command, **pipes, text=True, env=env, cwd=ROOT)
+        return subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, env=env, cwd=ROOT
+        )
 
     def __exit__(self, *_: object) -> None:
         self.stop()

@@ -9,6 +9,8 @@ from torch import nn
 class Block(nn.Module):
     """Two linear layers, a norm and a buffer; sizes that do not divide evenly."""
 
+    seen: torch.Tensor
+
     def __init__(self, width: int = 10, hidden: int = 22) -> None:
         super().__init__()
         self.up = nn.Linear(width, hidden)
@@ -18,7 +20,8 @@ class Block(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         self.seen += 1
-        return self.norm(x + self.down(torch.relu(self.up(x))))
+        normed: torch.Tensor = self.norm(x + self.down(torch.relu(self.up(x))))
+        return normed
 
 
 def make_model(seed: int = 0, depth: int = 2) -> nn.Sequential:

@@ -103,7 +103,8 @@ def _positions(content: pa.Buffer) -> list[int]:
     positions = []
     for number in range(reader.num_record_batches):
         _, offsets, payload = reader.get_batch(number).column("data").buffers()
-        starts = np.frombuffer(offsets, dtype=np.int64)[: reader.get_batch(number).num_rows]
+        assert offsets is not None
+        starts = np.frombuffer(memoryview(offsets), dtype=np.int64)[: reader.get_batch(number).num_rows]
         base = payload.address - content.address if payload is not None and payload.size else 8
         positions += [base + int(start) for start in starts]
     return positions

@@ -44,7 +44,7 @@ class Digests:
 
 @dataclass
 class Record:
-    """Grows with every ``look``: ``evaluations`` are lines of evaluate.py, the others but ``commits`` events of train.py."""
+    """Grows with every ``look``: ``evaluations`` are lines of evaluation.py, the others but ``commits`` events of training.py."""
 
     folder: Path
     directory: str
@@ -79,7 +79,7 @@ class Record:
         return [*events, *commits, *evaluations]
 
     def digests(self, moment: str, step: int, world_size: int) -> Digests:
-        """What train.py wrote at that moment."""
+        """What the ranks wrote at that moment."""
         return Digests(**json.loads((self.folder / "digests" / digests_name(moment, step, world_size)).read_text()))
 
     def evaluation(self, commit: Commit) -> dict[str, Any] | None:

@@ -36,8 +36,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 import distckpt
 
-EXAMPLES = Path(__file__).parent
-OUTPUT = EXAMPLES.parent / "demo-output"
+DEMO = Path(__file__).parent
+EXAMPLES = DEMO.parent / "examples"
+OUTPUT = DEMO.parent / "demo-output"
 STEPS, SAVE_EVERY, KEEP, BATCH = 100, 10, 5, 12
 CRASH_STEP, CRASH_RANK = 50, 1
 PHASE_SECONDS = 240.0
@@ -76,16 +77,16 @@ class Demo:
             "--out",
             str(self.record.evaluations_path),
         ]
-        self.evaluation = self.children.start("evaluation", [str(EXAMPLES / "evaluate.py"), *options])
+        self.evaluation = self.children.start("evaluation", [str(DEMO / "evaluation.py"), *options])
         self.say("evaluation follows the directory through [bold]checkpoints_iterator[/bold]")
 
     def train(self, phase: str, ranks: int, *more: str) -> Child:
-        """Run train.py on that many ranks until it ends, showing what happens."""
+        """Run training.py on that many ranks until it ends, showing what happens."""
         torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
         options = ["--directory", self.record.directory, "--steps", str(STEPS), "--save-every", str(SAVE_EVERY)]
         options += ["--keep", str(KEEP), "--events", str(self.record.events_path)]
         options += ["--digests", str(OUTPUT / "digests"), *more]
-        child = self.children.start(f"train-on-{ranks}", [*torchrun, str(EXAMPLES / "train.py"), *options])
+        child = self.children.start(f"train-on-{ranks}", [*torchrun, str(DEMO / "training.py"), *options])
         self.follow(child, f"{phase}, {ranks} ranks")
         return child
 
@@ -221,10 +222,11 @@ def main() -> int:
 
 
 def environment(ray_folder: str) -> dict[str, str]:
-    """For the children: one thread each, and a Ray that is nobody else's."""
+    """For the children: one thread each, a Ray that is nobody else's, and the examples, whose parts they use."""
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     ray = {"RAY_TMPDIR": ray_folder, "RAY_USAGE_STATS_ENABLED": "0"}
-    return {**inherited, **ray, "OMP_NUM_THREADS": "1"}
+    path = os.pathsep.join([str(EXAMPLES), *filter(None, [inherited.get("PYTHONPATH")])])
+    return {**inherited, **ray, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
 
 
 def conclude(demo: Demo, checks: list[Check]) -> int:

@@ -1,7 +1,4 @@
-"""What the demo records of a training run: events, a digest of every tensor, and, if told so, a sudden death.
-
-None of this is needed to use distckpt. It stands beside it, so that the demo can check what distckpt promises.
-"""
+"""What the demo records of a training run: events, a digest of every tensor, and, if told so, a sudden death."""
 
 from __future__ import annotations
 
@@ -13,7 +10,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -26,26 +23,26 @@ import distckpt
 
 @dataclass(frozen=True, slots=True)
 class Witnessed:
-    """Where events and digests go (None: nowhere), and which rank dies after the save of which step."""
+    """The files to which events and digests go, and which rank dies after the save of which step."""
 
-    events: str | None = None
-    digests: str | None = None
+    events: str
+    digests: str
     die_at_step: int | None = None
     die_rank: int = 0
 
     @staticmethod
     def add_arguments(parser: argparse.ArgumentParser) -> None:
         """The command line's part of it."""
-        group = parser.add_argument_group("for the demo")
-        group.add_argument("--events", help="append a line of JSON to this file for everything that happens")
-        group.add_argument("--digests", help="write a digest of every tensor to this folder at saves and restores")
+        group = parser.add_argument_group("for the witness")
+        group.add_argument("--events", required=True, help="append a line of JSON to this file for all that happens")
+        group.add_argument("--digests", required=True, help="write digests to this folder at saves and restores")
         group.add_argument("--die-at-step", type=int, help="kill a rank directly after it has called save at this step")
         group.add_argument("--die-rank", type=int, default=0, help="which rank that is")
 
     @staticmethod
-    def of(given: argparse.Namespace) -> Witnessed:
-        """What was given on the command line."""
-        return Witnessed(given.events, given.digests, given.die_at_step, given.die_rank)
+    def taken_from(given: dict[str, Any]) -> Witnessed:
+        """What was given on the command line; the rest stays in ``given``."""
+        return Witnessed(**{field.name: given.pop(field.name) for field in fields(Witnessed)})
 
 
 class Witness:
@@ -74,8 +71,6 @@ class Witness:
         now = time.perf_counter()
         if self._rank == 0:
             self._event("step", step=step, loss=loss, samples=samples, seconds=now - self._last)
-            if self._options.events is None:
-                print(f"step {step}: loss {loss:.4f}", flush=True)
         self._last = now
 
     def saving(self, step: int) -> None:
@@ -88,7 +83,7 @@ class Witness:
         if step == self._options.die_at_step and self._rank == self._options.die_rank:
             os.kill(os.getpid(), signal.SIGKILL)
         self._event("saved", step=step, stall=time.perf_counter() - self._called)
-        if self._rank == 0 and self._options.events is not None and pending is not None:
+        if self._rank == 0 and pending is not None:
             self._watching = threading.Thread(target=self._watch, args=(step, self._called, pending), daemon=True)
             self._watching.start()
         self._last = time.perf_counter()
@@ -104,15 +99,12 @@ class Witness:
             time.sleep(0.002)
         self._event("decided", step=step, seconds=time.perf_counter() - called)
 
-    def _event(self, kind: str, **fields: object) -> None:
-        if self._options.events is not None:
-            line = {"event": kind, "time": time.time(), "rank": self._rank, "world_size": self._world, **fields}
-            with Path(self._options.events).open("a") as file:  # one write a line, so lines of ranks do not mix
-                file.write(json.dumps(line) + "\n")
+    def _event(self, kind: str, **told: object) -> None:
+        line = {"event": kind, "time": time.time(), "rank": self._rank, "world_size": self._world, **told}
+        with Path(self._options.events).open("a") as file:  # one write a line, so lines of ranks do not mix
+            file.write(json.dumps(line) + "\n")
 
     def _write_digests(self, moment: str, step: int) -> None:
-        if self._options.digests is None:
-            return
         tensors = {key: digest(whole(tensor)) for key, tensor in self._tensors()}
         values = {
             name: value if isinstance(value, dict) else value.state_dict() for name, value in self._values.items()
