@@ -25,7 +25,8 @@ from distckpt.rank.exit import close_at_exit, forget_at_exit
 from distckpt.rank.pending import PendingSave
 from distckpt.rank.restorer import Restorer
 from distckpt.rank.saver import Saver
-from distckpt.state.collector import Collector, optimizers_of
+from distckpt.state.collector import Collector
+from distckpt.state.kinds import optimizers_of
 from distckpt.storage import canonical, join, open_store
 from distckpt.threads.coordinator import Coordinator
 from distckpt.threads.looper import LooperThread
@@ -131,7 +132,7 @@ class CheckpointManager:
             self._background,
             self._session,
             self._store,
-            Collector(checkpoint, self._world.rank),
+            Collector(checkpoint, self._world.rank, self._world.size),
             self._world.rank,
             checkpoint_name,
             save_timeout,

@@ -7,29 +7,27 @@ others are read again at each save.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import crc32c
 import numpy as np
 import torch
-from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_optimizer_state_dict
 from torch.distributed.tensor import DTensor
 
 from distckpt.errors import EncodeError
 from distckpt.format.limits import MAX_DIMENSIONS
-from distckpt.format.tree.tree import DictStep, Leaf, Path, RankStep, encode_path, flatten
+from distckpt.format.tree.tree import DictStep, Leaf, Path, encode_path, flatten
 from distckpt.format.tree.values import encode_value
 from distckpt.sharding.chunks import dtype_name, global_shape, local_tensor, pieces
 from distckpt.sharding.description import Description, Row, build_description
-from distckpt.state.objects import SAVE_COUNTER, NamedObjects, PerRank
+from distckpt.state.kind import Section
+from distckpt.state.kinds import is_tree, kinds_of
+from distckpt.state.objects import SAVE_COUNTER, NamedObjects, PerRank, is_array, wrapped_in
 
 Memory = tuple[int, torch.Size, tuple[int, ...]]
 """Address, shape and strides of what this rank holds of a tensor."""
-
-NAMES = ("params", "param_names")
-"""What a parameter group says of who is in it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,19 +42,6 @@ class Holding:
     def describe(self) -> bytes:
         """The description with the CRCs of the values as they are now."""
         return build_description(self.rows).encode()
-
-
-@dataclass(frozen=True, slots=True)
-class Section:
-    """One part of the saved tree: how to read it, and which tensors tell whether it must be read again.
-
-    ``shared`` is False for state that belongs to this rank alone. ``witness`` None means: read it at every save.
-    """
-
-    prefix: Path
-    read: Callable[[], Any]
-    shared: bool
-    witness: Callable[[], Iterable[torch.Tensor]] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,35 +69,44 @@ class _Read:
 class Collector:
     """Collects what a rank holds of one checkpoint, again and again."""
 
-    def __init__(self, checkpoint: NamedObjects, rank: int) -> None:
+    def __init__(self, checkpoint: NamedObjects, rank: int, world_size: int) -> None:
         self._checkpoint = checkpoint
         self._rank = rank
+        self._world_size = world_size
         self._last: list[_Read] | None = None
-        self._sections: list[Section] = []
+        self._objects: tuple[Any, ...] = ()
+        self._sections: list[tuple[Section, bool]] = []
         self._holding: Holding | None = None
 
     def collect(self) -> Holding:
         """What the rank holds now. EncodeError names the key of what cannot be stored without pickle."""
-        if self._last is None or self._holding is None:
+        if self._last is None or self._holding is None or not self._are_the_same_objects():
             return self._collect_afresh()
         reads = []
-        for section, last in zip(self._sections, self._last, strict=True):
+        for (section, shared), last in zip(self._sections, self._last, strict=True):
             if last.seen and section.witness is not None and _identify(section.witness()) == last.seen:
                 reads.append(last)
             elif last.seen:
                 return self._collect_afresh()
             else:
-                reads.append(_read(section, last.taken))
+                reads.append(_read(section, shared, last.taken))
         if any(not _same_rows(new.rows, old.rows) for new, old in zip(reads, self._last, strict=True)):
             return self._collect_afresh()
         return self._joined(reads, self._holding.description)
 
+    def _are_the_same_objects(self) -> bool:
+        now = _identities(self._checkpoint)
+        return len(now) == len(self._objects) and all(
+            one is other for one, other in zip(now, self._objects, strict=True)
+        )
+
     def _collect_afresh(self) -> Holding:
-        self._sections = [
-            *sections(self._checkpoint, self._rank),
-            Section((DictStep(SAVE_COUNTER),), lambda: self._checkpoint.save_counter, shared=True),
-        ]
-        reads = [_read(section, {}) for section in self._sections]
+        self._objects = _identities(self._checkpoint)
+        kinds = kinds_of(self._checkpoint, self._rank, self._world_size)
+        shared = {name: not isinstance(obj, PerRank) for name, obj in self._checkpoint.objects.items()}
+        self._sections = [(section, shared[name]) for name, kind in kinds.items() for section in kind.sections()]
+        self._sections.append((Section((DictStep(SAVE_COUNTER),), lambda: self._checkpoint.save_counter), True))
+        reads = [_read(section, belongs_to_all, {}) for section, belongs_to_all in self._sections]
         rows = [row for read in reads for row in read.rows]
         _check_distinct(rows)
         return self._joined(reads, build_description(rows))
@@ -128,98 +122,13 @@ class Collector:
         return self._holding
 
 
-def sections(checkpoint: NamedObjects, rank: int) -> list[Section]:
-    """The sections of every object. ``rank`` names the part of PerRank state that is this process's."""
-    objects = checkpoint.objects
-    modules = {name: obj for name, obj in objects.items() if isinstance(obj, torch.nn.Module)}
-    found = []
-    for name, obj in objects.items():
-        prefix: Path = (DictStep(name),)
-        if isinstance(obj, PerRank):
-            found += _sections_of(obj.obj, (*prefix, RankStep(rank)), modules, shared=False)
-        else:
-            found += _sections_of(obj, prefix, modules, shared=True)
-    return found
-
-
-def optimizers_of(checkpoint: NamedObjects) -> list[torch.optim.Optimizer]:
-    """Every optimizer among the objects, inside a PerRank too."""
-    objects = (obj.obj if isinstance(obj, PerRank) else obj for obj in checkpoint.objects.values())
-    return [obj for obj in objects if isinstance(obj, torch.optim.Optimizer)]
-
-
-def _sections_of(obj: Any, prefix: Path, modules: Mapping[str, torch.nn.Module], shared: bool) -> list[Section]:
-    if isinstance(obj, torch.nn.Module):
-        return [Section(prefix, lambda: model_tree(obj), shared, lambda: (*obj.parameters(), *obj.buffers()))]
-    if isinstance(obj, torch.optim.Optimizer):
-        return _optimizer_sections(obj, prefix, modules, shared)
-    if is_stateful(obj):
-        return [Section(prefix, obj.state_dict, shared)]
-    return [Section(prefix, lambda: obj, shared)]
-
-
-def _optimizer_sections(
-    optimizer: torch.optim.Optimizer, prefix: Path, modules: Mapping[str, torch.nn.Module], shared: bool
-) -> list[Section]:
-    def witness() -> Iterable[torch.Tensor]:
-        for group in optimizer.param_groups:
-            for parameter in group["params"]:
-                yield parameter
-                for value in optimizer.state.get(parameter, {}).values():
-                    if isinstance(value, torch.Tensor):
-                        yield value
-
-    def read_state() -> Any:
-        # An optimizer that has not stepped yet is saved as it is: torch's helper would make the state by a step with a
-        # learning rate of 0, which Adam counts.
-        return optimizer_tree(optimizer, modules)["state"] if optimizer.state else {}
-
-    def read_groups() -> Any:
-        # Without the parameters' names: which group a parameter is in is the program's business, and ranks that hold
-        # different parameters (pipeline stages) must agree on this value.
-        return [{name: value for name, value in group.items() if name not in NAMES} for group in optimizer.param_groups]
-
-    return [
-        Section((*prefix, DictStep("state")), read_state, shared, witness),
-        Section((*prefix, DictStep("param_groups")), read_groups, shared),
-    ]
-
-
-def is_stateful(obj: Any) -> bool:
-    """Whether ``obj`` gives and takes its state by ``state_dict`` and ``load_state_dict``."""
-    return callable(getattr(obj, "state_dict", None)) and callable(getattr(obj, "load_state_dict", None))
-
-
-def model_tree(module: torch.nn.Module) -> dict[str, Any]:
-    """The module's state by parameter name, free of the prefixes that DDP and torch.compile add."""
-    return get_model_state_dict(module)
-
-
-def optimizer_tree(optimizer: torch.optim.Optimizer, modules: Mapping[str, torch.nn.Module]) -> dict[str, Any]:
-    """``state`` and ``param_groups`` of the optimizer, keyed by parameter name, with the state initialized.
-
-    Without a module that holds the parameters it is keyed by number, as the optimizer's own state_dict is.
-    """
-    owner = _owner(optimizer, modules)
-    if owner is None:
-        return optimizer.state_dict()
-    return cast("dict[str, Any]", get_optimizer_state_dict(owner, optimizer))
-
-
-def _owner(optimizer: torch.optim.Optimizer, modules: Mapping[str, torch.nn.Module]) -> torch.nn.Module | None:
-    wanted = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    for module in modules.values():
-        if wanted <= {id(parameter) for parameter in module.parameters()}:
-            return module
-    together = torch.nn.ModuleDict(dict(modules))
-    if wanted <= {id(parameter) for parameter in together.parameters()}:
-        return together
-    return None
-
-
-def is_array(obj: object) -> bool:
-    """Whether ``obj`` is stored as raw bytes with dtype and shape."""
-    return isinstance(obj, torch.Tensor | np.ndarray)
+def _identities(checkpoint: NamedObjects) -> tuple[Any, ...]:
+    """The names, and the objects that are saved by what they are; of trees it does not matter which object they are."""
+    found: list[Any] = []
+    for name, obj in checkpoint.objects.items():
+        inner = wrapped_in(obj)
+        found += [name, obj if obj is not inner else None, None if is_tree(inner) else inner]
+    return tuple(found)
 
 
 def as_tensor(array: torch.Tensor | np.ndarray[Any, Any], key: str) -> torch.Tensor:
@@ -234,7 +143,7 @@ def as_tensor(array: torch.Tensor | np.ndarray[Any, Any], key: str) -> torch.Ten
         raise EncodeError(key, f"a NumPy array of dtype {array.dtype} has no counterpart in torch: {error}") from error
 
 
-def _read(section: Section, before: Mapping[str, _Taken]) -> _Read:
+def _read(section: Section, shared: bool, before: Mapping[str, _Taken]) -> _Read:
     rows: list[Row] = []
     sources: list[torch.Tensor | None] = []
     values: list[bytes | None] = []
@@ -248,7 +157,7 @@ def _read(section: Section, before: Mapping[str, _Taken]) -> _Read:
                 values.append(None)
         else:
             data = encode_value(leaf.value, leaf.key)
-            value_crc = crc32c.crc32c(data) if section.shared else None
+            value_crc = crc32c.crc32c(data) if shared else None
             rows.append(Row(leaf.key, encode_path(leaf.path), "json", (), (), (), 0, value_crc))
             sources.append(None)
             values.append(data)
