@@ -15,6 +15,7 @@ import crc32c
 import numpy as np
 import torch
 from torch.distributed.tensor import DTensor
+from torch.nn.parameter import is_lazy
 
 from distckpt.errors import EncodeError
 from distckpt.format.limits import MAX_DIMENSIONS
@@ -24,7 +25,7 @@ from distckpt.sharding.chunks import dtype_name, global_shape, local_tensor, pie
 from distckpt.sharding.description import Description, Row, build_description
 from distckpt.state.kind import Section
 from distckpt.state.kinds import is_tree, kinds_of
-from distckpt.state.objects import SAVE_COUNTER, NamedObjects, PerRank, is_array, wrapped_in
+from distckpt.state.objects import SAVE_COUNTER, NamedObjects, PerRank, is_array, wrapped_in, writable
 
 Memory = tuple[int, torch.Size, tuple[int, ...]]
 """Address, shape and strides of what this rank holds of a tensor."""
@@ -132,15 +133,29 @@ def _identities(checkpoint: NamedObjects) -> tuple[Any, ...]:
 
 
 def as_tensor(array: torch.Tensor | np.ndarray[Any, Any], key: str) -> torch.Tensor:
-    """The array as a tensor that shares its memory where it can. EncodeError if torch has no such dtype."""
+    """The array as a tensor that shares its memory where it can. EncodeError if torch has no such dtype or layout."""
     if isinstance(array, torch.Tensor):
+        _check_dense(array, key)
         if array.is_conj() or array.is_neg():
             array = array.resolve_conj().resolve_neg()
         return array.detach()
     try:
-        return torch.from_numpy(array if array.flags.writeable and array.flags.c_contiguous else array.copy())
+        return torch.from_numpy(array if writable(array) and array.flags.c_contiguous else array.copy())
     except TypeError as error:
         raise EncodeError(key, f"a NumPy array of dtype {array.dtype} has no counterpart in torch: {error}") from error
+
+
+def _check_dense(tensor: torch.Tensor, key: str) -> None:
+    if is_lazy(tensor):
+        raise EncodeError(key, "the parameter has no shape yet: run the model on an input once before it is saved")
+    if tensor.layout is not torch.strided or tensor.is_nested:
+        kind = "nested" if tensor.is_nested else str(tensor.layout).removeprefix("torch.")
+        advice = "save the tensors that it is made of (indices and values, or offsets and values), or convert it by to_dense()"
+        raise EncodeError(key, f"a {kind} tensor has no plain bytes: {advice}")
+    if tensor.is_quantized:
+        raise EncodeError(
+            key, "a quantized tensor has no plain bytes: save its int_repr() and its scale, or dequantize()"
+        )
 
 
 def _read(section: Section, shared: bool, before: Mapping[str, _Taken]) -> _Read:

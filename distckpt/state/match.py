@@ -11,11 +11,12 @@ import torch
 from torch.nn.parameter import is_lazy
 
 from distckpt.directory.locate import Located
-from distckpt.errors import DamagedError, MismatchError
+from distckpt.errors import DamagedError
 from distckpt.format.arrow.dtypes import VALUE
 from distckpt.format.arrow.index import Index
 from distckpt.format.tree.tree import Path, RankStep, Step, unflatten
 from distckpt.sharding.chunks import dtype_from_name, global_shape
+from distckpt.state.objects import writable
 from distckpt.state.tensors import read_tensors, read_values
 
 Values = Mapping[str, Any]
@@ -132,6 +133,10 @@ class Match:
         """An object has a place for these keys."""
         self.claimed.update(keys)
 
+    def disclaim(self, keys: Iterable[str]) -> None:
+        """The object that had a place for these keys did not take them."""
+        self.claimed.difference_update(keys)
+
     def misfit(self, key: str, reason: str) -> None:
         """A key does not fit, and what it was for stays as it is."""
         self.claimed.add(key)
@@ -139,13 +144,13 @@ class Match:
 
     def fill(self, saved: Saved, key: str, array: torch.Tensor | np.ndarray[Any, Any]) -> bool:
         """Have the saved tensor read straight into live memory; False, with a misfit, if it has another shape."""
-        live = array if isinstance(array, torch.Tensor) else _writable(array)
-        if live is None:
-            self.misfit(key, "the NumPy array is read-only and cannot be filled in place")
+        if is_lazy(array):
+            self.misfit(key, "the parameter has no shape yet: run the model on an input once before it is restored")
             return False
-        if is_lazy(live):
-            self.misfit(key, "the parameter has no shape yet: run the model once before it is restored")
+        if not writable(array):
+            self.misfit(key, "it cannot be filled in place: it is read-only, or some of its elements share memory")
             return False
+        live = array if isinstance(array, torch.Tensor) else torch.from_numpy(array)
         if live.is_meta:
             self.misfit(key, "the tensor is on the meta device: give the model memory first, by to_empty(device=...)")
             return False
@@ -197,13 +202,6 @@ class Match:
         """Do this when everything has been read."""
         self._steps.append(step)
 
-    def found_late(self, missing: Sequence[str], unexpected: Sequence[str]) -> None:
-        """What only an object's own loading could tell. MismatchError unless the match may be partial."""
-        if (missing or unexpected) and not self.partial:
-            raise MismatchError(self.where.path, missing, unexpected, {})
-        self.lacks(missing)
-        self.claimed -= set(unexpected)
-
     # ---- what comes of it ----------------------------------------------------------------------------------------
 
     def look(self) -> Values:
@@ -246,7 +244,3 @@ _PLAIN = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
 
 def nothing_like(key: str, shape: Sequence[int]) -> None:
     """For ``Match.tree``: plain tensors on the CPU."""
-
-
-def _writable(array: np.ndarray[Any, Any]) -> torch.Tensor | None:
-    return torch.from_numpy(array) if array.flags.writeable else None

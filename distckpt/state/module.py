@@ -6,13 +6,14 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
+from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parameter import is_lazy
 
 from distckpt.errors import EncodeError, MismatchError
 from distckpt.format.tree.tree import DictStep, Path, key_of
 from distckpt.sharding.chunks import local_tensor
 from distckpt.state.kind import Section
-from distckpt.state.match import Make, Match, Saved
+from distckpt.state.match import Like, Make, Match, Saved
 from distckpt.state.module_names import unwrapped, wrapped
 from distckpt.state.objects import is_array
 
@@ -50,6 +51,7 @@ class ModuleState:
     def match(self, match: Match, saved: Saved) -> None:
         """Every name of the module must be there, with its shape. Extra names are for code of the module's to take."""
         live = state_of(self._module)
+        match.claim(key for key in saved if not saved.inside(key))  # an empty one
         coded = _Coded(self._module, live)
         parts = {str(step): part for step, part in saved.by_step().items()}
         by_key = {key_of((*self._prefix, DictStep(name))): value for name, value in live.items()}
@@ -64,7 +66,7 @@ class ModuleState:
                 if match.fill(part, key, value):
                     in_place[name] = value
             elif name in live or coded.knows(name):
-                makers[name] = match.tree(part, {}, lambda key, shape: _tensor(by_key.get(key)))
+                makers[name] = match.tree(part, {}, _like(by_key))
         if makers:
             match.afterwards(
                 lambda values: self._load(match, {name: make(values) for name, make in makers.items()}, in_place)
@@ -78,16 +80,16 @@ class ModuleState:
         # What is in its place already goes along: hooks see a whole state dict, and a copy onto itself changes nothing.
         named = {wrapped(self._module, name): value for name, value in {**in_place, **loaded}.items()}
         here = key_of(self._prefix)
+        known = {key for key in (*match.missing, *match.misfits) if key.startswith(f"{here}.")}
         try:
+            if not match.partial and not known:
+                self._module.load_state_dict(named)
+                return
             found = self._module.load_state_dict(named, strict=False)
         except RuntimeError as error:
             raise MismatchError(match.where.path, (), (), {here: str(error)}) from error
-        known = {*match.missing, *match.misfits}
-        lacking, extra = (
-            [key for name in names if (key := f"{here}.{unwrapped(self._module, name)}") not in known]
-            for names in (found.missing_keys, found.unexpected_keys)
-        )
-        match.found_late(lacking, extra)
+        for names, told in ((found.missing_keys, match.lacks), (found.unexpected_keys, match.disclaim)):
+            told([key for name in names if (key := f"{here}.{unwrapped(self._module, name)}") not in known])
 
 
 def state_of(module: torch.nn.Module) -> dict[str, Any]:
@@ -120,7 +122,8 @@ def _coded_parts(module: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module
     for name, part in module.named_modules():
         hooks = (*part._load_state_dict_pre_hooks.values(), *part._load_state_dict_post_hooks.values())
         methods = (getattr(type(part), method) for method in ("load_state_dict", "_load_from_state_dict"))
-        if any(not _is_of_torch(code) for code in (*hooks, *methods)):
+        is_lazy_part = isinstance(part, LazyModuleMixin) and part.has_uninitialized_params()  # type: ignore[misc]  # torch annotates the mixin's self oddly
+        if is_lazy_part or any(not _is_of_torch(code) for code in (*hooks, *methods)):
             yield name, part
 
 
@@ -150,9 +153,9 @@ def _held_names(module: torch.nn.Module, live: Mapping[str, Any]) -> Iterator[st
 
 
 def _is_same_memory(one: torch.Tensor, other: torch.Tensor) -> bool:
-    if one.shape != other.shape or one.dtype != other.dtype:
+    if is_lazy(one) or is_lazy(other) or one.shape != other.shape or one.dtype != other.dtype:
         return False
-    if one.is_meta or is_lazy(one):
+    if one.is_meta:
         return True  # it has none yet, and will be refused for that
     try:
         mine, theirs = local_tensor(one), local_tensor(other)
@@ -161,5 +164,9 @@ def _is_same_memory(one: torch.Tensor, other: torch.Tensor) -> bool:
     return mine.data_ptr() == theirs.data_ptr() and mine.stride() == theirs.stride()
 
 
-def _tensor(value: Any) -> torch.Tensor | None:
-    return value if isinstance(value, torch.Tensor) else None
+def _like(by_key: Mapping[str, Any]) -> Like:
+    def like(key: str, shape: tuple[int, ...]) -> torch.Tensor | None:
+        value = by_key.get(key)
+        return value if isinstance(value, torch.Tensor) and not is_lazy(value) else None
+
+    return like

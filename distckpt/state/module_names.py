@@ -24,7 +24,7 @@ def unwrapped(module: torch.nn.Module, name: str) -> str:
         inside = _inside(node)
         if inside is None:
             found.append(steps[at])
-            node = node._modules.get(steps[at])
+            node = _child(node, steps[at])
             at += 1
         else:
             # Activation wrappers take their own step out of state dicts, and leave it in the names of parameters.
@@ -43,7 +43,7 @@ def wrapped(module: torch.nn.Module, name: str) -> str:
                 found.append(inside)
             node = node._modules[inside]
         found.append(step)
-        node = node._modules.get(step) if node is not None else None
+        node = _child(node, step) if node is not None else None
     return ".".join(found)
 
 
@@ -69,6 +69,10 @@ def parameter_names(modules: Mapping[str, torch.nn.Module], wanted: set[int]) ->
         for parameter, name in found.items():
             together.setdefault(parameter, f"{title}.{name}")
     return together
+
+
+def _child(module: torch.nn.Module, name: str) -> torch.nn.Module | None:
+    return module._modules[name] if name in module._modules else None  # noqa: SIM401 - a ScriptModule's has no get
 
 
 def _inside(module: torch.nn.Module) -> str | None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, TypeGuard
 
 import numpy as np
 import torch
+from torch.distributed.tensor import DTensor
 
 from distckpt.errors import EncodeError
 from distckpt.format import names
@@ -69,6 +70,32 @@ class RandomState:
 def is_array(obj: object) -> TypeGuard[torch.Tensor | np.ndarray[Any, Any]]:
     """Whether ``obj`` is stored as raw bytes with dtype and shape."""
     return isinstance(obj, torch.Tensor | np.ndarray)
+
+
+def writable(array: torch.Tensor | np.ndarray[Any, Any]) -> bool:
+    """Whether it can be filled in place: each element has memory of its own, and may be changed."""
+    if isinstance(array, np.ndarray):
+        return (
+            array.flags.writeable
+            and all(stride > 0 for stride in array.strides)
+            and not _overlaps(array.strides, array)
+        )
+    if array.is_inference() or array.is_conj() or array.is_neg():
+        return False
+    return isinstance(array, DTensor) or not _overlaps(array.stride(), array)
+
+
+def _overlaps(strides: Sequence[int], array: torch.Tensor | np.ndarray[Any, Any]) -> bool:
+    """Whether two elements may share memory: along the dimensions from the densest on, each must step over the last."""
+    item = array.itemsize if isinstance(array, np.ndarray) else 1
+    reach = 0
+    for stride, size in sorted(
+        (stride // item, size) for stride, size in zip(strides, array.shape, strict=True) if size > 1
+    ):
+        if stride <= reach:
+            return True
+        reach += (size - 1) * stride
+    return False
 
 
 def is_stateful(obj: object) -> bool:

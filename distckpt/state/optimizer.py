@@ -159,7 +159,8 @@ class OptimizerState:
         """State of parameters that are here; what belongs to others is left, and told as unexpected."""
         parameters = dict(zip(self._names(), self._parameters(), strict=True))
         owners = {_name_of(step): step for step in (path[len(saved.prefix)] for path in _paths(saved))}
-        strangers = {step for name, step in owners.items() if name not in parameters and _is_parameters(name, step)}
+        saved_names = _names_of_parameters(saved)
+        strangers = {step for name, step in owners.items() if name not in parameters and saved_names(name)}
         ours = saved.without(strangers)
         live = self._live(parameters, saved.prefix)
 
@@ -201,9 +202,16 @@ def _name_of(step: Step) -> Any:
     return step.key if isinstance(step, KeyStep) else str(step)
 
 
-def _is_parameters(name: Any, step: Step) -> bool:
-    """Whether state below this step belongs to a parameter, rather than to the optimizer as a whole."""
-    return type(name) is int or isinstance(step, DictStep)
+def _names_of_parameters(saved: Saved) -> Callable[[Any], bool]:
+    """Tells the names of parameters that were saved from what optimizers keep in their state beside them."""
+    titles = {key.partition(".")[0] for key in saved.origins}
+
+    def is_parameter(name: Any) -> bool:
+        if type(name) is not str:
+            return type(name) is int
+        return name in saved.origins or any(f"{title}.{name}" in saved.origins for title in titles)
+
+    return is_parameter
 
 
 def _paths(saved: Saved) -> Iterable[Path]:

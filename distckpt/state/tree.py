@@ -11,7 +11,7 @@ import torch
 from distckpt.format.tree.tree import Leaf, Path, flatten
 from distckpt.state.kind import Place, Section
 from distckpt.state.match import Match, Saved
-from distckpt.state.objects import is_array
+from distckpt.state.objects import is_array, writable
 
 
 class TreeState:
@@ -60,7 +60,9 @@ class TreeState:
 
 def _stays(key: str, value: Any, saved: Saved) -> bool:
     """Whether the saved tensor is to be read into the array that is here; one without elements takes any shape."""
-    return is_array(value) and key in saved and not saved.is_value(key) and math.prod(value.shape) > 0
+    return (
+        is_array(value) and key in saved and not saved.is_value(key) and math.prod(value.shape) > 0 and writable(value)
+    )
 
 
 def _is_empty(value: Any) -> bool:
