@@ -30,6 +30,7 @@ from distckpt.coordinator.messages import (
     AwaitPlan,
     Committed,
     Describe,
+    FromRank,
     Join,
     Joined,
     OpenRun,
@@ -144,13 +145,14 @@ class _Gang:
         """All ranks describe what they hold and are told what they write."""
         begin = time.perf_counter()
         digests = [f"digest-{rank}" for rank in self._ranks]
-        joined = self._ask(Join(self._run, rank, "1", 1, digests[rank]) for rank in self._ranks)
+        joined = self._ask(FromRank(self._run, rank, Join(1, 1, digests[rank])) for rank in self._ranks)
         assert all(isinstance(reply, Joined) and reply.describe for reply in joined)
         self._attempt = joined[0].attempt
         self._ask(
-            Describe(self._run, rank, self._attempt, digests[rank], self._descriptions[rank]) for rank in self._ranks
+            FromRank(self._run, rank, Describe(self._attempt, digests[rank], self._descriptions[rank]))
+            for rank in self._ranks
         )
-        planned = self._ask(AwaitPlan(self._run, rank, self._attempt) for rank in self._ranks)
+        planned = self._ask(FromRank(self._run, rank, AwaitPlan(self._attempt)) for rank in self._ranks)
         seconds = time.perf_counter() - begin
         assert all(isinstance(reply, Planned) for reply in planned)
         self._plan = planned[0].plan
@@ -163,7 +165,7 @@ class _Gang:
         """All ranks join with what they have copied by the plan that they know."""
         begin = time.perf_counter()
         joined = self._ask(
-            Join(self._run, rank, str(number), number, f"digest-{rank}", self._plan, staged=True)
+            FromRank(self._run, rank, Join(number, number, f"digest-{rank}", self._plan, staged=True))
             for rank in self._ranks
         )
         seconds = time.perf_counter() - begin
@@ -180,14 +182,14 @@ class _Gang:
                 file.truncate(receipt.size)
         begin = time.perf_counter()
         told = self._ask(
-            Receipt(self._run, rank, self._attempt, (receipt,)) for rank, receipt in enumerate(self._receipts)
+            FromRank(self._run, rank, Receipt(self._attempt, (receipt,))) for rank, receipt in enumerate(self._receipts)
         )
         seconds = time.perf_counter() - begin
         assert all(isinstance(reply, Committed) for reply in told)
         return seconds
 
     def _ask(self, requests: Iterable[Request]) -> list[Reply]:
-        futures: list[Future[Reply]] = [self._shell.ask(request) for request in requests]
+        futures: list[Future[Reply]] = [self._shell.submit(request) for request in requests]
         return [future.result(WAIT_SECONDS) for future in futures]
 
 

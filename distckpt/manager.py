@@ -6,27 +6,26 @@ import contextlib
 import logging
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Any, Literal
 
 from distckpt.checkpoint import Checkpoint
+from distckpt.coordinator.client.client import Client
 from distckpt.coordinator.client.membership import RankCluster
-from distckpt.coordinator.client.opening import open_session
-from distckpt.coordinator.client.session import Session
+from distckpt.coordinator.client.opening import open_client
 from distckpt.coordinator.messages import Heartbeat, Leave, OpenRun, Retention
 from distckpt.coordinator.shell.shell import Settings
 from distckpt.directory.log import read_tail
 from distckpt.errors import CheckpointNotFoundError, CoordinatorError, DistckptError
 from distckpt.format import names
-from distckpt.format.json.log import CheckpointRecord
 from distckpt.format.limits import MAX_NUMBER
 from distckpt.rank.exit import close_at_exit, forget_at_exit
-from distckpt.rank.pending import PendingSave
+from distckpt.rank.options import SaverOptions
+from distckpt.rank.pending import PendingSave, PendingSaves
 from distckpt.rank.restorer import Restorer
+from distckpt.rank.saved_steps import SavedSteps
 from distckpt.rank.saver import Saver
-from distckpt.state.collector import Collector
-from distckpt.state.kinds import optimizers_of
 from distckpt.storage import canonical, join, open_store
 from distckpt.threads.coordinator import Coordinator
 from distckpt.threads.looper import LooperThread
@@ -110,7 +109,7 @@ class CheckpointManager:
         self._step_counter = step_counter
         self._interval = checkpoint_interval
         self._init_fn = init_fn
-        self._saved_steps: list[tuple[int | None, PendingSave | None]] = [(last_checkpoint_step, None)]
+        self._saved_steps = SavedSteps(last_checkpoint_step)
         self._store = open_store(directory, storage_options)
         self._world = find_world(rank, world_size, run_id)
         opening = OpenRun(
@@ -123,27 +122,17 @@ class CheckpointManager:
             save_timeout=save_timeout,
         )
         options = dict(storage_options) if storage_options is not None else None
-        self._session: Session = open_session(
+        self._client: Client = open_client(
             self._store, options, self._world, opening, Settings(idle_timeout=IDLE_SECONDS)
         )
-        self._cluster = RankCluster(self._session, self._world.rank, self._world.host)
+        self._cluster = RankCluster(self._client, self._world)
         self._background = Coordinator([])
-        self._saver = Saver(
-            self._background,
-            self._session,
-            self._store,
-            Collector(checkpoint, self._world.rank, self._world.size),
-            self._world.rank,
-            checkpoint_name,
-            save_timeout,
-            buffers,
-            on_busy == "skip",
-            verify,
-            optimizers_of(checkpoint),
-        )
-        self._restorer = Restorer(self._session, self._store, checkpoint, self._world, save_timeout)
-        self._found = self._session.open()
-        self._pending: list[PendingSave] = []
+        saving = SaverOptions(
+            self._world.rank, self._world.size, checkpoint_name, save_timeout, buffers, on_busy == "skip", verify)
+        self._saver = Saver(self._client, self._store, checkpoint, saving, self._background)
+        self._restorer = Restorer(self._client, self._store, checkpoint, self._world, save_timeout)
+        self._found = self._client.open()
+        self._pending = PendingSaves()
         self._closed = False
         self._left = False
         LooperThread.loop(self._background, HEARTBEAT_SECONDS, self._beat, name="distckpt-heartbeat", skip_missed=True)
@@ -214,13 +203,13 @@ class CheckpointManager:
         self._check_open()
         earlier = list(self._pending)
         pending = self._begin(checkpoint_number, check_interval)
-        self._raise_uncollected(earlier)
+        self._pending.raise_failure(earlier)
         return pending
 
     def wait(self) -> None:
         """Return once no save is under way. Raises the first failure that nobody has collected."""
-        self._settle()
-        self._raise_uncollected(self._pending)
+        self._pending.settle()
+        self._pending.raise_failure(list(self._pending))
 
     def sync(self) -> None:
         """TensorFlow's name for ``wait``."""
@@ -239,53 +228,29 @@ class CheckpointManager:
             pending = self._saver.save(number, self._path(self._name, number))
         except BaseException:
             if step is not None and many:
-                self._saved_steps.append((step, None))
+                self._saved_steps.add(step, None)
             raise
         if pending is None:  # all ranks skip it
             self._checkpoint.save_counter = counter
             return None
-        self._pending.append(pending)
+        self._pending.add(pending)
+        self._begun(pending)
         if step is not None:
-            self._saved_steps.append((step, None if many else pending))
+            # Ranks could disagree on whether it failed.
+            self._saved_steps.add(step, None if many else pending)
         return pending
 
     def _too_early(self, step: int, check_interval: bool) -> bool:
-        last = self._last_step()
+        last = self._saved_steps.last()
         if self._interval is None or last is None:
             return False
         return step == last or (check_interval and step < last + self._interval)
-
-    def _last_step(self) -> int | None:
-        """The step that was saved last.
-
-        A failed save does not count, so its step may be tried again; unless ranks could disagree on whether it failed.
-        """
-        kept: list[tuple[int | None, PendingSave | None]] = []
-        for step, pending in self._saved_steps:
-            if pending is not None and not pending.done():
-                kept.append((step, pending))
-            elif pending is None or pending._future.exception() is None:
-                kept = [(step, None)]
-        self._saved_steps = kept
-        return kept[-1][0]
 
     def _step(self) -> int | None:
         counter = self._step_counter
         if self._interval is None or counter is None:
             return None
         return _whole(counter() if callable(counter) else counter, "step_counter")
-
-    def _settle(self) -> None:
-        for pending in self._pending:
-            pending._settle()
-
-    def _raise_uncollected(self, saves: Sequence[PendingSave]) -> None:
-        failed = [error for pending in saves if (error := pending._uncollected_error()) is not None]
-        self._pending = [pending for pending in self._pending if not pending._collected]
-        for error in failed[1:]:
-            logger.error("another save failed too: %s", error)
-        if failed:
-            raise failed[0]
 
     # ---- restore -----------------------------------------------------------------------------------------------
 
@@ -316,14 +281,13 @@ class CheckpointManager:
 
     def _restore(self, which: int | str | None, partial: bool) -> str | None:
         self._check_open()
-        self._settle()
-        record = self._restored(self._restorer.restore(which, partial))
-        return None if record is None else self._path(record.name, record.number)
-
-    def _restored(self, record: CheckpointRecord | None) -> CheckpointRecord | None:
-        if record is not None:
-            self._saved_steps = [(self._step(), None)]
-        return record
+        self._pending.settle()
+        record = self._restorer.restore(which, partial)
+        self._restored()
+        if record is None:
+            return None
+        self._saved_steps.restart(self._step())
+        return self._path(record.name, record.number)
 
     def _folder(self, which: int | str | os.PathLike[str] | None) -> int | str | None:
         """A number, the folder that a path means, or None for the newest."""
@@ -363,8 +327,8 @@ class CheckpointManager:
         self._background.request_stop()
         self._background.join(stop_grace_period_secs=CLOSE_SECONDS, ignore_live_threads=True)
         with contextlib.suppress(DistckptError):  # the coordinator notices by itself that we are gone
-            self._session.ask(lambda run: Leave(run, self._world.rank), 5.0)
-        self._session.close()
+            self._client.ask(Leave(), 5.0)
+        self._client.close()
 
     def __enter__(self) -> CheckpointManager:
         return self
@@ -374,7 +338,19 @@ class CheckpointManager:
     ) -> None:
         if error is None:
             self.close()
-            return
+        else:
+            self._abandon(error)
+
+    # ---- what a subclass adds to --------------------------------------------------------------------------------
+
+    def _begun(self, pending: PendingSave) -> None:
+        """A save has begun."""
+
+    def _restored(self) -> None:
+        """The ranks have agreed on what is restored, or that there is nothing to restore."""
+
+    def _abandon(self, error: BaseException) -> None:
+        """Leave the run because of ``error``, which ended the training loop. Failed saves are only logged."""
         self._cluster.fail(error)
         deadline = time.monotonic() + LAST_SAVE_SECONDS
         for pending in self._pending:
@@ -388,14 +364,26 @@ class CheckpointManager:
         if all(pending.done() for pending in self._pending):
             self._leave()
 
+    # ---- the rest ------------------------------------------------------------------------------------------------
+
     def _beat(self) -> None:
         try:
-            self._session.ask(lambda run: Heartbeat(run, self._world.rank), HEARTBEAT_SECONDS)
+            self._client.ask(Heartbeat(), HEARTBEAT_SECONDS)
         except Exception as error:  # noqa: BLE001 - a save that needs the coordinator says so itself; training goes on
             logger.warning("heartbeat to the coordinator: %s", error)
 
     def _path(self, name: str, number: int) -> str:
         return join(self._store.url, names.checkpoint_folder(name, number))
+
+
+def settle(manager: CheckpointManager) -> None:
+    """Return once no save of ``manager`` is under way. What failed is left for the manager to raise."""
+    manager._pending.settle()
+
+
+def abandon(manager: CheckpointManager, error: BaseException) -> None:
+    """Close ``manager`` as its with-statement does when ``error`` ends the block."""
+    manager._abandon(error)
 
 
 def _whole(value: Any, what: str) -> int:

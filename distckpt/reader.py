@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -18,7 +17,7 @@ from distckpt.format.json.manifest import Manifest
 from distckpt.format.tree.select import select_paths, unknown_key
 from distckpt.format.tree.tree import Path, decode_path, unflatten
 from distckpt.state_file import get_checkpoint_state
-from distckpt.storage import join, open_store
+from distckpt.storage import PathLike, join, open_store
 from distckpt.watch import newest_committed
 
 if TYPE_CHECKING:
@@ -37,8 +36,6 @@ __all__ = [
 ]
 
 logger = logging.getLogger(__name__)
-
-PathLike = str | os.PathLike[str]
 
 
 def open(path: PathLike, storage_options: Mapping[str, Any] | None = None) -> CheckpointReader:

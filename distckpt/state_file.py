@@ -17,12 +17,10 @@ from google.protobuf.message import Message
 
 from distckpt.errors import DamagedError, ObjectNotFoundError, StorageError
 from distckpt.format import names
-from distckpt.format.json.log import CheckpointRecord, State
-from distckpt.storage import open_store
+from distckpt.format.json.log import State
+from distckpt.storage import PathLike, open_store
 
 logger = logging.getLogger(__name__)
-
-PathLike = str | os.PathLike[str]
 
 MAX_STATE_BYTES = 64 << 20
 
@@ -72,18 +70,14 @@ def from_log_state(state: State) -> CheckpointState:
 
     Preserved checkpoints are left out, as TensorFlow leaves them out, unless there is no other.
     """
-    records = state.active or tuple(sorted(state.preserved, key=_time)[-1:])
+    records = state.active or state.newest_first()[:1]
     paths = tuple(names.checkpoint_folder(record.name, record.number) for record in records)
     return CheckpointState(
         model_checkpoint_path=paths[-1] if paths else "",
         all_model_checkpoint_paths=paths,
-        all_model_checkpoint_timestamps=tuple(map(_time, records)),
+        all_model_checkpoint_timestamps=tuple(record.time for record in records),
         last_preserved_timestamp=state.last_preserved_timestamp,
     )
-
-
-def _time(record: CheckpointRecord) -> float:
-    return record.time
 
 
 def generate_checkpoint_state_proto(

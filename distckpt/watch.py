@@ -10,8 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
-from distckpt.directory.log import newest_record, read_tail, sequence_numbers
-from distckpt.errors import CheckpointNotFoundError
+from distckpt.directory.log import read_tail, sequence_numbers
 from distckpt.format import names
 from distckpt.format.json.log import CheckpointRecord
 from distckpt.storage import Store, canonical, join, open_store
@@ -97,9 +96,9 @@ def wait_for(look: Callable[[], _Found | None], pause: float, timeout: float | N
 
 def newest_committed(store: Store) -> CheckpointRecord | None:
     """The newest committed checkpoint of the log, if its manifest is there."""
-    record = _newest(store)
+    record = read_tail(store).state.newest()
     while record is not None and not _has_manifest(store, record):
-        missing, record = record, _newest(store)
+        missing, record = record, read_tail(store).state.newest()
         if record == missing:  # not retired since the log was read, so it is damage
             path = join(store.url, names.checkpoint_folder(missing.name, missing.number))
             logger.error("%s is in the log, but its manifest is gone", path)
@@ -132,13 +131,6 @@ class _Follower:
 
     def path(self, record: CheckpointRecord) -> str:
         return join(self._store.url, names.checkpoint_folder(record.name, record.number))
-
-
-def _newest(store: Store) -> CheckpointRecord | None:
-    try:
-        return newest_record(read_tail(store).state, store.url)
-    except CheckpointNotFoundError:
-        return None
 
 
 def _has_manifest(store: Store, record: CheckpointRecord) -> bool:

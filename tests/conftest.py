@@ -77,6 +77,15 @@ def ray_address(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPat
     ray.shutdown()
 
 
+@pytest.fixture
+def connected(ray_address: str) -> None:
+    """This process is a driver of the shared Ray cluster."""
+    import ray
+
+    if not ray.is_initialized():
+        ray.init(address=ray_address, namespace="distckpt", log_to_driver=False)
+
+
 def pytest_sessionfinish(session: pytest.Session) -> None:
     """Not in the fixture: waiting for the other processes would count as time of this one's last test."""
     cluster = session.config.stash.get(_CLUSTER, None)

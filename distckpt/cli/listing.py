@@ -55,20 +55,15 @@ def list_checkpoints(directory: str, as_json: bool, storage_options: Mapping[str
 def in_order(state: State) -> list[Listed]:
     """Every checkpoint of the log once: retiring ones first, then the others in the order in which they were saved."""
     active = {record.attempt for record in state.active}
-    preserved = {record.attempt: record for record in state.preserved}
-    older = sorted((record for record in preserved.values() if record.attempt not in active), key=_time)
-    newest = (state.active or tuple(older))[-1:]
+    preserved = {record.attempt for record in state.preserved}
+    older = [record for record in reversed(state.newest_first()) if record.attempt not in active]
     listed = [Listed(record, ("retiring",)) for record in state.retiring]
     for record in (*older, *state.active):
-        marks = ["newest"] if record in newest else ["active"] if record.attempt in active else []
+        marks = ["newest"] if record == state.newest() else ["active"] if record.attempt in active else []
         marks += ["preserved"] if record.attempt in preserved else []
         marks += ["pinned"] if record.pinned else []
         listed.append(Listed(record, tuple(marks)))
     return listed
-
-
-def _time(record: CheckpointRecord) -> float:
-    return record.time
 
 
 def _as_json(listed: Listed) -> dict[str, Any]:

@@ -57,14 +57,9 @@ def _reports(path: str, storage_options: Mapping[str, Any]) -> Iterator[VerifyRe
     yield from _log_report(store, tail)
     for record in records:
         report = _check_record(store, record)
-        if report.good or _is_committed(store, record):
+        # Retention may have taken it away while it was being read.
+        if report.good or record.attempt in read_tail(store).state.alive():
             yield report
-
-
-def _is_committed(store: Store, record: CheckpointRecord) -> bool:
-    """Whether it still is: retention may have taken it away while it was being read."""
-    state = read_tail(store).state
-    return any(record.attempt == other.attempt for other in (*state.active, *state.preserved))
 
 
 def _log_report(store: Store, tail: Tail) -> Iterator[VerifyReport]:

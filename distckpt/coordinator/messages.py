@@ -1,9 +1,10 @@
 """What ranks say to the coordinator, and what it answers. Every request may arrive late, twice or out of order.
 
-A rank's life: OpenRun once; then for each save Join, Describe if asked, AwaitPlan if it has no valid plan, Receipt once
-its shards have landed (or Fail); for each collective restore RestoreRound until it is done. The answers to AwaitPlan,
-Receipt and RestoreRound come when there is something to say; a rank that hears nothing simply asks again. Beside all
-that, a rank whose Coordinator belongs to the cluster asks AwaitStop again and again.
+A rank's life: OpenRun once, and after that everything in an envelope, FromRank. For each save Join, Describe if asked,
+AwaitPlan if it has no valid plan, Receipt once its shards have landed (or Fail); for each restore Restore until it is
+done. The answers to AwaitPlan, Receipt and Restore come when there is something to say; a rank that hears nothing
+simply asks again. Beside all that, a rank with a ``distckpt.Coordinator`` of the whole cluster sends AwaitStop again
+and again, to hear of stops of all ranks.
 """
 
 from __future__ import annotations
@@ -54,16 +55,15 @@ class RunOpened:
 
 @dataclass(frozen=True, slots=True)
 class Join:
-    """``rank`` takes part in saving ``number`` (None: it only prepares). ``ask`` makes a repeat recognizable.
+    """The rank takes part in saving ``number`` (None: it only prepares).
 
+    ``order`` counts the rank's saves; the same one on all ranks is the same save, and a repeat is recognized by it.
     ``digest`` names its description. ``staged`` says that it has already copied what plan ``plan`` assigned to it.
     ``attempt`` is the attempt it was part of before the coordinator was replaced, else ''.
     ``skip_if_busy`` asks for Skipped if so many saves are in flight (0: never); the first rank's answer is everyone's.
     """
 
-    run: int
-    rank: int
-    ask: str
+    order: int
     number: int | None
     digest: str
     plan: str = ""
@@ -89,8 +89,6 @@ class Skipped:
 class Describe:
     """What a rank holds (an Arrow table) and, if it has staged already, which rows of it (int32, little endian)."""
 
-    run: int
-    rank: int
     attempt: str
     digest: str
     description: bytes = field(repr=False)
@@ -104,10 +102,8 @@ class Accepted:
 
 @dataclass(frozen=True, slots=True)
 class AwaitPlan:
-    """``rank`` needs to know which of its chunks it writes."""
+    """The rank needs to know which of its chunks it writes."""
 
-    run: int
-    rank: int
     attempt: str
 
 
@@ -121,10 +117,8 @@ class Planned:
 
 @dataclass(frozen=True, slots=True)
 class Receipt:
-    """All shards of ``rank`` have landed; together their rows are exactly those assigned to it, in order."""
+    """All shards of the rank have landed; together their rows are exactly those assigned to it, in order."""
 
-    run: int
-    rank: int
     attempt: str
     shards: tuple[ShardReceipt, ...]
 
@@ -143,26 +137,23 @@ class Prepared:
 
 @dataclass(frozen=True, slots=True)
 class Fail:
-    """``rank`` cannot do its part; the save fails for all. ``reason`` is its error's text."""
+    """The rank cannot do its part; the save fails for all. ``reason`` is its error's text."""
 
-    run: int
-    rank: int
     attempt: str
     reason: str
 
 
 @dataclass(frozen=True, slots=True)
-class RestoreRound:
-    """``rank`` wants to restore together with all others.
+class Restore:
+    """The rank wants to restore together with all others.
 
+    ``order`` counts the rank's restores; the same one on all ranks is the same restore, and a repeat is recognized by it.
     ``which`` is a number, a folder like ``ckpt-42``, or None for the newest; all ranks must ask for the same. ``tried``
     is the attempt that the last answer named ('' at first), ``refused`` why this rank could not use it ('' if it
     restored it). ``failed`` is an error of the rank that no other checkpoint would help against: all ranks give up.
     """
 
-    run: int
-    rank: int
-    ask: str
+    order: int
     which: int | str | None
     tried: str = ""
     refused: str = ""
@@ -185,21 +176,29 @@ class Restored:
     refused: tuple[tuple[str, str], ...] = ()
 
 
+Members = Mapping[int, str | None]
+"""Ranks that take part in stops, with their hosts; None for those that have left."""
+
+
+def merged_members(one: Members, other: Members) -> Members:
+    """Who takes part by both accounts. Who has left by either has left."""
+    if one == other:
+        return one
+    return {**one, **other, **{rank: None for rank, host in one.items() if host is None}}
+
+
 @dataclass(frozen=True, slots=True)
 class AwaitStop:
-    """``rank`` takes part in ``generation``, and wants to know of its stop when that is another than ``known``.
+    """The rank takes part in ``generation``, and wants to know of its stop when that is another than ``known``.
 
     ``known`` is the stop that it knows of or asks for itself: the first one to come is everyone's. ``members`` are the
-    ranks that it knows to take part, with their hosts, None for those that have left. It is answered within
-    ``patience`` seconds, in any case. Nothing heard of it for ``silence_timeout`` seconds is a stop by itself; None
+    ranks that it knows to take part. It is answered within ``patience`` seconds, in any case. Nothing heard of it for ``silence_timeout`` seconds is a stop by itself; None
     says that the rank leaves.
     """
 
-    run: int
-    rank: int
     generation: int
     known: StopReport | None
-    members: Mapping[int, str | None]
+    members: Members
     silence_timeout: float | None
     patience: float
 
@@ -209,7 +208,7 @@ class StopState:
     """The stop of the generation, None while there is none, and who takes part as in AwaitStop."""
 
     stop: StopReport | None
-    members: Mapping[int, str | None]
+    members: Members
 
 
 @dataclass(frozen=True, slots=True)
@@ -224,16 +223,10 @@ class Pin:
 class Heartbeat:
     """The rank lives; its run stays current and the coordinator does not go idle."""
 
-    run: int
-    rank: int
-
 
 @dataclass(frozen=True, slots=True)
 class Leave:
     """The rank is done with the run."""
-
-    run: int
-    rank: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -266,8 +259,19 @@ class Unknown:
     """The coordinator does not know that run or attempt (it was replaced): OpenRun and Join again."""
 
 
-RankRequest = Join | Describe | AwaitPlan | Receipt | Fail | RestoreRound | AwaitStop | Heartbeat | Leave
-Request = OpenRun | RankRequest | Pin | Status
+RankRequest = Join | Describe | AwaitPlan | Receipt | Fail | Restore | AwaitStop | Heartbeat | Leave
+
+
+@dataclass(frozen=True, slots=True)
+class FromRank:
+    """What ``rank`` of ``run`` says. Whoever is not, or no longer, a rank of the current run is told so."""
+
+    run: int
+    rank: int
+    request: RankRequest
+
+
+Request = OpenRun | FromRank | Pin | Status
 Reply = (
     RunOpened
     | Joined
@@ -283,3 +287,8 @@ Reply = (
     | Refused
     | Unknown
 )
+
+
+def kind_of(request: Request) -> str:
+    """What somebody wants of the coordinator, in one word for people."""
+    return type(request.request if isinstance(request, FromRank) else request).__name__

@@ -39,18 +39,12 @@ def hold(store: Store, attempt: str, holder: str, seconds: float = LEASE_SECONDS
     try:
         renew()
         # In this order: retention first appends that it retires, then reads the leases. One of us sees the other.
-        if not is_committed(store, attempt):
+        if attempt not in read_tail(store).state.alive():
             raise CheckpointNotFoundError(f"{store.url}: {attempt}", "it is not, or no longer, a committed checkpoint")
         with _repeating(renew, seconds / 4):
             yield
     finally:
         _release(store, path)
-
-
-def is_committed(store: Store, attempt: str) -> bool:
-    """Whether the log lists the attempt as a checkpoint, active or preserved."""
-    state = read_tail(store).state
-    return any(record.attempt == attempt for record in (*state.active, *state.preserved))
 
 
 @contextlib.contextmanager

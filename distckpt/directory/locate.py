@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import crc32c
 
-from distckpt.directory.log import find_record, newest_record, read_tail
+from distckpt.directory.log import read_tail
 from distckpt.errors import CheckpointNotFoundError, DamagedError, ObjectNotFoundError
 from distckpt.format import names
 from distckpt.format.arrow.index import Index, decode_index
 from distckpt.format.json.log import CheckpointRecord
 from distckpt.format.json.manifest import MAX_MANIFEST_BYTES, Manifest, check_manifest
 from distckpt.format.json.sealed import unseal
-from distckpt.storage import Store, open_store
+from distckpt.storage import PathLike, Store, open_store
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +36,7 @@ class Located:
         return self.object_path(names.shard_name(rank, shard))
 
 
-def locate(path: str | os.PathLike[str], storage_options: Mapping[str, Any] | None = None) -> Located:
+def locate(path: PathLike, storage_options: Mapping[str, Any] | None = None) -> Located:
     """The checkpoint that ``path`` means: ``<directory>/<name>-<number>``, a directory (its newest), or a lone copy.
 
     A lone copy is a checkpoint folder without its directory's log. Raises CheckpointNotFoundError when nothing
@@ -46,14 +45,18 @@ def locate(path: str | os.PathLike[str], storage_options: Mapping[str, Any] | No
     store = open_store(path, storage_options)
     tail = read_tail(store)
     if tail.entry is not None:
-        return located(store, newest_record(tail.state, store.url))
+        newest = tail.state.newest()
+        if newest is None:
+            raise CheckpointNotFoundError(store.url, "no checkpoint has been committed here")
+        return located(store, newest)
     directory, _, folder = store.url.rpartition("/")
     checkpoint = names.parse_checkpoint(folder)
     if checkpoint is not None and directory:
         parent = open_store(directory, storage_options)
         tail = read_tail(parent)
         if tail.entry is not None:
-            record = find_record(tail.state, checkpoint[1], checkpoint[0])
+            records = tail.state.newest_first()
+            record = next((record for record in records if (record.name, record.number) == checkpoint), None)
             if record is None:
                 raise CheckpointNotFoundError(store.url, f"not a committed checkpoint of {parent.url}")
             return located(parent, record)
@@ -119,4 +122,4 @@ def _lone_copy(store: Store) -> Located:
     ]
     if not found:
         raise CheckpointNotFoundError(store.url, "neither a directory with committed checkpoints nor a checkpoint")
-    return max(found, key=lambda where: (where.manifest.epoch, where.manifest.time))
+    return max(found, key=lambda where: names.attempt_age(where.manifest.attempt))

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 from distckpt.errors import (
     AlreadyExistsError,
-    CheckpointNotFoundError,
     DamagedError,
     ObjectNotFoundError,
     StorageError,
@@ -15,7 +14,7 @@ from distckpt.errors import (
     UnsupportedFormatError,
 )
 from distckpt.format import names
-from distckpt.format.json.log import MAX_ENTRY_BYTES, CheckpointRecord, Entry, State, check_entry
+from distckpt.format.json.log import MAX_ENTRY_BYTES, Entry, State, check_entry
 from distckpt.format.json.sealed import seal, unseal
 from distckpt.storage import Store
 
@@ -139,20 +138,3 @@ def prune(store: Store, seq: int) -> None:
     for old in sequence_numbers(store):
         if old < seq - KEEP_ENTRIES:
             store.delete(names.entry_path(old))
-
-
-def find_record(state: State, number: int, name: str | None = None) -> CheckpointRecord | None:
-    """The newest committed record of that number (and name), retiring ones left out."""
-    for record in (*reversed(state.active), *reversed(state.preserved)):
-        if record.number == number and name in (None, record.name):
-            return record
-    return None
-
-
-def newest_record(state: State, where: str) -> CheckpointRecord:
-    """The newest committed checkpoint. CheckpointNotFoundError, naming ``where``, if there is none."""
-    if state.active:
-        return state.active[-1]
-    if state.preserved:
-        return max(state.preserved, key=lambda record: names.attempt_age(record.attempt))
-    raise CheckpointNotFoundError(where, "no checkpoint has been committed here")

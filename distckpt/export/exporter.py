@@ -107,8 +107,8 @@ class Exporter:
 
     def _next(self) -> CheckpointRecord | None:
         """The committed checkpoint with the lowest number that has no export and has not failed too often."""
-        state = read_tail(self._store).state
-        ours = [record for record in (*state.preserved, *state.active) if record.name == self._name]
+        alive = read_tail(self._store).state.alive().values()
+        ours = [record for record in alive if record.name == self._name]
         for record in sorted(ours, key=lambda record: (record.number, names.attempt_age(record.attempt))):
             attempt = record.attempt
             if attempt in self._settled or self._failures.get(attempt, 0) >= TRIES:

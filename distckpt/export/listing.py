@@ -14,12 +14,10 @@ from distckpt.directory.log import read_tail, sequence_numbers
 from distckpt.errors import DamagedError
 from distckpt.format import names
 from distckpt.format.json.log import CheckpointRecord
-from distckpt.storage import Store, join, open_store
+from distckpt.storage import PathLike, Store, join, open_store
 from distckpt.watch import POLL_SECONDS, follow, wait_for
 
 logger = logging.getLogger(__name__)
-
-PathLike = str | os.PathLike[str]
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -137,8 +135,8 @@ class Exports:
         """The committed checkpoints of this name, one a number, in the order of numbers."""
         seq = max(sequence_numbers(self._store), default=0)
         if seq != self._seq:
-            state = read_tail(self._store).state
-            ours = [record for record in (*state.preserved, *state.active) if record.name == self._name]
+            alive = read_tail(self._store).state.alive().values()
+            ours = [record for record in alive if record.name == self._name]
             newest = {record.number: record for record in sorted(ours, key=_position_of)}
             self._records, self._seq = list(newest.values()), seq
         return self._records

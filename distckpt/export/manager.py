@@ -6,20 +6,19 @@ import contextlib
 import importlib.util
 import os
 from collections.abc import Callable, Iterator, Mapping
-from types import TracebackType
 from typing import Any
 
 from torch import nn
 
 from distckpt.checkpoint import Checkpoint
 from distckpt.export.exporter import Exporter
-from distckpt.export.listing import Exports, PathLike, export_number
+from distckpt.export.listing import Exports, export_number
 from distckpt.export.packing import pack
 from distckpt.export.places import find_place
 from distckpt.export.recipes import Export, Recipe, recipes_of
-from distckpt.format.json.log import CheckpointRecord
 from distckpt.manager import CheckpointManager, StepCounter
-from distckpt.rank.pending import PendingSave
+from distckpt.rank.pending import PendingSave, progress_of
+from distckpt.storage import PathLike
 
 
 class ExportCheckpointManager(CheckpointManager):
@@ -91,7 +90,7 @@ class ExportCheckpointManager(CheckpointManager):
             **options,
         )
         self._exports = Exports(self._store, checkpoint_name)
-        if recipes and self._world.rank == 0:
+        if recipes and self.cluster.rank == 0:
             self._start(recipes, options.get("storage_options"), task_options or {})
 
     def _start(
@@ -175,7 +174,7 @@ class ExportCheckpointManager(CheckpointManager):
         Exports are rank 0's business: on the others it returns at once. TimeoutError after ``timeout`` seconds.
         """
         if self._exporter is not None:
-            self._settle()
+            self._pending.settle()
             self._exporter.wait(timeout)
 
     def close(self) -> None:
@@ -186,21 +185,16 @@ class ExportCheckpointManager(CheckpointManager):
                 after.callback(self._exporter.stop)
                 self.wait_for_exports()
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if error is not None and self._exporter is not None:
-            self._exporter.stop()
-        super().__exit__(kind, error, trace)
+    def _begun(self, pending: PendingSave) -> None:
+        exporter = self._exporter
+        if exporter is not None:
+            progress_of(pending).ended.add_done_callback(lambda _: exporter.wake())
 
-    def _begin(self, checkpoint_number: Any, check_interval: bool) -> PendingSave | None:
-        pending = super()._begin(checkpoint_number, check_interval)
-        if pending is not None and self._exporter is not None:
-            exporter = self._exporter
-            pending._future.add_done_callback(lambda _: exporter.wake())
-        return pending
-
-    def _restored(self, record: CheckpointRecord | None) -> CheckpointRecord | None:
+    def _restored(self) -> None:
         if self._exporter is not None:
             self._exporter.wake()
-        return super()._restored(record)
+
+    def _abandon(self, error: BaseException) -> None:
+        if self._exporter is not None:
+            self._exporter.stop()
+        super()._abandon(error)

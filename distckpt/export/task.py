@@ -16,7 +16,7 @@ from typing import Any, Literal
 import msgspec
 
 from distckpt.directory.exports import read_export
-from distckpt.directory.lease import hold, is_committed
+from distckpt.directory.lease import hold
 from distckpt.directory.locate import located
 from distckpt.directory.log import read_tail
 from distckpt.errors import CheckpointNotFoundError, StorageError
@@ -128,7 +128,7 @@ class _Work:
         return Outcome("exported", f"{self._store.url}/{self._folder}/{manifest.folder}")
 
     def _check_committed(self) -> None:
-        if not is_committed(self._store, self._record.attempt):
+        if self._record.attempt not in read_tail(self._store).state.alive():
             raise CheckpointNotFoundError(self._folder, "it was retired while it was being exported")
 
     def _discard(self, unwanted: Callable[[str], bool]) -> None:

@@ -5,10 +5,9 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
-from collections.abc import Callable
 
-from distckpt.coordinator.client.session import Session
-from distckpt.coordinator.messages import Restored, RestoreFrom, RestoreRound, Unknown
+from distckpt.coordinator.client.client import Client
+from distckpt.coordinator.messages import Restore, Restored, RestoreFrom, Unknown
 from distckpt.directory.locate import Located, located, read_index
 from distckpt.errors import DamagedError, DistckptError, MismatchError, RestoreError, StorageError
 from distckpt.format.json.log import CheckpointRecord
@@ -27,9 +26,9 @@ class Restorer:
     """Restores the objects of ``checkpoint`` together with the other ranks, again and again."""
 
     def __init__(
-        self, session: Session, store: Store, checkpoint: NamedObjects, world: World, save_timeout: float
+        self, client: Client, store: Store, checkpoint: NamedObjects, world: World, save_timeout: float
     ) -> None:
-        self._session = session
+        self._client = client
         self._store = store
         self._checkpoint = checkpoint
         self._world = world
@@ -44,11 +43,11 @@ class Restorer:
         Raises CheckpointNotFoundError, NoGoodCheckpointError, MismatchError, ResizeError, MissingRanksError.
         """
         self._asked += 1
-        ask, tried, refused = f"restore-{self._asked}", "", ""
+        tried, refused = "", ""
         while True:
-            question = RestoreRound(0, self._world.rank, ask, which, tried, refused)
+            question = Restore(self._asked, which, tried, refused)
             # The coordinator itself answers at the deadline; twice that means that it does not answer at all.
-            reply = self._session.ask(_with_run(question), 2 * self._timeout + 60)
+            reply = self._client.ask(question, 2 * self._timeout + 60)
             if isinstance(reply, Restored):
                 if reply.record is not None and (reply.record.attempt != tried or refused):
                     raise RestoreError("this answer belongs to an earlier process of this rank: give a new run_id")
@@ -67,10 +66,10 @@ class Restorer:
             else:
                 raise RestoreError(f"unexpected answer from the coordinator: {reply!r}")
 
-    def _give_up(self, question: RestoreRound) -> None:
+    def _give_up(self, question: Restore) -> None:
         """Tell the others, who would otherwise wait for this rank."""
         try:
-            self._session.ask(_with_run(question), self._timeout)
+            self._client.ask(question, self._timeout)
         except DistckptError as answer:
             # It is this very failure, sent back; or the coordinator cannot be told, which is not why this rank fails.
             logger.debug("giving up a restore was answered with: %s", answer)
@@ -102,7 +101,3 @@ class Restorer:
         """Whether no rank asks for a key that this one does not: of an object of ours, another rank may hold it."""
         name = key.partition(".")[0].partition("@")[0]
         return self._world.size == 1 or name not in self._checkpoint.objects
-
-
-def _with_run(question: RestoreRound) -> Callable[[int], RestoreRound]:
-    return lambda run: dataclasses.replace(question, run=run)

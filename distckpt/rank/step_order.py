@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.distributed.tensor import DTensor
 
-from distckpt.transfer.staging import StagedCopy, Staging
+from distckpt.transfer.staging import StagedCopy
 
 
 class StepOrder:
@@ -27,19 +27,17 @@ class StepOrder:
             if torch.cuda.is_available()
         ]
 
-    def after(self, staging: Staging, sources: Sequence[torch.Tensor], values: Sequence[bytes]) -> StagedCopy:
-        """Stage, and see to it that nothing changes a source before it has been copied."""
-        copied = staging.stage(sources, values)
+    def after(self, copied: StagedCopy, sources: Sequence[torch.Tensor]) -> None:
+        """See to it that nothing changes ``sources`` before ``copied``, which reads them, has arrived."""
         on_gpu = [source for source in sources if source.is_cuda]
         if not on_gpu:
-            return copied
+            return
         owned = _memory(self._optimizers)
         if all(source.untyped_storage().data_ptr() in owned for source in on_gpu):
             self._copied = copied
         else:
             for device in {source.device for source in on_gpu}:
                 copied.order_after(torch.cuda.current_stream(device))
-        return copied
 
     def close(self) -> None:
         """Take the hooks away."""

@@ -5,14 +5,13 @@ from __future__ import annotations
 import heapq
 
 import numpy as np
-import numpy.typing as npt
 
-from distckpt.sharding.merged import Ints
+from distckpt.format.arrays import Ints
 
 _LARGE = 4
 
 
-def spread(sizes: Ints, load: Ints) -> npt.NDArray[np.int64]:
+def spread(sizes: Ints, load: Ints) -> Ints:
     """Which worker takes each item; ``load`` is what each worker has already. No random choice.
 
     The largest items, four a worker, go one by one to whoever has least; the many that are left fill all workers up to

@@ -9,9 +9,10 @@ import numpy as np
 import numpy.typing as npt
 
 from distckpt.errors import PlanError
+from distckpt.format.arrays import Ints
 from distckpt.format.arrow.dtypes import ITEM_SIZES, VALUE
 from distckpt.sharding.coverage import Boxes, find_hole, find_overlap
-from distckpt.sharding.merged import Codes, Ints, Merged, Tuples
+from distckpt.sharding.merged import Codes, Merged, Tuples
 
 _MOST_ELEMENTS = 1 << 58
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from distckpt.sharding.merged import Ints
+from distckpt.format.arrays import Ints
 
 _PAIRS = 1 << 22
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
-from distckpt.format.arrow.columns import column_of, optional, texts, tuples
+from distckpt.format.arrow.columns import DIMENSIONS, column_of, optional, texts, tuples
 
 
 def _tuple_of_int64() -> pa.DataType:
@@ -71,10 +71,7 @@ def build_description(rows: Iterable[Row]) -> Description:
     table = pa.Table.from_arrays(
         [
             *(texts([getattr(row, name) for row in held]) for name in ("key", "path", "dtype")),
-            *(
-                tuples([getattr(row, name) for row in held], _tuple_of_int64())
-                for name in ("shape", "offset", "length")
-            ),
+            *(tuples([getattr(row, name) for row in held], _tuple_of_int64()) for name in DIMENSIONS),
             column_of(np.fromiter((row.nbytes for row in held), np.int64), pa.int64()),
             optional([row.value_crc for row in held], pa.uint32()),
         ],

@@ -9,13 +9,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
+from distckpt.format.arrays import Bools, Ints
 from distckpt.format.arrow.index import Index
 from distckpt.sharding.coverage import Boxes, find_overlap
-
-Ints = npt.NDArray[np.int64]
-Bools = npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True, slots=True)

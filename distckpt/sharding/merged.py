@@ -12,10 +12,10 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from distckpt.errors import PlanError
-from distckpt.format.arrow.columns import column_of, lists, numbers_of, starts_of
+from distckpt.format.arrays import Ints
+from distckpt.format.arrow.columns import DIMENSIONS, column_of, lists, numbers_of, starts_of
 from distckpt.sharding.description import SCHEMA, decode_description
 
-Ints = npt.NDArray[np.int64]
 Codes = npt.NDArray[np.int32]
 _NO_CRC = column_of(np.array([-1]), pa.int64())[0]
 
@@ -123,7 +123,7 @@ def merge(number: int | None, descriptions: Mapping[int, bytes]) -> Merged:
     counts = [table.num_rows for table in tables]
     together = pa.concat_tables([pa.Table.from_batches([], SCHEMA), *tables])
     texts = {name: _encoded_texts(together.column(name)) for name in ("key", "path", "dtype")}
-    tuples = {name: _encoded_tuples(together.column(name)) for name in ("shape", "offset", "length")}
+    tuples = {name: _encoded_tuples(together.column(name)) for name in DIMENSIONS}
     return Merged(
         first=np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
         rank=np.repeat(np.arange(len(counts), dtype=np.int32), counts),

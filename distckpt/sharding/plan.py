@@ -11,10 +11,11 @@ import numpy as np
 import pyarrow as pa
 
 from distckpt.errors import PlanError
+from distckpt.format.arrays import Ints
 from distckpt.format.arrow.columns import column_of, numbers_of
 from distckpt.sharding.balance import spread
 from distckpt.sharding.checks import Chunks, checked_chunks, told
-from distckpt.sharding.merged import Codes, Ints, Merged, encode_slices, merge
+from distckpt.sharding.merged import Codes, Merged, encode_slices, merge
 
 # What a row costs to write beside its own bytes. It also spreads plain values, which count no bytes.
 _ROW_COST = 512

@@ -4,6 +4,7 @@ from distckpt.storage.interface import ObjectInfo, Source, Store, SupportsSweep
 from distckpt.storage.local import LocalStore
 from distckpt.storage.location import canonical, join, open_store, split_path
 from distckpt.storage.memory import MemoryStore
+from distckpt.storage.paths import PathLike
 from distckpt.storage.probe import FOLDER as PROBES
 from distckpt.storage.probe import probe
 from distckpt.storage.scratch import put_file, scratch_folder
@@ -13,6 +14,7 @@ __all__ = [
     "LocalStore",
     "MemoryStore",
     "ObjectInfo",
+    "PathLike",
     "Source",
     "Store",
     "SupportsSweep",

@@ -17,7 +17,7 @@ from distckpt.storage.direct import SequentialFile
 from distckpt.storage.folders import Folders, make_root, open_folders, visiting
 from distckpt.storage.interface import ObjectInfo, Source
 from distckpt.storage.oserrors import deleting, published, publishing, reading, writing
-from distckpt.storage.paths import folder_parts, is_part, object_parts
+from distckpt.storage.paths import PathLike, folder_parts, is_part, object_parts
 from distckpt.storage.sections import checked, write_behind
 
 _NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
@@ -36,7 +36,7 @@ class LocalStore:
     threads. ``direct_io=False`` sends large objects through the page cache.
     """
 
-    def __init__(self, root: str | os.PathLike[str], *, direct_io: bool = True) -> None:
+    def __init__(self, root: PathLike, *, direct_io: bool = True) -> None:
         self._root = os.path.abspath(os.path.expanduser(os.fspath(root)))
         self._direct_io = direct_io
         self._seen = os.path.isdir(self._root)

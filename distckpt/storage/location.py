@@ -12,13 +12,14 @@ from distckpt.errors import StoreUnsuitableError
 from distckpt.storage.interface import Store
 from distckpt.storage.local import LocalStore
 from distckpt.storage.memory import MemoryStore
+from distckpt.storage.paths import PathLike
 
 Opener = Callable[[str, Mapping[str, Any]], Store]
 
 _ONE_SLASH = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/(?!/)")
 
 
-def open_store(directory: str | os.PathLike[str], storage_options: Mapping[str, Any] | None = None) -> Store:
+def open_store(directory: PathLike, storage_options: Mapping[str, Any] | None = None) -> Store:
     """The store whose root is ``directory``; opening it touches nothing there.
 
     Options for local paths: ``direct_io`` (bool, default True). StoreUnsuitableError names a scheme that this release
@@ -35,7 +36,7 @@ def open_store(directory: str | os.PathLike[str], storage_options: Mapping[str, 
     return opener(location, storage_options or {})
 
 
-def canonical(directory: str | os.PathLike[str]) -> str:
+def canonical(directory: PathLike) -> str:
     """One spelling for one directory: an absolute local path, or a URL with no slash at its end.
 
     ``~`` is expanded and ``file://`` taken off; symbolic links are left as they are. ValueError for what is neither
@@ -60,7 +61,7 @@ def join(location: str, *parts: str) -> str:
     return "/".join((location.rstrip("/") if location != "/" else "", *parts)) if parts else location
 
 
-def split_path(path: str | os.PathLike[str]) -> tuple[str, str]:
+def split_path(path: PathLike) -> tuple[str, str]:
     """The directory and the last part of a checkpoint's path, ``("/data/run-7", "ckpt-42")``.
 
     The directory is canonical. ValueError if nothing is above the last part.

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
+
+PathLike = str | os.PathLike[str]
+"""A local path, or the URL of an object store's folder."""
 
 _PART = re.compile(r"[^./\\\x00-\x1f\x7f][^/\\\x00-\x1f\x7f]*")
 

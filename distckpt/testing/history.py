@@ -9,8 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
-from distckpt.format.json.log import CheckpointRecord, Entry, State
-from distckpt.format.names import attempt_age
+from distckpt.format.json.log import CheckpointRecord, Entry
 
 MANIFEST = "manifest"
 INDEX = "index"
@@ -105,10 +104,10 @@ class Returned:
 
 @dataclass(frozen=True, slots=True)
 class Agreed:
-    """A rank was told that every rank has restored this checkpoint (None: there is none)."""
+    """A rank was told that every rank has restored this checkpoint (None: there is none), in restore ``order`` of it."""
 
     run: int
-    ask: str
+    order: int
     rank: int
     record: CheckpointRecord | None
 
@@ -137,11 +136,6 @@ class History:
         self.happenings.append(happening)
 
 
-def alive(state: State) -> dict[str, CheckpointRecord]:
-    """Active and preserved checkpoints by attempt."""
-    return {record.attempt: record for record in (*state.preserved, *state.active)}
-
-
 def newest_entries(happenings: Iterable[Happening]) -> Iterator[tuple[Happening, Entry | None, Entry | None]]:
     """Each happening with the newest entry before it and, if it logged a newer one, that entry."""
     newest: Entry | None = None
@@ -162,11 +156,11 @@ def g1_committed_is_whole(history: History) -> list[str]:
             objects.setdefault(happening.attempt, {})[happening.name] = happening.content
         elif isinstance(happening, Erased):
             objects.get(happening.attempt, {}).pop(happening.name, None)
-            if before is not None and happening.attempt in alive(before.state):
+            if before is not None and happening.attempt in before.state.alive():
                 broken.append(f"{happening.who} deleted {happening.name} of {happening.attempt}, which is not retired")
         elif logged is not None:
-            known = alive(before.state) if before is not None else {}
-            for attempt, record in alive(logged.state).items():
+            known = before.state.alive() if before is not None else {}
+            for attempt, record in logged.state.alive().items():
                 if attempt not in known:
                     broken += _holes(record, objects.get(attempt, {}))
     return broken
@@ -217,7 +211,7 @@ def g3_acknowledged_is_durable(history: History) -> list[str]:
             broken.append(f"{happening.who} acknowledged {happening.record.attempt}, which is not in the log")
         if logged is None:
             continue
-        committed |= set(alive(logged.state))
+        committed |= set(logged.state.alive())
         committed |= {record.attempt for record in logged.state.retiring if record.manifest_size}
         if before is not None:
             broken += _vanished(before, logged)
@@ -226,9 +220,9 @@ def g3_acknowledged_is_durable(history: History) -> list[str]:
 
 def _vanished(before: Entry, after: Entry) -> list[str]:
     retiring = {record.attempt for record in before.state.retiring}
-    kept = set(alive(after.state)) | {record.attempt for record in after.state.retiring}
-    lost = set(alive(before.state)) - kept
-    back = set(alive(after.state)) & retiring
+    kept = after.state.known()
+    lost = set(before.state.alive()) - kept
+    back = set(after.state.alive()) & retiring
     return [f"entry {after.seq} lost {attempt} without retiring it" for attempt in sorted(lost)] + [
         f"entry {after.seq} brought {attempt} back from retiring" for attempt in sorted(back)
     ]
@@ -267,7 +261,7 @@ def g5_epochs_only_grow(history: History) -> list[str]:
                 broken.append(f"entry {logged.seq} commits a save of run {saves[newest][0]} in run {logged.state.run}")
         if logged.kind in ("commit", "claim"):
             # The log does not say which save of its run a rolled forward one was, so an older one may still follow it.
-            old = set(alive(before.state)) - acknowledged if before is not None else set()
+            old = set(before.state.alive()) - acknowledged if before is not None else set()
             attempts = [record.attempt for record in logged.state.active if record.attempt not in old]
             listed = [saves[attempt] for attempt in attempts if attempt in saves]
             if listed and listed[-1] < max(listed):
@@ -279,7 +273,7 @@ def g6_readers_get_one_attempt(history: History) -> list[str]:
     """No reader returns bytes of two attempts, and all ranks restore the same checkpoint."""
     broken: list[str] = []
     objects: dict[str, dict[str, Content]] = {}
-    agreed: dict[tuple[int, str], str | None] = {}
+    agreed: dict[tuple[int, int], str | None] = {}
     for happening in history.happenings:
         if isinstance(happening, Wrote):
             objects.setdefault(happening.attempt, {})[happening.name] = happening.content
@@ -287,8 +281,10 @@ def g6_readers_get_one_attempt(history: History) -> list[str]:
             broken += _mixed(happening, objects.get(happening.record.attempt, {}))
         elif isinstance(happening, Agreed):
             attempt = happening.record.attempt if happening.record is not None else None
-            if agreed.setdefault((happening.run, happening.ask), attempt) != attempt:
-                broken.append(f"ranks of run {happening.run} restored different checkpoints in {happening.ask}")
+            if agreed.setdefault((happening.run, happening.order), attempt) != attempt:
+                broken.append(
+                    f"ranks of run {happening.run} restored different checkpoints in their restore {happening.order}"
+                )
     return broken
 
 
@@ -319,11 +315,11 @@ def g7_retention_spares(history: History) -> list[str]:
 
 
 def _unspared(before: Entry, after: Entry) -> list[str]:
-    gone = set(alive(before.state)) - set(alive(after.state))
-    newer = bool(set(alive(after.state)) - set(alive(before.state)))
+    gone = set(before.state.alive()) - set(after.state.alive())
+    newer = bool(set(after.state.alive()) - set(before.state.alive()))
     preserved = {record.attempt for record in before.state.preserved}
     reasons = []
-    for record in (*before.state.active, *before.state.preserved):
+    for record in before.state.alive().values():
         if record.attempt not in gone:
             continue
         if record.pinned or record.attempt in preserved:
@@ -349,16 +345,10 @@ def g8_next_job_comes_back(history: History) -> list[str]:
             broken.append(happening.lost)
         elif before.state.active[-1:] != happening.saved[-1:]:
             broken.append(f"{happening.saved[-1:]} was saved last, but the log lists {before.state.active[-1:]}")
-        newest = _newest(begun.state)
+        newest = begun.state.newest()
         if happening.restored != newest:
             broken.append(f"{happening.restored} was restored, but the newest was {newest}")
     return broken if ends == 1 else [*broken, "the simulation did not come to its end"]
-
-
-def _newest(state: State) -> CheckpointRecord | None:
-    if state.active:
-        return state.active[-1]
-    return max(state.preserved, key=lambda record: attempt_age(record.attempt), default=None)
 
 
 PROMISES: dict[str, Callable[[History], list[str]]] = {

@@ -16,6 +16,7 @@ from distckpt.coordinator.machine.actions import (
     Delete,
     Deleted,
     Event,
+    Exit,
     LeasesRead,
     MakePlan,
     NameTaken,
@@ -26,18 +27,17 @@ from distckpt.coordinator.machine.actions import (
     Seal,
     Sealed,
     StepFailed,
-    Stop,
     TailRead,
     Tick,
 )
 from distckpt.coordinator.machine.machine import Machine
-from distckpt.coordinator.messages import Committed, Reply, Request
+from distckpt.coordinator.messages import Committed, FromRank, Reply, Request
 from distckpt.errors import PlanError, SaveError
 from distckpt.format.json.log import Entry
 from distckpt.format.names import attempt_epoch
 from distckpt.testing.history import INDEX, MANIFEST, Promised, Whole
 from distckpt.testing.sim_store import SimulatedPlan, make_plan, record_of
-from distckpt.testing.sim_world import World
+from distckpt.testing.sim_world import SimulatedWorld
 
 GARBAGE_AGE = 15.0
 NAME = "ckpt"
@@ -46,7 +46,7 @@ NAME = "ckpt"
 class SimulatedCoordinator:
     """One coordinator process, with a wall clock of its own that is wrong and may jump."""
 
-    def __init__(self, world: World, name: str) -> None:
+    def __init__(self, world: SimulatedWorld, name: str) -> None:
         self.name = name
         self.up = True
         self.machine = Machine("sim://run", name, idle_timeout=None)
@@ -60,7 +60,7 @@ class SimulatedCoordinator:
 
     # ---- life ------------------------------------------------------------------------------------------------------
 
-    def ask(self, request: Request, reply: Callable[[Reply], None]) -> None:
+    def receive(self, request: Request, reply: Callable[[Reply], None]) -> None:
         """A request has come in; ``reply`` carries its answer, if there ever is one."""
         ticket = self._world.unique()
         self._callers[ticket] = (request, reply)
@@ -134,13 +134,15 @@ class SimulatedCoordinator:
             case Publish(entry):
                 keep = self._world.random.choice([0, 0, 1, 3])
                 self._later(lambda: self._world.store.prune(entry.seq - keep))
-            case Stop():
+            case Exit():
                 self._world.later(0.0, self.die)
 
     def _answer(self, ticket: int, reply: Reply) -> None:
         request, send = self._callers.pop(ticket)
         if isinstance(reply, Committed):
-            self._world.history.add(Promised(self.name, getattr(request, "rank", -1), reply.record))
+            self._world.history.add(
+                Promised(self.name, request.rank if isinstance(request, FromRank) else -1, reply.record)
+            )
         send(reply)
 
     def _read_tail(self) -> None:
@@ -148,13 +150,12 @@ class SimulatedCoordinator:
         if entry is None:
             self._later(lambda: self.feed(TailRead(0, None)))
             return
-        known = {record.attempt for record in (*entry.state.active, *entry.state.preserved, *entry.state.retiring)}
+        known = entry.state.known()
         complete = []
         for attempt in self._world.store.attempts:
             whole = self._world.store.complete(attempt)
             if attempt not in known and attempt_epoch(attempt) == entry.epoch and whole is not None:
                 complete.append(record_of(NAME, attempt, whole))
-        complete.sort(key=lambda record: record.time)
         self._later(lambda: self.feed(TailRead(entry.seq, entry, tuple(complete))))
 
     def _append(self, entry: Entry) -> None:

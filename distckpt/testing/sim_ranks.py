@@ -10,19 +10,21 @@ from distckpt.coordinator.messages import (
     Committed,
     Describe,
     Fail,
+    FromRank,
     Heartbeat,
     Join,
     Joined,
     Leave,
     OpenRun,
     Planned,
+    RankRequest,
     Receipt,
     Refused,
     Reply,
     Request,
+    Restore,
     Restored,
     RestoreFrom,
-    RestoreRound,
     Retention,
     RunOpened,
     Skipped,
@@ -33,7 +35,7 @@ from distckpt.format.arrow.receipt import ShardReceipt
 from distckpt.format.json.log import CheckpointRecord
 from distckpt.testing.history import Agreed, Content, Held, LetGo, Piece, Returned
 from distckpt.testing.sim_store import describe
-from distckpt.testing.sim_world import World
+from distckpt.testing.sim_world import SimulatedWorld
 
 LEASE_SECONDS = 60.0
 
@@ -71,7 +73,7 @@ class Job:
 class Process:
     """Runs tasks until it is killed. ``send`` carries one message; the reply may come never, or twice."""
 
-    def __init__(self, world: World, send: Callable[[Request, Callable[[Reply], None]], None]) -> None:
+    def __init__(self, world: SimulatedWorld, send: Callable[[Request, Callable[[Reply], None]], None]) -> None:
         self.up = True
         self.world = world
         self._send = send
@@ -117,7 +119,7 @@ class Rank(Process):
     """One training process. ``done`` when it has made all its saves; ``saved`` are those that were acknowledged."""
 
     def __init__(
-        self, world: World, send: Callable[[Request, Callable[[Reply], None]], None], job: Job, rank: int
+        self, world: SimulatedWorld, send: Callable[[Request, Callable[[Reply], None]], None], job: Job, rank: int
     ) -> None:
         super().__init__(world, send)
         self.job = job
@@ -146,7 +148,7 @@ class Rank(Process):
             while self._saving:
                 yield Sleep(0.1)
             self.done = True
-            yield from self._ask(lambda run: Leave(run, self.rank))
+            yield from self._ask(Leave())
         except StaleRunError:
             self.stale = True
         except DistckptError as error:
@@ -157,14 +159,14 @@ class Rank(Process):
         while not self.done and not self.stale:
             yield Sleep(5.0)
             if self.run:
-                yield Say(Heartbeat(self.run, self.rank))
+                yield Say(FromRank(self.run, self.rank, Heartbeat()))
 
     # ---- asking ----------------------------------------------------------------------------------------------------
 
-    def _ask(self, question: Callable[[int], Request]) -> Generator[Sleep | Say, Reply | None, Reply]:
+    def _ask(self, request: RankRequest) -> Generator[Sleep | Say, Reply | None, Reply]:
         """The answer; Unknown after the run was opened again. Raises what the coordinator refuses with."""
         while True:
-            reply = yield Say(question(self.run))
+            reply = yield Say(FromRank(self.run, self.rank, request))
             assert reply is not None
             if isinstance(reply, Unknown):
                 yield from self._open()
@@ -202,12 +204,11 @@ class Rank(Process):
     def _restore(self) -> Generator[Sleep | Say, Reply | None, None]:
         tried = refused = ""
         while True:
-            message = (tried, refused)
-            reply = yield from self._ask(lambda run, said=message: RestoreRound(run, self.rank, "0", None, *said))  # type: ignore[misc]
+            reply = yield from self._ask(Restore(0, None, tried, refused))
             tried = refused = ""
             if isinstance(reply, Restored):
                 self.restored = reply.record
-                self.world.history.add(Agreed(self.run, "0", self.rank, reply.record))
+                self.world.history.add(Agreed(self.run, 0, self.rank, reply.record))
                 return
             if isinstance(reply, RestoreFrom):
                 tried = reply.record.attempt
@@ -257,7 +258,7 @@ class Rank(Process):
                 told = yield from self._describe(attempt, chunks, None)
                 if not told:
                     continue
-            reply = yield from self._ask(lambda run, attempt=attempt: AwaitPlan(run, self.rank, attempt))  # type: ignore[misc]
+            reply = yield from self._ask(AwaitPlan(attempt))
             if isinstance(reply, Planned):
                 self._plan = (chunks, reply.plan, reply.rows)
                 return joined
@@ -294,8 +295,8 @@ class Rank(Process):
             if attempt not in written:
                 yield from self._write(attempt, order, number, chunks, rows)
                 written.add(attempt)
-            receipt = _receipt(self.rank, attempt, rows)
-            reply = yield from self._ask(lambda run, receipt=receipt: receipt(run))  # type: ignore[misc]
+            shard = ShardReceipt(0, len(rows), 0, len(rows) // 4, b"", b"", b"", b"")
+            reply = yield from self._ask(Receipt(attempt, (shard,)))
             if isinstance(reply, Committed):
                 return reply.record
             joined = None
@@ -305,14 +306,12 @@ class Rank(Process):
     ) -> Generator[Sleep | Say, Reply | None, Reply]:
         skip = self.job.skip_if_busy
         while True:
-            reply = yield from self._ask(
-                lambda run: Join(run, self.rank, str(order), number, str(chunks), plan, plan != "", attempt, skip)
-            )
+            reply = yield from self._ask(Join(order, number, str(chunks), plan, plan != "", attempt, skip))
             if not isinstance(reply, Unknown):
                 return reply
 
     def _describe(self, attempt: str, chunks: int, rows: bytes | None) -> Generator[Sleep | Say, Reply | None, bool]:
-        reply = yield from self._ask(lambda run: Describe(run, self.rank, attempt, str(chunks), describe(chunks), rows))
+        reply = yield from self._ask(Describe(attempt, str(chunks), describe(chunks), rows))
         return not isinstance(reply, Unknown)
 
     def _write(
@@ -320,21 +319,16 @@ class Rank(Process):
     ) -> Generator[Sleep | Say, Reply | None, None]:
         yield Sleep(self.world.latency() * 5)
         if self.world.random.random() < self.world.faults.failed_rank:
-            yield from self._ask(lambda run: Fail(run, self.rank, attempt, "disk full"))
+            yield from self._ask(Fail(attempt, "disk full"))
             raise SaveError(number, "disk full")
         piece = Piece(self.run, order, number, self.rank, rows, chunks)
         self.world.store.put(attempt, str(self.rank), piece, self.world.time)
 
 
-def _receipt(rank: int, attempt: str, rows: bytes) -> Callable[[int], Receipt]:
-    shard = ShardReceipt(0, len(rows), 0, len(rows) // 4, b"", b"", b"", b"")
-    return lambda run: Receipt(run, rank, attempt, (shard,))
-
-
 class Reader(Process):
     """An evaluation process: leases some checkpoint, makes sure that it is not retiring, and reads it."""
 
-    def __init__(self, world: World, name: str) -> None:
+    def __init__(self, world: SimulatedWorld, name: str) -> None:
         super().__init__(world, lambda request, reply: None)
         self.name = name
         self.start(self._live())
@@ -358,7 +352,7 @@ class Reader(Process):
             if seq == 0:
                 return ()
             if entry is not None:
-                return (*entry.state.active, *entry.state.preserved)
+                return tuple(entry.state.alive().values())
 
     def _choose(self) -> Generator[Sleep | Say, Reply | None, CheckpointRecord | None]:
         records = yield from self._listed()

@@ -34,7 +34,7 @@ class Faults:
             setattr(self, name, 0.0)
 
 
-class World:
+class SimulatedWorld:
     """The scheduler, and what everybody in a simulation shares."""
 
     def __init__(self, seed: int, faults: Faults, unsafe: frozenset[str] = frozenset()) -> None:

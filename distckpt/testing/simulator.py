@@ -12,7 +12,7 @@ from distckpt.coordinator.messages import Pin, Reply, Request, Retention
 from distckpt.testing.history import CameBack, History
 from distckpt.testing.sim_coordinator import SimulatedCoordinator
 from distckpt.testing.sim_ranks import Job, Rank, Reader
-from distckpt.testing.sim_world import Faults, World
+from distckpt.testing.sim_world import Faults, SimulatedWorld
 
 UNSAFE = {
     "ignore_newest": "an append counts although a listing after it shows higher numbers",
@@ -32,7 +32,7 @@ class Simulation:
         broken = frozenset(unsafe)
         if broken - set(UNSAFE):
             raise ValueError(f"no such rules: {sorted(broken - set(UNSAFE))}")
-        self.world = World(seed, Faults(), broken)
+        self.world = SimulatedWorld(seed, Faults(), broken)
         self.coordinators: list[SimulatedCoordinator] = []
         self.ranks: list[Rank] = []
         self.readers: list[Reader] = []
@@ -159,7 +159,7 @@ class Simulation:
         elif not lost and len(first.saved) != (2 if not first.job.skip_if_busy else len(first.saved)):
             lost.append(f"the last job saved {len(first.saved)} checkpoints instead of 2")
         known = expected.state if expected is not None else None
-        if known is not None and (known.active or known.preserved) and first.restored is None:
+        if known is not None and known.alive() and first.restored is None:
             lost.append("the last job restored nothing although there are checkpoints")
         self.world.history.add(
             CameBack(first.restored, tuple(sorted(first.saved, key=lambda record: record.number)), "; ".join(lost))
@@ -176,7 +176,7 @@ class Simulation:
         if world.random.random() < faults.stale_address:
             target = world.random.choice(self.coordinators)
         for _ in range(2 if world.random.random() < faults.doubled_message else 1):
-            world.later(world.latency(), lambda: target.ask(request, lambda value: self._carry_back(reply, value)))
+            world.later(world.latency(), lambda: target.receive(request, lambda value: self._carry_back(reply, value)))
 
     def _carry_back(self, reply: Callable[[Reply], None], value: Reply) -> None:
         if self.world.random.random() >= self.world.faults.lost_message:

@@ -2,6 +2,9 @@
 
 A Coordinator carries one request to stop, and the first error, to everyone who works with it. A LooperThread calls a
 function again and again until then. Both are TensorFlow's, with the differences that their docstrings name.
+
+A Coordinator is a class of this module, and there are many. The coordinator, in lower case, is the one of a run's
+directory (``distckpt.coordinator``), which knows nothing of threads; a cluster carries stops from rank to rank by it.
 """
 
 from __future__ import annotations
@@ -19,7 +22,9 @@ from distckpt.threads.report import StopReport, is_clean, peer_error, text_of
 
 logger = logging.getLogger(__name__)
 
-CLEAN_STOPS: tuple[type[BaseException], ...] = (OutOfRangeError, StopIteration)
+CLEAN_STOPS: tuple[type[Exception], ...] = (OutOfRangeError, StopIteration)
+"""What is raised at the end of the input: done, not failed."""
+
 LOOK_SECONDS = 0.5  # Python runs the handler of a signal that came just before a wait only after it
 SETTLE_SECONDS = 10.0
 """How long join waits until the cluster has heard of this rank's request to stop and says which was the first."""
@@ -47,8 +52,27 @@ class Cluster(Protocol):
     def rank(self) -> int:
         """Which rank this process is."""
 
-    def join(self, coordinator: Coordinator, silence_timeout: float) -> Membership:
-        """Take part in the next generation. What is heard is given to ``coordinator``, as long as it lives."""
+    def join(self, listener: Listener, silence_timeout: float) -> Membership:
+        """Take part in the next generation. What is heard is given to ``listener``."""
+
+
+class Listener:
+    """A Coordinator as its cluster knows it. Once nobody else holds the Coordinator, it hears nothing any more."""
+
+    def __init__(self, coordinator: Coordinator) -> None:
+        self._coordinator = weakref.ref(coordinator)
+
+    def hear(self, membership: Membership, cause: StopReport | CoordinatorError) -> None:
+        """Stop because of the first stop of all ranks, or because this rank will hear of none."""
+        coordinator: Coordinator | None = self._coordinator()
+        if coordinator is not None:
+            coordinator._hear(membership, cause)
+
+    def fail(self, error: BaseException) -> None:
+        """Stop because of ``error``, and all ranks with it, unless everyone has been joined."""
+        coordinator: Coordinator | None = self._coordinator()
+        if coordinator is not None and not coordinator.joined:
+            coordinator._stop_because(error)
 
 
 class _Cause(NamedTuple):
@@ -273,7 +297,7 @@ class Coordinator:
         if self._cluster is None:
             return
         with self._lock:  # what is heard at once waits until it is known from which membership it comes
-            self._membership = self._cluster.join(self, self._silence_timeout)
+            self._membership = self._cluster.join(Listener(self), self._silence_timeout)
             finalizer = weakref.finalize(self, self._membership.leave)
             finalizer.atexit = False
             self._leave = finalizer
@@ -283,7 +307,9 @@ class Coordinator:
     def _settle(self) -> None:
         membership = self._membership
         if membership is not None and not membership.settle(SETTLE_SECONDS):
-            logger.warning("the other ranks have not heard yet that this one stops: the coordinator does not answer")
+            logger.warning(
+                "the other ranks have not heard yet that this one stops: the coordinator of the run does not answer"
+            )
 
     def _hear(self, membership: Membership, cause: StopReport | CoordinatorError) -> None:
         """The first stop of all ranks, or why this rank will hear of none. The cluster's word is final."""

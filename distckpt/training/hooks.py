@@ -15,7 +15,7 @@ from typing import Any, Protocol
 from distckpt.checkpoint import Checkpoint
 from distckpt.errors import SaveError
 from distckpt.format import names
-from distckpt.manager import CheckpointManager
+from distckpt.manager import CheckpointManager, abandon, settle
 from distckpt.rank.pending import PendingSave
 from distckpt.storage import canonical
 
@@ -322,7 +322,7 @@ class CheckpointSaverHook(SessionRunHook):
         self.settle()
         saved = self._last is not None and self._last.number == step and self._last.exception() is None
         if session.any(not saved)[0]:
-            self.get_saver(session)._settle()  # a saver that skips while others save must not skip the last one
+            settle(self.get_saver(session))  # a saver that skips while others save must not skip the last one
             self._save(session, step)
             if self._last is None or self._last.number != step:
                 raise SaveError(step, "the saver has not begun it")
@@ -340,8 +340,7 @@ class CheckpointSaverHook(SessionRunHook):
         if self._ended:
             made.close()
             return
-        error = sys.exc_info()[1] or RuntimeError("the training loop has come to no clean end")
-        made.__exit__(type(error), error, error.__traceback__)
+        abandon(made, sys.exc_info()[1] or RuntimeError("the training loop has come to no clean end"))
 
     # ---- saves -------------------------------------------------------------------------------------------------
 
@@ -355,8 +354,8 @@ class CheckpointSaverHook(SessionRunHook):
         if given is not None:
             if given.directory != self._directory:
                 raise ValueError(f"the saver saves to {given.directory}, but checkpoint_dir is {self._directory}")
-            if given._world.size != session.world_size:
-                raise ValueError(f"the saver has {given._world.size} ranks, but the session has {session.world_size}")
+            if given.cluster.size != session.world_size:
+                raise ValueError(f"the saver has {given.cluster.size} ranks, but the session has {session.world_size}")
             return given
         if self._made is None:
             if self._scaffold is not None or session.checkpoint is None:

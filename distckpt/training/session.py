@@ -11,8 +11,8 @@ from types import FrameType, TracebackType
 from typing import Any, TypeVar
 
 from distckpt.checkpoint import Checkpoint
-from distckpt.errors import AgreementError, OutOfRangeError
-from distckpt.threads.coordinator import Coordinator
+from distckpt.errors import AgreementError
+from distckpt.threads.coordinator import CLEAN_STOPS, Coordinator
 from distckpt.training.agreement import Agreement
 from distckpt.training.hooks import (
     CheckpointSaverHook,
@@ -24,9 +24,6 @@ from distckpt.training.hooks import (
 )
 
 logger = logging.getLogger(__name__)
-
-CLEAN_ENDS = (OutOfRangeError, StopIteration)
-"""What a step raises when its input has come to its end."""
 
 _AFTER_STEP, _LATE, _ASKED, _END = range(4)
 _Result = TypeVar("_Result")
@@ -322,7 +319,7 @@ class TrainingSession(HookedLoop):
         self._restore = restore
         self._savers = [hook for hook in self._hooks if isinstance(hook, CheckpointSaverHook)]
         self._recoverable: tuple[type[Exception], ...] = tuple(recoverable)
-        self._expected: tuple[type[Exception], ...] = (*self._recoverable, *CLEAN_ENDS)
+        self._expected: tuple[type[Exception], ...] = (*self._recoverable, *CLEAN_STOPS)
         if self._recoverable and restore is None and not self._savers:
             raise ValueError("recovery needs something to restore from: give a CheckpointSaverHook or restore")
 
@@ -371,7 +368,7 @@ class TrainingSession(HookedLoop):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> bool:
-        clean = error is None or isinstance(error, CLEAN_ENDS)
+        clean = error is None or isinstance(error, CLEAN_STOPS)
         try:
             if clean:
                 self.end()

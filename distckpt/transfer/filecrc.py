@@ -10,14 +10,12 @@ import functools
 
 import crc32c
 import numpy as np
-import numpy.typing as npt
 
-from distckpt.format.arrow.shard import Int64s, ShardImage
+from distckpt.format.arrays import Crcs, Ints
+from distckpt.format.arrow.shard import ShardImage
 
 _POLYNOMIAL = 0x82F63B78  # Castagnoli, bit 31 is x to the power 0
 _ONE, _X8 = 1 << 31, 1 << 23
-
-_Uint32s = npt.NDArray[np.uint32]
 
 
 class FileCrc:
@@ -31,12 +29,12 @@ class FileCrc:
         behind_payload = _factors(image.size - image.positions - image.sizes)
         self._rows = _table(behind_payload ^ _factors(image.size - image.crc_positions))
 
-    def of(self, row_crcs: _Uint32s) -> int:
+    def of(self, row_crcs: Crcs) -> int:
         """The file's CRC32C when its rows, in order, have these."""
         return self._fixed ^ _fold(self._rows, row_crcs)
 
 
-def _factors(nbytes: Int64s) -> _Uint32s:
+def _factors(nbytes: Ints) -> Crcs:
     """x to the power 8n for every n."""
     factors = np.full(len(nbytes), _ONE, dtype=np.uint32)
     for bit in range(int(nbytes.max(initial=0)).bit_length()):
@@ -46,7 +44,7 @@ def _factors(nbytes: Int64s) -> _Uint32s:
 
 
 @functools.cache
-def _powers() -> _Uint32s:
+def _powers() -> Crcs:
     """The tables of x to the power 8, 16, 32, 64 and so on."""
     tables = [_table(np.array([_X8], dtype=np.uint32))]
     while len(tables) < 63:
@@ -54,7 +52,7 @@ def _powers() -> _Uint32s:
     return np.concatenate(tables)
 
 
-def _table(factors: _Uint32s) -> _Uint32s:
+def _table(factors: Crcs) -> Crcs:
     """For each factor its products with the 32 CRCs that have one bit set."""
     table = np.empty((len(factors), 32), dtype=np.uint32)
     table[:, 31] = factors
@@ -64,13 +62,13 @@ def _table(factors: _Uint32s) -> _Uint32s:
     return table
 
 
-def _fold(table: _Uint32s, crcs: _Uint32s) -> int:
+def _fold(table: Crcs, crcs: Crcs) -> int:
     """The sum (XOR) of each CRC times its factor."""
     return int(np.bitwise_xor.reduce(_products(table, crcs)))
 
 
-def _products(table: _Uint32s, crcs: _Uint32s) -> _Uint32s:
+def _products(table: Crcs, crcs: Crcs) -> Crcs:
     """Each CRC times its factor, or all times the same one if the table has one row."""
     bits = (crcs[:, np.newaxis] >> np.arange(32, dtype=np.uint32)) & np.uint32(1)
-    products: _Uint32s = np.bitwise_xor.reduce(table * bits, axis=1)
+    products: Crcs = np.bitwise_xor.reduce(table * bits, axis=1)
     return products

@@ -12,12 +12,10 @@ from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
+from distckpt.format.arrays import Ints
 from distckpt.format.arrow.index import Index
 from distckpt.sharding.match import Transfers, strides_of
-
-Ints = npt.NDArray[np.int64]
 
 
 class Scatter(NamedTuple):

@@ -30,7 +30,7 @@ from distckpt.errors import (
     StaleRunError,
 )
 from distckpt.storage import LocalStore
-from tests.promises.test_faults import connected, coordinator_pid  # noqa: F401 - a fixture
+from tests.support.actors import coordinator_pid
 from tests.support.gang import ROOT, Gang
 from tests.support.small_runs import until
 from tests.support.warm import run_script
@@ -179,7 +179,7 @@ def report(rank: int, error: type[BaseException] | None = None) -> StopReport:
 def tell(manager: distckpt.CheckpointManager, coord: Coordinator, stop: StopReport) -> None:
     """Another rank's report comes to the coordinator."""
     membership: Any = coord._membership
-    manager._session.ask(lambda run: AwaitStop(run, 0, membership._generation, stop, {}, 60.0, 0.0), 30)
+    manager._client.ask(AwaitStop(membership._generation, stop, {}, 60.0, 0.0), 30)
 
 
 def hear(manager: distckpt.CheckpointManager, coord: Coordinator, stop: StopReport) -> None:
@@ -286,7 +286,7 @@ def test_several_coordinators_of_one_cluster_do_not_stop_each_other(manager: dis
 
 def stop_of(manager: distckpt.CheckpointManager, generation: int) -> StopReport | None:
     """What the coordinator would tell another rank."""
-    reply = manager._session.ask(lambda run: AwaitStop(run, 0, generation, None, {}, None, 0.0), 30)
+    reply = manager._client.ask(AwaitStop(generation, None, {}, None, 0.0), 30)
     assert isinstance(reply, StopState)
     return reply.stop
 
@@ -343,7 +343,7 @@ def test_a_rank_of_a_run_that_is_over_stops(tmp_path: Path) -> None:
 
 def test_a_coordinator_that_cannot_be_reached_stops_nobody(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     manager = distckpt.CheckpointManager(distckpt.Checkpoint(a=torch.ones(2)), tmp_path)
-    manager._session.close()
+    manager._client.close()
     coord = Coordinator(cluster=manager.cluster, silence_timeout=0.2)
     assert not coord.wait_for_stop(2.5)
     assert caplog.text.count("rank 0 cannot hear of stops") == 1, "it is said once"

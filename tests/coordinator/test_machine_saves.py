@@ -25,8 +25,8 @@ from distckpt.coordinator.messages import (
     Committed,
     Describe,
     Fail,
+    FromRank,
     Heartbeat,
-    Join,
     Joined,
     Pin,
     Planned,
@@ -38,7 +38,6 @@ from distckpt.coordinator.messages import (
 )
 from distckpt.errors import (
     CommitUnknownError,
-    CoordinatorError,
     MissingRanksError,
     NumberMismatchError,
     PlanError,
@@ -51,6 +50,7 @@ from tests.support.driving import (
     TIMEOUT,
     Driver,
     attempt_of,
+    kinds,
     receipt,
     record,
     refusal,
@@ -134,7 +134,7 @@ def test_a_changed_description_is_planned_anew_around_what_others_have_staged():
     staged = cast(Joined, driver.join(run, 0, 2, 6, digest="8", plan=first[0][1].plan, staged=True))
     changed = cast(Joined, driver.join(run, 1, 2, 6, digest="8-again"))
     assert (staged.describe, changed.describe) == (False, True)
-    driver.answer(Describe(run, 1, changed.attempt, "8-again", describe(8)))
+    driver.answer(FromRank(run, 1, Describe(changed.attempt, "8-again", describe(8))))
     make = driver.take(MakePlan)
     assert make.staged == {0: first[0][1].rows}
     assert make.descriptions == {0: describe(8), 1: describe(8)}
@@ -153,7 +153,7 @@ def test_after_a_restart_a_staged_rank_describes_what_it_copied():
         assert joined.describe
         assert joined.attempt != attempt
         tickets.append(other.ask(receipt(run, rank, joined.attempt, len(plan.rows) // 4)))
-        other.answer(Describe(run, rank, joined.attempt, "8", describe(8), plan.rows))
+        other.answer(FromRank(run, rank, Describe(joined.attempt, "8", describe(8), plan.rows)))
     make = other.take(MakePlan)
     assert make.staged == {rank: plan.rows for rank, (_, plan) in first.items()}
     other.perform(make)
@@ -166,7 +166,7 @@ def test_a_staged_rank_that_does_not_say_what_it_copied_fails_the_save():
     run = driver.open()
     joined = cast(Joined, driver.join(run, 0, 1, 5, plan="gone", staged=True))
     ticket = driver.ask(receipt(run, 0, joined.attempt, 1))
-    driver.answer(Describe(run, 0, joined.attempt, "d", describe(2)))
+    driver.answer(FromRank(run, 0, Describe(joined.attempt, "d", describe(2))))
     assert isinstance(refusal(driver.replies[ticket]), RankFailedError)
 
 
@@ -177,9 +177,9 @@ def test_a_plan_that_wants_other_chunks_than_were_copied_fails_the_save():
     for rank in range(2):
         joined = cast(Joined, driver.join(run, rank, 1, 5, plan="gone", staged=True))
         attempts.append(joined.attempt)
-        driver.answer(Describe(run, rank, joined.attempt, "d", describe(4), bytes(4 * (rank + 1))))
+        driver.answer(FromRank(run, rank, Describe(joined.attempt, "d", describe(4), bytes(4 * (rank + 1)))))
     make = driver.take(MakePlan)
-    waiting = driver.ask(AwaitPlan(run, 0, attempts[0]))
+    waiting = driver.ask(FromRank(run, 0, AwaitPlan(attempts[0])))
     driver.feed(PlanMade(make.attempt, simulated_plan(driver, 2, 4)))
     assert isinstance(refusal(driver.replies[waiting]), RankFailedError)
 
@@ -195,7 +195,7 @@ def test_a_stale_copy_of_a_join_does_not_unsay_what_was_staged():
     driver.join(run, 0, 2, 6, digest="8", plan=plan.plan, staged=True)
     driver.join(run, 0, 2, 6, digest="8")
     joined = cast(Joined, driver.join(run, 1, 2, 6, digest="other"))
-    driver.answer(Describe(run, 1, joined.attempt, "other", describe(8)))
+    driver.answer(FromRank(run, 1, Describe(joined.attempt, "other", describe(8))))
     assert driver.take(MakePlan).staged == {0: plan.rows}
 
 
@@ -213,13 +213,13 @@ def test_the_plan_comes_to_those_who_wait_and_to_those_who_ask_again():
     driver = Driver().lead()
     run = driver.open(2)
     joined = [cast(Joined, driver.join(run, rank, 1, 5)) for rank in range(2)]
-    early = driver.ask(AwaitPlan(run, 0, joined[0].attempt))
+    early = driver.ask(FromRank(run, 0, AwaitPlan(joined[0].attempt)))
     for rank in range(2):
-        driver.answer(Describe(run, rank, joined[rank].attempt, "d", describe(6)))
+        driver.answer(FromRank(run, rank, Describe(joined[rank].attempt, "d", describe(6))))
     driver.settle()
     first = cast(Planned, driver.replies[early])
-    assert driver.answer(AwaitPlan(run, 0, joined[0].attempt)) == first
-    assert cast(Planned, driver.answer(AwaitPlan(run, 1, joined[1].attempt))).plan == first.plan
+    assert driver.answer(FromRank(run, 0, AwaitPlan(joined[0].attempt))) == first
+    assert cast(Planned, driver.answer(FromRank(run, 1, AwaitPlan(joined[1].attempt)))).plan == first.plan
 
 
 def test_a_failed_plan_fails_the_save_for_all():
@@ -227,8 +227,8 @@ def test_a_failed_plan_fails_the_save_for_all():
     run = driver.open(2)
     joined = [cast(Joined, driver.join(run, rank, 1, 5)) for rank in range(2)]
     for rank in range(2):
-        driver.answer(Describe(run, rank, joined[rank].attempt, "d", describe(6)))
-    tickets = [driver.ask(AwaitPlan(run, rank, joined[rank].attempt)) for rank in range(2)]
+        driver.answer(FromRank(run, rank, Describe(joined[rank].attempt, "d", describe(6))))
+    tickets = [driver.ask(FromRank(run, rank, AwaitPlan(joined[rank].attempt))) for rank in range(2)]
     error = PlanError(5, "w", [0, 1], "a hole")
     driver.feed(StepFailed(driver.take(MakePlan).attempt, error))
     assert [refusal(driver.replies[ticket]) for ticket in tickets] == [error, error]
@@ -280,7 +280,7 @@ def test_a_receipt_before_the_plan_is_checked_when_the_plan_comes():
     joined = [cast(Joined, driver.join(run, rank, 1, 5)) for rank in range(2)]
     ticket = driver.ask(receipt(run, 0, joined[0].attempt, 99))
     for rank in range(2):
-        driver.answer(Describe(run, rank, joined[rank].attempt, "d", describe(6)))
+        driver.answer(FromRank(run, rank, Describe(joined[rank].attempt, "d", describe(6))))
     driver.settle()
     assert isinstance(refusal(driver.replies[ticket]), RankFailedError)
 
@@ -307,16 +307,20 @@ def test_an_unknown_attempt_is_unknown():
     driver = Driver().lead()
     run = driver.open()
     nobody = attempt_of(1, 999)
-    for request in (receipt(run, 0, nobody, 1), AwaitPlan(run, 0, nobody), Describe(run, 0, nobody, "d", b"")):
+    for request in (
+        receipt(run, 0, nobody, 1),
+        FromRank(run, 0, AwaitPlan(nobody)),
+        FromRank(run, 0, Describe(nobody, "d", b"")),
+    ):
         assert driver.answer(request) == Unknown()
-    assert driver.answer(Fail(run, 0, nobody, "x")) == Unknown()
+    assert driver.answer(FromRank(run, 0, Fail(nobody, "x"))) == Unknown()
 
 
 def test_different_numbers_in_one_round_fail_all_with_the_numbers():
     driver = Driver().lead()
     run = driver.open(3)
     joined = cast(Joined, driver.join(run, 0, 1, 5))
-    waiting = driver.ask(AwaitPlan(run, 0, joined.attempt))
+    waiting = driver.ask(FromRank(run, 0, AwaitPlan(joined.attempt)))
     error = refusal(driver.join(run, 1, 1, 6))
     assert isinstance(error, NumberMismatchError)
     assert error.numbers == {0: 5, 1: 6}
@@ -351,12 +355,6 @@ def test_a_replaced_checkpoint_that_is_pinned_is_preserved():
     assert (driver.machine.state.active, driver.machine.state.preserved) == ((new,), (pinned,))
 
 
-def test_an_ask_that_does_not_count_saves_is_refused():
-    driver = Driver().lead()
-    run = driver.open()
-    assert type(refusal(driver.answer(Join(run, 0, "x7", 5, "d")))) is CoordinatorError
-
-
 # ---- order of saves --------------------------------------------------------------------------------------------------
 
 
@@ -378,7 +376,7 @@ def test_a_failed_save_lets_the_later_one_go_on():
     run = driver.open()
     first, second = driver.plan(run, 1, 1, 10), driver.plan(run, 1, 2, 20)
     later = driver.land(run, second)
-    driver.answer(Fail(run, 0, first[0][0], "disk full"))
+    driver.answer(FromRank(run, 0, Fail(first[0][0], "disk full")))
     driver.settle()
     assert cast(Committed, driver.replies[later[0]]).record.number == 20
 
@@ -404,7 +402,9 @@ def test_an_overtaken_save_is_not_sealed_while_the_later_one_commits():
     driver.land(run, driver.plan(run, 2, 3, 20))
     sealing = driver.take(Seal)
     joined = cast(Joined, driver.join(run, 1, 2, 10, digest="8"))
-    planned = {rank: (joined.attempt, driver.answer(AwaitPlan(run, rank, joined.attempt))) for rank in range(2)}
+    planned = {
+        rank: (joined.attempt, driver.answer(FromRank(run, rank, AwaitPlan(joined.attempt)))) for rank in range(2)
+    }
     tickets = driver.land(run, planned)
     driver.settle()
     assert not driver.has(Seal)
@@ -454,9 +454,9 @@ def test_a_prepare_ends_with_the_plan():
     driver.settle()
     assert not any(isinstance(action, Seal) for action in driver.done)
     assert cast(StatusReply, driver.answer(Status())).waiting == {}
-    assert driver.answer(AwaitPlan(run, 0, attempt)) == plan
+    assert driver.answer(FromRank(run, 0, AwaitPlan(attempt))) == plan
     assert driver.join(run, 0, 1, None, digest="8") == Joined(attempt, False)
-    assert driver.answer(Describe(run, 0, attempt, "8", describe(8))) == Accepted()
+    assert driver.answer(FromRank(run, 0, Describe(attempt, "8", describe(8)))) == Accepted()
     assert driver.answer(receipt(run, 0, attempt, 0)) == Prepared()
     assert driver.machine.next_deadline() == pytest.approx(driver.mono + 600.0)
 
@@ -468,7 +468,7 @@ def test_ranks_that_do_not_join_in_time_are_named():
     driver = Driver().lead()
     run = driver.open(3)
     joined = cast(Joined, driver.join(run, 1, 1, 5))
-    ticket = driver.ask(AwaitPlan(run, 1, joined.attempt))
+    ticket = driver.ask(FromRank(run, 1, AwaitPlan(joined.attempt)))
     driver.wait(TIMEOUT - 0.1)
     assert ticket not in driver.replies
     driver.join(run, 1, 1, 5)
@@ -484,7 +484,7 @@ def test_a_rank_that_never_reported_is_named_without_a_host():
     driver = Driver().lead()
     run = driver.open(2, ranks=[0])
     joined = cast(Joined, driver.join(run, 0, 1, 5))
-    driver.answer(Describe(run, 0, joined.attempt, "d", describe(2)))
+    driver.answer(FromRank(run, 0, Describe(joined.attempt, "d", describe(2))))
     driver.wait(TIMEOUT)
     error = refusal(driver.join(run, 0, 1, 5))
     assert (error.ranks, error.hosts) == ((1,), {})
@@ -500,8 +500,8 @@ def test_silence_after_the_plan_fails_the_save_and_repeats_are_silence():
     for _ in range(5):
         driver.wait(TIMEOUT / 6)
         driver.ask(message)
-        driver.ask(AwaitPlan(run, 0, planned[0][0]))
-        driver.ask(Heartbeat(run, 1))
+        driver.ask(FromRank(run, 0, AwaitPlan(planned[0][0])))
+        driver.ask(FromRank(run, 1, Heartbeat()))
         assert ticket not in driver.replies
     driver.wait(TIMEOUT / 6)
     error = refusal(driver.replies[ticket])
@@ -526,7 +526,7 @@ def test_planning_and_sealing_are_not_given_up():
     driver = Driver().lead()
     run = driver.open()
     joined = cast(Joined, driver.join(run, 0, 1, 5))
-    driver.answer(Describe(run, 0, joined.attempt, "d", describe(2)))
+    driver.answer(FromRank(run, 0, Describe(joined.attempt, "d", describe(2))))
     driver.wait(10 * TIMEOUT)
     driver.settle(Seal)
     ticket = driver.ask(receipt(run, 0, joined.attempt, 2))
@@ -560,11 +560,27 @@ def test_a_failing_rank_fails_the_save_at_once_for_all():
     run = driver.open(2)
     planned = driver.plan(run, 2, 1, 5)
     waiting = driver.land(run, {0: planned[0]})
-    assert driver.answer(Fail(run, 1, planned[1][0], "no space left")) == Accepted()
+    assert driver.answer(FromRank(run, 1, Fail(planned[1][0], "no space left"))) == Accepted()
     error = refusal(driver.replies[waiting[0]])
     assert isinstance(error, RankFailedError)
     assert (error.rank, error.host, error.reason, error.number) == (1, "host1", "no space left", 5)
-    assert driver.answer(Fail(run, 1, planned[1][0], "no space left")) == Accepted()
+    assert driver.answer(FromRank(run, 1, Fail(planned[1][0], "no space left"))) == Accepted()
+
+
+def test_a_save_that_fails_while_its_commit_waits_for_another_entry_is_never_committed():
+    driver = Driver().lead()
+    run = driver.open()
+    driver.save(run, 1, 1, 5)
+    planned = driver.plan(run, 1, 2, 6)
+    driver.ask(Pin(5, True))
+    (ticket,) = driver.land(run, planned)
+    driver.settle(Append)
+    assert isinstance(refusal(driver.join(run, 0, 2, 7)), SaveError)
+    assert isinstance(refusal(driver.replies[ticket]), SaveError)
+    driver.settle()
+    assert [one.number for one in driver.machine.state.active] == [5]
+    assert planned[0][0] not in {attempt for entry in driver.log.values() for attempt in entry.state.alive()}
+    assert kinds(driver)[-3:] == ["pin", "retire", "forget"]
 
 
 def test_a_failure_after_all_shards_have_landed_changes_nothing():
@@ -572,10 +588,10 @@ def test_a_failure_after_all_shards_have_landed_changes_nothing():
     run = driver.open()
     planned = driver.plan(run, 1, 1, 5)
     tickets = driver.land(run, planned)
-    driver.answer(Fail(run, 0, planned[0][0], "too late"))
+    driver.answer(FromRank(run, 0, Fail(planned[0][0], "too late")))
     driver.settle()
     assert isinstance(driver.replies[tickets[0]], Committed)
-    assert driver.answer(Fail(run, 0, planned[0][0], "too late")) == Accepted()
+    assert driver.answer(FromRank(run, 0, Fail(planned[0][0], "too late"))) == Accepted()
 
 
 def test_a_commit_that_the_store_does_not_confirm_is_unknown_and_may_still_turn_out_well():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import cast
 
 from hypothesis import HealthCheck, Phase, settings
@@ -19,6 +20,7 @@ from distckpt.coordinator.machine.actions import (
     Delete,
     Deleted,
     Event,
+    Exit,
     LeasesRead,
     MakePlan,
     NameTaken,
@@ -29,7 +31,6 @@ from distckpt.coordinator.machine.actions import (
     Seal,
     Sealed,
     StepFailed,
-    Stop,
     TailRead,
     Tick,
 )
@@ -38,6 +39,7 @@ from distckpt.coordinator.messages import (
     AwaitPlan,
     Committed,
     Describe,
+    FromRank,
     Heartbeat,
     Join,
     Joined,
@@ -47,9 +49,9 @@ from distckpt.coordinator.messages import (
     Receipt,
     Reply,
     Request,
+    Restore,
     Restored,
     RestoreFrom,
-    RestoreRound,
     Retention,
     RunOpened,
     ShardReceipt,
@@ -77,6 +79,10 @@ PICK = st.integers(0, 1 << 20)
 TO = st.sampled_from([-1, -1, -1, 0, 1])
 
 
+def join_of(said: FromRank) -> Join:
+    return cast(Join, said.request)
+
+
 class Shell:
     """A coordinator process: its machine, and what it has been asked for and not done yet."""
 
@@ -97,9 +103,9 @@ class Coordinators(RuleBasedStateMachine):
         self.tickets: dict[int, Request] = {}
         self.runs: dict[str, int] = {}
         self.late: list[tuple[str, Append]] = []
-        self.joined: list[tuple[Join, Joined]] = []
-        self.planned: list[tuple[Join, str, Planned]] = []
-        self.restoring: list[tuple[RestoreRound, RestoreFrom]] = []
+        self.joined: list[tuple[FromRank, Joined]] = []
+        self.planned: list[tuple[FromRank, str, Planned]] = []
+        self.restoring: list[tuple[FromRank, RestoreFrom]] = []
         self.written: set[tuple[str, int]] = set()
         self.started = 0
         self.token = "one"
@@ -164,7 +170,7 @@ class Coordinators(RuleBasedStateMachine):
             self._ask(to, Pin(1 + which % 5, what == "pin"))
         elif what == "status":
             self._ask(to, Status())
-            self._ask(to, Heartbeat(max(self.runs.values(), default=0), 0))
+            self._ask(to, FromRank(max(self.runs.values(), default=0), 0, Heartbeat()))
         elif what in ("open", "supersede"):
             self.open_run(["one", "two", "three"][which % 3] if what == "supersede" else self.token, which % WORLD, to)
 
@@ -195,7 +201,7 @@ class Coordinators(RuleBasedStateMachine):
             self.open_run(self.token, rank, to)
         self._work(to)
         run = self.runs.get(f"{self.token}/0", 0)
-        order = max([int(join.ask) for join, _ in self.joined if join.run == run], default=0) + ahead
+        order = max([join_of(said).order for said, _ in self.joined if said.run == run], default=0) + ahead
         order = max(1, order)
         number = order - 1 if again and order % 2 else order
         for stage in (self._join, self._describe, self._work, self._await_plan, self._land, self._work)[:stages]:
@@ -203,12 +209,12 @@ class Coordinators(RuleBasedStateMachine):
                 stage(to, run, rank, order, number)
 
     def _join(self, to: int, run: int, rank: int, order: int, number: int) -> None:
-        self._ask(to, Join(run, rank, str(order), number, "8"))
+        self._ask(to, FromRank(run, rank, Join(order, number, "8")))
 
     def _describe(self, to: int, run: int, rank: int, order: int, number: int) -> None:
-        for join, joined in self.joined[-2:]:
-            if (join.run, join.rank, join.ask) == (run, rank, str(order)) and joined.describe:
-                self._ask(to, Describe(run, rank, joined.attempt, "8", describe(8)))
+        for said, joined in self.joined[-2:]:
+            if (said.run, said.rank, join_of(said).order) == (run, rank, order) and joined.describe:
+                self._ask(to, FromRank(run, rank, Describe(joined.attempt, "8", describe(8))))
 
     def _work(self, to: int, *_: int) -> None:
         shell = self.shells[to % len(self.shells)]
@@ -217,45 +223,48 @@ class Coordinators(RuleBasedStateMachine):
                 self._perform(shell, shell.pending.pop(0), "")
 
     def _await_plan(self, to: int, run: int, rank: int, order: int, number: int) -> None:
-        for join, joined in self.joined[-2:]:
-            if (join.run, join.rank, join.ask) == (run, rank, str(order)):
-                self._ask(to, AwaitPlan(run, rank, joined.attempt))
+        for said, joined in self.joined[-2:]:
+            if (said.run, said.rank, join_of(said).order) == (run, rank, order):
+                self._ask(to, FromRank(run, rank, AwaitPlan(joined.attempt)))
 
     def _land(self, to: int, run: int, rank: int, order: int, number: int) -> None:
-        for join, attempt, planned in self.planned[-2:]:
-            if (join.run, join.rank, join.ask) == (run, rank, str(order)):
-                self._send_receipt(to, join, attempt, planned)
+        for said, attempt, planned in self.planned[-2:]:
+            if (said.run, said.rank, join_of(said).order) == (run, rank, order):
+                self._send_receipt(to, said, attempt, planned)
 
     @precondition(lambda self: self.joined)
     @rule(which=PICK, to=PICK)
     def rejoin_staged(self, which: int, to: int) -> None:
         if self.planned:
-            join, attempt, planned = self.planned[which % len(self.planned)]
-            self._ask(to, Join(join.run, join.rank, join.ask, join.number, join.digest, planned.plan, True, attempt))
+            said, attempt, planned = self.planned[which % len(self.planned)]
+            join = replace(join_of(said), plan=planned.plan, staged=True, attempt=attempt)
+            self._ask(to, FromRank(said.run, said.rank, join))
 
     @precondition(lambda self: self.joined)
     @rule(which=PICK, to=PICK, count=st.integers(1, 4))
     def describe_and_await_plan(self, which: int, to: int, count: int) -> None:
-        for join, joined in self.joined[-1 - which % len(self.joined) :][:count]:
-            rows = next((plan.rows for old, _, plan in self.planned if old.run == join.run and old.ask == join.ask
-                         and old.rank == join.rank and join.staged), None)  # fmt: skip
+        for said, joined in self.joined[-1 - which % len(self.joined) :][:count]:
+            join = join_of(said)
+            rows = next((plan.rows for old, _, plan in self.planned if old.run == said.run and old.rank == said.rank
+                         and join_of(old).order == join.order and join.staged), None)  # fmt: skip
             if joined.describe:
-                self._ask(to, Describe(join.run, join.rank, joined.attempt, "8", describe(8), rows))
-            self._ask(to, AwaitPlan(join.run, join.rank, joined.attempt))
+                self._ask(to, FromRank(said.run, said.rank, Describe(joined.attempt, "8", describe(8), rows)))
+            self._ask(to, FromRank(said.run, said.rank, AwaitPlan(joined.attempt)))
 
     @precondition(lambda self: self.planned)
     @rule(which=PICK, to=PICK, count=st.integers(1, 4))
     def land(self, which: int, to: int, count: int) -> None:
-        for join, attempt, planned in self.planned[-1 - which % len(self.planned) :][:count]:
-            self._send_receipt(to, join, attempt, planned)
+        for said, attempt, planned in self.planned[-1 - which % len(self.planned) :][:count]:
+            self._send_receipt(to, said, attempt, planned)
 
-    def _send_receipt(self, to: int, join: Join, attempt: str, planned: Planned) -> None:
-        if (attempt, join.rank) not in self.written:
-            self.written.add((attempt, join.rank))
-            piece = Piece(join.run, int(join.ask), cast(int, join.number), join.rank, planned.rows, 8)
-            self.store.put(attempt, str(join.rank), piece, self.time)
+    def _send_receipt(self, to: int, said: FromRank, attempt: str, planned: Planned) -> None:
+        if (attempt, said.rank) not in self.written:
+            self.written.add((attempt, said.rank))
+            join = join_of(said)
+            piece = Piece(said.run, join.order, cast(int, join.number), said.rank, planned.rows, 8)
+            self.store.put(attempt, str(said.rank), piece, self.time)
         shard = ShardReceipt(0, 1, 1, len(planned.rows) // 4, b"", b"", b"", b"")
-        self._ask(to, Receipt(join.run, join.rank, attempt, (shard,)))
+        self._ask(to, FromRank(said.run, said.rank, Receipt(attempt, (shard,))))
 
     @precondition(lambda self: self.runs)
     @rule(which=PICK, to=PICK, refused=st.sampled_from(["", "", "bad"]))
@@ -264,11 +273,18 @@ class Coordinators(RuleBasedStateMachine):
             self.report_restored(which, to, refused)
             return
         rank = which % WORLD
-        self._ask(to, RestoreRound(sorted(self.runs.values())[which % len(self.runs)], rank, str(which % 2), None))
+        self._ask(to, FromRank(sorted(self.runs.values())[which % len(self.runs)], rank, Restore(which % 2, None)))
 
     def report_restored(self, which: int, to: int, refused: str) -> None:
         asked, reply = self.restoring[which % len(self.restoring)]
-        self._ask(to, RestoreRound(asked.run, asked.rank, asked.ask, None, reply.record.attempt, refused))
+        self._ask(
+            to,
+            FromRank(
+                asked.run,
+                asked.rank,
+                Restore(cast(Restore, asked.request).order, None, reply.record.attempt, refused),
+            ),
+        )
 
     @precondition(lambda self: self.asked)
     @rule(which=PICK, to=PICK)
@@ -317,17 +333,22 @@ class Coordinators(RuleBasedStateMachine):
             self.history.add(Promised(shell.name, 0, reply.record))
         elif isinstance(reply, RunOpened) and isinstance(request, OpenRun):
             self.runs[f"{request.token}/{request.rank}"] = reply.run
-        elif isinstance(reply, Joined) and isinstance(request, Join):
-            self.joined.append((request, reply))
-        elif isinstance(reply, Planned) and isinstance(request, AwaitPlan):
-            join = next(join for join, joined in reversed(self.joined)
-                        if joined.attempt == request.attempt and join.rank == request.rank)  # fmt: skip
-            self.planned.append((join, request.attempt, reply))
-        elif isinstance(reply, RestoreFrom) and isinstance(request, RestoreRound):
-            self.restoring.append((request, reply))
-        elif isinstance(reply, Restored) and isinstance(request, RestoreRound):
-            # Another coordinator may let a round begin anew, so a round is one coordinator's.
-            self.history.add(Agreed(request.run, f"{shell.name}/{request.ask}", request.rank, reply.record))
+        elif isinstance(request, FromRank):
+            self._hear_of_rank(shell, request, reply)
+
+    def _hear_of_rank(self, shell: Shell, said: FromRank, reply: Reply) -> None:
+        match said.request, reply:
+            case Join(), Joined():
+                self.joined.append((said, reply))
+            case AwaitPlan(attempt), Planned():
+                join = next(old for old, joined in reversed(self.joined)
+                            if joined.attempt == attempt and old.rank == said.rank)  # fmt: skip
+                self.planned.append((join, attempt, reply))
+            case Restore(), RestoreFrom():
+                self.restoring.append((said, reply))
+            case Restore(order), Restored(record):
+                # Another coordinator may let a round begin anew, so a round is one coordinator's.
+                self.history.add(Agreed(said.run, 2 * int(shell.name) + order, said.rank, record))
 
     def _perform(self, shell: Shell, action: Action, fault: str) -> None:
         match action:
@@ -356,7 +377,7 @@ class Coordinators(RuleBasedStateMachine):
                         self._erase(shell, attempt)
             case Publish(entry):
                 self.store.prune(entry.seq)
-            case Stop():
+            case Exit():
                 self.shells.remove(shell)
                 if not self.shells:
                     self.start()

@@ -11,11 +11,13 @@ from typing import Any, cast
 import pytest
 
 from distckpt.coordinator.machine.actions import Forgotten
-from distckpt.coordinator.machine.stops import MANAGER_SILENCE, REMEMBERED_GENERATIONS, TOLD_OF_LEAVING, Members, merged
+from distckpt.coordinator.machine.stops import MANAGER_SILENCE, REMEMBERED_GENERATIONS, TOLD_OF_LEAVING
 from distckpt.coordinator.messages import (
     AwaitStop,
+    FromRank,
     Heartbeat,
     Leave,
+    Members,
     OpenRun,
     Refused,
     Reply,
@@ -24,6 +26,7 @@ from distckpt.coordinator.messages import (
     StopReport,
     StopState,
     Unknown,
+    merged_members,
 )
 from distckpt.errors import StaleRunError
 from tests.support.driving import TIMEOUT, Driver
@@ -41,8 +44,8 @@ def await_stop(
     members: Mapping[int, str | None] | None = None,
     silence: float | None = SILENCE,
     patience: float = PATIENCE,
-) -> AwaitStop:
-    return AwaitStop(run, rank, generation, known, members or {rank: f"host{rank}"}, silence, patience)
+) -> FromRank:
+    return FromRank(run, rank, AwaitStop(generation, known, members or {rank: f"host{rank}"}, silence, patience))
 
 
 def opened(world: int = 3) -> tuple[Driver, int]:
@@ -190,7 +193,7 @@ def test_a_longer_silence_timeout_counts_for_those_too_that_have_not_joined() ->
     waiting = driver.ask(await_stop(run, 0, silence=100.0, patience=1000.0))
     for _ in range(99):
         driver.wait(1.0)
-        driver.ask(Heartbeat(run, 0))
+        driver.ask(FromRank(run, 0, Heartbeat()))
     assert waiting not in driver.replies
     driver.wait(1.0)
     stop = stop_of(driver.replies[waiting])
@@ -200,11 +203,11 @@ def test_a_longer_silence_timeout_counts_for_those_too_that_have_not_joined() ->
 
 def test_a_rank_that_never_joins_is_not_missed_while_its_manager_lives_or_when_it_has_left() -> None:
     driver, run = opened(4)
-    driver.ask(Leave(run, 2))
+    driver.ask(FromRank(run, 2, Leave()))
     for _ in range(15):
         live(driver, run, [0, 3], 20)
-        driver.ask(Heartbeat(run, 1))
-    driver.ask(Leave(run, 1))
+        driver.ask(FromRank(run, 1, Heartbeat()))
+    driver.ask(FromRank(run, 1, Leave()))
     live(driver, run, [0, 3], 3 * MANAGER_SILENCE)
     driver.open(4, run=run, ranks=[1])
     live(driver, run, [0, 3], MANAGER_SILENCE - 1)
@@ -228,7 +231,7 @@ def test_every_request_is_a_sign_of_life() -> None:
     driver.ask(await_stop(run, 1))
     for _ in range(5):
         live(driver, run, [0], SILENCE / 2)
-        driver.ask(Heartbeat(run, 1))
+        driver.ask(FromRank(run, 1, Heartbeat()))
     assert stop_of(driver.answer(await_stop(run, 0, patience=0))) is None
 
 
@@ -239,7 +242,7 @@ def test_who_has_left_is_not_missed(by: str) -> None:
         driver.ask(await_stop(run, rank, patience=0))
     stays, goes = driver.ask(await_stop(run, 0)), driver.ask(await_stop(run, 1))
     if by == "leaving the run":
-        driver.ask(Leave(run, 1))
+        driver.ask(FromRank(run, 1, Leave()))
         assert goes in driver.replies, "what it waits for is answered"
     else:
         driver.ask(await_stop(run, 1, silence=None, patience=0))
@@ -253,7 +256,7 @@ def test_when_many_leave_only_a_few_are_told_at_once() -> None:
     world = 3 * TOLD_OF_LEAVING
     driver, run = opened(world)
     *others, own = [driver.ask(await_stop(run, rank)) for rank in range(world)]
-    driver.ask(Leave(run, world - 1))
+    driver.ask(FromRank(run, world - 1, Leave()))
     assert own in driver.replies, "what it waits for itself is answered"
     assert len(driver.replies.keys() & set(others)) == TOLD_OF_LEAVING
 
@@ -263,10 +266,10 @@ def test_a_late_question_does_not_bring_a_rank_back_into_the_run() -> None:
     left = []
     driver.machine._saves.everyone_left = lambda: left.append(True)  # type: ignore[method-assign]
     driver.ask(await_stop(run, 0))
-    driver.ask(Leave(run, 0))
+    driver.ask(FromRank(run, 0, Leave()))
     driver.ask(await_stop(run, 0))
     assert left == []
-    driver.ask(Leave(run, 1))
+    driver.ask(FromRank(run, 1, Leave()))
     assert left == [True]
 
 
@@ -328,7 +331,7 @@ def test_a_rank_that_left_before_the_coordinator_died_is_not_missed() -> None:
         driver.ask(await_stop(run, rank, patience=0))
     old = cast(StopState, driver.answer(await_stop(run, 2, patience=0))).members
     waiting = driver.ask(await_stop(run, 0))
-    driver.ask(Leave(run, 1))
+    driver.ask(FromRank(run, 1, Leave()))
     new = cast(StopState, driver.replies[waiting]).members
     other = driver.restarted("b")
     other.open(3, run=run, ranks=[0, 2])
@@ -361,7 +364,7 @@ class Peer:
     left: bool = False
     opening: bool = False
 
-    def question(self, run: int) -> OpenRun | AwaitStop:
+    def question(self, run: int) -> OpenRun | FromRank:
         if self.opening:
             return OpenRun("job", self.rank, WORLD, f"host{self.rank}", "ckpt", Retention(), TIMEOUT, run)
         silence = None if self.left else LONG_SILENCE
@@ -370,7 +373,7 @@ class Peer:
     def hear(self, reply: Reply, now: float) -> None:
         self.asked_at = -math.inf
         if isinstance(reply, StopState):
-            self.members = merged(self.members, reply.members)
+            self.members = merged_members(self.members, reply.members)
             if self.known is None and reply.stop is not None:
                 self.known, self.told_at = reply.stop, now
         else:
@@ -388,7 +391,7 @@ class Network:
         self.peers = [Peer(rank, {rank: f"host{rank}"}) for rank in range(WORLD)]
         self.now = 0.0
         self._began = self.driver.mono
-        self._going: list[tuple[float, Peer, OpenRun | AwaitStop]] = []
+        self._going: list[tuple[float, Peer, OpenRun | FromRank]] = []
         self._coming: list[tuple[float, Peer, Reply]] = []
         self._asking: dict[int, Peer] = {}
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distckpt.coordinator.machine.records import committed, newest_first, retired
+from distckpt.coordinator.machine.records import committed
 from distckpt.coordinator.machine.retention import recover, sweep
 from distckpt.coordinator.messages import Retention
 from distckpt.format.json.log import CheckpointRecord, State
@@ -53,7 +53,12 @@ class Manager:
         state = committed(self.state, record(number, now), 0)
         self.made = None
         swept = sweep(state.active, self.retention, state.last_preserved_timestamp, NOBODY)
-        self.logged = retired(state, swept.active, swept.preserved, (), swept.last_preserved)
+        self.logged = msgspec.structs.replace(
+            state,
+            active=swept.active,
+            preserved=state.preserved + swept.preserved,
+            last_preserved_timestamp=swept.last_preserved,
+        )
         self.deleted += numbers(swept.retire)
 
     @property
@@ -101,7 +106,7 @@ def test_trace_b_clock_reset():
 
     manager.restart(now=5000.0, max_to_keep=1)
     assert manager.state.active == ()
-    assert numbers(newest_first(manager.logged))[0] == 3
+    assert numbers(manager.logged.newest_first())[0] == 3
 
     manager.save(4, 5010.0)
     manager.save(5, 5020.0)
@@ -196,10 +201,10 @@ def test_recover_touches_neither_run_nor_retiring():
 def test_the_newest_is_the_last_one_committed_whatever_the_clock_said():
     """It may be older, by its time, than one that is still managed."""
     state = State(active=(record(1, 500.0), record(2, 50.0)), last_preserved_timestamp=100.0)
-    assert numbers(newest_first(state)) == [2, 1]
+    assert numbers(state.newest_first()) == [2, 1]
     after = recover(state, 300.0)
     assert (numbers(after.active), numbers(after.preserved)) == ([1], [2])
-    assert numbers(newest_first(committed(after, record(3, 301.0), 1))) == [3, 2, 1]
+    assert numbers(committed(after, record(3, 301.0), 1).newest_first()) == [3, 2, 1]
 
 
 # ---- a model of the original -----------------------------------------------------------------------------------------------
@@ -241,7 +246,7 @@ def test_decisions_are_those_of_the_original(first, steps):
         assert [(f"ckpt-{one.number}", one.time) for one in manager.state.active] == list(reference.managed.items())
         assert {f"ckpt-{number}" for number in manager.on_disk} == set(directory.files.values())
         assert manager.state.last_preserved_timestamp == reference.last_preserved
-        assert numbers(newest_first(manager.logged))[:1] == ([number] if reference.latest else [])
+        assert numbers(manager.logged.newest_first())[:1] == ([number] if reference.latest else [])
 
 
 @settings(max_examples=300, deadline=None)

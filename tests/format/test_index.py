@@ -99,14 +99,14 @@ def test_it_opens_in_plain_pyarrow() -> None:
 
 def test_a_checkpoint_of_nothing_has_an_index() -> None:
     schema = plan_table(CHUNKS).schema
-    index = decode_index(encode_index(schema.empty_table(), {0: Receipt(1, 0, "a", ())}), "index.arrow", {})
+    index = decode_index(encode_index(schema.empty_table(), {0: Receipt("a", ())}), "index.arrow", {})
     assert (len(index), index.keys()) == (0, ())
 
 
 def test_an_index_of_no_rows_may_have_lists_without_any_offset() -> None:
     """Arrow allows that, and checks it."""
     schema = plan_table([value("lr", b"1")]).schema
-    data = encode_index(schema.empty_table(), {0: Receipt(1, 0, "a", ())})
+    data = encode_index(schema.empty_table(), {0: Receipt("a", ())})
     length = struct.pack("<q", 4)  # of a buffer of one offset, in the file's metadata
     places = [at for at in range(0, len(data) - 8, 8) if data[at : at + 8] == length]
     assert len(places) >= 4
@@ -179,7 +179,7 @@ def _large(ranks: int, keys: int) -> tuple[pa.Table, dict[int, Receipt]]:
         block_sizes=np.full(keys, 8192, "<i8").tobytes(),
         blocks=blocks.tobytes(),
     )
-    return table, {number: Receipt(1, number, "a", (part,)) for number in range(ranks)}
+    return table, {number: Receipt("a", (part,)) for number in range(ranks)}
 
 
 # ---- receipts that do not fit ---------------------------------------------------------------------------------------

@@ -16,12 +16,11 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from distckpt.errors import DamagedError, UnsupportedFormatError
-from distckpt.format.arrow.shard import SCHEMA, Chunk, block_size, build_image, read_rows
+from distckpt.format.arrow.shard import MAP_NORESERVE, SCHEMA, Chunk, block_size, build_image, read_rows
 
 KIB = 1 << 10
 MIB = 1 << 20
 GIB = 1 << 30
-MAP_NORESERVE = 0x4000
 
 
 def byte_chunk(name, nbytes):

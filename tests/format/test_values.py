@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 
 from distckpt.errors import DamagedError, EncodeError
 from distckpt.format.tree.values import UnresolvedEnum, capacity_for, decode_value, encode_value, pad_value
+from tests.support.comparing import same
 
 
 class Color(enum.Enum):
@@ -59,30 +60,6 @@ class MyInt(int):
 
 class MyDict(dict):
     pass
-
-
-def exact(value) -> object:
-    """Something to compare: value, type, order, and every bit of a float."""
-    kind = type(value)
-    if kind in (list, tuple):
-        return kind, [exact(item) for item in value]
-    if kind is dict:
-        return kind, [exact(pair) for pair in value.items()]
-    if kind in (set, frozenset):
-        return kind, sorted((exact(item) for item in value), key=repr)
-    if kind is float:
-        return kind, struct.pack(">d", value)
-    if kind is complex:
-        return kind, exact(value.real), exact(value.imag)
-    if isinstance(value, np.str_ | np.bytes_):
-        return kind, value.item()  # NumPy gives an empty one bytes that are not its own
-    if isinstance(value, np.generic):
-        return kind, value.dtype.str, value.tobytes()
-    return kind, value
-
-
-def same(left, right) -> bool:
-    return exact(left) == exact(right)
 
 
 text = st.text(st.characters(exclude_categories=["Cs"]))

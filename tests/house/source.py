@@ -61,3 +61,13 @@ def file_of(name: str) -> Path:
     """Where a module is."""
     path = ROOT / Path(*name.split("."))
     return path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+
+
+@cache
+def modules_of_tests() -> dict[str, ast.Module]:
+    """Every module below ``tests``, parsed."""
+    folder = ROOT / "tests"
+    return {
+        ".".join(path.relative_to(ROOT).with_suffix("").parts): ast.parse(path.read_text(), str(path))
+        for path in sorted(folder.rglob("*.py"))
+    }

@@ -25,6 +25,7 @@ from distckpt.storage import LocalStore, ObjectInfo
 from tests.support.gang import Gang
 from tests.support.models import make_model, train
 from tests.support.small_runs import numbers, until
+from tests.support.swapped import write_to
 
 
 class Color(enum.Enum):
@@ -457,9 +458,9 @@ def test_a_step_whose_save_failed_may_be_saved_again(tmp_path: Path) -> None:
         with pytest.raises(EncodeError):
             manager.save()
         state.clear()
-        manager._saver._store = Unwritable(tmp_path)
+        write_to(manager, Unwritable(tmp_path))
         assert isinstance(manager.save().exception(30), StorageError)
-        manager._saver._store = manager._store
+        write_to(manager, None)
         assert manager.save().result(30).endswith("ckpt-3"), "failures burn their numbers"
         assert manager.save() is None
 

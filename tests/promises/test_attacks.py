@@ -20,7 +20,7 @@ from distckpt.format.arrow.index import decode_index, encode_index
 from distckpt.format.json.log import Entry, check_entry
 from distckpt.format.json.manifest import MAX_MANIFEST_BYTES, Manifest, check_manifest
 from distckpt.format.json.sealed import unseal
-from tests.format.test_sealed import ENTRY, MANIFEST, plain, resealed
+from tests.support.sealed import ENTRY, MANIFEST, plain, resealed
 from tests.support.stored import Chunk, plan_table, shard_sizes, value, whole, write
 
 # ---- manifest and log entry -----------------------------------------------------------------------------------------

@@ -25,6 +25,7 @@ from distckpt.storage import LocalStore
 from distckpt.testing.faulty import Call, Fault, FaultyStore, Operation, faults_of, rewritten
 from tests.support import crashing
 from tests.support.crashing import Ended, save_and_die
+from tests.support.damage import copied
 from tests.support.small_runs import (
     Trainer,
     assert_loads,
@@ -157,11 +158,6 @@ def check_what_is_left(directory: Path, told: Told, earlier: Sequence[Call] = ()
         assert_loads(directory / f"ckpt-{number}", number)
     assert rewritten([*earlier, *store.calls]) == ()
     assert_sound_log(directory)
-
-
-def copied(template: Path, tmp_path: Path, name: str) -> Path:
-    """A directory like the template's."""
-    return Path(shutil.copytree(template, tmp_path / name))
 
 
 @pytest.fixture(scope="module")

@@ -29,6 +29,7 @@ from distckpt.format.json.manifest import Manifest, ShardRecord
 from distckpt.format.json.sealed import seal, unseal
 from distckpt.storage import LocalStore
 from tests.support.checkpoints import write_checkpoint
+from tests.support.damage import copied, flip
 from tests.support.small_runs import Trainer, assert_loads, attempt_folder, holds, numbers, run, target, tree
 
 KEYS = ("state.weights", "state.half", "state.nested.count", "state.nested.names", "state.nested.step")
@@ -55,18 +56,6 @@ def of_two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def directory(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     """A directory with ckpt-1 and ckpt-2, to be damaged."""
     return copied(request.getfixturevalue(request.param), tmp_path)
-
-
-def copied(directory: Path, tmp_path: Path) -> Path:
-    """The same, somewhere else."""
-    return Path(shutil.copytree(directory, tmp_path / "run"))
-
-
-def flip(file: Path, position: int, bit: int = 0) -> None:
-    """Turn one bit over."""
-    content = bytearray(file.read_bytes())
-    content[position] ^= 1 << bit
-    file.write_bytes(content)
 
 
 def cut(file: Path, keep: float = 0.5) -> None:

@@ -34,8 +34,6 @@ from distckpt.errors import (
     StorageFullError,
 )
 from distckpt.format import names
-from distckpt.format.json.lease import Lease
-from distckpt.format.json.sealed import seal
 from distckpt.storage import LocalStore, ObjectInfo
 from distckpt.testing.faulty import Call, Fault, FaultyStore
 from tests.support import crashing
@@ -46,12 +44,12 @@ from tests.support.small_runs import (
     assert_sound_log,
     attempt_folder,
     holds,
+    lease_on,
     leftovers,
     mount,
     mounting,
     numbers,
     on_disk,
-    records,
     run,
     settled,
     target,
@@ -682,14 +680,6 @@ def test_a_lease_that_cannot_be_read_keeps_everything_and_is_told(
     (tmp_path / lease).unlink()
     run(tmp_path, 4, max_to_keep=1)
     assert on_disk(tmp_path) == [4]
-
-
-def lease_on(directory: Path, number: int, seconds: float) -> str:
-    """Claim an active checkpoint, as a reader does; the lease's path inside the directory."""
-    attempt = next(record.attempt for record in records(directory) if record.number == number)
-    path = f"{names.LEASES}/reader-1.json"
-    LocalStore(directory).replace(path, seal(Lease(1, attempt, "reader-1", time.time() + seconds)))
-    return path
 
 
 def test_a_pinned_checkpoint_stays(tmp_path: Path) -> None:

@@ -11,27 +11,11 @@ import psutil
 import pytest
 
 import distckpt
+from tests.support.actors import coordinator_pid
 from tests.support.gang import Gang
 from tests.support.small_runs import until
 
 pytestmark = pytest.mark.timeout(150)
-
-
-def coordinator_pid(directory: str) -> int:
-    import ray
-
-    from distckpt.coordinator.ray.actor import NAMESPACE, actor_name
-
-    actor = ray.get_actor(actor_name(directory), namespace=NAMESPACE)
-    return int(ray.get(actor.describe.remote())[1])
-
-
-@pytest.fixture
-def connected(ray_address: str) -> None:
-    import ray
-
-    if not ray.is_initialized():
-        ray.init(address=ray_address, namespace="distckpt", log_to_driver=False)
 
 
 @pytest.mark.usefixtures("connected")

@@ -23,10 +23,9 @@ from distckpt.format.json.manifest import Manifest
 from distckpt.format.json.sealed import unseal
 from distckpt.storage import LocalStore
 from distckpt.testing.faulty import Call, Fault, FaultyStore, RandomFaults, rewritten
-from tests.promises.test_damage import flip
-from tests.promises.test_directories import lease_on
 from tests.support import crashing
 from tests.support.crashing import save_and_die
+from tests.support.damage import flip
 from tests.support.small_runs import (
     Trainer,
     assert_loads,
@@ -34,6 +33,7 @@ from tests.support.small_runs import (
     attempt_folder,
     entries,
     holds,
+    lease_on,
     mount,
     mounting,
     numbers,

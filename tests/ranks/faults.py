@@ -16,6 +16,7 @@ from distckpt.storage import LocalStore
 from distckpt.transfer.staging import Staging
 from tests.ranks.saves import _HELD, held_save
 from tests.support.small_runs import until
+from tests.support.swapped import write_to
 
 
 def save_and_die(number: int, rank: int, moment: str) -> dict[str, Any]:
@@ -81,6 +82,6 @@ def save_elsewhere(directory: str) -> dict[str, Any]:
         save_timeout=15,
     ) as manager:
         if dist.get_rank() == 1:
-            manager._saver._store = LocalStore(f"{directory}-of-another-host")
+            write_to(manager, LocalStore(f"{directory}-of-another-host"))
         error = manager.save(1).exception(30)
     return {"error": f"{type(error).__name__}: {error}"}

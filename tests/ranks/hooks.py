@@ -15,12 +15,13 @@ import torch.distributed as dist
 
 import distckpt
 from distckpt.errors import DistckptError, SaveError
-from distckpt.rank.saver import PendingSave
+from distckpt.rank.pending import PendingSave, progress_of
 from distckpt.storage import LocalStore
 from distckpt.testing.faulty import Fault, FaultOn, FaultyStore
 from distckpt.training import hooks
 from distckpt.training.agreement import Agreement
 from tests.support.gang import ROOT
+from tests.support.swapped import write_to
 
 
 class Training:
@@ -258,9 +259,8 @@ def save_fails(directory: str, rank: int) -> dict[str, Any]:
     loop = distckpt.HookedLoop([hook], lambda: training.at, checkpoint=training.checkpoint)
     loop.begin()
     if dist.get_rank() == rank:
-        hook.get_saver(loop)._saver._store = FaultyStore(
-            LocalStore(directory), FaultOn("put_unique", Fault.FULL, "model.ckpt-5/")
-        )
+        full = FaultOn("put_unique", Fault.FULL, "model.ckpt-5/")
+        write_to(hook.get_saver(loop), FaultyStore(LocalStore(directory), full))
 
     def run() -> None:
         while True:
@@ -278,9 +278,9 @@ def one_is_told(rank: int) -> str:
     training = Training()
     pending = PendingSave("ckpt-7", 7)
     if dist.get_rank() == rank:
-        pending._future.set_exception(SaveError(7, "lost sight of the coordinator"))
+        progress_of(pending).ended.set_exception(SaveError(7, "lost sight of the coordinator"))
     else:
-        pending._future.set_result(None)  # type: ignore[arg-type]
+        progress_of(pending).ended.set_result(None)  # type: ignore[arg-type]
     hook = NothingFirst("nowhere", save_steps=100)
     loop = distckpt.HookedLoop([hook], lambda: training.at)
     loop.begin()

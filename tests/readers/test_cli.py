@@ -26,6 +26,7 @@ from tests.support.checkpoints import (
     put_manifest,
     write_checkpoint,
 )
+from tests.support.damage import flip
 
 
 def run(*args: str | Path) -> Result:
@@ -62,12 +63,6 @@ def newest(directory: Path) -> CheckpointRecord:
 
 def a_shard(directory: Path) -> Path:
     return next((directory / "ckpt-5").glob("*/00000-0.arrow"))
-
-
-def flip(file: Path, position: int) -> None:
-    content = bytearray(file.read_bytes())
-    content[position] ^= 1
-    file.write_bytes(content)
 
 
 def assert_one_sentence(result: Result, code: int, *words: str) -> None:

@@ -28,20 +28,8 @@ from tests.support.checkpoints import (
     put_manifest,
     write_checkpoint,
 )
-
-
-def same(left: Any, right: Any) -> bool:
-    """Equal in structure, types, and every bit of every tensor."""
-    if type(left) is not type(right):
-        return False
-    if isinstance(left, torch.Tensor):
-        bits = (t.contiguous().reshape(-1).view(torch.uint8) if t.numel() else torch.empty(0) for t in (left, right))
-        return left.dtype == right.dtype and left.shape == right.shape and torch.equal(*bits)
-    if isinstance(left, dict):
-        return list(left) == list(right) and all(same(left[key], right[key]) for key in left)
-    if isinstance(left, list | tuple):
-        return len(left) == len(right) and all(map(same, left, right))
-    return bool(left == right)
+from tests.support.comparing import same
+from tests.support.damage import copied, flip
 
 
 def a_tree() -> dict[str, Any]:
@@ -69,16 +57,9 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture
-def copied(saved: str, tmp_path: Path) -> Path:
+def ours(saved: str, tmp_path: Path) -> Path:
     """The folder of an attempt of the same, to be changed."""
-    shutil.copytree(Path(saved).parent, tmp_path / "run")
-    return next((tmp_path / "run/ckpt-12").iterdir())
-
-
-def flip(file: Path, position: int) -> None:
-    content = bytearray(file.read_bytes())
-    content[position] ^= 0x10
-    file.write_bytes(content)
+    return next((copied(Path(saved).parent, tmp_path) / "ckpt-12").iterdir())
 
 
 def place_of(reader: CheckpointReader, key: str, at: int = 0) -> tuple[str, int]:
@@ -193,12 +174,12 @@ def test_an_unknown_place_is_told_with_similar_ones(saved: str) -> None:
         distckpt.load(saved, "modle")
 
 
-def test_only_what_is_selected_is_read(copied: Path) -> None:
-    path = copied.parent
+def test_only_what_is_selected_is_read(ours: Path) -> None:
+    path = ours.parent
     with distckpt.open(path) as reader:
         for at in range(3):
             name, position = place_of(reader, "model.layers.1.weight", at)
-            flip(copied / name, position)
+            flip(ours / name, position)
     assert same(distckpt.load(path, "optimizer"), a_tree()["optimizer"])
     with pytest.raises(DamagedError, match=r"layers\.1\.weight"):
         distckpt.load(path, "model")
@@ -364,38 +345,38 @@ def test_a_good_checkpoint_is_good(saved: str) -> None:
     assert calls[-1] == (expected, expected)
 
 
-def test_load_refuses_a_flipped_bit_and_names_shard_and_key(copied: Path) -> None:
-    with distckpt.open(copied.parent) as reader:
+def test_load_refuses_a_flipped_bit_and_names_shard_and_key(ours: Path) -> None:
+    with distckpt.open(ours.parent) as reader:
         name, position = place_of(reader, "optimizer.state.layers.0.weight.exp_avg", 1)
-    flip(copied / name, position + 5)
+    flip(ours / name, position + 5)
     with pytest.raises(DamagedError) as caught:
-        distckpt.load(copied.parent)
+        distckpt.load(ours.parent)
     assert caught.value.key == "optimizer.state.layers.0.weight.exp_avg"
-    assert caught.value.path == str(copied / name)
+    assert caught.value.path == str(ours / name)
 
 
-def test_verify_finds_a_flip_anywhere(copied: Path) -> None:
-    for file in sorted(copied.iterdir()):
+def test_verify_finds_a_flip_anywhere(ours: Path) -> None:
+    for file in sorted(ours.iterdir()):
         content = file.read_bytes()
         for position in range(3, len(content), max(1, len(content) // 60)):
             flip(file, position)
             try:
-                assert not verified(copied).good, f"{file.name} at {position}"
+                assert not verified(ours).good, f"{file.name} at {position}"
             except DamagedError as error:
                 assert file.name in ("manifest.json", "index.arrow"), error  # noqa: PT017
             file.write_bytes(content)
-    assert verified(copied).good
+    assert verified(ours).good
 
 
-def test_verify_lists_every_damage(copied: Path) -> None:
-    with distckpt.open(copied.parent) as reader:
+def test_verify_lists_every_damage(ours: Path) -> None:
+    with distckpt.open(ours.parent) as reader:
         hurt = [("model.layers.1.weight", 2), ("model.layers.0.bias", 0), ("step", 0)]
         for key, at in hurt:
             name, position = place_of(reader, key, at)
-            flip(copied / name, position)
-    shards = sorted(copied.glob("*-0.arrow"))
+            flip(ours / name, position)
+    shards = sorted(ours.glob("*-0.arrow"))
     flip(shards[1], shards[1].stat().st_size - 30)  # the footer
-    damages = verified(copied).damages
+    damages = verified(ours).damages
     found = {damage.key for damage in damages if damage.key is not None}
     assert found == {key for key, _ in hurt}
     assert {damage.path for damage in damages} == set(map(str, shards))
@@ -417,8 +398,8 @@ def test_verify_tells_each_damaged_block_of_a_tensor(tmp_path: Path) -> None:
     ]
 
 
-def test_verify_tells_what_a_cut_shard_has_lost(copied: Path) -> None:
-    with distckpt.open(copied.parent) as reader:
+def test_verify_tells_what_a_cut_shard_has_lost(ours: Path) -> None:
+    with distckpt.open(ours.parent) as reader:
         name, position = place_of(reader, "model.layers.1.weight", 1)
         lost = {
             reader._index.names[key]
@@ -427,41 +408,41 @@ def test_verify_tells_what_a_cut_shard_has_lost(copied: Path) -> None:
             )
             if rank == 1 and end > position + 4
         }
-    with (copied / name).open("r+b") as file:
+    with (ours / name).open("r+b") as file:
         file.truncate(position + 4)
-    damages = verified(copied).damages
+    damages = verified(ours).damages
     assert "should have" in damages[0].reason
     assert {damage.key for damage in damages[1:]} == lost
     assert "model.layers.1.weight" in lost
 
 
-def test_verify_tells_a_shard_that_is_missing_or_too_long(copied: Path) -> None:
-    first, second, _ = sorted(copied.glob("*-0.arrow"))
+def test_verify_tells_a_shard_that_is_missing_or_too_long(ours: Path) -> None:
+    first, second, _ = sorted(ours.glob("*-0.arrow"))
     first.unlink()
     with second.open("ab") as file:
         file.write(b"\0")
-    missing, long = verified(copied).damages
+    missing, long = verified(ours).damages
     assert missing.path == str(first)
     assert "no such" in missing.reason
     assert long.path == str(second)
 
 
-def test_verify_tells_an_index_that_changed_while_open(copied: Path) -> None:
-    with distckpt.open(copied.parent) as reader:
-        flip(copied / "index.arrow", 600)
-        (copied / "manifest.json").unlink()
+def test_verify_tells_an_index_that_changed_while_open(ours: Path) -> None:
+    with distckpt.open(ours.parent) as reader:
+        flip(ours / "index.arrow", 600)
+        (ours / "manifest.json").unlink()
         paths = [damage.path for damage in reader.verify().damages]
-    assert paths == [str(copied / "manifest.json"), str(copied / "index.arrow")]
+    assert paths == [str(ours / "manifest.json"), str(ours / "index.arrow")]
 
 
-def test_a_damaged_manifest_or_index_does_not_open(copied: Path) -> None:
+def test_a_damaged_manifest_or_index_does_not_open(ours: Path) -> None:
     for name in ("manifest.json", "index.arrow"):
-        content = (copied / name).read_bytes()
-        flip(copied / name, len(content) // 2)
+        content = (ours / name).read_bytes()
+        flip(ours / name, len(content) // 2)
         with pytest.raises(DamagedError, match=name):
-            distckpt.open(copied.parent)
-        (copied / name).write_bytes(content)
-    assert verified(copied).good
+            distckpt.open(ours.parent)
+        (ours / name).write_bytes(content)
+    assert verified(ours).good
 
 
 # ---- whole but wrong: every checksum is right, and still it does not fit together -----------------------------------

@@ -120,7 +120,7 @@ def write_checkpoint(
         staging = _staged([row for row in rows if row.rank == rank])
         paths = [f"{folder}/{names.shard_name(rank, shard.number)}" for shard in staging.shards]
         shards = [write_shard(store, path, shard) for path, shard in zip(paths, staging.shards, strict=True)]
-        receipts[rank] = Receipt(run=1, rank=rank, attempt=attempt, shards=tuple(shards))
+        receipts[rank] = Receipt(attempt, tuple(shards))
         staging.close()
     index = encode_index(_plan_table(rows), receipts)
     store.put_if_absent(f"{folder}/{names.INDEX}", index)

@@ -17,6 +17,7 @@ from distckpt.coordinator.machine.actions import (
     Delete,
     Deleted,
     Event,
+    Exit,
     LeasesRead,
     MakePlan,
     PlanMade,
@@ -25,7 +26,6 @@ from distckpt.coordinator.machine.actions import (
     ReadTail,
     Seal,
     Sealed,
-    Stop,
     TailRead,
     Tick,
 )
@@ -34,6 +34,7 @@ from distckpt.coordinator.messages import (
     AwaitPlan,
     Committed,
     Describe,
+    FromRank,
     Join,
     Joined,
     OpenRun,
@@ -144,7 +145,7 @@ class Driver:
                 self.feed(LeasesRead(self.leased))
             case Delete(records):
                 self.feed(Deleted(tuple(record.attempt for record in records)))
-            case CollectGarbage() | Publish() | Stop():
+            case CollectGarbage() | Publish() | Exit():
                 pass
 
     def lead(self) -> Driver:
@@ -181,7 +182,7 @@ class Driver:
 
     def join(self, run: int, rank: int, order: int, number: int | None, **more: object) -> Reply | None:
         fields = {"digest": "d", **more}
-        return self.answer(Join(run, rank, str(order), number, **fields))  # type: ignore[arg-type]
+        return self.answer(FromRank(run, rank, Join(order, number, **fields)))  # type: ignore[arg-type]
 
     def plan(
         self, run: int, world: int, order: int, number: int | None, chunks: int = 8
@@ -192,8 +193,8 @@ class Driver:
             joined = cast(Joined, self.join(run, rank, order, number, digest=str(chunks)))
             attempts[rank] = joined.attempt
             if joined.describe:
-                self.answer(Describe(run, rank, joined.attempt, str(chunks), describe(chunks)))
-        tickets = {rank: self.ask(AwaitPlan(run, rank, attempts[rank])) for rank in range(world)}
+                self.answer(FromRank(run, rank, Describe(joined.attempt, str(chunks), describe(chunks))))
+        tickets = {rank: self.ask(FromRank(run, rank, AwaitPlan(attempts[rank]))) for rank in range(world)}
         self.settle()
         return {rank: (attempts[rank], cast(Planned, self.replies[ticket])) for rank, ticket in tickets.items()}
 
@@ -210,8 +211,8 @@ class Driver:
         return cast(Committed, self.replies[tickets[0]]).record
 
 
-def receipt(run: int, rank: int, attempt: str, rows: int) -> Receipt:
-    return Receipt(run, rank, attempt, (ShardReceipt(0, 100, 0, rows, b"", b"", b"", b""),))
+def receipt(run: int, rank: int, attempt: str, rows: int) -> FromRank:
+    return FromRank(run, rank, Receipt(attempt, (ShardReceipt(0, 100, 0, rows, b"", b"", b"", b""),)))
 
 
 def simulated_plan(driver: Driver, world: int, chunks: int, staged: dict[int, bytes] | None = None) -> SimulatedPlan:

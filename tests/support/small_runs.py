@@ -17,10 +17,11 @@ import distckpt
 from distckpt.coordinator.messages import Pin, Reply
 from distckpt.directory.log import read_entry, read_tail, sequence_numbers
 from distckpt.format import names
+from distckpt.format.json.lease import Lease
 from distckpt.format.json.log import CheckpointRecord, Entry
-from distckpt.storage import LocalStore, Store, location
-
-PathLike = str | os.PathLike[str]
+from distckpt.format.json.sealed import seal
+from distckpt.storage import LocalStore, PathLike, Store, location
+from tests.support.comparing import same
 
 SCHEME = "tested"
 
@@ -60,7 +61,7 @@ class Trainer:
 
     def ask(self, request: Any) -> Reply:
         """Ask the coordinator directly."""
-        return self.manager._session._line.ask(request, 30)
+        return self.manager._client._line.ask(request, 30)
 
     def pin(self, number: int) -> None:
         """Pin a checkpoint."""
@@ -95,20 +96,6 @@ def run(directory: PathLike, *numbers: int, **options: Any) -> None:
             trainer.saved(number)
 
 
-def same(one: Any, other: Any) -> bool:
-    """Whether two trees hold the same types and the same bits."""
-    if isinstance(one, torch.Tensor):
-        return (
-            isinstance(other, torch.Tensor)
-            and one.dtype == other.dtype
-            and one.shape == other.shape
-            and one.reshape(-1).view(torch.uint8).tolist() == other.reshape(-1).view(torch.uint8).tolist()
-        )
-    if isinstance(one, dict):
-        return isinstance(other, dict) and list(one) == list(other) and all(same(one[key], other[key]) for key in one)
-    return type(one) is type(other) and bool(one == other)
-
-
 def holds(state: Any, number: int) -> bool:
     """Whether ``state`` is, bit for bit, what checkpoint ``number`` holds."""
     return same(tree(number), state)
@@ -141,6 +128,14 @@ def attempt_folder(directory: PathLike, number: int) -> Path:
 def files(directory: PathLike) -> dict[str, bytes]:
     """Every file below a folder, hidden ones too."""
     return _files_that_stay(directory)
+
+
+def lease_on(directory: Path, number: int, seconds: float) -> str:
+    """Claim an active checkpoint, as a reader does; the lease's path inside the directory."""
+    attempt = next(record.attempt for record in records(directory) if record.number == number)
+    path = f"{names.LEASES}/reader-1.json"
+    LocalStore(directory).replace(path, seal(Lease(1, attempt, "reader-1", time.time() + seconds)))
+    return path
 
 
 def leftovers(directory: PathLike) -> set[str]:

@@ -131,7 +131,7 @@ def write(chunks: Sequence[Chunk], store: Store | None = None, folder: str = "a"
         if store is not None:
             store.put_if_absent(f"{folder}/{shard_name(rank, number)}", content)
         shards.setdefault(rank, []).append(shard_receipt(number, content, positions, some))
-    return {rank: Receipt(1, rank, "attempt", tuple(parts)) for rank, parts in shards.items()}
+    return {rank: Receipt("attempt", tuple(parts)) for rank, parts in shards.items()}
 
 
 def shard_sizes(receipts: Mapping[int, Receipt]) -> dict[tuple[int, int], int]:

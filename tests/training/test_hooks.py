@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 import distckpt
 from distckpt.errors import CoordinatorError
@@ -17,24 +16,7 @@ from distckpt.storage import LocalStore
 from distckpt.testing.faulty import Fault, FaultOn, FaultyStore
 from distckpt.training import hooks
 from tests.support import small_runs
-
-
-class Training:
-    """Something to train and to save: ``step`` counts, and the weight grows with it."""
-
-    def __init__(self) -> None:
-        self.progress = {"step": 0}
-        self.weight = torch.zeros(3)
-        self.checkpoint = distckpt.Checkpoint(progress=self.progress, weight=self.weight)
-
-    @property
-    def at(self) -> int:
-        return self.progress["step"]
-
-    def step(self) -> int:
-        self.progress["step"] += 1
-        self.weight += 1
-        return self.at
+from tests.support.training import Training
 
 
 @pytest.fixture

@@ -21,9 +21,10 @@ from distckpt.errors import AgreementError, CheckpointNotFoundError, OutOfRangeE
 from distckpt.training import hooks
 from distckpt.training.agreement import Agreement
 from tests.support import small_runs
+from tests.support.comparing import same
 from tests.support.gang import ROOT, Gang
+from tests.support.training import Training
 from tests.support.warm import start_script
-from tests.training.test_hooks import Training
 
 
 @pytest.fixture
@@ -639,7 +640,7 @@ def test_the_example_saves_and_stops_when_it_is_told_to_and_goes_on_from_there(
     example.train(str(whole), last + 5, save_steps=10**9, loss=0.0)
     ends = [distckpt.load(f"{folder}/model.ckpt-{last + 5}") for folder in (stopped, whole)]
     assert ends[0]["progress"]["step"] == last + 5
-    assert small_runs.same(ends[0]["model"], ends[1]["model"])
+    assert same(ends[0]["model"], ends[1]["model"])
     capsys.readouterr()
     example.train(str(whole), last + 1000, save_steps=1, loss=1e9)
     assert capsys.readouterr().out.endswith(f"ended at step {last + 6}\n"), "the listener's wish"

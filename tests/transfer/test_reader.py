@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import random
 import threading
 import time
@@ -22,7 +21,8 @@ from distckpt.format.arrow.index import Index
 from distckpt.sharding.match import Wanted, match
 from distckpt.storage import LocalStore, MemoryStore, Source, Store
 from distckpt.transfer.reader import LOCAL, REMOTE, Pace, ReadStats, default_threads, pace_of, read_transfers
-from tests.sharding.test_match import ITEM, chunks_of, part_of, slices, split
+from tests.support.boxes import ITEM, chunks_of, part_of, slices, split
+from tests.support.damage import flip
 from tests.support.stored import Chunk, stored, value, whole
 
 TINY = Pace(piece=8, small=5, gap=3, batch=16, threads=1)
@@ -289,20 +289,14 @@ def test_every_flipped_byte_is_found_and_its_key_named(tmp_path: Path, pace: Pac
     store = LocalStore(tmp_path)
     index = stored(MIXED, store)
     file = tmp_path / "a" / "00000-0.arrow"
-    with file.open("r+b", buffering=0) as shard:
-        for row, chunk in enumerate(MIXED):
-            for place in range(int(index.position[row]), int(index.position[row]) + len(chunk.data)):
-                flip(shard.fileno(), place)
-                with pytest.raises(DamagedError, match="CRC32C is") as caught:
-                    read(store, index, WHOLE, threads, pace)
-                assert (caught.value.path, caught.value.key) == (str(file), chunk.key)
-                flip(shard.fileno(), place)
+    for row, chunk in enumerate(MIXED):
+        for place in range(int(index.position[row]), int(index.position[row]) + len(chunk.data)):
+            flip(file, place)
+            with pytest.raises(DamagedError, match="CRC32C is") as caught:
+                read(store, index, WHOLE, threads, pace)
+            assert (caught.value.path, caught.value.key) == (str(file), chunk.key)
+            flip(file, place)
     assert read(store, index, WHOLE)[0] == [chunk.data for chunk in MIXED]
-
-
-def flip(fd: int, place: int) -> None:
-    (byte,) = os.pread(fd, 1, place)
-    os.pwrite(fd, bytes([byte ^ 0x10]), place)
 
 
 def damaged_key(store: Store, index: Index) -> str | None:
@@ -317,15 +311,15 @@ def test_a_part_is_hurt_by_its_own_blocks_only(tmp_path: Path) -> None:
     store = LocalStore(tmp_path)
     index = stored(MIXED, store)
     touched = {"direct": range(64, 192), "small": range(4), "lr": range(5), "matrix": range(192)}
-    with (tmp_path / "a" / "00000-0.arrow").open("r+b", buffering=0) as shard:
-        for row, chunk in enumerate(MIXED):
-            hurt = []
-            for place in range(len(chunk.data)):
-                flip(shard.fileno(), int(index.position[row]) + place)
-                if damaged_key(store, index) == chunk.key:
-                    hurt.append(place)
-                flip(shard.fileno(), int(index.position[row]) + place)
-            assert hurt == list(touched[chunk.key])
+    file = tmp_path / "a" / "00000-0.arrow"
+    for row, chunk in enumerate(MIXED):
+        hurt = []
+        for place in range(len(chunk.data)):
+            flip(file, int(index.position[row]) + place)
+            if damaged_key(store, index) == chunk.key:
+                hurt.append(place)
+            flip(file, int(index.position[row]) + place)
+        assert hurt == list(touched[chunk.key])
 
 
 @pytest.mark.parametrize("threads", [1, 2])

@@ -5,7 +5,7 @@ from __future__ import annotations
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from typing import Protocol
 
-from distckpt.coordinator.messages import Reply, Request
+from distckpt.coordinator.messages import Reply, Request, kind_of
 from distckpt.coordinator.shell.shell import Shell
 from distckpt.errors import CoordinatorUnavailableError
 
@@ -28,13 +28,13 @@ class LocalLine:
 
     def ask(self, request: Request, timeout: float) -> Reply:
         """See Line.ask."""
-        future = self._shell.ask(request)
+        future = self._shell.submit(request)
         try:
             return future.result(timeout)
         except FutureTimeoutError:
             future.cancel()
             raise CoordinatorUnavailableError(
-                f"no answer to {type(request).__name__} within {timeout:g} s: the store may be slow or unreachable"
+                f"no answer to {kind_of(request)} within {timeout:g} s: the store may be slow or unreachable"
             ) from None
 
     def close(self) -> None:

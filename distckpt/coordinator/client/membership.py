@@ -7,12 +7,12 @@ import threading
 import time
 import weakref
 
-from distckpt.coordinator.client.session import Session
-from distckpt.coordinator.machine.stops import Members, merged
-from distckpt.coordinator.messages import AwaitStop, StopState
+from distckpt.coordinator.client.client import Client
+from distckpt.coordinator.messages import AwaitStop, Members, StopState, merged_members
 from distckpt.errors import CoordinatorError, FencedError, StaleRunError
-from distckpt.threads.coordinator import Coordinator
+from distckpt.threads.coordinator import Listener
 from distckpt.threads.report import StopReport, report_of
+from distckpt.world import World
 
 logger = logging.getLogger(__name__)
 
@@ -29,10 +29,9 @@ TELL_SECONDS = 5.0
 class RankCluster:
     """All ranks of a run, as one of them sees them. See ``threads.Cluster``. Starts nothing until somebody joins."""
 
-    def __init__(self, session: Session, rank: int, host: str) -> None:
-        self._session = session
-        self._rank = rank
-        self._host = host
+    def __init__(self, client: Client, world: World) -> None:
+        self._client = client
+        self._world = world
         self._lock = threading.Lock()
         self._closed = threading.Event()
         self._generation = 0
@@ -41,21 +40,26 @@ class RankCluster:
     @property
     def rank(self) -> int:
         """Which rank this process is."""
-        return self._rank
+        return self._world.rank
+
+    @property
+    def size(self) -> int:
+        """How many ranks there are."""
+        return self._world.size
 
     @property
     def host(self) -> str:
         """The name of this rank's host."""
-        return self._host
+        return self._world.host
 
-    def join(self, coordinator: Coordinator, silence_timeout: float) -> RankMembership:
+    def join(self, listener: Listener, silence_timeout: float) -> RankMembership:
         """See ``threads.Cluster.join``. CoordinatorError if the manager of this cluster has been closed."""
         with self._lock:
             if self._closed.is_set():
                 raise CoordinatorError("the manager of this cluster has been closed; take the cluster of another one")
             self._generation += 1
             membership = RankMembership(
-                self._session, self._rank, self._host, self._generation, coordinator, silence_timeout, self._closed
+                self._client, self.rank, self.host, self._generation, listener, silence_timeout, self._closed
             )
             self._memberships.add(membership)
         membership.start()
@@ -80,19 +84,19 @@ class RankMembership:
 
     def __init__(
         self,
-        session: Session,
+        client: Client,
         rank: int,
         host: str,
         generation: int,
-        coordinator: Coordinator,
+        listener: Listener,
         silence_timeout: float,
         closed: threading.Event,
     ) -> None:
-        self._session = session
+        self._client = client
         self._rank = rank
         self._host = host
         self._generation = generation
-        self._coordinator = weakref.ref(coordinator)
+        self._listener = listener
         self._silence_timeout = silence_timeout
         self._closed = closed
         self._lock = threading.Lock()
@@ -122,9 +126,7 @@ class RankMembership:
 
     def fail(self, error: BaseException) -> None:
         """The Coordinator stops with ``error``, and all ranks with it."""
-        coordinator = self._coordinator()
-        if coordinator is not None and not coordinator.joined:
-            coordinator._stop_because(error)
+        self._listener.fail(error)
 
     def close(self, timeout: float) -> None:
         """Leave, but give what was reported ``timeout`` seconds to be heard."""
@@ -136,21 +138,19 @@ class RankMembership:
     def _listen(self) -> None:
         patience = min(self._silence_timeout / SIGNS, MOST_PATIENCE)
         while not self._left:
-            self._ask(patience)
+            self._await_stop(patience)
         if not self._closed.is_set():  # else the whole rank has left
-            self._ask(0.0)
+            self._await_stop(0.0)
 
     def _tell(self) -> None:
         while not self._settled.is_set():
-            self._ask(0.0)
+            self._await_stop(0.0)
 
-    def _ask(self, patience: float) -> None:
+    def _await_stop(self, patience: float) -> None:
         leaving = self._left
         try:
-            reply = self._session.ask(
-                lambda run: AwaitStop(
-                    run,
-                    self._rank,
+            reply = self._client.ask(
+                AwaitStop(
                     self._generation,
                     self._known or self._mine,
                     self._members,
@@ -176,23 +176,18 @@ class RankMembership:
 
     def _learn(self, state: StopState) -> None:
         with self._lock:
-            self._members = merged(self._members, state.members)
+            self._members = merged_members(self._members, state.members)
             if state.stop is None:
                 return
             # After a restart the coordinator may have heard another report first; this rank keeps to what it was told.
             if self._known is None and not self._left:
-                self._give(state.stop)
+                self._listener.hear(self, state.stop)
             self._known = state.stop
             self._settled.set()
 
     def _lost(self, error: CoordinatorError) -> None:
         """The coordinator turns this rank away: it will hear of no stop any more, so it stops by itself."""
         if not self._left:
-            self._give(error)
+            self._listener.hear(self, error)
         self.leave()
         self._settled.set()
-
-    def _give(self, cause: StopReport | CoordinatorError) -> None:
-        coordinator = self._coordinator()
-        if coordinator is not None:
-            coordinator._hear(self, cause)

@@ -7,8 +7,8 @@ import threading
 from collections import Counter
 from typing import Any
 
+from distckpt.coordinator.client.client import Client
 from distckpt.coordinator.client.line import LocalLine
-from distckpt.coordinator.client.session import Session
 from distckpt.coordinator.messages import OpenRun
 from distckpt.coordinator.shell.shell import Settings, Shell
 from distckpt.errors import FencedError
@@ -16,9 +16,9 @@ from distckpt.storage import Store
 from distckpt.world import World, new_token
 
 
-def open_session(
+def open_client(
     store: Store, storage_options: dict[str, Any] | None, world: World, opening: OpenRun, settings: Settings
-) -> Session:
+) -> Client:
     """Find or start the coordinator of the store's directory and report to it. A collective where ranks share.
 
     A world of one has its coordinator in the process; more ranks meet at a Ray actor, for which rank 0 joins the
@@ -34,7 +34,7 @@ def open_session(
         shell = Shell(store, dataclasses.replace(settings, idle_timeout=None))
         try:
             shell.start()
-            return _opened(Session(LocalLine(shell), opening))
+            return _opened(Client(LocalLine(shell), opening))
         except BaseException:
             shell.close()  # or it would go on claiming the directory that its maker has given up
             raise
@@ -44,11 +44,11 @@ def open_session(
 
     line = RayLine(store.url, storage_options, settings, join_cluster(world))
     try:
-        return _opened(Session(line, opening))
+        return _opened(Client(line, opening))
     except FencedError:
         # The actor served a run that another cluster took over from; ours is newer than both.
         line.replace()
-        return _opened(Session(line, opening))
+        return _opened(Client(line, opening))
 
 
 def _unused(directory: str, token: str) -> str:
@@ -63,6 +63,6 @@ _tokens: Counter[tuple[str, str]] = Counter()
 _tokens_lock = threading.Lock()
 
 
-def _opened(session: Session) -> Session:
-    session.open()
-    return session
+def _opened(client: Client) -> Client:
+    client.open()
+    return client

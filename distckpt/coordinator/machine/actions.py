@@ -52,7 +52,7 @@ class TailRead:
     """The newest entry that can be read (None in a fresh directory), and ``seq``, the highest number in the log.
 
     ``complete`` are checkpoints of the newest entry's epoch whose manifest and every shard are on storage but which
-    that entry's state does not know: candidates for rolling forward, oldest first.
+    that entry's state does not know: candidates for rolling forward, in any order.
     """
 
     seq: int
@@ -235,10 +235,10 @@ class Publish:
 
 
 @dataclass(frozen=True, slots=True)
-class Stop:
-    """This coordinator is finished: ``reason`` says why (fenced, or idle). Nothing follows."""
+class Exit:
+    """This coordinator has come to its end: ``reason`` says why (fenced, or idle). Nothing follows."""
 
     reason: str
 
 
-Action = Answer | ReadTail | Append | MakePlan | Seal | ReadLeases | Delete | CollectGarbage | Publish | Stop
+Action = Answer | ReadTail | Append | MakePlan | Seal | ReadLeases | Delete | CollectGarbage | Publish | Exit

@@ -2,50 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
-from distckpt.coordinator.machine.actions import CollectGarbage, Delete, Deleted, LeasesRead, Publish, ReadLeases
+from distckpt.coordinator.machine.actions import CollectGarbage, Delete, Deleted, LeasesRead, ReadLeases
 from distckpt.coordinator.machine.desk import Desk
+from distckpt.coordinator.machine.intentions import Forget, Retire
 from distckpt.coordinator.machine.ledger import Ledger
-from distckpt.coordinator.machine.records import forgotten, known_attempts, retired
-from distckpt.coordinator.machine.retention import Sweep, sweep
-from distckpt.coordinator.machine.runs import Run
-from distckpt.format.json.log import Entry, State
+from distckpt.coordinator.machine.restores import Restores
+from distckpt.coordinator.machine.retention import sweep
+from distckpt.coordinator.machine.roundbook import RoundBook
+from distckpt.coordinator.machine.runs import Run, Runs
 
 LOOK_AGAIN = 30.0
 GARBAGE_EVERY = 600.0
-PATIENCE = 5.0
-"""How long a commit waits for the leases. Without them it retires nothing, which comes later then."""
 
 
 class Keeping:
     """Applies retention to what is committed.
 
     A reader writes its lease, then makes sure that the checkpoint is not retiring; we retire, then read the leases,
-    then delete. So either the reader sees the retirement or we see its lease. ``protected`` are the attempts that are
-    being restored; ``live`` and ``failed`` those of unfinished and of failed saves.
+    then delete. So either the reader sees the retirement or we see its lease.
     """
 
-    def __init__(
-        self,
-        desk: Desk,
-        ledger: Ledger,
-        protected: Callable[[], frozenset[str]],
-        live: Callable[[], frozenset[str]],
-        failed: Callable[[], frozenset[str]],
-    ) -> None:
+    def __init__(self, desk: Desk, ledger: Ledger, runs: Runs, restores: Restores, book: RoundBook) -> None:
         self._desk = desk
         self._ledger = ledger
-        self._protected = protected
-        self._live = live
-        self._failed = failed
-        self._run: Run | None = None
+        self._runs = runs
+        self._restores = restores
+        self._book = book
         self._look_wanted = False
         self._look_at: float | None = None
         self._looking: frozenset[str] | None = None
         self._leased: frozenset[str] | None = None
-        self._waiting: list[Callable[[], None]] = []
-        self._wait_until: float | None = None
         self._deleting: frozenset[str] = frozenset()
         self._garbage_wanted = False
         self._garbage_at: float | None = None
@@ -53,21 +41,26 @@ class Keeping:
     @property
     def busy(self) -> bool:
         """Whether leases are being read or objects deleted."""
-        return self._looking is not None or bool(self._deleting)
+        return self.looking or bool(self._deleting)
+
+    @property
+    def looking(self) -> bool:
+        """Whether leases are being read."""
+        return self._looking is not None
 
     @property
     def owes(self) -> bool:
         """Whether something that is due could not be retired or deleted yet."""
         return self._look_at is not None
 
-    def deadlines(self) -> Iterator[float]:
-        """When to look again, or to wait no longer, in monotonic seconds."""
-        return (at for at in (self._look_at, self._garbage_at, self._wait_until) if at is not None)
+    @property
+    def spared(self) -> frozenset[str] | None:
+        """Attempts that somebody reads or restores. None if the leases could not be read since the last peek."""
+        return None if self._leased is None else self._leased | self._restores.protected
 
-    def begin_run(self, run: Run) -> None:
-        """Apply this run's settings from now on."""
-        self._run = run
-        self.collect()
+    def deadlines(self) -> Iterator[float]:
+        """When to look again, in monotonic seconds."""
+        return (at for at in (self._look_at, self._garbage_at) if at is not None)
 
     def peek(self) -> None:
         """Learn who reads what, so that the commit that is about to come can retire what makes room for it."""
@@ -75,24 +68,6 @@ class Keeping:
         if self._looking is None:
             self._looking = frozenset()
             self._desk.emit(ReadLeases())
-
-    def when_known(self, then: Callable[[], None]) -> None:
-        """Call ``then`` once no leases are being read any more, at once if none are; in any case before long."""
-        if self._looking is None:
-            then()
-            return
-        self._waiting.append(then)
-        if self._wait_until is None:
-            self._wait_until = self._desk.mono + PATIENCE
-
-    def swept(self, state: State) -> State:
-        """``state`` after a sweep; unchanged if the leases could not be read since the last peek: then it comes later."""
-        if self._leased is None:
-            return state
-        swept = self._sweep(state, self._leased | self._protected())
-        if swept is None:
-            return state
-        return retired(state, swept.active, swept.preserved, swept.retire, swept.last_preserved)
 
     def look(self) -> None:
         """See what is due, at the end of this step."""
@@ -111,14 +86,9 @@ class Keeping:
         if event.failed:
             self._look_later()
         else:
-            self._retire(event.attempts)
-            self._delete(retiring, event.attempts)
-        self._go_on()
-
-    def _go_on(self) -> None:
-        waiting, self._waiting, self._wait_until = self._waiting, [], None
-        for then in waiting:
-            then()
+            spared = event.attempts | self._restores.protected
+            self._retire(spared)
+            self._delete(retiring, spared)
 
     def deleted(self, event: Deleted) -> None:
         """Forget what is gone. The rest is tried again later."""
@@ -127,12 +97,10 @@ class Keeping:
             self._look_later()
         self._deleting = frozenset()
         if gone:
-            self._ledger.intend("forget", lambda state: forgotten(state, gone), lambda _: None)
+            self._ledger.intend(Forget(gone))
 
     def tick(self) -> None:
         """Look and collect if it is time or if it was asked for."""
-        if self._wait_until is not None and self._wait_until <= self._desk.mono:
-            self._go_on()
         if self._look_at is not None and self._look_at <= self._desk.mono:
             self._look_at = None
             self._look_wanted = True
@@ -142,45 +110,25 @@ class Keeping:
             self._look_wanted = False
             self._looking = frozenset(record.attempt for record in self._ledger.state.retiring)
             self._desk.emit(ReadLeases())
-        if self._garbage_wanted and self._run is not None:
-            self._collect(self._run)
+        if self._garbage_wanted and self._runs.current is not None:
+            self._collect(self._runs.current)
 
     def _look_later(self) -> None:
         self._look_at = self._desk.mono + LOOK_AGAIN
 
-    def _sweep(self, state: State, leased: frozenset[str]) -> Sweep | None:
-        """What would change, or None if nothing."""
-        if self._run is None:
-            return None
-        swept = sweep(state.active, self._run.retention, state.last_preserved_timestamp, leased)
-        return swept if swept.retire or swept.preserved else None
-
-    def _retire(self, leased: frozenset[str]) -> None:
+    def _retire(self, spared: frozenset[str]) -> None:
         """Nothing retires before the run's first commit: a manager that is only made deletes nothing."""
-        if not self._ledger.has_saved:
+        run, state = self._runs.current, self._ledger.state
+        if run is None or not self._ledger.has_saved:
             return
-        state = self._ledger.state
-        protected = leased | self._protected()
-        free, all_due = self._sweep(state, protected), self._sweep(state, frozenset())
-        if all_due is not None and (free is None or len(free.active) > len(all_due.active)):
+        free = sweep(state.active, run.retention, state.last_preserved_timestamp, spared)
+        due = sweep(state.active, run.retention, state.last_preserved_timestamp, frozenset())
+        if len(free.active) > len(due.active):
             self._look_later()
-        if free is None:
-            return
+        if free.evicts:
+            self._ledger.intend(Retire(run.number, run.retention, spared))
 
-        def change(state: State) -> State | None:
-            now = self._sweep(state, leased | self._protected())
-            if now is None:
-                return None
-            return retired(state, now.active, now.preserved, now.retire, now.last_preserved)
-
-        self._ledger.intend("retire", change, self._retired)
-
-    def _retired(self, entry: Entry) -> None:
-        self._desk.emit(Publish(entry))
-        self.look()
-
-    def _delete(self, retiring: frozenset[str], leased: frozenset[str]) -> None:
-        spared = leased | self._protected()
+    def _delete(self, retiring: frozenset[str], spared: frozenset[str]) -> None:
         records = [record for record in self._ledger.state.retiring if record.attempt in retiring]
         free = tuple(record for record in records if record.attempt not in spared)
         if len(free) < len(records):
@@ -193,5 +141,5 @@ class Keeping:
         self._garbage_wanted = False
         self._garbage_at = self._desk.mono + GARBAGE_EVERY
         if self._ledger.whole:
-            known = known_attempts(self._ledger.state)
-            self._desk.emit(CollectGarbage(run.name, known, self._live(), self._ledger.epoch, self._failed()))
+            known, failed = self._ledger.state.known(), frozenset(self._book.failed)
+            self._desk.emit(CollectGarbage(run.name, known, self._book.live, self._ledger.epoch, failed))

@@ -8,47 +8,41 @@ from dataclasses import dataclass
 
 from distckpt.coordinator.machine.actions import Append, Appended, AppendUnknown, NameTaken, ReadTail, TailRead
 from distckpt.coordinator.machine.desk import Desk, Identities
-from distckpt.coordinator.machine.records import rolled_forward
+from distckpt.coordinator.machine.intentions import BeginRun, Claim, Commit, Intention
 from distckpt.coordinator.machine.retention import recover
 from distckpt.errors import DamagedError, DistckptError, FencedError
-from distckpt.format.json.log import FORMAT, Entry, Kind, State
+from distckpt.format.json.log import FORMAT, Entry, State
 from distckpt.format.names import LOG
 
 FIRST_RETRY = 0.5
 LAST_RETRY = 10.0
 
-Change = Callable[[State], State | None]
-Then = Callable[[Entry], None]
-
-
-@dataclass(frozen=True, slots=True)
-class _Intention:
-    kind: Kind
-    change: Change
-    then: Then
-
 
 @dataclass(frozen=True, slots=True)
 class _Flight:
+    intention: Intention
     entry: Entry
-    then: Then
 
 
 class Ledger:
     """The newest counted entry, and the way to the next one.
 
-    ``ended`` is why this machine may never append again (FencedError; DamagedError for an unreadable log), or None.
-    ``whole`` is False when newer entries than the one it started from could not be read.
+    ``follow_up`` is called with each intention when its entry counts, or with None instead of an entry when there was
+    nothing left to change; only then is the next intention applied. ``ended`` is why this machine may never append
+    again (FencedError; DamagedError for an unreadable log), or None. ``whole`` is False when newer entries than the one
+    it started from could not be read.
     """
 
-    def __init__(self, desk: Desk, identities: Identities, on_lead: Then) -> None:
+    def __init__(
+        self, desk: Desk, identities: Identities, follow_up: Callable[[Intention, Entry | None], None]
+    ) -> None:
         self.entry: Entry | None = None
         self.ended: DistckptError | None = None
         self.whole = True
         self._desk = desk
         self._identities = identities
-        self._on_lead = on_lead
-        self._wanted: deque[_Intention] = deque()
+        self._follow_up = follow_up
+        self._wanted: deque[Intention] = deque()
         self._flight: _Flight | None = None
         self._unsure = False
         self._retry_at: float | None = None
@@ -94,25 +88,24 @@ class Ledger:
         """Begin to claim."""
         self._desk.emit(ReadTail())
 
-    def manager_made(self) -> None:
-        """What there is now is recovered as TensorFlow's manager does it: in the log from the first commit on.
-
-        Until then the log stays as it is, so a clock that was wrong while nothing was saved leaves no trace.
-        """
-        self._recover_at = self._desk.now
-
     def recovered(self, state: State) -> State:
-        """``state``, that of the newest entry, as the present manager sees it."""
+        """``state``, that of the newest entry, as the present manager sees it.
+
+        It recovers what it finds as TensorFlow's manager does: in the log from the first commit on. Until then the log
+        stays as it is, so a clock that was wrong while nothing was saved leaves no trace.
+        """
         return state if self._recover_at is None else recover(state, self._recover_at)
 
-    def intend(self, kind: Kind, change: Change, then: Then) -> None:
-        """Append an entry once those before it are counted.
-
-        ``change`` makes its state from the state at that moment, or returns None when there is nothing left to do;
-        ``then`` is called when the entry counts.
-        """
-        self._wanted.append(_Intention(kind, change, then))
+    def intend(self, intention: Intention) -> None:
+        """Append an entry once those before it are counted, made from the state that there is then."""
+        self._wanted.append(intention)
         self._append_next()
+
+    def withdraw(self, attempt: str) -> None:
+        """An attempt is not to be committed any more. An entry in flight cannot be called back."""
+        commits = [one for one in self._wanted if isinstance(one, Commit) and one.record.attempt == attempt]
+        for commit in commits:
+            self._wanted.remove(commit)
 
     def tail_read(self, tail: TailRead) -> None:
         """Claim the epoch after the newest one."""
@@ -124,11 +117,11 @@ class Ledger:
         old = tail.entry
         damaged = tail.seq - old.seq if old is not None else 0
         self.whole = damaged == 0
-        self.manager_made()
-        state = rolled_forward(old.state, tail.complete) if old is not None else recover(State(), self._desk.now)
+        state = old.state if old is not None else recover(State(), self._desk.now)
         # Every unreadable entry may have been a claim.
         epoch = (old.epoch if old is not None else 0) + damaged + 1
-        self._fly(self._entry("claim", tail.seq + 1, epoch, state), self._on_lead)
+        claim = Claim(tail.complete)
+        self._fly(claim, tail.seq + 1, epoch, claim.apply(state))
 
     def appended(self, event: Appended) -> None:
         """The entry is there. It counts only if nothing newer is: names of pruned entries can be created again."""
@@ -177,7 +170,7 @@ class Ledger:
         self.entry = entry
         if entry.kind == "commit":
             self._recover_at = None
-        flight.then(entry)
+        self._follow_up(flight.intention, entry)
         self._append_next()
 
     def _again(self) -> None:
@@ -200,16 +193,17 @@ class Ledger:
 
     def _append_next(self) -> None:
         while self.entry is not None and self._flight is None and self._wanted:
-            wanted = self._wanted.popleft()
-            state = wanted.change(self.entry.state)
+            intention = self._wanted.popleft()
+            newest = self.entry.state
+            state = intention.apply(self.recovered(newest) if isinstance(intention, Commit) else newest)
             if state is not None:
-                entry = self._entry(wanted.kind, self.entry.seq + 1, self.entry.epoch, state)
-                self._fly(entry, wanted.then)
+                self._fly(intention, self.entry.seq + 1, self.entry.epoch, state)
+            else:
+                self._follow_up(intention, None)
 
-    def _entry(self, kind: Kind, seq: int, epoch: int, state: State) -> Entry:
-        commit_id = self._identities.commit()
-        return Entry(FORMAT, seq, epoch, kind, self._desk.now, commit_id, state)
-
-    def _fly(self, entry: Entry, then: Then) -> None:
-        self._flight = _Flight(entry, then)
+    def _fly(self, intention: Intention, seq: int, epoch: int, state: State) -> None:
+        if isinstance(intention, Claim | BeginRun):
+            self._recover_at = self._desk.now
+        entry = Entry(FORMAT, seq, epoch, intention.kind, self._desk.now, self._identities.commit(), state)
+        self._flight = _Flight(intention, entry)
         self._desk.emit(Append(entry))

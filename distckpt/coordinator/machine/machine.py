@@ -1,7 +1,8 @@
 """The coordinator as a pure state machine: events in, actions out. No clock, no randomness, no input or output.
 
 Parts: the ledger appends to the log, runs know the job's incarnations, saves and restores their rounds, stops who asked
-everyone to stop, keeping applies retention. All of them share one desk, where tickets wait for answers and actions are collected.
+everyone to stop, keeping applies retention. All of them share one desk, where tickets wait for answers and actions are
+collected. What comes in goes to the parts in ``_take`` and ``_serve``; what a log entry leads to stands in ``_follow_up``.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from distckpt.coordinator.machine.actions import (
     Asked,
     Deleted,
     Event,
+    Exit,
     Forgotten,
     LeasesRead,
     NameTaken,
@@ -22,15 +24,25 @@ from distckpt.coordinator.machine.actions import (
     Publish,
     Sealed,
     StepFailed,
-    Stop,
     TailRead,
     Tick,
 )
 from distckpt.coordinator.machine.desk import Desk, Identities
+from distckpt.coordinator.machine.intentions import (
+    BeginRun,
+    Claim,
+    Commit,
+    Discard,
+    Forget,
+    Intention,
+    Retire,
+    SetPin,
+)
 from distckpt.coordinator.machine.keeping import Keeping
 from distckpt.coordinator.machine.ledger import Ledger
-from distckpt.coordinator.machine.records import find_attempt, find_number, pinned, unpinned
+from distckpt.coordinator.machine.records import find_number
 from distckpt.coordinator.machine.restores import Restores
+from distckpt.coordinator.machine.roundbook import RoundBook
 from distckpt.coordinator.machine.runs import Run, Runs
 from distckpt.coordinator.machine.saves import Saves
 from distckpt.coordinator.machine.stops import Stops
@@ -41,6 +53,7 @@ from distckpt.coordinator.messages import (
     Committed,
     Describe,
     Fail,
+    FromRank,
     Heartbeat,
     Join,
     Leave,
@@ -51,12 +64,12 @@ from distckpt.coordinator.messages import (
     Refused,
     Reply,
     Request,
-    RestoreRound,
+    Restore,
     Status,
     StatusReply,
     Unknown,
 )
-from distckpt.errors import CheckpointNotFoundError, CoordinatorUnavailableError, DistckptError, StaleRunError
+from distckpt.errors import CheckpointNotFoundError, CoordinatorUnavailableError, DistckptError
 from distckpt.format.json.log import Entry, State
 from distckpt.format.names import checkpoint_folder
 
@@ -81,18 +94,14 @@ class Machine:
         self._end: DistckptError | None = None
         self._heard = 0.0
         self._early: dict[int, Request] = {}
-        self._ledger = Ledger(self._desk, identities, self._lead)
-        self._runs = Runs(self._desk, self._ledger, self._run_ended, self._run_known)
-        self._restores = Restores(self._desk, self._ledger)
-        self._stops = Stops(self._desk)
-        self._keeping = Keeping(
-            self._desk,
-            self._ledger,
-            lambda: self._restores.protected,
-            lambda: self._saves.live,
-            lambda: frozenset(self._saves.book.failed),
-        )
-        self._saves = Saves(self._desk, self._ledger, identities, self._keeping)
+        self._pinning: dict[int, None] = {}
+        self._book = RoundBook()
+        self._ledger = Ledger(self._desk, identities, self._follow_up)
+        self._runs = Runs(self._desk, self._ledger)
+        self._restores = Restores(self._desk, self._ledger, self._runs)
+        self._stops = Stops(self._desk, self._runs)
+        self._keeping = Keeping(self._desk, self._ledger, self._runs, self._restores, self._book)
+        self._saves = Saves(self._desk, self._ledger, identities, self._runs, self._book, self._keeping)
 
     @property
     def leading(self) -> bool:
@@ -139,7 +148,7 @@ class Machine:
     def _take(self, event: Event) -> None:
         match event:
             case Asked(ticket, request):
-                self._ask(ticket, request)
+                self._serve(ticket, request)
             case Forgotten(ticket):
                 self._desk.forget(ticket)
             case PlanMade():
@@ -158,6 +167,7 @@ class Machine:
                 self._ledger.tail_read(event)
             case LeasesRead():
                 self._keeping.leases_read(event)
+                self._saves.readers_known()
             case Deleted():
                 self._keeping.deleted(event)
             case Tick():
@@ -174,14 +184,14 @@ class Machine:
             idle_at = self._idle_at()
             if idle_at is not None and idle_at <= self._desk.mono:
                 error = CoordinatorUnavailableError(f"{self._desk.directory}: the coordinator was idle and has stopped")
-                self._stop("idle", error)
+                self._exit("idle", error)
         else:
-            self._stop(f"{type(self._ledger.ended).__name__}: {self._ledger.ended}", self._ledger.ended)
+            self._exit(f"{type(self._ledger.ended).__name__}: {self._ledger.ended}", self._ledger.ended)
 
-    def _stop(self, reason: str, error: DistckptError) -> None:
+    def _exit(self, reason: str, error: DistckptError) -> None:
         self._end = error
         self._desk.answer_everyone(Refused(error))
-        self._desk.emit(Stop(reason))
+        self._desk.emit(Exit(reason))
 
     def _after_the_end(self, event: Event, error: DistckptError) -> None:
         if isinstance(event, Asked):
@@ -192,7 +202,7 @@ class Machine:
         parts = (self._ledger, self._restores, self._keeping)
         if self._idle_timeout is None or not self._ledger.leading:
             return None
-        if self._saves.book or self._early or any(part.busy for part in parts):
+        if self._book or self._early or any(part.busy for part in parts):
             return None
         run = self._runs.current
         soon = run is not None and run.deserted and not self._keeping.owes
@@ -200,85 +210,72 @@ class Machine:
 
     # ---- requests --------------------------------------------------------------------------------------------------
 
-    def _ask(self, ticket: int, request: Request) -> None:
+    def _serve(self, ticket: int, request: Request) -> None:
         self._heard = self._desk.mono
         if not self._ledger.leading:
             self._desk.hold(ticket, self._early, request)
-        elif isinstance(request, OpenRun):
-            self._runs.open(ticket, request)
-        elif isinstance(request, Pin):
-            self._pin(ticket, request)
-        elif isinstance(request, Status):
-            self._desk.answer(ticket, self._status())
-        else:
-            self._ask_of_rank(ticket, request)
+            return
+        match request:
+            case OpenRun():
+                self._open(ticket, request)
+            case Pin(number, pinned):
+                self._desk.hold(ticket, self._pinning, None)
+                self._ledger.intend(SetPin(ticket, number, self._name, pinned))
+            case Status():
+                self._desk.answer(ticket, self._status())
+            case FromRank():
+                self._serve_rank(ticket, request)
 
-    def _ask_of_rank(self, ticket: int, request: RankRequest) -> None:
+    def _serve_rank(self, ticket: int, envelope: FromRank) -> None:
+        rank, request = envelope.rank, envelope.request
         run = self._runs.current
-        refusal = self._runs.refusal(request.run, request.rank)
+        refusal = self._runs.refusal(envelope.run, rank)
         if refusal is not None or run is None:
             self._turn_away(ticket, request, refusal)
             return
-        self._stops.alive(request.rank)
+        self._stops.alive(rank)
         if not isinstance(request, Leave | AwaitStop | Heartbeat):  # these may come late, after the rank has left
-            run.left.discard(request.rank)
+            run.left.discard(rank)
         match request:
             case Join():
-                self._saves.join(ticket, request)
+                self._saves.join(ticket, rank, request)
             case Describe():
-                self._saves.describe(ticket, request)
+                self._saves.describe(ticket, rank, request)
             case AwaitPlan():
-                self._saves.await_plan(ticket, request)
+                self._saves.await_plan(ticket, rank, request)
             case Receipt():
-                self._saves.receipt(ticket, request)
+                self._saves.receipt(ticket, rank, request)
             case Fail():
-                self._saves.fail(ticket, request)
-            case RestoreRound():
-                self._restores.ask(ticket, request)
+                self._saves.fail(ticket, rank, request)
+            case Restore():
+                self._restores.restore(ticket, rank, request)
             case AwaitStop():
-                self._stops.ask(ticket, request)
+                self._stops.await_stop(ticket, rank, request)
             case Heartbeat():
-                self._restores.alive(request.rank)
+                self._restores.alive(rank)
                 self._desk.answer(ticket, Accepted())
             case Leave():
-                self._leave(ticket, request, run)
+                self._leave(ticket, rank, run)
 
-    def _turn_away(self, ticket: int, request: Request, refusal: Reply | None) -> None:
+    def _turn_away(self, ticket: int, request: RankRequest, refusal: Reply | None) -> None:
         """What was committed is committed, also for a rank that has not reported again after a restart."""
         record = None
         if isinstance(refusal, Unknown) and isinstance(request, Join | Receipt):
-            record = find_attempt(self._ledger.state, request.attempt)
+            record = self._ledger.state.find(request.attempt)
         self._desk.answer(ticket, Committed(record) if record is not None else refusal or Unknown())
 
-    def _leave(self, ticket: int, request: Leave, run: Run) -> None:
-        run.left.add(request.rank)
-        self._stops.leave(request.rank)
+    def _leave(self, ticket: int, rank: int, run: Run) -> None:
+        run.left.add(rank)
+        self._stops.leave(rank)
         self._desk.answer(ticket, Accepted())
         if run.deserted:
             self._saves.everyone_left()
 
-    def _pin(self, ticket: int, request: Pin) -> None:
-        """Answered once the log says so; at once if it does already."""
-        tickets: dict[int, None] = {}
-        self._desk.hold(ticket, tickets, None)
-
-        def change(state: State) -> State | None:
-            if find_number(state, request.number, self._name) is None:
-                path = f"{self._desk.directory}/{checkpoint_folder(self._name, request.number)}"
-                error = CheckpointNotFoundError(path, "no such checkpoint is committed")
-                self._desk.answer_shelf(tickets, Refused(error))
-                return None
-            changed = pinned(state, request.number, self._name) if request.pinned else unpinned(state, request.number)
-            if changed is None:
-                self._desk.answer_shelf(tickets, Accepted())
-            return changed
-
-        def counted(_: Entry) -> None:
-            self._desk.answer_shelf(tickets, Accepted())
-            if not request.pinned:
-                self._keeping.look()
-
-        self._ledger.intend("pin", change, counted)
+    def _open(self, ticket: int, request: OpenRun) -> None:
+        known = self._runs.current
+        self._runs.open(ticket, request)
+        if self._runs.current is not known:
+            self._run_known()
 
     @property
     def _name(self) -> str:
@@ -296,7 +293,31 @@ class Machine:
             waiting={**self._restores.waiting(), **self._saves.waiting()},
         )
 
-    # ---- what the parts tell each other ----------------------------------------------------------------------------
+    # ---- what an entry of the log leads to -------------------------------------------------------------------------
+
+    def _follow_up(self, intention: Intention, entry: Entry | None) -> None:
+        """The entry of an intention counts, or (None) there was nothing left to change."""
+        if isinstance(intention, SetPin):
+            self._pin_settled(intention)
+        if entry is None:
+            return
+        match intention:
+            case Claim():
+                self._lead(entry)
+            case BeginRun():
+                self._run_begun(intention, entry)
+            case Commit(record):
+                self._saves.committed(record)
+                self._desk.emit(Publish(entry))
+            case Retire():
+                self._desk.emit(Publish(entry))
+                self._keeping.look()
+            case Discard():
+                self._keeping.look()
+            case SetPin(pinned=False):
+                self._keeping.look()
+            case SetPin() | Forget():
+                pass
 
     def _lead(self, entry: Entry) -> None:
         self._desk.emit(Publish(entry))
@@ -305,15 +326,25 @@ class Machine:
         early, self._early = self._early, {}
         for ticket, request in list(early.items()):
             self._desk.forget(ticket)
-            self._ask(ticket, request)
+            self._serve(ticket, request)
 
-    def _run_ended(self, error: StaleRunError) -> None:
+    def _run_begun(self, begin: BeginRun, entry: Entry) -> None:
+        error = self._runs.superseded(entry)
         self._saves.abandon(error)
         self._restores.abandon(error)
         self._stops.abandon(error)
+        self._runs.begun(begin, entry)
+        self._run_known()
 
-    def _run_known(self, run: Run) -> None:
-        self._saves.begin_run(run)
-        self._restores.begin_run(run)
-        self._stops.begin_run(run)
-        self._keeping.begin_run(run)
+    def _run_known(self) -> None:
+        if self._runs.current is not None:
+            self._saves.begin_run(self._runs.current)
+            self._keeping.collect()
+
+    def _pin_settled(self, pin: SetPin) -> None:
+        """Whoever asked is answered once the log says so, at once if it does already; unless nobody waits any more."""
+        found = find_number(self._ledger.state, pin.number, pin.name)
+        if pin.ticket in self._pinning:
+            path = f"{self._desk.directory}/{checkpoint_folder(pin.name, pin.number)}"
+            unknown = Refused(CheckpointNotFoundError(path, "no such checkpoint is committed"))
+            self._desk.answer(pin.ticket, unknown if found is None else Accepted())

@@ -18,9 +18,9 @@ class HeldPlan:
     plan: Plan
     digests: Mapping[int, str]
 
-    def covers(self, join: Join) -> bool:
+    def covers(self, rank: int, join: Join) -> bool:
         """Whether the rank that joins staged under this very plan, and still holds what it was made from."""
-        return join.plan == self.plan.plan_id and self.digests.get(join.rank) == join.digest
+        return join.plan == self.plan.plan_id and self.digests.get(rank) == join.digest
 
     def fits(self, joins: Mapping[int, Join]) -> bool:
         """Whether it was made from exactly these descriptions, and nobody has staged under another."""
@@ -45,10 +45,10 @@ class Plans:
             del self._held[next(iter(self._held))]
         return held
 
-    def staged_under(self, join: Join) -> HeldPlan | None:
+    def staged_under(self, rank: int, join: Join) -> HeldPlan | None:
         """The plan that a staged rank names, if it is held and still covers what the rank holds."""
         held = self._held.get(join.plan) if join.staged else None
-        return held if held is not None and held.covers(join) else None
+        return held if held is not None and held.covers(rank, join) else None
 
     def fitting(self, joins: Mapping[int, Join]) -> HeldPlan | None:
         """A held plan that serves a round as it is, newest first, or None."""

@@ -1,26 +1,13 @@
-"""Questions to a checkpoint state, and the changes that log entries make to it."""
+"""Records of checkpoints in a state: how they are found, and how a new one takes its place."""
 
 from __future__ import annotations
-
-from collections.abc import Iterable, Iterator
 
 import msgspec
 
 from distckpt.format.json.log import CheckpointRecord, State
-from distckpt.format.names import attempt_age, checkpoint_folder
+from distckpt.format.names import checkpoint_folder
 
 Records = tuple[CheckpointRecord, ...]
-
-
-def known_attempts(state: State) -> frozenset[str]:
-    """Every attempt that the state names, retiring ones too."""
-    return frozenset(record.attempt for record in (*state.active, *state.preserved, *state.retiring))
-
-
-def find_attempt(state: State, attempt: str) -> CheckpointRecord | None:
-    """The committed record of an attempt, retiring ones too, or None."""
-    everything = (*reversed(state.active), *reversed(state.preserved), *state.retiring)
-    return next((record for record in everything if record.attempt == attempt and record.manifest_size), None)
 
 
 def never_committed(name: str, number: int, attempt: str, time: float, world_size: int) -> CheckpointRecord:
@@ -37,23 +24,16 @@ def never_committed(name: str, number: int, attempt: str, time: float, world_siz
     )
 
 
-def newest_first(state: State) -> Records:
-    """What may be restored, best first: the last one committed, then the others by age, not by clock."""
-    older = sorted((*state.active[:-1], *state.preserved), key=lambda record: attempt_age(record.attempt), reverse=True)
-    return (*state.active[-1:], *older)
-
-
 def find_number(state: State, number: int, name: str) -> CheckpointRecord | None:
     """The newest committed record of ``number``, one called ``name`` if there is one, or None."""
-    found = [record for record in newest_first(state) if record.number == number]
+    found = [record for record in state.newest_first() if record.number == number]
     return next((record for record in found if record.name == name), found[0] if found else None)
 
 
 def find_folder(state: State, folder: str) -> CheckpointRecord | None:
     """The newest committed record of a folder like ``ckpt-42``, or None."""
-    return next(
-        (record for record in newest_first(state) if checkpoint_folder(record.name, record.number) == folder), None
-    )
+    found = (record for record in state.newest_first() if checkpoint_folder(record.name, record.number) == folder)
+    return next(found, None)
 
 
 def record_path(directory: str, record: CheckpointRecord) -> str:
@@ -74,68 +54,3 @@ def committed(state: State, record: CheckpointRecord, saves: int) -> State:
         retiring=(*state.retiring, *(old for old in same if not old.pinned)),
         saves=saves,
     )
-
-
-def rolled_forward(state: State, complete: Iterable[CheckpointRecord]) -> State:
-    """Commit what a dead coordinator had sealed but not committed, in the order in which it had begun.
-
-    A save that began before the newest checkpoint was passed over: it failed for the ranks, and does not come back.
-    Clocks have no say in this.
-    """
-    known = known_attempts(state)
-    last = attempt_age(state.active[-1].attempt) if state.active else (0, "")
-    for record in sorted(complete, key=lambda record: attempt_age(record.attempt)):
-        if record.attempt not in known and attempt_age(record.attempt) > last:
-            state = committed(state, record, state.saves)
-    return state
-
-
-def retired(state: State, active: Records, preserved: Records, retire: Records, last_preserved: float) -> State:
-    """A sweep's outcome: ``preserved`` are kept for ever, ``retire`` may not be opened any more."""
-    return msgspec.structs.replace(
-        state,
-        active=active,
-        preserved=state.preserved + preserved,
-        retiring=state.retiring + retire,
-        last_preserved_timestamp=last_preserved,
-    )
-
-
-def discarded(state: State, record: CheckpointRecord) -> State | None:
-    """A failed attempt is to be deleted and never committed. None if the state knows it already."""
-    if record.attempt in known_attempts(state):
-        return None
-    return msgspec.structs.replace(state, retiring=(*state.retiring, record))
-
-
-def forgotten(state: State, attempts: frozenset[str]) -> State | None:
-    """Nothing is left of those retiring attempts. None if there is nothing to change."""
-    left = tuple(record for record in state.retiring if record.attempt not in attempts)
-    return msgspec.structs.replace(state, retiring=left) if len(left) < len(state.retiring) else None
-
-
-def pinned(state: State, number: int, name: str) -> State | None:
-    """The newest record of ``number`` is pinned. None if there is no such record or it is pinned already."""
-    record = find_number(state, number, name)
-    return None if record is None or record.pinned else _repinned(state, {record.attempt}, pinned=True)
-
-
-def unpinned(state: State, number: int) -> State | None:
-    """No record of ``number`` is pinned. None if that is so already."""
-    attempts = {record.attempt for record in _alive(state) if record.number == number and record.pinned}
-    return _repinned(state, attempts, pinned=False) if attempts else None
-
-
-def _alive(state: State) -> Iterator[CheckpointRecord]:
-    yield from state.active
-    yield from state.preserved
-
-
-def _repinned(state: State, attempts: set[str], *, pinned: bool) -> State:
-    def changed(records: Records) -> Records:
-        return tuple(
-            msgspec.structs.replace(record, pinned=pinned) if record.attempt in attempts else record
-            for record in records
-        )
-
-    return msgspec.structs.replace(state, active=changed(state.active), preserved=changed(state.preserved))

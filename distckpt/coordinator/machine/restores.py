@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 
 from distckpt.coordinator.machine.desk import Desk
 from distckpt.coordinator.machine.ledger import Ledger
-from distckpt.coordinator.machine.records import find_folder, find_number, newest_first, record_path
-from distckpt.coordinator.machine.runs import Run
-from distckpt.coordinator.messages import Refused, Reply, Restored, RestoreFrom, RestoreRound
+from distckpt.coordinator.machine.records import find_folder, find_number, record_path
+from distckpt.coordinator.machine.runs import Run, Runs
+from distckpt.coordinator.messages import Refused, Reply, Restore, Restored, RestoreFrom
 from distckpt.errors import (
     CheckpointNotFoundError,
     DistckptError,
@@ -48,12 +48,12 @@ class _Round:
 class Restores:
     """All restore rounds of the current run, and the outcomes of the latest ones."""
 
-    def __init__(self, desk: Desk, ledger: Ledger) -> None:
+    def __init__(self, desk: Desk, ledger: Ledger, runs: Runs) -> None:
         self._desk = desk
         self._ledger = ledger
-        self._run: Run | None = None
-        self._rounds: dict[str, _Round] = {}
-        self._open: dict[str, _Round] = {}
+        self._runs = runs
+        self._rounds: dict[int, _Round] = {}
+        self._open: dict[int, _Round] = {}
 
     @property
     def busy(self) -> bool:
@@ -73,25 +73,21 @@ class Restores:
         """When restores will be given up, in monotonic seconds."""
         return (round.deadline for round in self._open.values())
 
-    def begin_run(self, run: Run) -> None:
-        """Serve this run from now on."""
-        self._run = run
-
     def abandon(self, error: DistckptError) -> None:
         """End every round with ``error``."""
-        for ask in list(self._open):
-            self._end(ask, Refused(error))
+        for order in list(self._open):
+            self._end(order, Refused(error))
         self._rounds.clear()
 
-    def ask(self, ticket: int, message: RestoreRound) -> None:
+    def restore(self, ticket: int, rank: int, message: Restore) -> None:
         """A rank wants to restore, or says what came of the last candidate."""
-        round = self._rounds.get(message.ask) or self._new_round(message)
+        round = self._rounds.get(message.order) or self._new_round(message)
         if round.outcome is None:
-            self._hear(round, message)
+            self._hear(round, rank, message)
         if round.outcome is not None:
             self._desk.answer(ticket, round.outcome)
-        elif message.rank in round.reported:
-            self._desk.hold(ticket, round.waiting, message.rank)
+        elif rank in round.reported:
+            self._desk.hold(ticket, round.waiting, rank)
         else:
             self._desk.answer(ticket, RestoreFrom(round.current, round.refused))
 
@@ -103,27 +99,27 @@ class Restores:
 
     def tick(self) -> None:
         """Give up rounds whose missing ranks have been silent for too long."""
-        for ask, round in list(self._open.items()):
+        for order, round in list(self._open.items()):
             if round.deadline <= self._desk.mono:
-                self._expire(ask, round)
+                self._expire(order, round)
 
     @property
     def _current(self) -> Run:
-        assert self._run is not None
-        return self._run
+        assert self._runs.current is not None
+        return self._runs.current
 
-    def _new_round(self, first: RestoreRound) -> _Round:
+    def _new_round(self, first: Restore) -> _Round:
         deadline = self._desk.mono + self._current.save_timeout
         round = _Round(first.which, deadline, self._candidates(first.which))
-        self._rounds[first.ask] = self._open[first.ask] = round
+        self._rounds[first.order] = self._open[first.order] = round
         if not round.candidates:
-            self._end(first.ask, self._nothing(first.which))
+            self._end(first.order, self._nothing(first.which))
         return round
 
     def _candidates(self, which: int | str | None) -> list[CheckpointRecord]:
         state = self._ledger.state
         if which is None:
-            return list(newest_first(state))
+            return list(state.newest_first())
         record = find_folder(state, which) if isinstance(which, str) else find_number(state, which, self._current.name)
         return [record] if record is not None else []
 
@@ -133,39 +129,39 @@ class Restores:
         path = f"{self._desk.directory}/{which if isinstance(which, str) else f'{self._current.name}-{which}'}"
         return Refused(CheckpointNotFoundError(path, "no such checkpoint is committed"))
 
-    def _hear(self, round: _Round, message: RestoreRound) -> None:
+    def _hear(self, round: _Round, rank: int, message: Restore) -> None:
         if message.which != round.which:
-            reason = f"rank {message.rank} restores {_shown(message.which)}, but others restore {_shown(round.which)}"
-            self._end(message.ask, Refused(RestoreError(f"{self._desk.directory}: {reason}")))
+            reason = f"rank {rank} restores {_shown(message.which)}, but others restore {_shown(round.which)}"
+            self._end(message.order, Refused(RestoreError(f"{self._desk.directory}: {reason}")))
             return
         if message.failed:
-            who = f"rank {message.rank} ({self._current.hosts.get(message.rank, '')})"
-            self._end(message.ask, Refused(RestoreError(f"{self._desk.directory}: {who} failed: {message.failed}")))
+            who = f"rank {rank} ({self._current.hosts.get(rank, '')})"
+            self._end(message.order, Refused(RestoreError(f"{self._desk.directory}: {who} failed: {message.failed}")))
             return
-        round.heard[message.rank] = self._desk.mono
-        if message.tried != round.current.attempt or message.rank in round.reported:
+        round.heard[rank] = self._desk.mono
+        if message.tried != round.current.attempt or rank in round.reported:
             return
         round.deadline = self._desk.mono + self._current.save_timeout
-        round.reported.add(message.rank)
+        round.reported.add(rank)
         if message.refused and not round.refusal:
-            host = self._current.hosts.get(message.rank, "")
-            round.refusal = f"rank {message.rank} ({host}): {message.refused}"
+            host = self._current.hosts.get(rank, "")
+            round.refusal = f"rank {rank} ({host}): {message.refused}"
         if len(round.reported) == self._current.world_size:
-            self._all_reported(message.ask, round)
+            self._all_reported(message.order, round)
 
-    def _all_reported(self, ask: str, round: _Round) -> None:
+    def _all_reported(self, order: int, round: _Round) -> None:
         if not round.refusal:
-            self._end(ask, Restored(round.current, round.refused))
+            self._end(order, Restored(round.current, round.refused))
             return
         refused = (record_path(self._desk.directory, round.current), round.refusal)
         round.refused = (*round.refused, refused)
         round.refusal = ""
         round.reported = set()
         # Retention may have taken older ones away meanwhile.
-        alive = {record.attempt for record in newest_first(self._ledger.state)}
+        alive = self._ledger.state.alive()
         left = [record for record in round.candidates[1:] if record.attempt in alive]
         if not left:
-            self._end(ask, Refused(NoGoodCheckpointError(self._desk.directory, round.refused)))
+            self._end(order, Refused(NoGoodCheckpointError(self._desk.directory, round.refused)))
             return
         round.candidates = left
         self._desk.answer_shelf(round.waiting, RestoreFrom(round.current, round.refused))
@@ -173,7 +169,7 @@ class Restores:
     def _missing(self, round: _Round) -> list[int]:
         return [rank for rank in range(self._current.world_size) if rank not in round.reported]
 
-    def _expire(self, ask: str, round: _Round) -> None:
+    def _expire(self, order: int, round: _Round) -> None:
         timeout = self._current.save_timeout
         silent = [
             rank
@@ -184,10 +180,10 @@ class Restores:
             round.deadline = min(round.heard[rank] for rank in self._missing(round)) + timeout
             return
         hosts = self._current.hosts_of(silent)
-        self._end(ask, Refused(MissingRanksError(None, silent, hosts, timeout, "to restore")))
+        self._end(order, Refused(MissingRanksError(None, silent, hosts, timeout, "to restore")))
 
-    def _end(self, ask: str, outcome: Reply) -> None:
-        round = self._open.pop(ask)
+    def _end(self, order: int, outcome: Reply) -> None:
+        round = self._open.pop(order)
         round.outcome = outcome
         self._desk.answer_shelf(round.waiting, outcome)
         if len(self._rounds) - len(self._open) > REMEMBERED_ROUNDS:

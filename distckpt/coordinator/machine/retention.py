@@ -22,14 +22,19 @@ class Sweep:
     retire: tuple[CheckpointRecord, ...]
     last_preserved: float
 
+    @property
+    def evicts(self) -> bool:
+        """Whether anything is active no longer."""
+        return bool(self.preserved or self.retire)
+
 
 def sweep(
-    active: Sequence[CheckpointRecord], retention: Retention, last_preserved: float, protected: frozenset[str]
+    active: Sequence[CheckpointRecord], retention: Retention, last_preserved: float, spared: frozenset[str]
 ) -> Sweep:
     """Evict whatever is older, by save order, than the newest ``max_to_keep``.
 
     An evicted checkpoint is preserved if it is at least ``keep_checkpoint_every_n_hours`` younger than the last
-    preserved one, else retired. The newest, pinned ones and those in ``protected`` (attempts) stay active; they take
+    preserved one, else retired. The newest, pinned ones and those in ``spared`` (attempts) stay active; they take
     no place of a younger one, so the newest ``max_to_keep`` always stay. Times are epoch seconds.
     """
     keep = retention.max_to_keep
@@ -39,7 +44,7 @@ def sweep(
     stay, preserved, retire = [], [], []
     for position, record in enumerate(active):
         due = len(active) - position > keep and position < len(active) - 1
-        if not due or record.pinned or record.attempt in protected:
+        if not due or record.pinned or record.attempt in spared:
             stay.append(record)
         elif spacing and record.time - spacing >= last_preserved:
             preserved.append(record)
@@ -47,6 +52,20 @@ def sweep(
         else:
             retire.append(record)
     return Sweep(tuple(stay), tuple(preserved), tuple(retire), last_preserved)
+
+
+def swept(state: State, retention: Retention, spared: frozenset[str]) -> State | None:
+    """``state`` after a sweep: what is evicted is preserved or retires. None if that is nothing."""
+    found = sweep(state.active, retention, state.last_preserved_timestamp, spared)
+    if not found.evicts:
+        return None
+    return msgspec.structs.replace(
+        state,
+        active=found.active,
+        preserved=state.preserved + found.preserved,
+        retiring=state.retiring + found.retire,
+        last_preserved_timestamp=found.last_preserved,
+    )
 
 
 def recover(state: State, now: float) -> State:

@@ -30,6 +30,11 @@ class RoundBook:
     def __bool__(self) -> bool:
         return bool(self._open)
 
+    @property
+    def live(self) -> frozenset[str]:
+        """The attempts of unfinished rounds."""
+        return frozenset(round.attempt for round in self._open.values())
+
     def at(self, order: int) -> SaveRound | None:
         """The round of the save with that order, finished or not."""
         return self._rounds.get(order)
@@ -49,7 +54,7 @@ class RoundBook:
     def must_wait(self, round: SaveRound) -> bool:
         """Whether another save comes first: an earlier one that all ranks have joined, or one being sealed already."""
         others = (other for other in self._open.values() if other is not round and other.saves)
-        return any(other.sealing or (other.order < round.order and other.all_joined) for other in others)
+        return any(other.landed or (other.order < round.order and other.all_joined) for other in others)
 
     def overtaken(self, round: SaveRound) -> list[SaveRound]:
         """Unfinished saves that come before ``round``. No round of theirs, or of its own, can be opened any more."""
@@ -61,9 +66,9 @@ class RoundBook:
         self._rounds[round.order] = self._attempts[round.attempt] = self._open[round.order] = round
 
     def close(self, round: SaveRound, *, failed: bool) -> None:
-        """A round has ended. The oldest finished ones are forgotten."""
+        """A round has ended, and may have ``failed`` before sealing began. The oldest finished ones are forgotten."""
         self._open.pop(round.order, None)
-        if failed and not round.sealing:
+        if failed:
             self.failed[round.attempt] = None
         if len(self.failed) > REMEMBERED_FAILURES:
             del self.failed[next(iter(self.failed))]

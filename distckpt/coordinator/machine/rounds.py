@@ -1,9 +1,10 @@
-"""One save of all ranks: who has joined, what they hold, which plan they follow, whose shards have landed."""
+"""One save of all ranks: how far it has come, who has joined, which plan they follow, whose shards have landed."""
 
 from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
+from enum import IntEnum
 
 from distckpt.coordinator.machine.actions import Plan
 from distckpt.coordinator.machine.plans import HeldPlan, Plans
@@ -13,12 +14,30 @@ from distckpt.format.json.log import CheckpointRecord
 Shelf = dict[int, int]
 
 
+class Phase(IntEnum):
+    """How far a round has come. It goes through them in this order, and may be over at any time."""
+
+    JOINING = 1
+    """Ranks join and say what they hold."""
+    PLANNING = 2
+    """All have joined, and the plan is being made."""
+    WRITING = 3
+    """Every rank may know what it writes; receipts come in."""
+    SEALING = 4
+    """Every shard has landed: the store is looked at, and index and manifest are written."""
+    SEALED = 5
+    """All of it is durable; only who reads which checkpoint is not known yet."""
+    COMMITTING = 6
+    """The log entry is on its way."""
+    OVER = 7
+    """``outcome`` is what every rank is told."""
+
+
 @dataclass(slots=True, eq=False)
 class SaveRound:
     """The save with the same ``order`` on every rank. ``number`` None: it only prepares. Deadlines are monotonic.
 
-    It collects joins and descriptions, then a plan, then receipts; then it is sealed (``time`` is when that began, in
-    epoch seconds) and committed. ``outcome`` is what every rank is told in the end.
+    ``time`` is when sealing began, in epoch seconds; ``record`` what the log will say of it, once it is sealed. Tickets on ``awaiting_plan`` and ``awaiting_end`` wait for that.
     """
 
     order: int
@@ -26,17 +45,16 @@ class SaveRound:
     attempt: str
     world_size: int
     deadline: float | None
+    phase: Phase = Phase.JOINING
     joins: dict[int, Join] = field(default_factory=dict)
     undescribed: set[int] = field(default_factory=set)
     descriptions: dict[int, bytes] = field(default_factory=dict)
     fresh: set[int] = field(default_factory=set)
     staged_plans: dict[int, HeldPlan] = field(default_factory=dict)
     staged_rows: dict[int, bytes] = field(default_factory=dict)
-    planning: bool = False
     plan: Plan | None = None
     told: set[int] = field(default_factory=set)
     receipts: dict[int, Receipt] = field(default_factory=dict)
-    sealing: bool = False
     time: float = 0.0
     record: CheckpointRecord | None = None
     outcome: Reply | None = None
@@ -56,39 +74,96 @@ class SaveRound:
     @property
     def can_plan(self) -> bool:
         """Whether everything that a plan needs is known, and no plan is there or being made."""
-        return self.plan is None and not self.planning and self.all_joined and not self.undescribed
+        return self.phase is Phase.JOINING and self.all_joined and not self.undescribed
 
     @property
-    def all_landed(self) -> bool:
+    def can_seal(self) -> bool:
         """Whether every shard of every rank has landed as planned, and sealing has not begun."""
-        return self.plan is not None and not self.sealing and len(self.receipts) == self.world_size
+        return self.phase is Phase.WRITING and self.saves and len(self.receipts) == self.world_size
+
+    @property
+    def landed(self) -> bool:
+        """Whether all shards have landed: nothing that a rank says, and no deadline, gives the round up any more."""
+        return self.phase in (Phase.SEALING, Phase.SEALED, Phase.COMMITTING)
+
+    @property
+    def over(self) -> bool:
+        """Whether its outcome is known."""
+        return self.phase is Phase.OVER
 
     def takes_part(self, rank: int) -> bool:
         """Whether ``rank`` has joined, or had before the round ended."""
-        return rank in self.joins or self.outcome is not None
+        return rank in self.joins or self.over
 
-    def join(self, message: Join, plans: Plans) -> None:
+    # ---- from phase to phase ---------------------------------------------------------------------------------------
+
+    def plan_begins(self) -> None:
+        """Everything that the plan needs is there. Making it takes as long as it takes."""
+        assert self.can_plan
+        self.phase = Phase.PLANNING
+        self.deadline = None
+
+    def follow(self, plan: Plan, deadline: float) -> None:
+        """This is the plan, made for this round or for an earlier one that was alike."""
+        assert self.phase in (Phase.JOINING, Phase.PLANNING)
+        self.phase = Phase.WRITING
+        self.plan = plan
+        self.deadline = deadline
+
+    def seal_begins(self, time: float) -> None:
+        """All shards have landed. Sealing takes as long as it takes."""
+        assert self.can_seal
+        self.phase = Phase.SEALING
+        self.time = time
+        self.deadline = None
+
+    def sealed(self, record: CheckpointRecord, deadline: float) -> None:
+        """All of it is durable. By the deadline it is committed, whoever reads what."""
+        assert self.phase is Phase.SEALING
+        self.phase = Phase.SEALED
+        self.record = record
+        self.deadline = deadline
+
+    def commit_begins(self, deadline: float) -> None:
+        """The log entry is wanted."""
+        assert self.phase is Phase.SEALED
+        self.phase = Phase.COMMITTING
+        self.deadline = deadline
+
+    def end(self, outcome: Reply) -> None:
+        """Remember the outcome and let go of everything large."""
+        self.phase = Phase.OVER
+        self.outcome = outcome
+        self.deadline = None
+        # New containers, not cleared ones: an action that is still being performed may hold the old ones.
+        self.joins, self.descriptions, self.staged_plans, self.staged_rows, self.receipts = {}, {}, {}, {}, {}
+        self.undescribed, self.told, self.fresh = set(), set(), set()
+        if self.saves:
+            self.plan = None
+
+    # ---- what ranks say --------------------------------------------------------------------------------------------
+
+    def join(self, rank: int, message: Join, plans: Plans) -> None:
         """Take a rank in, with what is already known of what it holds."""
-        rank = message.rank
         self.joins[rank] = message
         description = plans.description(rank, message.digest)
         if description is not None:
             self.descriptions[rank] = description
-        held = plans.staged_under(message)
+        held = plans.staged_under(rank, message)
         if held is not None:
             self.staged_plans[rank] = held
         if description is None or (message.staged and held is None):
             self.undescribed.add(rank)
 
-    def describe(self, message: Describe) -> None:
+    def describe(self, rank: int, message: Describe) -> None:
         """Take what a rank holds, and which rows of it the rank has copied already."""
-        self.undescribed.discard(message.rank)
-        self.joins[message.rank] = dataclasses.replace(self.joins[message.rank], digest=message.digest)
-        self.descriptions[message.rank] = message.description
+        self.undescribed.discard(rank)
+        self.joins[rank] = dataclasses.replace(self.joins[rank], digest=message.digest)
+        self.descriptions[rank] = message.description
         if message.staged is None:
-            self.fresh.add(message.rank)
+            self.fresh.add(rank)
         else:
-            self.staged_rows[message.rank] = message.staged
+            self.staged_rows[rank] = message.staged
 
     def copied(self, rank: int) -> bytes | None:
         """Which rows a staged rank has copied. None if it has not said so."""
@@ -103,26 +178,16 @@ class SaveRound:
         """A rank that has copied other rows than the plan wants of it, or None."""
         return next((rank for rank in self.staged_ranks() if self.copied(rank) != plan.rows(rank)), None)
 
-    def misjoined(self, message: Join) -> bool:
+    def misjoined(self, rank: int, message: Join) -> bool:
         """Whether a rank that had joined unstaged says, too late for the plan, that it has copied its part."""
         made = self.plan is not None and self.plan.plan_id == message.plan
-        return message.staged and not self.joins[message.rank].staged and not made
+        return message.staged and not self.joins[rank].staged and not made
 
     def missing(self) -> list[int]:
         """The ranks that it waits for, ascending."""
         ranks = range(self.world_size)
-        if self.plan is not None:
-            return [rank for rank in ranks if rank not in self.receipts] if self.saves else []
-        if self.planning:
-            return []
-        return [rank for rank in ranks if rank not in self.joins or rank in self.undescribed]
-
-    def end(self, outcome: Reply) -> None:
-        """Remember the outcome and let go of everything large."""
-        self.outcome = outcome
-        self.deadline = None
-        # New containers, not cleared ones: an action that is still being performed may hold the old ones.
-        self.joins, self.descriptions, self.staged_plans, self.staged_rows, self.receipts = {}, {}, {}, {}, {}
-        self.undescribed, self.told, self.fresh = set(), set(), set()
-        if self.saves:
-            self.plan = None
+        if self.phase is Phase.JOINING:
+            return [rank for rank in ranks if rank not in self.joins or rank in self.undescribed]
+        if self.phase is Phase.WRITING:
+            return [rank for rank in ranks if rank not in self.receipts]
+        return []

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
-import msgspec
-
 from distckpt.coordinator.machine.desk import Desk
+from distckpt.coordinator.machine.intentions import BeginRun
 from distckpt.coordinator.machine.ledger import Ledger
 from distckpt.coordinator.messages import OpenRun, Refused, Reply, Retention, RunOpened, Unknown
 from distckpt.errors import CoordinatorError, StaleRunError
@@ -39,20 +37,13 @@ class Run:
 
 
 class Runs:
-    """The current run. ``on_new`` is told the StaleRunError that everything of the old run ends with.
+    """The current run: ``current``, or None as long as nobody of it has reported to this coordinator."""
 
-    ``on_known`` is called when the settings of the current run become known: it began, or its ranks reported again.
-    """
-
-    def __init__(
-        self, desk: Desk, ledger: Ledger, on_new: Callable[[StaleRunError], None], on_known: Callable[[Run], None]
-    ) -> None:
+    def __init__(self, desk: Desk, ledger: Ledger) -> None:
         self.current: Run | None = None
         self._desk = desk
         self._ledger = ledger
-        self._on_new = on_new
-        self._on_known = on_known
-        self._superseded: dict[str, int] = {}
+        self._numbers: dict[str, int] = {}
         self._opening: dict[str, dict[int, OpenRun]] = {}
 
     def refusal(self, run: int, rank: int) -> Reply | None:
@@ -65,14 +56,17 @@ class Runs:
         return None
 
     def open(self, ticket: int, message: OpenRun) -> None:
-        """A process reports: to the current run, to the one that is just beginning, or as the first of a new one."""
+        """A process reports: to the current run, to the one that is just beginning, or as the first of a new one.
+
+        ``current`` is another one afterwards if the settings of the run that the log names became known by this.
+        """
         state = self._ledger.state
         if message.token in self._opening:
             self._desk.hold(ticket, self._opening[message.token], message)
         elif state.run and message.token == state.run_token:
             self._register(ticket, message)
-        elif message.token in self._superseded or is_superseded(message, state):
-            known = self._superseded.get(message.token, message.run)
+        elif message.token in self._numbers or is_superseded(message, state):
+            known = self._numbers.get(message.token, message.run)
             self._desk.answer(ticket, Refused(StaleRunError(self._desk.directory, known, state.run)))
         else:
             self._begin(ticket, message)
@@ -82,35 +76,33 @@ class Runs:
         if wrong:
             self._desk.answer(ticket, Refused(CoordinatorError(f"{self._desk.directory}: {wrong}")))
             return
+        self._remember(self._ledger.state)
         self._opening[message.token] = {}
         self._desk.hold(ticket, self._opening[message.token], message)
+        self._ledger.intend(BeginRun(message))
 
-        def change(state: State) -> State:
-            number = max(state.run, message.run) + 1
-            self._supersede(state.run_token, state.run)
-            self._ledger.manager_made()
-            return msgspec.structs.replace(state, run=number, run_token=message.token, saves=0)
-
-        self._ledger.intend("run", change, lambda entry: self._begun(entry, message))
-
-    def _begun(self, entry: Entry, first: OpenRun) -> None:
+    def superseded(self, entry: Entry) -> StaleRunError:
+        """What everything of the run before ends with, now that ``entry`` has begun another."""
         old = self.current.number if self.current is not None else entry.state.run - 1
-        self.current = None
-        self._on_new(StaleRunError(self._desk.directory, old, entry.state.run))
-        self._settle(first)
-        for ticket, message in list(self._opening.pop(first.token).items()):
+        return StaleRunError(self._desk.directory, old, entry.state.run)
+
+    def begun(self, begin: BeginRun, entry: Entry) -> None:
+        """The run is in the log: it is the current one, and its processes that have reported already are answered."""
+        self._remember(entry.state)
+        self._settle(begin.first)
+        for ticket, message in list(self._opening.pop(begin.first.token).items()):
             self._register(ticket, message)
 
-    def _supersede(self, token: str, number: int) -> None:
-        if number:
-            self._superseded[token] = number
-        if len(self._superseded) > REMEMBERED_TOKENS:
-            del self._superseded[next(iter(self._superseded))]
+    def _remember(self, state: State) -> None:
+        """Whoever comes with this token once another run is the current one belongs to an older one."""
+        if state.run:
+            self._numbers[state.run_token] = state.run
+        if len(self._numbers) > REMEMBERED_TOKENS:
+            del self._numbers[next(iter(self._numbers))]
 
     def _settle(self, first: OpenRun) -> Run:
         number = self._ledger.state.run
         self.current = Run(number, first.world_size, first.name, first.retention, first.save_timeout)
-        self._on_known(self.current)
         return self.current
 
     def _register(self, ticket: int, message: OpenRun) -> None:

@@ -1,19 +1,23 @@
-"""Saves in flight: rounds of joins, plans, receipts, sealing and commit. Every message may come late or twice."""
+"""Saves in flight: rounds of joins, plans, receipts, sealing and commit. Every message may come late or twice.
+
+From a rank's receipt to its answer: ``receipt``; once all have landed ``_seal``; ``sealed`` when the shell has done so;
+``_commit`` once it is known who reads what; and when the log entry counts, ``committed`` answers all ranks.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
-from distckpt.coordinator.machine.actions import MakePlan, Plan, PlanMade, Sealed, StepFailed
-from distckpt.coordinator.machine.commits import Commits
+from distckpt.coordinator.machine.actions import MakePlan, Plan, PlanMade, Seal, Sealed, StepFailed
 from distckpt.coordinator.machine.desk import Desk, Identities
+from distckpt.coordinator.machine.intentions import Commit, Discard
 from distckpt.coordinator.machine.keeping import Keeping
 from distckpt.coordinator.machine.ledger import Ledger
 from distckpt.coordinator.machine.plans import HeldPlan, Plans
-from distckpt.coordinator.machine.records import find_attempt
+from distckpt.coordinator.machine.records import never_committed
 from distckpt.coordinator.machine.roundbook import RoundBook
-from distckpt.coordinator.machine.rounds import SaveRound
-from distckpt.coordinator.machine.runs import Run
+from distckpt.coordinator.machine.rounds import Phase, SaveRound
+from distckpt.coordinator.machine.runs import Run, Runs
 from distckpt.coordinator.messages import (
     Accepted,
     AwaitPlan,
@@ -31,142 +35,137 @@ from distckpt.coordinator.messages import (
     Unknown,
 )
 from distckpt.errors import (
-    CoordinatorError,
+    CommitUnknownError,
     DistckptError,
     MissingRanksError,
     NumberMismatchError,
     RankFailedError,
     SaveError,
 )
+from distckpt.format.json.log import CheckpointRecord
+
+PATIENCE = 5.0
+"""How long a commit waits for the leases. Without them it retires nothing, which comes later then."""
 
 
 class Saves:
     """All save rounds of the current run, and the outcomes of the latest ones."""
 
-    def __init__(self, desk: Desk, ledger: Ledger, identities: Identities, keeping: Keeping) -> None:
-        self.book = RoundBook()
+    def __init__(
+        self, desk: Desk, ledger: Ledger, identities: Identities, runs: Runs, book: RoundBook, keeping: Keeping
+    ) -> None:
         self._desk = desk
         self._ledger = ledger
         self._identities = identities
+        self._runs = runs
+        self._book = book
         self._keeping = keeping
         self._plans = Plans()
-        self._run: Run | None = None
-        self._commits = Commits(desk, ledger, keeping, self._committed)
-
-    @property
-    def live(self) -> frozenset[str]:
-        """The attempts of unfinished rounds."""
-        return frozenset(round.attempt for round in self.book)
 
     def waiting(self) -> dict[str, tuple[int, ...]]:
         """For each attempt in flight the ranks that are still awaited."""
-        return {round.attempt: tuple(round.missing()) for round in self.book}
+        return {round.attempt: tuple(round.missing()) for round in self._book}
 
     def deadlines(self) -> Iterator[float]:
         """When rounds will be given up, in monotonic seconds."""
-        return (round.deadline for round in self.book if round.deadline is not None)
+        return (round.deadline for round in self._book if round.deadline is not None)
 
     # ---- runs ------------------------------------------------------------------------------------------------------
 
     def begin_run(self, run: Run) -> None:
         """Serve this run from now on."""
-        self._run = run
-        self.book.begin(self._ledger.state.saves)
+        self._book.begin(self._ledger.state.saves)
         self._plans.shrink(run.world_size)
 
     def abandon(self, error: DistckptError) -> None:
         """End every round of the run with ``error``: another run begins."""
-        for round in self.book:
+        for round in self._book:
             self._fail(round, error)
 
     def everyone_left(self) -> None:
         """Give up rounds that nobody will finish. Those whose shards have all landed go on."""
-        for round in self.book:
-            if not round.sealing:
+        for round in self._book:
+            if not round.landed:
                 self._fail(round, SaveError(round.number, "every rank has left the run"))
 
     # ---- requests --------------------------------------------------------------------------------------------------
 
-    def join(self, ticket: int, message: Join) -> None:
+    def join(self, ticket: int, rank: int, message: Join) -> None:
         """A rank takes part in its next save."""
-        record = find_attempt(self._ledger.state, message.attempt) if message.attempt else None
+        record = self._ledger.state.find(message.attempt) if message.attempt else None
         if record is not None:
             self._desk.answer(ticket, Committed(record))
             return
-        if not message.ask.isdecimal():
-            error = CoordinatorError(f"the ask of a save counts the saves of its rank, but it is {message.ask!r}")
-            self._desk.answer(ticket, Refused(error))
-            return
-        round = self.book.at(int(message.ask)) or self._new_round(int(message.ask), message)
+        round = self._book.at(message.order) or self._new_round(message)
         if round is None:
             reason = "it came too late: the coordinator has finished a later save already"
             self._desk.answer(ticket, Refused(SaveError(message.number, reason)))
             return
-        if round.outcome is None:
-            self._take_in(round, message)
-        self._desk.answer(ticket, _joined(round, message.rank))
+        if not round.over:
+            self._take_in(round, rank, message)
+        self._desk.answer(ticket, _joined(round, rank))
         self._advance(round)
 
-    def describe(self, ticket: int, message: Describe) -> None:
+    def describe(self, ticket: int, rank: int, message: Describe) -> None:
         """A rank says what it holds."""
-        prepared = self.book.of(message.attempt)
+        prepared = self._book.of(message.attempt)
         if prepared is not None and isinstance(prepared.outcome, Prepared):
             self._desk.answer(ticket, Accepted())
             return
-        round = self._round_of(ticket, message)
+        round = self._round_of(ticket, rank, message.attempt)
         if round is None:
             return
         self._desk.answer(ticket, Accepted())
-        if message.rank in round.undescribed:
-            self._plans.describe(message.rank, message.digest, message.description)
-            round.describe(message)
+        if rank in round.undescribed:
+            self._plans.describe(rank, message.digest, message.description)
+            round.describe(rank, message)
             self._advance(round)
 
-    def await_plan(self, ticket: int, message: AwaitPlan) -> None:
+    def await_plan(self, ticket: int, rank: int, message: AwaitPlan) -> None:
         """A rank wants to know what it writes."""
-        prepared = self.book.of(message.attempt)
+        prepared = self._book.of(message.attempt)
         if prepared is not None and prepared.plan is not None and isinstance(prepared.outcome, Prepared):
-            self._desk.answer(ticket, _planned(prepared.plan, message.rank))
+            self._desk.answer(ticket, _planned(prepared.plan, rank))
             return
-        round = self._round_of(ticket, message)
+        round = self._round_of(ticket, rank, message.attempt)
         if round is None:
             return
         if round.plan is None:
-            self._desk.hold(ticket, round.awaiting_plan, message.rank)
+            self._desk.hold(ticket, round.awaiting_plan, rank)
             return
-        self._desk.answer(ticket, _planned(round.plan, message.rank))
-        if message.rank not in round.told and not round.sealing:
-            round.told.add(message.rank)
+        self._desk.answer(ticket, _planned(round.plan, rank))
+        if rank not in round.told and not round.landed:
+            round.told.add(rank)
             round.deadline = self._later()
 
-    def receipt(self, ticket: int, message: Receipt) -> None:
+    def receipt(self, ticket: int, rank: int, message: Receipt) -> None:
         """All shards of a rank have landed."""
-        round = self._round_of(ticket, message)
+        round = self._round_of(ticket, rank, message.attempt)
         if round is None:
             return
-        self._desk.hold(ticket, round.awaiting_end, message.rank)
-        if message.rank in round.receipts or not round.saves:
+        self._desk.hold(ticket, round.awaiting_end, rank)
+        if rank in round.receipts or not round.saves:
             return
-        round.receipts[message.rank] = message
+        round.receipts[rank] = message
         if round.plan is not None:
             round.deadline = self._later()
-            self._check_rows(round, message)
+            self._check_rows(round, rank, message)
             self._advance(round)
 
-    def fail(self, ticket: int, message: Fail) -> None:
+    def fail(self, ticket: int, rank: int, message: Fail) -> None:
         """A rank cannot do its part. Once all shards have landed, that changes nothing any more."""
-        round = self.book.of(message.attempt)
-        known = round is not None or find_attempt(self._ledger.state, message.attempt) is not None
+        round = self._book.of(message.attempt)
+        known = round is not None or self._ledger.state.find(message.attempt) is not None
         self._desk.answer(ticket, Accepted() if known else Unknown())
-        if round is not None and round.outcome is None and not round.sealing:
-            self._fail_rank(round, message.rank, message.reason)
+        if round is not None and not round.over and not round.landed:
+            self._fail_rank(round, rank, message.reason)
 
     # ---- results of actions, and time ------------------------------------------------------------------------------
 
     def plan_made(self, event: PlanMade) -> None:
         """The plan of a round is there."""
-        round = self.book.of(event.attempt)
-        if round is None or round.outcome is not None or not round.planning:
+        round = self._book.of(event.attempt)
+        if round is None or round.phase is not Phase.PLANNING:
             return
         rank = round.misplanned(event.plan)
         if rank is not None:
@@ -175,40 +174,33 @@ class Saves:
         digests = {rank: join.digest for rank, join in round.joins.items()}
         self._adopt(round, self._plans.add(event.plan, digests))
 
-    def sealed(self, event: Sealed) -> None:
-        """Everything of an attempt is durable: commit it."""
-        round = self.book.of(event.attempt)
-        if round is not None and round.outcome is None and round.sealing and round.record is None:
-            round.deadline = self._later()
-            self._commits.commit(round, self._current.name, event)
-
     def step_failed(self, event: StepFailed) -> None:
         """Planning or sealing failed for good."""
-        round = self.book.of(event.attempt)
-        if round is not None and round.outcome is None and round.record is None and (round.planning or round.sealing):
+        round = self._book.of(event.attempt)
+        if round is not None and round.phase in (Phase.PLANNING, Phase.SEALING):
             self._fail(round, event.error)
 
     def tick(self) -> None:
         """Give up what is overdue."""
-        for round in self.book:
-            if round.outcome is None and round.deadline is not None and round.deadline <= self._desk.mono:
+        for round in self._book:
+            if not round.over and round.deadline is not None and round.deadline <= self._desk.mono:
                 self._expire(round)
 
     # ---- rounds ----------------------------------------------------------------------------------------------------
 
     @property
     def _current(self) -> Run:
-        assert self._run is not None
-        return self._run
+        assert self._runs.current is not None
+        return self._runs.current
 
     def _later(self) -> float:
         return self._desk.mono + self._current.save_timeout
 
-    def _round_of(self, ticket: int, message: Describe | AwaitPlan | Receipt) -> SaveRound | None:
+    def _round_of(self, ticket: int, rank: int, attempt: str) -> SaveRound | None:
         """The unfinished round that a rank of it speaks of. None if there is none, and that has been answered."""
-        round = self.book.of(message.attempt)
-        if round is None or not round.takes_part(message.rank):
-            record = find_attempt(self._ledger.state, message.attempt)
+        round = self._book.of(attempt)
+        if round is None or not round.takes_part(rank):
+            record = self._ledger.state.find(attempt)
             self._desk.answer(ticket, Unknown() if record is None else Committed(record))
             return None
         if round.outcome is not None:
@@ -216,35 +208,34 @@ class Saves:
             return None
         return round
 
-    def _new_round(self, order: int, first: Join) -> SaveRound | None:
-        if self.book.is_over(order):
+    def _new_round(self, first: Join) -> SaveRound | None:
+        if self._book.is_over(first.order):
             return None
-        busy = self.book.saving()
+        busy = self._book.saving()
         attempt = self._identities.attempt(self._ledger.epoch)
-        round = SaveRound(order, first.number, attempt, self._current.world_size, self._later())
-        self.book.add(round)
+        round = SaveRound(first.order, first.number, attempt, self._current.world_size, self._later())
+        self._book.add(round)
         # A rank that has staged is past the question: it joins again after the coordinator was replaced.
         if 0 < first.skip_if_busy <= busy and round.saves and not first.staged:
             self._end(round, Skipped())
         return round
 
-    def _take_in(self, round: SaveRound, message: Join) -> None:
-        known = round.joins.get(message.rank)
+    def _take_in(self, round: SaveRound, rank: int, message: Join) -> None:
+        known = round.joins.get(rank)
         if message.number != round.number:
-            self._fail(round, _mismatch(round, message))
-        elif known is None or (message.staged and not known.staged and round.plan is None and not round.planning):
+            self._fail(round, _mismatch(round, rank, message))
+        elif known is None or (message.staged and not known.staged and round.phase is Phase.JOINING):
             # A delayed copy of an older Join may have come first; what the rank has copied counts.
-            round.join(message, self._plans)
-        elif round.misjoined(message):
-            self._fail_rank(round, message.rank, "it had copied its chunks before it could be planned for")
+            round.join(rank, message, self._plans)
+        elif round.misjoined(rank, message):
+            self._fail_rank(round, rank, "it had copied its chunks before it could be planned for")
 
     def _advance(self, round: SaveRound) -> None:
-        if round.outcome is None and round.can_plan:
+        if round.can_plan:
             self._plan(round)
         # Checkpoints are committed in save order, so a fast save waits for an earlier one that all have joined.
-        if round.outcome is None and round.saves and round.all_landed and not self.book.must_wait(round):
-            self._keeping.peek()
-            self._commits.seal(round, self._current)
+        if round.can_seal and not self._book.must_wait(round):
+            self._seal(round)
 
     def _plan(self, round: SaveRound) -> None:
         held = self._plans.fitting(round.joins)
@@ -258,69 +249,142 @@ class Saves:
                 self._fail_rank(round, rank, "it did not say which chunks it has copied")
                 return
             staged[rank] = rows
-        round.planning = True
-        round.deadline = None
+        round.plan_begins()
         self._desk.emit(MakePlan(round.attempt, round.number, round.descriptions, staged, frozenset(round.fresh)))
 
     def _adopt(self, round: SaveRound, held: HeldPlan) -> None:
-        round.planning = False
-        round.plan = held.plan
-        round.deadline = self._later()
+        round.follow(held.plan, self._later())
         for ticket, rank in list(round.awaiting_plan.items()):
             round.told.add(rank)
             self._desk.answer(ticket, _planned(held.plan, rank))
         if not round.saves:
             self._end(round, Prepared())
             return
-        for receipt in list(round.receipts.values()):
-            self._check_rows(round, receipt)
+        for rank, receipt in list(round.receipts.items()):
+            self._check_rows(round, rank, receipt)
         self._advance(round)
 
-    def _check_rows(self, round: SaveRound, receipt: Receipt) -> None:
+    def _check_rows(self, round: SaveRound, rank: int, receipt: Receipt) -> None:
         if round.plan is None:
             return
         landed = sum(shard.rows for shard in receipt.shards)
-        wanted = round.plan.row_count(receipt.rank)
+        wanted = round.plan.row_count(rank)
         if landed != wanted:
-            self._fail_rank(round, receipt.rank, f"its shards hold {landed} chunks and the plan gives it {wanted}")
+            self._fail_rank(round, rank, f"its shards hold {landed} chunks and the plan gives it {wanted}")
 
-    def _committed(self, round: SaveRound, reply: Committed) -> None:
-        for other in self.book.overtaken(round):
-            reason = "a later save was committed before every rank had joined this one"
-            self._fail(other, SaveError(other.number, reason))
-        self._end(round, reply)
+    # ---- from the last receipt to the commit -----------------------------------------------------------------------
+
+    def _seal(self, round: SaveRound) -> None:
+        """Have every shard looked at and the manifest written; learn meanwhile who reads what."""
+        self._keeping.peek()
+        round.seal_begins(self._desk.now)
+        assert round.plan is not None
+        assert round.number is not None
+        run = self._current
+        self._desk.emit(
+            Seal(
+                attempt=round.attempt,
+                name=run.name,
+                number=round.number,
+                epoch=self._ledger.epoch,
+                time=round.time,
+                plan=round.plan,
+                receipts=round.receipts,
+                hosts=dict(run.hosts),
+            )
+        )
+
+    def sealed(self, event: Sealed) -> None:
+        """Everything of an attempt is durable: commit it, as soon as it is known who reads what."""
+        round = self._book.of(event.attempt)
+        if round is None or round.phase is not Phase.SEALING:
+            return
+        round.sealed(_record(round, self._current.name, event), self._desk.mono + PATIENCE)
+        if not self._keeping.looking:
+            self._commit(round)
+
+    def readers_known(self) -> None:
+        """Leases are being read no longer: commit what is sealed."""
+        for round in self._book:
+            if round.phase is Phase.SEALED and not self._keeping.looking:
+                self._commit(round)
+
+    def _commit(self, round: SaveRound) -> None:
+        assert round.record is not None
+        round.commit_begins(self._later())
+        retention, spared = self._current.retention, self._keeping.spared
+        self._ledger.intend(Commit(round.record, round.order + 1, retention, spared))
+
+    def committed(self, record: CheckpointRecord) -> None:
+        """The log entry counts: tell the ranks, and end the saves that were overtaken. What retires is deleted next."""
+        round = self._book.of(record.attempt)
+        if round is not None:
+            for other in self._book.overtaken(round):
+                reason = "a later save was committed before every rank had joined this one"
+                self._fail(other, SaveError(other.number, reason))
+            self._end(round, Committed(record))
         self._keeping.look()
 
+    # ---- ends that nobody wanted -----------------------------------------------------------------------------------
+
     def _expire(self, round: SaveRound) -> None:
-        if round.record is not None:
+        if round.phase is Phase.SEALED:
+            self._commit(round)
+            return
+        if round.phase is Phase.COMMITTING:
             round.deadline = self._later()
-            self._commits.overdue(round, self._current.save_timeout)
+            self._overdue(round)
             return
         missing = round.missing()
         if not missing:
             round.deadline = None
             return
-        stage = "to join the save" if round.plan is None else "to report that its shards have landed"
+        stage = "to join the save" if round.phase is Phase.JOINING else "to report that its shards have landed"
         hosts = self._current.hosts_of(missing)
         self._fail(round, MissingRanksError(round.number, missing, hosts, self._current.save_timeout, stage))
+
+    def _overdue(self, round: SaveRound) -> None:
+        """Tell who waits if the store does not say what became of the log entry. It is retried all the same."""
+        if self._ledger.unsure:
+            seconds = self._current.save_timeout
+            reason = f"the store has not said within {seconds:g} s whether its log entry was written; it is retried"
+            self._desk.answer_shelf(round.awaiting_end, Refused(CommitUnknownError(round.number, reason)))
 
     def _fail_rank(self, round: SaveRound, rank: int, reason: str) -> None:
         host = self._current.hosts.get(rank, "")
         self._fail(round, RankFailedError(round.number, rank, host, reason))
 
     def _fail(self, round: SaveRound, error: DistckptError) -> None:
+        landed = round.landed
         self._end(round, Refused(error))
-        if round.sealing:
-            self._commits.discard(round, self._current.name)
+        if landed:
+            name, number = self._current.name, round.number or 0
+            failed = never_committed(name, number, round.attempt, round.time, round.world_size)
+            self._ledger.withdraw(round.attempt)
+            self._ledger.intend(Discard(failed))
         self._keeping.collect()
 
     def _end(self, round: SaveRound, outcome: Reply) -> None:
+        self._book.close(round, failed=isinstance(outcome, Refused) and not round.landed)
         round.end(outcome)
-        self.book.close(round, failed=isinstance(outcome, Refused))
         self._desk.answer_shelf(round.awaiting_plan, outcome)
         self._desk.answer_shelf(round.awaiting_end, outcome)
-        for other in self.book:
+        for other in self._book:
             self._advance(other)
+
+
+def _record(round: SaveRound, name: str, sealed: Sealed) -> CheckpointRecord:
+    assert round.number is not None
+    return CheckpointRecord(
+        name=name,
+        number=round.number,
+        attempt=round.attempt,
+        manifest_size=sealed.manifest_size,
+        manifest_crc32c=sealed.manifest_crc32c,
+        time=round.time,
+        world_size=round.world_size,
+        nbytes=sealed.nbytes,
+    )
 
 
 def _joined(round: SaveRound, rank: int) -> Reply:
@@ -333,9 +397,9 @@ def _planned(plan: Plan, rank: int) -> Planned:
     return Planned(plan.plan_id, plan.rows(rank))
 
 
-def _mismatch(round: SaveRound, message: Join) -> SaveError:
-    joins = [*round.joins.values(), message]
-    numbers = {join.rank: join.number for join in joins if join.number is not None}
+def _mismatch(round: SaveRound, rank: int, message: Join) -> SaveError:
+    joins = {**round.joins, rank: message}
+    numbers = {rank: join.number for rank, join in joins.items() if join.number is not None}
     if len(numbers) < len(joins):
-        return SaveError(round.number, f"rank {message.rank} and others disagree whether to save or only to prepare")
+        return SaveError(round.number, f"rank {rank} and others disagree whether to save or only to prepare")
     return NumberMismatchError(round.number, numbers)

@@ -10,8 +10,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 from distckpt.coordinator.machine.desk import Desk
-from distckpt.coordinator.machine.runs import Run
-from distckpt.coordinator.messages import AwaitStop, Refused, StopState
+from distckpt.coordinator.machine.runs import Runs
+from distckpt.coordinator.messages import AwaitStop, Members, Refused, StopState, merged_members
 from distckpt.errors import DistckptError, RankSilentError
 from distckpt.threads.report import StopReport
 
@@ -21,15 +21,6 @@ TOLD_OF_LEAVING = 8
 
 MANAGER_SILENCE = 60.0
 """A rank that has not joined is known to live by its manager's heartbeats, every 20 seconds. It may miss two."""
-
-Members = Mapping[int, str | None]
-
-
-def merged(one: Members, other: Members) -> Members:
-    """Who takes part by both accounts, with their hosts. Who has left (None) by either has left."""
-    if one == other:
-        return one
-    return {**one, **other, **{rank: None for rank, host in one.items() if host is None}}
 
 
 def _silence(rank: int, host: str, seconds: float) -> StopReport:
@@ -60,16 +51,12 @@ class _Generation:
 class Stops:
     """The generations of the current run. ``deadline`` is the monotonic time by which a tick is wanted, or None."""
 
-    def __init__(self, desk: Desk) -> None:
+    def __init__(self, desk: Desk, runs: Runs) -> None:
         self.deadline: float | None = None
         self._desk = desk
-        self._run: Run | None = None
+        self._runs = runs
         self._generations: dict[int, _Generation] = {}
         self._heard: dict[int, float] = {}
-
-    def begin_run(self, run: Run) -> None:
-        """Serve this run from now on."""
-        self._run = run
 
     def abandon(self, error: DistckptError) -> None:
         """Answer everyone with ``error`` and forget everything."""
@@ -92,14 +79,14 @@ class Stops:
                 self._left(generation, rank)
         self._forget()
 
-    def ask(self, ticket: int, message: AwaitStop) -> None:
+    def await_stop(self, ticket: int, rank: int, message: AwaitStop) -> None:
         """A rank takes part, tells what it knows, and waits for news."""
         generation = self._generations.setdefault(message.generation, _Generation())
-        generation.members = merged(generation.members, message.members)
+        generation.members = merged_members(generation.members, message.members)
         if message.silence_timeout is None:
-            self._left(generation, message.rank)
+            self._left(generation, rank)
         else:
-            self._watch(generation, message.rank, message.silence_timeout)
+            self._watch(generation, rank, message.silence_timeout)
         if message.known is not None and generation.stop is None:
             self._stop(generation, message.known)
         if message.silence_timeout is None:
@@ -108,7 +95,7 @@ class Stops:
         elif message.patience <= 0 or generation.stop != message.known:
             self._answer(ticket, generation)
         else:
-            self._desk.hold(ticket, generation.waiting, message.rank)
+            self._desk.hold(ticket, generation.waiting, rank)
             generation.answer_by = min(generation.answer_by, self._desk.mono + message.patience)
             self._wake_by(generation.answer_by)
 
@@ -123,6 +110,10 @@ class Stops:
             if generation.answer_by <= self._desk.mono:
                 self._answer_all(generation)
             self._wake_by(generation.answer_by)
+
+    @property
+    def _hosts(self) -> Mapping[int, str]:
+        return self._runs.current.hosts if self._runs.current is not None else {}
 
     def _look_for_silence(self, generation: _Generation, late: float) -> None:
         self._expect(generation)
@@ -142,14 +133,14 @@ class Stops:
             host = generation.members.get(rank)
             if host is not None:
                 yield rank, host, timeout, self._heard[rank]
-        hosts = self._run.hosts if self._run is not None else {}
+        hosts = self._hosts
         timeout = max(MANAGER_SILENCE, *generation.timeouts.values(), 0.0)
         for rank, since in generation.expected.items():
             yield rank, hosts.get(rank, ""), timeout, max(since, self._heard.get(rank, since))
 
     def _expect(self, generation: _Generation) -> None:
         """Watch those who belong to the run, have not left it and have not joined, while others take part."""
-        run = self._run
+        run = self._runs.current
         if run is None or generation.deserted:
             generation.expected = {}
             return
@@ -159,7 +150,7 @@ class Stops:
     def _watch(self, generation: _Generation, rank: int, timeout: float) -> None:
         """Watch this rank, and those that were watched before the coordinator was replaced."""
         if rank not in generation.members:
-            hosts = self._run.hosts if self._run is not None else {}
+            hosts = self._hosts
             generation.members = {**generation.members, rank: hosts.get(rank, "")}
         generation.timeouts[rank] = timeout
         if len(generation.timeouts) < len(generation.members):
@@ -167,7 +158,7 @@ class Stops:
                 generation.timeouts.setdefault(other, timeout)
                 self._heard.setdefault(other, self._desk.mono)
         generation.expected.pop(rank, None)
-        if self._run is not None and len(generation.members) + len(generation.expected) < len(self._run.hosts):
+        if len(generation.members) + len(generation.expected) < len(self._hosts):
             self._expect(generation)
         self._wake_by(self._desk.mono + timeout)
 

@@ -37,7 +37,7 @@ class CoordinatorActor:
         self._settings = settings
         self._shell: Shell | None = None
 
-    async def ask(self, request: Request, wait: float) -> Reply | None:
+    async def answer(self, request: Request, wait: float) -> Reply | None:
         """The answer to a request, or None when there is none within ``wait`` seconds: then ask again."""
         try:
             shell = self._started_for(request)
@@ -46,7 +46,7 @@ class CoordinatorActor:
         if shell is None:
             return Unknown()
         try:
-            reply = await asyncio.wait_for(asyncio.wrap_future(shell.ask(request)), wait)
+            reply = await asyncio.wait_for(asyncio.wrap_future(shell.submit(request)), wait)
         except asyncio.TimeoutError:
             return None
         # One that was idle is about to end; who asks again finds the next one.
@@ -66,7 +66,7 @@ class CoordinatorActor:
             state = read_tail(store).state
             if is_superseded(request, state):
                 raise StaleRunError(self._directory, request.run, state.run)
-            shell = Shell(store, self._settings, self._stopped)
+            shell = Shell(store, self._settings, self._exit)
             shell.start()
             self._shell = shell
         return self._shell
@@ -75,7 +75,7 @@ class CoordinatorActor:
         """The directory that this actor serves and its process id."""
         return self._directory, os.getpid()
 
-    def _stopped(self, reason: str) -> None:
+    def _exit(self, reason: str) -> None:
         logger.info("the coordinator of %s stops: %s", self._directory, reason)
         # Killing itself is the one exit that Ray neither restarts nor reports as a failure of the job.
         ray.kill(ray.get_runtime_context().current_actor, no_restart=True)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import ray
 import ray.exceptions
 
-from distckpt.coordinator.messages import Reply, Request
+from distckpt.coordinator.messages import Reply, Request, kind_of
 from distckpt.coordinator.ray.actor import CoordinatorActor, find_or_start
 from distckpt.coordinator.shell.shell import Settings
 from distckpt.errors import CoordinatorUnavailableError
@@ -53,12 +53,12 @@ class RayLine:
             left = deadline - time.monotonic()
             if left <= 0:
                 raise CoordinatorUnavailableError(
-                    f"{self._directory}: no answer to {type(request).__name__} within {timeout:g} s"
+                    f"{self._directory}: no answer to {kind_of(request)} within {timeout:g} s"
                 )
             wait = min(POLL_SECONDS, left)
             try:
                 actor = self._find(wait)
-                reply = self._answer(actor.ask.remote(request, wait), wait + POLL_SECONDS)
+                reply = self._answer(actor.answer.remote(request, wait), wait + POLL_SECONDS)
             except (ray.exceptions.RayActorError, FutureTimeoutError) as error:
                 if silent_since is None:
                     silent_since = time.monotonic()

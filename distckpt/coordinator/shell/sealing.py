@@ -112,8 +112,7 @@ def read_log_tail(store: Store) -> TailRead:
     entry = tail.entry
     if tail.damaged:
         entry = msgspec.structs.replace(entry, state=_without_vanished(store, entry.state))
-    complete = sorted(_complete(store, tail.entry), key=lambda record: (record.time, record.number))
-    return TailRead(tail.seq, entry, tuple(complete))
+    return TailRead(tail.seq, entry, tuple(_complete(store, tail.entry)))
 
 
 def _without_vanished(store: Store, state: State) -> State:
@@ -130,8 +129,7 @@ def _stat_manifest(store: Store, record: CheckpointRecord) -> object:
 
 
 def _complete(store: Store, entry: Entry) -> Iterator[CheckpointRecord]:
-    state = entry.state
-    known = {record.attempt for record in (*state.active, *state.preserved, *state.retiring)}
+    known = entry.state.known()
     for folder in store.folders(""):
         if names.parse_checkpoint(folder) is None:
             continue

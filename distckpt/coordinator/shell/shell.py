@@ -22,6 +22,7 @@ from distckpt.coordinator.machine.actions import (
     Delete,
     Deleted,
     Event,
+    Exit,
     Forgotten,
     LeasesRead,
     MakePlan,
@@ -32,7 +33,6 @@ from distckpt.coordinator.machine.actions import (
     ReadTail,
     Seal,
     StepFailed,
-    Stop,
     Tick,
 )
 from distckpt.coordinator.machine.machine import Machine
@@ -67,10 +67,10 @@ class Shell:
     Wall-clock time is read through ``time.time`` alone, deadlines through ``time.monotonic``.
     """
 
-    def __init__(self, store: Store, settings: Settings, on_stop: Callable[[str], None] | None = None) -> None:
+    def __init__(self, store: Store, settings: Settings, on_exit: Callable[[str], None] | None = None) -> None:
         self._store = store
         self._settings = settings
-        self._on_stop = on_stop
+        self._on_exit = on_exit
         self._machine = Machine(store.url, uuid.uuid4().hex, idle_timeout=settings.idle_timeout)
         self._lock = threading.RLock()
         self._changed = threading.Condition(self._lock)
@@ -93,7 +93,7 @@ class Shell:
         probe(self._store)
         self._timer.start()
 
-    def ask(self, request: Request) -> Future[Reply]:
+    def submit(self, request: Request) -> Future[Reply]:
         """Hand a request to the machine. Cancel the future when nobody waits for the answer any more."""
         future: Future[Reply] = Future()
         with self._lock:
@@ -195,9 +195,9 @@ class Shell:
                 if action.entry.state.active:
                     self._store.replace(names.STATE_FILE, render(from_log_state(action.entry.state)).encode())
                 prune(self._store, action.entry.seq)
-            case Stop():
-                if self._on_stop is not None:
-                    self._on_stop(action.reason)
+            case Exit():
+                if self._on_exit is not None:
+                    self._on_exit(action.reason)
         return None
 
     def _append(self, action: Append) -> Event:

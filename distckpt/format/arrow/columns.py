@@ -14,6 +14,14 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from distckpt.format.arrays import Ints
+
+FORMAT_FIELD = b"distckpt.format"
+"""Where the metadata of a schema says which version of our format it is."""
+
+DIMENSIONS = ("shape", "offset", "length")
+"""The columns that say of which tensor a chunk is a part, and where in it."""
+
 
 def column_of(numbers: npt.NDArray[Any], kind: pa.DataType) -> pa.Array[Any]:
     """``numbers`` as a column of that type; not copied if they are of it. ValueError if one does not fit."""
@@ -37,7 +45,7 @@ def numbers_of(column: pa.Array[Any] | pa.ChunkedArray[Any]) -> npt.NDArray[Any]
     return numbers
 
 
-def starts_of(column: Any) -> npt.NDArray[np.int64]:
+def starts_of(column: Any) -> Ints:
     """Where each list of a column of lists begins in ``column.values``, and where the last one ends."""
     if len(column) == 0:  # Arrow allows such a column to have no offset at all
         return np.zeros(1, np.int64)
@@ -70,7 +78,7 @@ def texts(found: Sequence[str]) -> pa.Array[Any]:
     return pa.Array.from_buffers(pa.utf8(), len(encoded), buffers)
 
 
-def _starts(parts: Sequence[Any]) -> npt.NDArray[np.int64]:
+def _starts(parts: Sequence[Any]) -> Ints:
     return np.cumsum([0, *map(len, parts)], dtype=np.int64)
 
 

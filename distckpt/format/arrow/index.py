@@ -10,15 +10,14 @@ import numpy as np
 import pyarrow as pa
 
 from distckpt.errors import DamagedError, UnsupportedFormatError
+from distckpt.format.arrays import Crcs, Ints
 from distckpt.format.arrow.arrow_file import check_plain
-from distckpt.format.arrow.columns import numbers_of, starts_of
+from distckpt.format.arrow.columns import DIMENSIONS, FORMAT_FIELD, numbers_of, starts_of
 from distckpt.format.arrow.dtypes import ITEM_SIZES, VALUE, is_dtype
 from distckpt.format.arrow.index_checks import (
     Blocks,
     Boxes,
-    Crcs,
     Finding,
-    Ints,
     Places,
     check_blocks,
     check_bounds,
@@ -27,7 +26,7 @@ from distckpt.format.arrow.index_checks import (
     check_overlaps,
     check_wholes,
 )
-from distckpt.format.arrow.index_encoding import FORMAT, FORMAT_FIELD, SCHEMA, RankRows, encode_rows, sizes_of
+from distckpt.format.arrow.index_encoding import FORMAT, SCHEMA, RankRows, encode_rows, sizes_of
 from distckpt.format.limits import MAX_DIMENSIONS, MAX_INDEX_BYTES, shown
 
 
@@ -199,7 +198,7 @@ def _texts(batch: pa.RecordBatch, name: str) -> tuple[str, ...]:
 def _assemble(batch: pa.RecordBatch, path: str) -> Index:
     names, key = _texts(batch, "key"), _ids(batch, "key")
     first = _first_rows(key, names, path)
-    shape, offset, length = (_boxes(batch, name, path) for name in ("shape", "offset", "length"))
+    shape, offset, length = (_boxes(batch, name, path) for name in DIMENSIONS)
     if not (np.array_equal(shape.count, offset.count) and np.array_equal(shape.count, length.count)):
         raise DamagedError(path, "a row whose shape, offset and length differ in dimensions")
     width = int(shape.count.max(initial=1))

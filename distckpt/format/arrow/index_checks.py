@@ -9,13 +9,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
+from distckpt.format.arrays import Bools, Crcs, Ints
 from distckpt.format.limits import MAX_BYTES, MAX_SHARDS_OF_RANK, MAX_WORLD
-
-Ints = npt.NDArray[np.int64]
-Bools = npt.NDArray[np.bool_]
-Crcs = npt.NDArray[np.uint32]
 
 
 @dataclass(frozen=True, slots=True)

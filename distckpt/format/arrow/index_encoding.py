@@ -10,13 +10,12 @@ import numpy as np
 import pyarrow as pa
 
 from distckpt.errors import RankFailedError
-from distckpt.format.arrow.columns import column_of, lists, numbers_of
+from distckpt.format.arrays import Bools, Ints
+from distckpt.format.arrow.columns import DIMENSIONS, FORMAT_FIELD, column_of, lists, numbers_of
 from distckpt.format.arrow.dtypes import VALUE
 from distckpt.format.arrow.index_checks import (
     Blocks,
-    Bools,
     Finding,
-    Ints,
     Places,
     block_counts,
     check_bounds,
@@ -26,7 +25,6 @@ from distckpt.format.arrow.index_checks import (
 from distckpt.format.arrow.receipt import ShardReceipt
 
 FORMAT = 1
-FORMAT_FIELD = b"distckpt.format"
 MAX_BLOCKS = (1 << 31) - 1
 
 _TEXT = pa.dictionary(pa.int32(), pa.utf8())
@@ -175,7 +173,7 @@ def _write(table: pa.Table, rows: Places, blocks: Blocks) -> bytes:
     batch = pa.record_batch(
         [
             *(_text(table, name) for name in ("key", "path", "dtype")),
-            *(_box(table, name) for name in ("shape", "offset", "length")),
+            *(_box(table, name) for name in DIMENSIONS),
             column_of(rows.rank, pa.int32()),
             column_of(rows.shard, pa.int32()),
             column_of(rows.position, pa.int64()),

@@ -16,21 +16,18 @@ from typing import Any
 
 import crc32c
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 
 from distckpt.errors import DamagedError, SaveError, UnsupportedFormatError
-from distckpt.format.arrow.columns import texts, tuples
+from distckpt.format.arrays import Ints
+from distckpt.format.arrow.columns import DIMENSIONS, FORMAT_FIELD, texts, tuples
 from distckpt.format.arrow.dtypes import ITEM_SIZES, VALUE
 
 FORMAT = b"1"
 SMALL_BYTES = 64 << 10
 BATCH_BYTES = 1 << 20
 MOST_BLOCKS = 64
-
-_FORMAT_FIELD = b"distckpt.format"
-_DIMENSIONS = ("shape", "offset", "length")
-_MAP_NORESERVE = 0x4000  # mmap has the name from Python 3.13 on
+MAP_NORESERVE = 0x4000  # mmap has the name from Python 3.13 on
 _PROT_NONE = 0
 
 SCHEMA = pa.schema(
@@ -43,10 +40,8 @@ SCHEMA = pa.schema(
         ("crc32c", pa.uint32()),
         ("data", pa.large_binary()),
     ],
-    metadata={_FORMAT_FIELD: FORMAT},
+    metadata={FORMAT_FIELD: FORMAT},
 )
-
-Int64s = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,10 +68,10 @@ class ShardImage:
     chunks: tuple[Chunk, ...] = field(repr=False)
     size: int
     fixed: tuple[tuple[int, bytes], ...] = field(repr=False)
-    positions: Int64s = field(repr=False)
-    sizes: Int64s = field(repr=False)
-    crc_positions: Int64s = field(repr=False)
-    block_sizes: Int64s = field(repr=False)
+    positions: Ints = field(repr=False)
+    sizes: Ints = field(repr=False)
+    crc_positions: Ints = field(repr=False)
+    block_sizes: Ints = field(repr=False)
 
 
 def block_size(nbytes: int, row_nbytes: int) -> int:
@@ -138,17 +133,17 @@ def build_image(chunks: Sequence[Chunk]) -> ShardImage:
 
 @dataclass(frozen=True, slots=True)
 class _Places:
-    payloads: Int64s
-    crcs: Int64s
+    payloads: Ints
+    crcs: Ints
 
 
 def _reserve(nbytes: int) -> mmap.mmap:
-    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE
     return mmap.mmap(-1, max(1, nbytes), flags=flags, prot=_PROT_NONE)
 
 
-def _rows(chunks: Sequence[Chunk], starts: Int64s, payload: pa.Buffer, crcs: pa.Buffer) -> pa.RecordBatch:
-    dimensions = [tuples([getattr(chunk, name) for chunk in chunks], pa.list_(pa.int64())) for name in _DIMENSIONS]
+def _rows(chunks: Sequence[Chunk], starts: Ints, payload: pa.Buffer, crcs: pa.Buffer) -> pa.RecordBatch:
+    dimensions = [tuples([getattr(chunk, name) for chunk in chunks], pa.list_(pa.int64())) for name in DIMENSIONS]
     count = len(chunks)
     columns: list[Any] = [
         texts([chunk.key for chunk in chunks]),
@@ -160,7 +155,7 @@ def _rows(chunks: Sequence[Chunk], starts: Int64s, payload: pa.Buffer, crcs: pa.
     return pa.record_batch(columns, schema=SCHEMA)
 
 
-def _write(sink: _Sink, rows: pa.RecordBatch, starts: Int64s, places: _Places) -> None:
+def _write(sink: _Sink, rows: pa.RecordBatch, starts: Ints, places: _Places) -> None:
     writer = pa.ipc.new_file(pa.PythonFile(sink, mode="w"), SCHEMA)
     for first, end in _batches(np.diff(starts).tolist()):
         sink.expect(int(starts[end] - starts[first]))
@@ -263,7 +258,7 @@ def read_rows(data: bytes | memoryview, path: str) -> pa.Table:
 
 
 def _check_schema(schema: pa.Schema, path: str) -> None:
-    found = (schema.metadata or {}).get(_FORMAT_FIELD)
+    found = (schema.metadata or {}).get(FORMAT_FIELD)
     if found is not None and found != FORMAT:
         raise UnsupportedFormatError(path, f"a shard of format {found!r:.40}; this release reads {FORMAT.decode()}")
     if not schema.equals(SCHEMA, check_metadata=True):
@@ -273,7 +268,7 @@ def _check_schema(schema: pa.Schema, path: str) -> None:
 def _check_rows(table: pa.Table, path: str) -> None:
     if any(column.null_count for column in table.columns):
         raise DamagedError(path, "a column has nulls")
-    columns = [table.column(name).to_pylist() for name in ("key", "dtype", *_DIMENSIONS, "crc32c")]
+    columns = [table.column(name).to_pylist() for name in ("key", "dtype", *DIMENSIONS, "crc32c")]
     for key, dtype, shape, offset, length, crc, data in zip(*columns, _payloads(table), strict=True):
         if not _is_possible(dtype, shape, offset, length, len(data)):
             raise DamagedError(path, "type, shape, offset, length and number of bytes do not fit together", key)

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from distckpt.format.arrow.shard import SCHEMA
+from distckpt.format.arrow.columns import DIMENSIONS
+from distckpt.format.arrow.shard import MAP_NORESERVE, SCHEMA
 
-_MAP_NORESERVE = 0x4000  # mmap has the name from Python 3.13 on
-_TOLD = ("key", "dtype", "shape", "offset", "length", "crc32c")
+_TOLD = ("key", "dtype", *DIMENSIONS, "crc32c")
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +32,7 @@ class Payload:
 
 def sparse_image(size: int) -> memoryview:
     """Zeros, as many as a shard has bytes, of which only those that are written to take memory."""
-    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE
     return memoryview(mmap.mmap(-1, size, flags=flags)) if size else memoryview(bytearray())
 
 

@@ -11,7 +11,7 @@ import msgspec
 from distckpt.errors import DamagedError
 from distckpt.format.json.manifest import MAX_MANIFEST_BYTES
 from distckpt.format.limits import MAX_BYTES, MAX_CRC32C, MAX_NUMBER, MAX_WORLD, shown
-from distckpt.format.names import is_attempt, is_name
+from distckpt.format.names import attempt_age, is_attempt, is_name
 
 FORMAT = 1
 MAX_ENTRY_BYTES = 64 << 20
@@ -51,6 +51,29 @@ class State(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     run: int = 0
     run_token: str = ""
     saves: int = 0
+
+    def alive(self) -> dict[str, CheckpointRecord]:
+        """What may be opened, by attempt: preserved ones first, then active ones in save order."""
+        return {record.attempt: record for record in (*self.preserved, *self.active)}
+
+    def known(self) -> frozenset[str]:
+        """Every attempt that it names, those that are being deleted too."""
+        return frozenset(record.attempt for record in (*self.active, *self.preserved, *self.retiring))
+
+    def find(self, attempt: str) -> CheckpointRecord | None:
+        """The checkpoint that an attempt became, even if it is being deleted by now; None if it never became one."""
+        committed = (record for record in self.retiring if record.manifest_size)
+        return self.alive().get(attempt) or next((record for record in committed if record.attempt == attempt), None)
+
+    def newest_first(self) -> tuple[CheckpointRecord, ...]:
+        """What may be opened, each once: the last one committed, then the others by age. No clock has a say in this."""
+        last = self.active[-1:]
+        older = (record for record in self.alive().values() if record not in last)
+        return (*last, *sorted(older, key=lambda record: attempt_age(record.attempt), reverse=True))
+
+    def newest(self) -> CheckpointRecord | None:
+        """The first of ``newest_first``, or None if nothing may be opened."""
+        return next(iter(self.newest_first()), None)
 
 
 class Entry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -113,6 +136,6 @@ def _twice(state: State) -> Iterator[str]:
     folders = [(record.name, record.number) for record in state.active]
     if len(set(folders)) < len(folders):
         yield "it lists two active checkpoints of the same name and number"
-    alive = {record.attempt for record in (*state.active, *state.preserved)}
+    alive = state.alive()
     if any(record.attempt in alive for record in state.retiring):
         yield "it lists a checkpoint both as alive and as being deleted"

@@ -1,22 +1,21 @@
-"""One rank's standing in one run, whichever coordinator is in charge."""
+"""One rank of one run as a client of the coordinator, whichever is in charge."""
 
 from __future__ import annotations
 
 import copy
 import dataclasses
 import threading
-from collections.abc import Callable
 
 from distckpt.coordinator.client.line import Line
-from distckpt.coordinator.messages import OpenRun, Refused, Reply, Request, RunOpened, Unknown
+from distckpt.coordinator.messages import FromRank, OpenRun, RankRequest, Refused, Reply, RunOpened, Unknown
 from distckpt.errors import CoordinatorUnavailableError, DistckptError
 
 OPEN_SECONDS = 60.0
 """How long a coordinator has at least to answer the first question: it may be starting, or restarting."""
 
 
-class Session:
-    """One rank's standing in one run. Opens the run again whenever the coordinator has been replaced."""
+class Client:
+    """Asks on behalf of one rank of one run. Opens the run again whenever the coordinator has been replaced."""
 
     def __init__(self, line: Line, opening: OpenRun) -> None:
         self._line = line
@@ -31,13 +30,13 @@ class Session:
                 self._opened = self._open(0)
             return self._opened
 
-    def ask(self, question: Callable[[int], Request], timeout: float) -> Reply:
-        """Ask ``question(run)``; an Unknown answer, after the run was opened again, is left to the caller.
+    def ask(self, request: RankRequest, timeout: float) -> Reply:
+        """Ask as this rank of this run; an Unknown answer, after the run was opened again, is left to the caller.
 
         Raises the error of a Refused answer, and CoordinatorUnavailableError.
         """
         opened = self.open()
-        reply = self._line.ask(question(opened.run), timeout)
+        reply = self._line.ask(FromRank(opened.run, self._opening.rank, request), timeout)
         if isinstance(reply, Unknown):
             with self._lock:
                 if self._opened is opened:  # else another thread has opened the run again meanwhile

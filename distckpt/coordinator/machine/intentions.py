@@ -1,0 +1,145 @@
+"""What waits to be logged, as data: each says which state comes of it. What follows once it counts, the machine says."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import msgspec
+
+from distckpt.coordinator.machine.records import Records, committed, find_number
+from distckpt.coordinator.machine.retention import swept
+from distckpt.coordinator.messages import OpenRun, Retention
+from distckpt.format.json.log import CheckpointRecord, Kind, State
+from distckpt.format.names import attempt_age
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """A coordinator begins. ``complete`` are checkpoints that a dead one had sealed but not committed."""
+
+    kind: ClassVar[Kind] = "claim"
+    complete: tuple[CheckpointRecord, ...]
+
+    def apply(self, state: State) -> State:
+        """Commit them in the order in which they had begun.
+
+        A save that began before the newest checkpoint was passed over: it failed for the ranks, and does not come
+        back. Clocks have no say in this.
+        """
+        known = state.known()
+        last = attempt_age(state.active[-1].attempt) if state.active else (0, "")
+        for record in sorted(self.complete, key=lambda record: attempt_age(record.attempt)):
+            if record.attempt not in known and attempt_age(record.attempt) > last:
+                state = committed(state, record, state.saves)
+        return state
+
+
+@dataclass(frozen=True, slots=True)
+class BeginRun:
+    """A new incarnation of the job takes over. ``first`` is its first process to report."""
+
+    kind: ClassVar[Kind] = "run"
+    first: OpenRun
+
+    def apply(self, state: State) -> State:
+        """Its number is larger than that of every run before it, also of one that only its processes remember."""
+        number = max(state.run, self.first.run) + 1
+        return msgspec.structs.replace(state, run=number, run_token=self.first.token, saves=0)
+
+
+@dataclass(frozen=True, slots=True)
+class Commit:
+    """A sealed save becomes a checkpoint, the last of ``saves`` saves of its run.
+
+    What has to make room for it retires with the same entry, except ``spared`` attempts. None: it is not known which
+    those are, so nothing retires yet.
+    """
+
+    kind: ClassVar[Kind] = "commit"
+    record: CheckpointRecord
+    saves: int
+    retention: Retention
+    spared: frozenset[str] | None
+
+    def apply(self, state: State) -> State:
+        """It is the newest checkpoint, and one of the same name and number makes room for it."""
+        state = committed(state, self.record, self.saves)
+        return state if self.spared is None else swept(state, self.retention, self.spared) or state
+
+
+@dataclass(frozen=True, slots=True)
+class Discard:
+    """A save that failed while it was being sealed will never be a checkpoint, and is to be deleted.
+
+    Its manifest may be on storage all the same, and without this entry the next coordinator would roll it forward.
+    """
+
+    kind: ClassVar[Kind] = "retire"
+    record: CheckpointRecord
+
+    def apply(self, state: State) -> State | None:
+        """It is among the retiring, if the state does not know it already."""
+        if self.record.attempt in state.known():
+            return None
+        return msgspec.structs.replace(state, retiring=(*state.retiring, self.record))
+
+
+@dataclass(frozen=True, slots=True)
+class Retire:
+    """What retention does not keep may not be opened any more, except ``spared`` attempts."""
+
+    kind: ClassVar[Kind] = "retire"
+    run: int
+    retention: Retention
+    spared: frozenset[str]
+
+    def apply(self, state: State) -> State | None:
+        """Nothing changes once another run has begun, which deletes nothing before its first commit."""
+        return swept(state, self.retention, self.spared) if state.run == self.run else None
+
+
+@dataclass(frozen=True, slots=True)
+class Forget:
+    """Nothing is left of those retiring attempts."""
+
+    kind: ClassVar[Kind] = "forget"
+    attempts: frozenset[str]
+
+    def apply(self, state: State) -> State | None:
+        """The state knows them no more."""
+        left = tuple(record for record in state.retiring if record.attempt not in self.attempts)
+        return msgspec.structs.replace(state, retiring=left) if len(left) < len(state.retiring) else None
+
+
+@dataclass(frozen=True, slots=True)
+class SetPin:
+    """Somebody, who waits at ``ticket``, wants a number ``pinned`` or not. ``name`` decides if several have it."""
+
+    kind: ClassVar[Kind] = "pin"
+    ticket: int
+    number: int
+    name: str
+    pinned: bool
+
+    def apply(self, state: State) -> State | None:
+        """The newest record of the number is pinned; or none of its records is."""
+        if self.pinned:
+            newest = find_number(state, self.number, self.name)
+            changed = {newest.attempt} if newest is not None and not newest.pinned else set()
+        else:
+            alive = state.alive().values()
+            changed = {record.attempt for record in alive if record.number == self.number and record.pinned}
+        if not changed:
+            return None
+        active, preserved = self._set(state.active, changed), self._set(state.preserved, changed)
+        return msgspec.structs.replace(state, active=active, preserved=preserved)
+
+    def _set(self, records: Records, changed: set[str]) -> Records:
+        return tuple(
+            msgspec.structs.replace(record, pinned=self.pinned) if record.attempt in changed else record
+            for record in records
+        )
+
+
+Intention = Claim | BeginRun | Commit | Discard | Retire | Forget | SetPin

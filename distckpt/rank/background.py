@@ -1,0 +1,141 @@
+"""What happens to a save while training goes on: it is written, reported, and waited for until it is committed."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from concurrent.futures import wait
+from dataclasses import dataclass, field
+from queue import SimpleQueue
+
+from distckpt.coordinator.messages import Committed, Joined, Reply, Unknown
+from distckpt.directory.log import read_tail
+from distckpt.errors import CoordinatorUnavailableError, DistckptError, SaveError
+from distckpt.format import names
+from distckpt.format.arrow.receipt import ShardReceipt
+from distckpt.format.json.log import CheckpointRecord
+from distckpt.rank.dialogue import Dialogue
+from distckpt.rank.layout import Layout
+from distckpt.rank.options import SaverOptions
+from distckpt.rank.pending import Progress
+from distckpt.storage import Store
+from distckpt.threads.coordinator import Coordinator
+from distckpt.threads.looper import LooperThread
+from distckpt.transfer.staging import Staging
+from distckpt.transfer.writer import read_back, write_shard
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class SaveTask:
+    """One save on its way to the commit. ``joined`` is None until this rank has joined it."""
+
+    order: int
+    number: int
+    layout: Layout
+    staging: Staging
+    describe: Callable[[], bytes] = field(repr=False)
+    joined: Joined | None
+    progress: Progress
+    written: dict[str, tuple[ShardReceipt, ...]] = field(default_factory=dict)
+    attempt: str = ""
+
+
+class Background:
+    """Brings saves to their end, one a thread, in threads of ``threads``; as many as the rank has buffers."""
+
+    def __init__(self, store: Store, dialogue: Dialogue, options: SaverOptions, threads: Coordinator) -> None:
+        self._store = store
+        self._dialogue = dialogue
+        self._options = options
+        self._threads = threads
+        self._tasks: SimpleQueue[SaveTask | None] = SimpleQueue()
+        for at in range(options.buffers):
+            LooperThread.loop(threads, None, self._work, name=f"distckpt-save-{at}")
+
+    def put(self, task: SaveTask) -> None:
+        """Have ``task`` brought to its end, as soon as its state has been copied."""
+        self._tasks.put(task)
+
+    def stop(self) -> None:
+        """End the threads. To be called when no save is under way: one that waits for its turn would not end."""
+        self._threads.request_stop()
+        for _ in range(self._options.buffers):
+            self._tasks.put(None)
+
+    def _work(self) -> None:
+        """Bring one save to its end, or wake up to see that there will be no more."""
+        task = self._tasks.get()
+        if task is not None:
+            self._run(task)
+
+    def _run(self, task: SaveTask) -> None:
+        try:
+            record = self._drive(task)
+        except Exception as error:  # noqa: BLE001 - it belongs to whoever holds the PendingSave, whatever it is
+            task.progress.ended.set_exception(error)
+        else:
+            task.progress.ended.set_result(record)
+
+    def _drive(self, task: SaveTask) -> CheckpointRecord:
+        """Join, write, report, until the coordinator says that it is committed. A new coordinator starts it over."""
+        wait([task.progress.staged])  # training waits for the copy, which needs the processors more than the joining
+        while True:
+            try:
+                reply = self._once(task)
+            except CoordinatorUnavailableError:
+                record = self._committed(task.attempt)
+                if record is None:
+                    raise
+                return record
+            if isinstance(reply, Committed):
+                return reply.record
+            if not isinstance(reply, Unknown):
+                raise SaveError(task.number, f"unexpected answer from the coordinator: {reply!r}")
+            task.joined = None
+
+    def _once(self, task: SaveTask) -> Reply:
+        layout = task.layout
+        if task.joined is None:
+            reply = self._dialogue.join(task.order, task.number, layout.digest, True, layout.plan, task.attempt)
+            if not isinstance(reply, Joined):
+                return reply
+            task.joined = reply
+            if reply.describe and not self._dialogue.describe(
+                reply, layout.digest, task.describe(), layout.encoded_rows()
+            ):
+                return Unknown()
+        task.attempt = task.joined.attempt
+        return self._dialogue.report(task.attempt, self._write(task, task.attempt))
+
+    def _write(self, task: SaveTask, attempt: str) -> tuple[ShardReceipt, ...]:
+        if attempt not in task.written:
+            try:
+                task.progress.staged.result()
+                task.written[attempt] = tuple(
+                    self._write_shard(task, attempt, shard) for shard in range(len(task.staging.shards))
+                )
+            except Exception as error:
+                self._report_failure(attempt, error)
+                raise
+        return task.written[attempt]
+
+    def _write_shard(self, task: SaveTask, attempt: str, shard: int) -> ShardReceipt:
+        folder = names.attempt_folder(self._options.name, task.number, attempt)
+        path = f"{folder}/{names.shard_name(self._options.rank, shard)}"
+        receipt = write_shard(self._store, path, task.staging.shards[shard])
+        if self._options.verify:
+            read_back(self._store, path, receipt)
+        return receipt
+
+    def _report_failure(self, attempt: str, error: Exception) -> None:
+        try:
+            self._dialogue.fail(attempt, f"{type(error).__name__}: {error}")
+        except DistckptError as refusal:
+            # The usual answer is the failure itself, sent back; anything else the original error explains better.
+            logger.debug("reporting the failure of this rank was answered with: %s", refusal)
+
+    def _committed(self, attempt: str) -> CheckpointRecord | None:
+        """Storage is the truth when the coordinator is gone: was our attempt committed before it went?"""
+        return read_tail(self._store).state.find(attempt)

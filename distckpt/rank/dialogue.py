@@ -1,0 +1,94 @@
+"""What a rank and the coordinator say to each other about a save."""
+
+from __future__ import annotations
+
+import logging
+
+from distckpt.coordinator.client.client import Client
+from distckpt.coordinator.messages import (
+    AwaitPlan,
+    Describe,
+    Fail,
+    Join,
+    Joined,
+    Planned,
+    RankRequest,
+    Receipt,
+    Reply,
+    Skipped,
+    Unknown,
+)
+from distckpt.errors import DistckptError, SaveError
+from distckpt.format.arrow.receipt import ShardReceipt
+from distckpt.rank.layout import Layout, layout_of
+from distckpt.rank.options import SaverOptions
+from distckpt.state.collector import Holding
+
+logger = logging.getLogger(__name__)
+
+
+class Dialogue:
+    """Asks the coordinator for one rank. Safe to use from several threads.
+
+    Every method raises what the coordinator refuses with, and CoordinatorUnavailableError.
+    """
+
+    def __init__(self, client: Client, options: SaverOptions) -> None:
+        self._client = client
+        self._timeout = options.timeout
+        self._buffers = options.buffers
+        self._skip_if_busy = options.skip_if_busy
+
+    def plan(self, order: int, number: int | None, holding: Holding) -> tuple[Layout, Joined] | None:
+        """Agree with all ranks on who writes what; None if all of them skip this save."""
+        digest = holding.description.digest
+        while True:
+            joined = self.join(order, number, digest, staged=False)
+            if isinstance(joined, Skipped):
+                return None
+            if not isinstance(joined, Joined):
+                raise SaveError(number, f"unexpected answer to Join: {joined!r}")
+            if joined.describe and not self.describe(joined, digest, holding.describe(), None):
+                continue
+            reply = self._ask(AwaitPlan(joined.attempt))
+            if isinstance(reply, Planned):
+                return layout_of(digest, reply, holding), joined
+
+    def join(
+        self, order: int, number: int | None, digest: str, staged: bool, plan: str = "", attempt: str = ""
+    ) -> Reply:
+        """Take part in the save with this ``order`` among the rank's saves: Joined, or what has become of it."""
+        while True:
+            skip_if_busy = self._buffers if self._skip_if_busy and number is not None else 0
+            reply = self._ask(Join(order, number, digest, plan, staged, attempt, skip_if_busy))
+            if not isinstance(reply, Unknown):
+                return reply
+
+    def describe(self, joined: Joined, digest: str, description: bytes, staged: bytes | None) -> bool:
+        """Say what this rank holds, and has copied; False if the coordinator knows nothing of the attempt any more."""
+        reply = self._ask(Describe(joined.attempt, digest, description, staged))
+        return not isinstance(reply, Unknown)
+
+    def report(self, attempt: str, shards: tuple[ShardReceipt, ...]) -> Reply:
+        """These shards have landed. Answered once the checkpoint is committed."""
+        return self._ask(Receipt(attempt, shards))
+
+    def fail(self, attempt: str, reason: str) -> None:
+        """This rank cannot do its part. The usual answer is the failure itself, sent back and raised here."""
+        self._ask(Fail(attempt, reason))
+
+    def give_up(self, order: int, number: int | None, reason: str) -> None:
+        """Fail a save that this rank has not joined yet: the others would wait for it until the deadline.
+
+        Raises nothing if they cannot be told.
+        """
+        try:
+            reply = self.join(order, number, "", staged=False)
+            if isinstance(reply, Joined):
+                self.fail(reply.attempt, reason)
+        except DistckptError as error:
+            logger.warning("the other ranks could not be told that this save fails: %s", error)
+
+    def _ask(self, request: RankRequest) -> Reply:
+        # The coordinator itself answers at the save's deadline; twice that means that it does not answer at all.
+        return self._client.ask(request, 2 * self._timeout + 60)

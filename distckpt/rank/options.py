@@ -1,0 +1,23 @@
+"""How a rank saves."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class SaverOptions:
+    """What does not change from save to save.
+
+    ``name`` is the first part of a checkpoint's folder; ``timeout`` is the seconds until a missing rank fails a save;
+    ``buffers`` saves may be in the making at once, and one too many waits, or is left out by all ranks with
+    ``skip_if_busy``; ``verify`` reads every shard back before it is reported.
+    """
+
+    rank: int
+    world_size: int
+    name: str
+    timeout: float
+    buffers: int
+    skip_if_busy: bool
+    verify: bool

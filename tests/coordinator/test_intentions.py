@@ -1,0 +1,82 @@
+"""What waits to be logged: which state comes of each intention, and of none."""
+
+from __future__ import annotations
+
+import pytest
+
+from distckpt.coordinator.machine.intentions import BeginRun, Claim, Commit, Discard, Forget, Retire, SetPin
+from distckpt.coordinator.machine.records import never_committed
+from distckpt.coordinator.messages import OpenRun, Retention
+from distckpt.format.json.log import CheckpointRecord, State
+from tests.support.driving import attempt_of, record
+
+ONE, TWO, THREE = (record(number, attempt_of(1, number)) for number in (1, 2, 3))
+NOBODY: frozenset[str] = frozenset()
+
+
+def numbers(records: tuple[CheckpointRecord, ...]) -> list[int]:
+    return [one.number for one in records]
+
+
+def test_a_commit_retires_what_it_pushes_out_with_the_same_entry() -> None:
+    state = Commit(THREE, 7, Retention(2), NOBODY).apply(State(active=(ONE, TWO), saves=6))
+    assert (numbers(state.active), numbers(state.retiring), state.saves) == ([2, 3], [1], 7)
+
+
+def test_a_commit_retires_nothing_that_is_read_and_nothing_at_all_if_that_is_not_known() -> None:
+    before = State(active=(ONE, TWO))
+    assert numbers(Commit(THREE, 1, Retention(1), frozenset({ONE.attempt})).apply(before).retiring) == [2]
+    assert Commit(THREE, 1, Retention(1), None).apply(before).retiring == ()
+
+
+def test_nothing_retires_in_a_run_that_has_begun_meanwhile() -> None:
+    """A manager that is only made deletes nothing, so what an older one wanted to retire stays."""
+    before = State(active=(ONE, TWO), run=4)
+    retire = Retire(4, Retention(1), NOBODY)
+    after = retire.apply(before)
+    assert after is not None
+    assert numbers(after.retiring) == [1]
+    begun = BeginRun(OpenRun("next", 0, 1, "host", "ckpt", Retention(1), 30.0)).apply(before)
+    assert retire.apply(begun) is None
+
+
+def test_a_run_is_newer_than_the_one_that_its_first_process_remembers() -> None:
+    """The log may have lost what the processes still know."""
+    begun = BeginRun(OpenRun("next", 0, 1, "host", "ckpt", Retention(), 30.0, run=9)).apply(State(run=4, saves=3))
+    assert (begun.run, begun.run_token, begun.saves) == (10, "next", 0)
+
+
+def test_a_claim_commits_what_was_sealed_after_the_newest_in_the_order_of_age() -> None:
+    state = Claim((THREE, ONE, TWO)).apply(State(active=(record(9, attempt_of(1, 1)),)))
+    assert numbers(state.active) == [9, 2, 3]
+
+
+@pytest.mark.parametrize(
+    "intention",
+    [
+        Retire(0, Retention(5), NOBODY),
+        Discard(never_committed("ckpt", 2, TWO.attempt, 1.0, 1)),
+        Forget(frozenset({THREE.attempt})),
+        SetPin(1, 7, "ckpt", True),
+        SetPin(1, 1, "ckpt", False),
+    ],
+)
+def test_what_changes_nothing_is_not_logged(intention: Retire | Discard | Forget | SetPin) -> None:
+    assert intention.apply(State(active=(ONE, TWO))) is None
+
+
+def test_a_failed_save_is_to_be_deleted_and_forgotten() -> None:
+    failed = never_committed("ckpt", 3, THREE.attempt, 1.0, 1)
+    state = Discard(failed).apply(State(active=(ONE,)))
+    assert state == State(active=(ONE,), retiring=(failed,))
+    assert Forget(frozenset({THREE.attempt})).apply(state) == State(active=(ONE,))
+
+
+def test_the_newest_of_a_number_is_pinned_and_all_of_them_are_unpinned() -> None:
+    older = record(1, attempt_of(1, 0), pinned=True)
+    pinned = SetPin(1, 1, "ckpt", True).apply(State(active=(ONE, TWO), preserved=(older,)))
+    assert pinned is not None
+    assert [one.pinned for one in (*pinned.active, *pinned.preserved)] == [True, False, True]
+    unpinned = SetPin(1, 1, "ckpt", False).apply(pinned)
+    assert unpinned is not None
+    assert not any(one.pinned for one in (*unpinned.active, *unpinned.preserved))
