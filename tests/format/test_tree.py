@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import enum
-from collections import OrderedDict
 
 import numpy as np
 import pytest
@@ -163,13 +162,6 @@ def test_a_tree_goes_back_together_from_its_leaves_in_any_order_of_texts(tree):
     assert rebuilt == tree
     assert repr(rebuilt) == repr(tree)  # order and types too
     assert unflatten(reversed(parts)) == tree
-
-
-def test_ordered_dicts_come_back_as_dicts():
-    leaves = flatten(OrderedDict([("b", A), ("a", B)]), is_array)
-    rebuilt = unflatten((leaf.path, leaf.value) for leaf in leaves)
-    assert type(rebuilt) is dict
-    assert list(rebuilt.items()) == [("b", A), ("a", B)]
 
 
 def test_ranks_come_back_as_a_list_in_their_order():

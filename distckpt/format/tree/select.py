@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Collection, Iterable, Mapping
 
-from distckpt.format.tree.tree import DictStep, Path, RankStep, Step, decode_path
+from distckpt.format.tree.path import DictStep, Path, RankStep, Step, TypedStep, decode_path
 
 
 def select_paths(paths: Mapping[str, str], selector: str, where: str) -> dict[str, Path]:
@@ -36,12 +36,20 @@ def path_below(path: Path, selector: str) -> Path | None:
         text = _text(step, first=at == 0)
         if not rest:
             return path[at:]
-        if isinstance(step, DictStep) and text.startswith(f"{rest}."):
-            return (DictStep(text[len(rest) + 1 :]), *path[at + 1 :])
+        if text.startswith(f"{rest}.") and (shorter := _shortened(step, text[len(rest) + 1 :])) is not None:
+            return (shorter, *path[at + 1 :])
         if not rest.startswith(text):
             return None
         rest = rest[len(text) :]
     return None if rest else ()
+
+
+def _shortened(step: Step, name: str) -> Step | None:
+    if isinstance(step, DictStep):
+        return DictStep(name)
+    if isinstance(step, TypedStep) and isinstance(step.step, DictStep):
+        return TypedStep(step.kind, DictStep(name))
+    return None
 
 
 def unknown_key(key: str, known: Collection[str], where: str) -> KeyError:

@@ -1,8 +1,4 @@
-"""From a nested tree to its leaves and back. Knows neither torch nor what a leaf holds.
-
-A leaf has a path, which says exactly where it was (``decode_path(encode_path(path)) == path``), and a key, which is the
-path as people write it: steps joined with dots, and ``@3`` for the state of rank 3.
-"""
+"""From a nested tree to its leaves and back. Knows neither torch nor what a leaf holds."""
 
 from __future__ import annotations
 
@@ -10,61 +6,40 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-import msgspec
+from distckpt.errors import EncodeError
+from distckpt.format.tree.classes import Refused, is_step
+from distckpt.format.tree.containers import Kind, container, entries_of, is_container, kind_of, parts_of
+from distckpt.format.tree.path import (
+    DictStep,
+    KeyStep,
+    ListStep,
+    Path,
+    RankStep,
+    Step,
+    TupleStep,
+    TypedStep,
+    decode_path,
+    encode_path,
+    key_of,
+)
+from distckpt.format.tree.values import ATOMS, MAX_DEPTH, decode_value, encode_value, hold_nothing
 
-from distckpt.errors import DamagedError, EncodeError
-from distckpt.format.tree.values import DICTS, MAX_DEPTH, decode_value, encode_value
-
-
-@dataclass(frozen=True, slots=True)
-class DictStep:
-    """Into a dict by a str, written as that str."""
-
-    name: str
-
-    def __str__(self) -> str:
-        return self.name
-
-
-@dataclass(frozen=True, slots=True)
-class KeyStep:
-    """Into a dict by a key that is no str: ``{"key":7}``."""
-
-    key: Any
-
-    def __str__(self) -> str:
-        return str(self.key)
-
-
-@dataclass(frozen=True, slots=True)
-class ListStep:
-    """Into a list: ``{"list":0}``."""
-
-    index: int
-
-    def __str__(self) -> str:
-        return str(self.index)
-
-
-@dataclass(frozen=True, slots=True)
-class TupleStep:
-    """Into a tuple: ``{"tuple":0}``."""
-
-    index: int
-
-    def __str__(self) -> str:
-        return str(self.index)
-
-
-@dataclass(frozen=True, slots=True)
-class RankStep:
-    """Into the state that belongs to one rank: ``{"rank":3}``."""
-
-    rank: int
-
-
-Step = DictStep | KeyStep | ListStep | TupleStep | RankStep
-Path = tuple[Step, ...]
+__all__ = [
+    "DictStep",
+    "KeyStep",
+    "Leaf",
+    "ListStep",
+    "Path",
+    "RankStep",
+    "Step",
+    "TupleStep",
+    "TypedStep",
+    "decode_path",
+    "encode_path",
+    "flatten",
+    "key_of",
+    "unflatten",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,34 +51,24 @@ class Leaf:
     value: Any
 
 
-def key_of(path: Path) -> str:
-    """The path as people write it: ``model.layers.0.weight``, ``loader@3.cursor``."""
-    parts: list[str] = []
-    for step in path:
-        if not isinstance(step, RankStep):
-            parts.append(str(step))
-        elif parts:
-            parts[-1] += f"@{step.rank}"
-        else:
-            parts.append(f"@{step.rank}")
-    return ".".join(parts)
-
-
 # ---- tree to leaves -----------------------------------------------------------------------------------------------
 
 
 def flatten(tree: object, is_array: Callable[[object], bool], prefix: Path = ()) -> list[Leaf]:
     """The leaves of ``tree`` in its own order, with paths that begin with ``prefix``.
 
-    Non-empty dicts are entered; lists and tuples only if there is an array somewhere in them. All else is a leaf.
-    Raises EncodeError for a tree that holds itself or is deeper than 100 levels, and for two leaves of one key.
+    Non-empty dicts are entered; lists, tuples and all other containers only if there is an array somewhere in them.
+    All else is a leaf. Raises EncodeError for a tree that holds itself or is deeper than 100 levels, for two leaves of
+    one key, and for an array in a container that could not be made again.
     """
     walk = _Walk(is_array)
-    walk.visit(tree, prefix)
+    try:
+        walk.visit(tree, prefix)
+    except EncodeError:
+        raise
+    except Exception as error:
+        raise EncodeError(key_of(prefix), f"walking through it raised {type(error).__name__}") from error
     return walk.leaves
-
-
-_CONTAINERS = (list, tuple, *DICTS)
 
 
 class _Walk:
@@ -115,27 +80,39 @@ class _Walk:
         self._inside: set[int] = set()
 
     def visit(self, node: Any, path: Path) -> None:
-        if self._is_array(node) or not self._is_entered(node, path):
+        entered = None if type(node) in ATOMS or self._is_array(node) else self._entered(node, path)
+        if entered is None:
             self._add(node, path)
             return
         self._enter(node, path)
-        for step, child in _children(node):
+        for step, child in entered:
             self.visit(child, (*path, step))
         self._inside.discard(id(node))
 
-    def _is_entered(self, node: Any, path: Path) -> bool:
-        if type(node) in DICTS:
-            return bool(node) and all(type(key) is str or _is_plain(key) for key in node)
-        return type(node) in (list, tuple) and self._holds_array(node, path)
+    def _entered(self, node: Any, path: Path) -> Iterable[tuple[Step, Any]] | None:
+        """The items of ``node`` and the steps to them; None if it is a leaf."""
+        if type(node) is dict:
+            return _pair_steps(node.items()) if node else None
+        if not _holds_items(node) or not self._holds_array(node, path):
+            return None
+        if type(node) is list:
+            return ((ListStep(index), item) for index, item in enumerate(node))
+        if type(node) is tuple:
+            return ((TupleStep(index), item) for index, item in enumerate(node))
+        try:
+            return _typed_steps(node)
+        except Refused as why:
+            raise EncodeError(key_of(path), str(why)) from why
 
     def _holds_array(self, node: Any, path: Path) -> bool:
-        if type(node) not in _CONTAINERS:
+        if type(node) in ATOMS:
+            return False
+        if self._is_array(node) or not _holds_items(node):
             return self._is_array(node)
         known = self._has_array.get(id(node))
         if known is None:
             self._enter(node, path)
-            items = node if type(node) in (list, tuple) else node.values()
-            known = self._has_array[id(node)] = any(self._holds_array(item, path) for item in items)
+            known = self._has_array[id(node)] = any(self._holds_array(item, path) for item in _items(node))
             self._inside.discard(id(node))
         return known
 
@@ -156,92 +133,50 @@ class _Walk:
         self.leaves.append(Leaf(path, key, node))
 
 
-def _children(node: Any) -> Iterable[tuple[Step, Any]]:
-    if type(node) is list:
-        return ((ListStep(index), item) for index, item in enumerate(node))
-    if type(node) is tuple:
-        return ((TupleStep(index), item) for index, item in enumerate(node))
-    return ((DictStep(key) if type(key) is str else KeyStep(key), item) for key, item in node.items())
+def _holds_items(node: Any) -> bool:
+    return type(node) in (list, tuple, dict) or is_container(node)
+
+
+def _items(node: Any) -> Iterable[Any]:
+    if type(node) is dict:
+        return node.values()
+    if type(node) in (list, tuple):
+        return () if hold_nothing(node) else node
+    try:
+        return [item for _, item in entries_of(node)]
+    except Refused:
+        return ()  # then it is a leaf, and refused as a value
+
+
+def _pair_steps(pairs: Iterable[tuple[Any, Any]]) -> list[tuple[DictStep | KeyStep, Any]] | None:
+    """The steps by the keys; None if there is a key that cannot stand in a path."""
+    steps: list[tuple[DictStep | KeyStep, Any]] = []
+    for key, item in pairs:
+        if type(key) is str:
+            steps.append((DictStep(key), item))
+        elif _is_plain(key):
+            steps.append((KeyStep(key), item))
+        else:
+            return None
+    return steps
+
+
+def _typed_steps(node: Any) -> Iterable[tuple[Step, Any]] | None:
+    kind, entries = kind_of(node), entries_of(node)
+    if parts_of(kind) == "items":
+        return [(TypedStep(kind, ListStep(index)), item) for index, item in entries]
+    steps = _pair_steps(entries)
+    return None if steps is None else [(TypedStep(kind, step), item) for step, item in steps]
 
 
 def _is_plain(key: Any) -> bool:
-    """Whether a dict key comes back equal from its text (nan, for one, does not)."""
+    """Whether a dict key comes back equal from its text (nan, for one, does not), and can stand in a path."""
+    if type(key) in (int, bool, bytes):
+        return True
     try:
-        return bool(decode_value(encode_value(key, ""), "", "") == key)
-    except EncodeError:
+        return is_step(key) and bool(decode_value(encode_value(key, ""), "", "") == key)
+    except Exception:  # noqa: BLE001  whatever comparing it raises, it is no key for a path
         return False
-
-
-# ---- paths as text ------------------------------------------------------------------------------------------------
-
-
-class _StepText(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
-    key: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
-    list: int | msgspec.UnsetType = msgspec.UNSET
-    tuple: int | msgspec.UnsetType = msgspec.UNSET
-    rank: int | msgspec.UnsetType = msgspec.UNSET
-
-
-_MOST_STEPS = 2 * MAX_DEPTH  # what flatten allows, and room for prefixes
-_PATH_DECODER = msgspec.json.Decoder(list[str | _StepText])
-
-
-def encode_path(path: Path) -> str:
-    """The path as compact JSON: ``["optimizer","param_groups",{"list":0},"lr"]``."""
-    try:
-        return msgspec.json.encode([_step_text(step) for step in path]).decode()
-    except UnicodeEncodeError as error:
-        raise EncodeError(key_of(path), "half a surrogate pair in a key: it is not valid Unicode") from error
-
-
-def _step_text(step: Step) -> str | _StepText:
-    match step:
-        case DictStep(name):
-            return name
-        case KeyStep(key):
-            return _StepText(key=msgspec.Raw(encode_value(key, str(key))))
-        case ListStep(index):
-            return _StepText(list=index)
-        case TupleStep(index):
-            return _StepText(tuple=index)
-        case RankStep(rank):
-            return _StepText(rank=rank)
-
-
-def decode_path(text: str | bytes, where: str) -> Path:
-    """The path that ``text`` says. Raises DamagedError, naming ``where``, for anything that encode_path does not write."""
-    try:
-        steps = _PATH_DECODER.decode(text)
-    except (msgspec.MsgspecError, ValueError, RecursionError) as error:
-        raise DamagedError(where, f"not the text of a path: {error}") from error
-    if len(steps) > _MOST_STEPS:
-        raise DamagedError(where, f"a path of {len(steps)} steps")
-    return tuple(_step(step, where) for step in steps)
-
-
-def _step(text: str | _StepText, where: str) -> Step:
-    if isinstance(text, str):
-        return DictStep(text)
-    match text.key, text.list, text.tuple, text.rank:
-        case msgspec.Raw() as raw, msgspec.UNSET, msgspec.UNSET, msgspec.UNSET:
-            return _key_step(decode_value(raw, where, "a key in a path"), where)
-        case msgspec.UNSET, int(index), msgspec.UNSET, msgspec.UNSET if index >= 0:
-            return ListStep(index)
-        case msgspec.UNSET, msgspec.UNSET, int(index), msgspec.UNSET if index >= 0:
-            return TupleStep(index)
-        case msgspec.UNSET, msgspec.UNSET, msgspec.UNSET, int(rank) if rank >= 0:
-            return RankStep(rank)
-    raise DamagedError(where, "a step of a path says several things, nothing, or a negative number")
-
-
-def _key_step(key: Any, where: str) -> KeyStep:
-    try:
-        hash(key)
-    except TypeError as error:
-        raise DamagedError(where, "a step of a path has a key that no dict can have") from error
-    if type(key) is str:
-        raise DamagedError(where, "a step of a path has a str in a form for other keys")
-    return KeyStep(key)
 
 
 # ---- leaves to tree -----------------------------------------------------------------------------------------------
@@ -287,21 +222,36 @@ def _built(node: Any, path: Path) -> Any:
     if not isinstance(node, _Node):
         return node
     built = {step: _built(child, (*path, step)) for step, child in node.children.items()}
-    kinds = {DictStep if isinstance(step, KeyStep) else type(step) for step in built}
+    kinds = {_kind_of_step(step) for step in built}
     if len(kinds) > 1:
         raise ValueError(f"{key_of(path)!r} cannot be several kinds of container at once")
-    if kinds == {DictStep}:
-        return {step.key if isinstance(step, KeyStep) else str(step): child for step, child in built.items()}
-    if kinds == {RankStep}:
-        return [child for _, child in sorted(built.items(), key=_number)]
-    items = sorted(built.items(), key=_number)
-    if _number(items[-1]) != len(items) - 1:
-        raise ValueError(
-            f"{key_of(path)!r} has {_number(items[-1]) + 1} items, and only {len(items)} of them are there"
-        )
-    return [child for _, child in items] if kinds == {ListStep} else tuple(child for _, child in items)
+    [(kind, steps)] = kinds
+    if steps is DictStep:
+        pairs = [(_item(step), child) for step, child in built.items()]
+        return dict(pairs) if kind is None else container(kind, pairs)
+    items = [child for _, child in sorted(built.items(), key=_number)]
+    if steps is RankStep:
+        return items
+    most = max(map(_number, built.items()))
+    if most != len(items) - 1:
+        raise ValueError(f"{key_of(path)!r} has {most + 1} items, and only {len(items)} of them are there")
+    if kind is not None:
+        return container(kind, list(enumerate(items)))
+    return items if steps is ListStep else tuple(items)
+
+
+def _kind_of_step(step: Step) -> tuple[Kind | None, type]:
+    if isinstance(step, TypedStep):
+        return step.kind, _kind_of_step(step.step)[1]
+    return None, DictStep if isinstance(step, KeyStep) else type(step)
+
+
+def _item(step: Step) -> Any:
+    """What stands in the dict for the step."""
+    inner = step.step if isinstance(step, TypedStep) else step
+    return inner.key if isinstance(inner, KeyStep) else str(inner)
 
 
 def _number(item: tuple[Any, Any]) -> int:
-    step = item[0]
+    step: Any = item[0].step if isinstance(item[0], TypedStep) else item[0]
     return int(step.rank if isinstance(step, RankStep) else step.index)

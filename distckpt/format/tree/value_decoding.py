@@ -5,33 +5,26 @@ Whatever is malformed raises ValueError or TypeError; ``values.decode_value`` sa
 
 from __future__ import annotations
 
-import base64
 import math
 import re
 import struct
-import sys
-from collections.abc import Callable
-from dataclasses import dataclass
-from enum import EnumMeta
-from types import ModuleType
+from collections.abc import Callable, Collection
+from itertools import chain
 from typing import Any
+
+from distckpt.format.tree import containers, standard
+from distckpt.format.tree.arrays import NUMPY_DTYPE, NUMPY_SCALAR, read_array
+from distckpt.format.tree.classes import UnresolvedEnum, check_key, find_enum
+from distckpt.format.tree.content import Read, bytes_in, list_in, text_in
+from distckpt.format.tree.generators import read_numpy_generator, read_torch_generator
 
 MAX_DEPTH = 100
 
-NUMPY_SCALAR = re.compile(r"[<>|](b1|[iu][1248]|f[248]|c8|c16|[mM]8(\[[0-9]{0,9}[A-Za-z]{1,2}\])?)")
-NUMPY_DTYPE = re.compile(NUMPY_SCALAR.pattern + r"|[<>|][SUV][0-9]{1,9}")
 _BIG_INT = re.compile(r"-?[1-9a-f][0-9a-f]*")
 _HEX_FLOAT = re.compile(r"[0-9a-f]{16}")
 _TORCH_NAME = re.compile(r"[a-z][a-z0-9_]*")
 
-
-@dataclass(frozen=True, slots=True)
-class UnresolvedEnum:
-    """An enum member whose class this process has not imported. ``type_name`` is ``module:qualified.name``."""
-
-    type_name: str
-    member: str
-    value: Any
+_HOLDERS = {list, dict}
 
 
 def value_of(node: Any, depth: int = 0) -> Any:
@@ -39,11 +32,17 @@ def value_of(node: Any, depth: int = 0) -> Any:
     if depth > MAX_DEPTH:
         raise ValueError(f"nested deeper than {MAX_DEPTH} levels")
     if type(node) is list:
+        if _are_atoms(node, depth):
+            return node
         return [value_of(item, depth + 1) for item in node]
     if type(node) is not dict:
         return node
-    if not any(name.startswith("$") for name in node):
-        return {name: value_of(item, depth + 1) for name, item in node.items()}
+    if not any(name[:1] == "$" for name in node):
+        return (
+            node
+            if _are_atoms(node.values(), depth)
+            else {name: value_of(item, depth + 1) for name, item in node.items()}
+        )
     if len(node) != 1:
         raise ValueError("a tag beside other members")
     [(tag, content)] = node.items()
@@ -53,39 +52,31 @@ def value_of(node: Any, depth: int = 0) -> Any:
     return decode(content, depth)
 
 
-def _list(content: Any, length: int | None = None) -> list[Any]:
-    if type(content) is not list or (length is not None and len(content) != length):
-        raise ValueError(f"a list of {'any number of' if length is None else length} items is expected")
-    return content
-
-
-def _text(content: Any, pattern: re.Pattern[str] | None = None) -> str:
-    if type(content) is not str or (pattern is not None and not pattern.fullmatch(content)):
-        raise ValueError("a str of another form is expected")
-    return content
-
-
-def _bytes(content: Any) -> bytes:
-    return base64.b64decode(_text(content), validate=True)
+def _are_atoms(nodes: Collection[Any], depth: int) -> bool:
+    """Whether they stand for themselves, as a million numbers do, in one list or in rows: then none is looked at."""
+    kinds = set(map(type, nodes))
+    if kinds == {list} and depth + 1 < MAX_DEPTH:
+        return _HOLDERS.isdisjoint(map(type, chain.from_iterable(nodes)))
+    return depth < MAX_DEPTH and kinds.isdisjoint(_HOLDERS)
 
 
 def _items(content: Any, depth: int) -> list[Any]:
-    return [value_of(item, depth + 1) for item in _list(content)]
+    return [value_of(item, depth + 1) for item in list_in(content)]
 
 
 def _big_int(content: Any, depth: int) -> int:
-    return int(_text(content, _BIG_INT), 16)
+    return int(text_in(content, _BIG_INT), 16)
 
 
 def _not_finite(content: Any, depth: int) -> float:
-    number: float = struct.unpack(">d", bytes.fromhex(_text(content, _HEX_FLOAT)))[0]
+    number: float = struct.unpack(">d", bytes.fromhex(text_in(content, _HEX_FLOAT)))[0]
     if math.isfinite(number):
         raise ValueError("inf or nan is expected")
     return number
 
 
 def _complex(content: Any, depth: int) -> complex:
-    real, imaginary = (value_of(part, depth) for part in _list(content, 2))
+    real, imaginary = (value_of(part, depth) for part in list_in(content, 2))
     if type(real) is not float or type(imaginary) is not float:
         raise ValueError("two floats are expected")
     return complex(real, imaginary)
@@ -93,6 +84,8 @@ def _complex(content: Any, depth: int) -> complex:
 
 def _set(content: Any, depth: int) -> set[Any]:
     items = _items(content, depth)
+    for item in items:
+        check_key(item)
     found = set(items)
     if len(found) != len(items):
         raise ValueError("a set with equal items")
@@ -100,15 +93,18 @@ def _set(content: Any, depth: int) -> set[Any]:
 
 
 def _dict(content: Any, depth: int) -> dict[Any, Any]:
-    pairs = [_list(pair, 2) for pair in _list(content)]
-    found = {value_of(name, depth + 1): value_of(item, depth + 1) for name, item in pairs}
+    pairs = [list_in(pair, 2) for pair in list_in(content)]
+    names, items = (value_of([pair[at] for pair in pairs], depth) for at in (0, 1))
+    for name in names:
+        check_key(name)
+    found = dict(zip(names, items, strict=True))
     if len(found) != len(pairs):
         raise ValueError("a dict with equal keys")
     return found
 
 
 def _enum(content: Any, depth: int) -> Any:
-    module, name, member = map(_text, _list(content, 4)[:3])
+    module, name, member = map(text_in, list_in(content, 4)[:3])
     value = value_of(content[3], depth + 1)
     kind = find_enum(module, name)
     if kind is not None and member in kind.__members__:
@@ -116,28 +112,15 @@ def _enum(content: Any, depth: int) -> Any:
     return UnresolvedEnum(f"{module}:{name}", member, value)
 
 
-def find_enum(module: str, name: str) -> EnumMeta | None:
-    """The enum class of that name in a module that is imported already. Runs no code of that module."""
-    found: Any = sys.modules.get(module)
-    if not isinstance(found, ModuleType):
-        return None
-    # A module's or class's own __getattr__ could import or do anything, so only its dictionary is looked at.
-    for part in name.split("."):
-        if not isinstance(found, ModuleType | type):
-            return None
-        found = object.__getattribute__(found, "__dict__").get(part)
-    return found if isinstance(found, EnumMeta) else None
-
-
 def _numpy(content: Any, depth: int) -> Any:
     import numpy as np
 
-    kind, data = map(_text, _list(content, 2))
+    kind, data = map(text_in, list_in(content, 2))
     if kind == "str":
         return np.str_(data)
     if kind == "bytes":
-        return np.bytes_(_bytes(data))
-    dtype, raw = np.dtype(_text(kind, NUMPY_SCALAR)), _bytes(data)
+        return np.bytes_(bytes_in(data))
+    dtype, raw = np.dtype(text_in(kind, NUMPY_SCALAR)), bytes_in(data)
     if len(raw) != dtype.itemsize:
         raise ValueError(f"{dtype.itemsize} bytes are expected")
     return np.frombuffer(raw, dtype)[0]
@@ -146,13 +129,13 @@ def _numpy(content: Any, depth: int) -> Any:
 def _numpy_dtype(content: Any, depth: int) -> Any:
     import numpy as np
 
-    return np.dtype(_text(content, NUMPY_DTYPE))
+    return np.dtype(text_in(content, NUMPY_DTYPE))
 
 
 def _torch_size(content: Any, depth: int) -> Any:
     import torch
 
-    if any(type(item) is not int for item in _list(content)):
+    if any(type(item) is not int for item in list_in(content)):
         raise ValueError("a list of int is expected")
     return torch.Size(content)
 
@@ -160,7 +143,7 @@ def _torch_size(content: Any, depth: int) -> Any:
 def _torch_dtype(content: Any, depth: int) -> Any:
     import torch
 
-    found = vars(torch).get(_text(content, _TORCH_NAME))
+    found = vars(torch).get(text_in(content, _TORCH_NAME))
     if not isinstance(found, torch.dtype):
         raise ValueError(f"torch {torch.__version__} has no dtype {content[:40]!r}")  # noqa: TRY004
     return found
@@ -170,16 +153,20 @@ def _torch_device(content: Any, depth: int) -> Any:
     import torch
 
     try:
-        return torch.device(_text(content))
+        return torch.device(text_in(content))
     except RuntimeError as error:
         raise ValueError(f"no device {content[:40]!r}") from error
+
+
+def _form(reader: Callable[[Any, Read], Any]) -> Callable[[Any, int], Any]:
+    return lambda content, depth: reader(content, lambda node: value_of(node, depth + 1))
 
 
 _DECODERS: dict[str, Callable[[Any, int], Any]] = {
     "$int": _big_int,
     "$float": _not_finite,
     "$complex": _complex,
-    "$bytes": lambda content, depth: _bytes(content),
+    "$bytes": lambda content, depth: bytes_in(content),
     "$tuple": lambda content, depth: tuple(_items(content, depth)),
     "$set": _set,
     "$frozenset": lambda content, depth: frozenset(_set(content, depth)),
@@ -190,4 +177,8 @@ _DECODERS: dict[str, Callable[[Any, int], Any]] = {
     "$torch.Size": _torch_size,
     "$torch.dtype": _torch_dtype,
     "$torch.device": _torch_device,
+    "$torch.Generator": _form(read_torch_generator),
+    "$numpy.array": _form(read_array),
+    "$numpy.random": _form(read_numpy_generator),
+    **{tag: _form(reader) for tag, reader in (standard.READERS | containers.READERS).items()},
 }

@@ -6,48 +6,51 @@ JSON's own forms stand for themselves. Everything else is an object with one mem
 
 from __future__ import annotations
 
-import base64
 import math
 import struct
-from collections import OrderedDict, defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from enum import Enum
+from itertools import chain
 from typing import Any, NoReturn
 
 import msgspec
 
 from distckpt.errors import DamagedError, EncodeError
-from distckpt.format.tree.value_decoding import (
-    MAX_DEPTH,
-    NUMPY_DTYPE,
-    NUMPY_SCALAR,
-    UnresolvedEnum,
-    find_enum,
-    value_of,
-)
+from distckpt.format.tree.arrays import NUMPY_DTYPE, NUMPY_SCALAR, is_tensor_array, write_array
+from distckpt.format.tree.classes import Refused, Unresolved, UnresolvedEnum, check_key, find_enum, type_name
+from distckpt.format.tree.containers import is_container, write_container
+from distckpt.format.tree.content import HERE, Write, as_text
+from distckpt.format.tree.generators import is_numpy_generator, write_numpy_generator, write_torch_generator
+from distckpt.format.tree.standard import write_standard
+from distckpt.format.tree.value_decoding import MAX_DEPTH, value_of
 
 __all__ = [
-    "DICTS",
+    "ATOMS",
     "MAX_DEPTH",
+    "Unresolved",
     "UnresolvedEnum",
     "capacity_for",
     "decode_value",
     "encode_value",
+    "hold_nothing",
+    "is_tensor_array",
     "pad_value",
 ]
 
 SMALLEST_SLOT = 64
 
-DICTS = (dict, OrderedDict, defaultdict)
-"""The dicts that are stored; all come back as dict."""
+ATOMS = frozenset({type(None), bool, int, float, complex, str, bytes})
+"""The types that hold nothing."""
 
+_AS_IS = {type(None), bool, str}
+_NUMBERS = {int, float}
 _INT64 = 1 << 63
 
 _ADVICE = (
     "Give its owner state_dict() and load_state_dict(), wrap what belongs to one rank in PerRank, or store plain values"
 )
 _TENSOR_ADVICE = "Tensors and arrays are stored where they are items of a dict, list or tuple, and nowhere else"
-_TENSORS = {("torch", "Tensor"), ("numpy", "ndarray")}
+_TENSORS = {"torch.Tensor", "numpy.ndarray"}
 
 _At = tuple[Any, Any]  # (the place it is in, the step from there): text is made of it only when something is refused
 
@@ -59,19 +62,28 @@ def encode_value(value: object, key: str) -> bytes:
     """
     try:
         return msgspec.json.encode(_plain(value, (None, key), 0))
+    except EncodeError:
+        raise
     except UnicodeEncodeError as error:
         raise EncodeError(key, "a str with half a surrogate pair cannot be stored: it is not valid Unicode") from error
+    except RecursionError as error:
+        raise EncodeError(key, "is nested too deeply for the stack that is left here") from error
+    except Exception as error:
+        raise EncodeError(
+            key, f"reading it raised {type_name(type(error))}. Store plain values, and change none while they are saved"
+        ) from error
 
 
 def decode_value(data: bytes | bytearray | memoryview, path: str, key: str) -> Any:
     """The value that ``data`` says; blanks at its end do not count.
 
-    An enum's class is looked up among the modules that are imported already; otherwise UnresolvedEnum is returned.
+    Classes are looked up among the modules that are imported already, and none of their code runs; without its class a
+    value comes back as Unresolved, an enum's member as UnresolvedEnum.
     Raises DamagedError, naming ``path`` and ``key``, for anything that encode_value does not write.
     """
     try:
         return value_of(msgspec.json.decode(data))
-    except (msgspec.MsgspecError, ValueError, TypeError, RecursionError) as error:
+    except (msgspec.MsgspecError, ValueError, TypeError, ArithmeticError, AttributeError, RecursionError) as error:
         raise DamagedError(path, f"not the text of a value: {error}", key) from error
 
 
@@ -87,6 +99,12 @@ def capacity_for(nbytes: int) -> int:
     return max(SMALLEST_SLOT, 1 << (nbytes - 1).bit_length()) if nbytes else SMALLEST_SLOT
 
 
+def hold_nothing(values: Collection[Any]) -> bool:
+    """Whether all of them, and all items of those that are lists, are of types that hold nothing."""
+    kinds = set(map(type, values))
+    return kinds <= ATOMS or (kinds == {list} and set(map(type, chain.from_iterable(values))) <= ATOMS)
+
+
 # ---- writing ------------------------------------------------------------------------------------------------------
 
 
@@ -97,14 +115,30 @@ def _plain(value: Any, at: _At, depth: int) -> Any:
     encode = _ENCODERS.get(type(value))
     if encode is not None:
         return encode(value, at, depth)
-    if isinstance(value, Enum):
-        return _plain_enum(value, at, depth)
-    origin = type(value).__module__.partition(".")[0]
+    try:
+        if issubclass(type(value), Enum):
+            return _plain_enum(value, at, depth)
+        form = _form(
+            value, lambda part, step: _plain(part, at if step is HERE else (at, step), depth + (step is not HERE))
+        )
+    except Refused as why:
+        _refuse(at, str(why))
+    return _refuse_type(value, at) if form is None else form
+
+
+def _form(value: Any, write: Write) -> Any:
+    """The typed form of a value that has no encoder below; None if there is none."""
+    origin = type_name(type(value)).partition(".")[0]
+    form = None
     if origin == "numpy":
-        return _plain_numpy(value, at)
-    if origin == "torch":
-        return _plain_torch(value, at)
-    return _refuse_type(value, at)
+        form = _plain_numpy(value, write)
+    elif origin == "torch":
+        form = _plain_torch(value)
+    if form is None:
+        form = write_standard(value, write)
+    if form is None and is_container(value):
+        form = write_container(value, write)
+    return form
 
 
 def _plain_int(value: int, at: _At, depth: int) -> Any:
@@ -120,31 +154,73 @@ def _plain_complex(value: complex, at: _At, depth: int) -> Any:
 
 
 def _plain_bytes(value: bytes, at: _At, depth: int) -> Any:
-    return {"$bytes": base64.b64encode(value).decode()}
+    return {"$bytes": as_text(value)}
+
+
+def _is_json(values: Collection[Any], depth: int, rows: bool = True) -> bool:
+    """Whether msgspec may write them as they are, without a look at each: a list of a million numbers costs nothing.
+
+    That holds for a list of lists too, if ``rows``, but not for deeper ones: they might hold themselves.
+    """
+    kinds = set(map(type, values))
+    if depth >= MAX_DEPTH:
+        return False
+    if rows and kinds == {list}:
+        return _is_json(list(chain.from_iterable(values)), depth + 1, rows=False)
+    if not kinds <= _AS_IS | _NUMBERS:
+        return False
+    ints = _of_type(values, int, kinds)
+    return (not ints or (min(ints) >= -_INT64 and max(ints) < _INT64)) and all(
+        map(math.isfinite, _of_type(values, float, kinds))
+    )
+
+
+def _of_type(values: Collection[Any], kind: type, kinds: set[type]) -> Collection[Any]:
+    if kind not in kinds:
+        return ()
+    return values if len(kinds) == 1 else [value for value in values if type(value) is kind]
 
 
 def _plain_items(value: Iterable[Any], at: _At, depth: int) -> list[Any]:
     return [_plain(item, (at, index), depth + 1) for index, item in enumerate(value)]
 
 
+def _plain_list(value: list[Any], at: _At, depth: int) -> Any:
+    return value if _is_json(value, depth) else _plain_items(value, at, depth)
+
+
 def _plain_tuple(value: tuple[Any, ...], at: _At, depth: int) -> Any:
-    return {"$tuple": _plain_items(value, at, depth)}
+    return {"$tuple": value if _is_json(value, depth) else _plain_items(value, at, depth)}
 
 
 def _plain_set(value: set[Any] | frozenset[Any], at: _At, depth: int) -> Any:
     # Sorted by text: the order of a set differs from process to process, and ranks compare their bytes.
+    for item in value:
+        _check_key(item, at)
     items = sorted(_plain_items(value, at, depth), key=msgspec.json.encode)
     return {"$frozenset" if type(value) is frozenset else "$set": items}
 
 
 def _plain_dict(value: dict[Any, Any], at: _At, depth: int) -> Any:
-    if all(type(name) is str and not name.startswith("$") for name in value):
-        return {name: _plain(item, (at, name), depth + 1) for name, item in value.items()}
+    is_json = _is_json(value.values(), depth)
+    if set(map(type, value)) <= {str} and not any(name[:1] == "$" for name in value):
+        return value if is_json else {name: _plain(item, (at, name), depth + 1) for name, item in value.items()}
+    if is_json and _is_json(value, depth):
+        return {"$dict": list(value.items())}
+    for name in value:
+        _check_key(name, at)
     return {
         "$dict": [
             [_plain(name, (at, name), depth + 1), _plain(item, (at, name), depth + 1)] for name, item in value.items()
         ]
     }
+
+
+def _check_key(key: Any, at: _At) -> None:
+    try:
+        check_key(key)
+    except Refused as why:
+        _refuse((at, key), str(why))
 
 
 def _plain_enum(value: Enum, at: _At, depth: int) -> Any:
@@ -161,21 +237,34 @@ def _plain_unresolved(value: UnresolvedEnum, at: _At, depth: int) -> Any:
     return {"$enum": [module, name, value.member, _plain(value.value, at, depth + 1)]}
 
 
-def _plain_numpy(value: Any, at: _At) -> Any:
+def _plain_described(value: Unresolved, at: _At, depth: int) -> Any:
+    module, _, name = value.type_name.partition(":")
+    if value.kind == "path":
+        return {"$path": [name, value.content]}
+    if value.kind == "torch.Generator":
+        return {"$torch.Generator": [value.type_name, as_text(value.content)]}
+    if value.kind == "subclass":
+        return {"$subclass": [module, name, _plain(value.content, at, depth)]}
+    return {f"${value.kind}": [module, name, {key: _plain(item, (at, key), depth + 1) for key, item in value.content}]}
+
+
+def _plain_numpy(value: Any, write: Write) -> Any:
     import numpy as np
 
     if type(value) is np.str_:
         return {"$numpy": ["str", str(value)]}
     if type(value) is np.bytes_:
-        return {"$numpy": ["bytes", base64.b64encode(value).decode()]}
+        return {"$numpy": ["bytes", as_text(value)]}
     if isinstance(value, np.generic) and NUMPY_SCALAR.fullmatch(value.dtype.str):
-        return {"$numpy": [value.dtype.str, base64.b64encode(value.tobytes()).decode()]}
+        return {"$numpy": [value.dtype.str, as_text(value.tobytes())]}
     if isinstance(value, np.dtype) and NUMPY_DTYPE.fullmatch(value.str) and np.dtype(value.str) == value:
         return {"$numpy.dtype": value.str}
-    return _refuse_type(value, at)
+    if is_numpy_generator(value):
+        return write_numpy_generator(value, write)
+    return write_array(value) if issubclass(type(value), np.ndarray) and not is_tensor_array(value) else None
 
 
-def _plain_torch(value: Any, at: _At) -> Any:
+def _plain_torch(value: Any) -> Any:
     import torch
 
     if type(value) is torch.Size:
@@ -184,24 +273,30 @@ def _plain_torch(value: Any, at: _At) -> Any:
         return {"$torch.dtype": str(value).removeprefix("torch.")}
     if type(value) is torch.device:
         return {"$torch.device": str(value)}
-    return _refuse_type(value, at)
+    return write_torch_generator(value) if type(value) is torch.Generator else None
 
 
 def _refuse_type(value: object, at: _At) -> NoReturn:
     kind = type(value)
-    name = kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
-    is_tensor = any((base.__module__, base.__name__) in _TENSORS for base in kind.__mro__)
-    _refuse(at, f"is of type {name}, which cannot be stored. {_TENSOR_ADVICE if is_tensor else _ADVICE}")
+    is_tensor = any(type_name(base) in _TENSORS for base in type.mro(kind))
+    _refuse(at, f"is of type {type_name(kind)}, which cannot be stored. {_TENSOR_ADVICE if is_tensor else _ADVICE}")
 
 
 def _refuse(at: _At, what: str) -> NoReturn:
     steps: list[str] = []
     parent, step = at
     while parent is not None:
-        steps.append(f"[{step!r:.100}]")
+        steps.append(f"[{_shown(step):.100}]")
         parent, step = parent
     inside = "".join(reversed(steps[-8:])) + ("..." if len(steps) > 8 else "")
     raise EncodeError(step, f"what is at {inside} {what}" if steps else what)
+
+
+def _shown(step: Any) -> str:
+    try:
+        return repr(step)
+    except Exception:  # noqa: BLE001  a class of the user's that fails to print itself is still named
+        return f"<{type_name(type(step))}>"
 
 
 _ENCODERS: dict[type, Callable[[Any, _At, int], Any]] = {
@@ -212,10 +307,11 @@ _ENCODERS: dict[type, Callable[[Any, _At, int], Any]] = {
     float: _plain_float,
     complex: _plain_complex,
     bytes: _plain_bytes,
-    list: _plain_items,
+    list: _plain_list,
     tuple: _plain_tuple,
     set: _plain_set,
     frozenset: _plain_set,
+    dict: _plain_dict,
     UnresolvedEnum: _plain_unresolved,
-    **dict.fromkeys(DICTS, _plain_dict),
+    Unresolved: _plain_described,
 }
