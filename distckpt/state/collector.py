@@ -19,7 +19,7 @@ from torch.nn.parameter import is_lazy
 
 from distckpt.errors import EncodeError
 from distckpt.format.limits import MAX_DIMENSIONS
-from distckpt.format.tree.tree import DictStep, Leaf, Path, encode_path, flatten
+from distckpt.format.tree.tree import ArrayStep, DictStep, Leaf, Path, encode_path, flatten
 from distckpt.format.tree.values import encode_value
 from distckpt.sharding.chunks import dtype_name, global_shape, local_tensor, pieces
 from distckpt.sharding.description import Description, Row, build_description
@@ -165,6 +165,8 @@ def _read(section: Section, shared: bool, before: Mapping[str, _Taken]) -> _Read
     taken: dict[str, _Taken] = {}
     for leaf in flatten(section.read(), is_array, section.prefix):
         if is_array(leaf.value):
+            if isinstance(leaf.value, np.ndarray):
+                leaf = Leaf((*leaf.path, ArrayStep()), leaf.key, leaf.value)
             taken[leaf.key] = _take(leaf, before.get(leaf.key))
             for row, source in taken[leaf.key].parts:
                 rows.append(row)

@@ -14,7 +14,7 @@ from distckpt.directory.locate import Located
 from distckpt.errors import DamagedError
 from distckpt.format.arrow.dtypes import VALUE
 from distckpt.format.arrow.index import Index
-from distckpt.format.tree.tree import Path, RankStep, Step, unflatten
+from distckpt.format.tree.tree import ArrayStep, Path, RankStep, Step, unflatten
 from distckpt.sharding.chunks import dtype_from_name, global_shape
 from distckpt.state.objects import writable
 from distckpt.state.tensors import read_tensors, read_values
@@ -144,7 +144,7 @@ class Match:
 
     def fill(self, saved: Saved, key: str, array: torch.Tensor | np.ndarray[Any, Any]) -> bool:
         """Have the saved tensor read straight into live memory; False, with a misfit, if it has another shape."""
-        if is_lazy(array):
+        if isinstance(array, torch.Tensor) and is_lazy(array):
             self.misfit(key, "the parameter has no shape yet: run the model on an input once before it is restored")
             return False
         if not writable(array):
@@ -186,7 +186,7 @@ class Match:
                 made[key] = self._new(saved, key, like)
 
         def make(values: Values) -> Any:
-            leaves = [(saved.inside(key), made[key] if key in made else values[key]) for key in saved]
+            leaves = [_leaf(saved.inside(key), made[key] if key in made else values[key]) for key in saved]
             try:
                 return unflatten([*leaves, *others])
             except ValueError as error:
@@ -244,3 +244,9 @@ _PLAIN = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
 
 def nothing_like(key: str, shape: Sequence[int]) -> None:
     """For ``Match.tree``: plain tensors on the CPU."""
+
+
+def _leaf(path: Path, value: Any) -> tuple[Path, Any]:
+    """A live array is one already; what was read for one is a tensor yet."""
+    is_live = isinstance(value, np.ndarray) and path[-1:] == (ArrayStep(),)
+    return (path[:-1] if is_live else path), value

@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor
 
 from distckpt.errors import EncodeError
 from distckpt.format import names
+from distckpt.format.tree.arrays import is_tensor_array
 from distckpt.format.tree.tree import Path, flatten
 
 OnResize = Literal["error", "drop"] | Callable[[list[Any], int, int], Any]
@@ -68,8 +69,8 @@ class RandomState:
 
 
 def is_array(obj: object) -> TypeGuard[torch.Tensor | np.ndarray[Any, Any]]:
-    """Whether ``obj`` is stored as raw bytes with dtype and shape."""
-    return isinstance(obj, torch.Tensor | np.ndarray)
+    """Whether ``obj`` is stored as raw bytes with dtype and shape. Arrays of which torch knows no dtype are plain values."""
+    return issubclass(type(obj), torch.Tensor) or is_tensor_array(obj)
 
 
 def writable(array: torch.Tensor | np.ndarray[Any, Any]) -> bool:

@@ -10,7 +10,8 @@ from torch.distributed.tensor import DTensor, Replicate
 from torch.optim import Optimizer
 
 from distckpt.errors import EncodeError
-from distckpt.format.tree.tree import DictStep, KeyStep, Path, Step, flatten, key_of
+from distckpt.format.tree.path import DictStep, KeyStep, Path, Step, TypedStep, key_of
+from distckpt.format.tree.tree import flatten
 from distckpt.state.kind import Section
 from distckpt.state.match import Make, Match, Saved, Values, nothing_like
 from distckpt.state.module_names import parameter_names
@@ -199,7 +200,8 @@ def _is_number(owner: Any, names: Sequence[Name]) -> bool:
 
 
 def _name_of(step: Step) -> Any:
-    return step.key if isinstance(step, KeyStep) else str(step)
+    inside = step.step if isinstance(step, TypedStep) else step
+    return inside.key if isinstance(inside, KeyStep) else str(inside)
 
 
 def _names_of_parameters(saved: Saved) -> Callable[[Any], bool]:
