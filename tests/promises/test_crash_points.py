@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from distckpt.coordinator.client import session
+from distckpt.coordinator.client import client
 from distckpt.coordinator.machine import ledger
 from distckpt.errors import CommitUnknownError, DistckptError, StorageError
 from distckpt.storage import LocalStore
@@ -48,7 +48,7 @@ def impatience() -> Iterator[None]:
     """Stores can be mounted, and a coordinator and its ranks lose patience sooner."""
     with mounting(), pytest.MonkeyPatch.context() as patch:
         patch.setattr(ledger, "FIRST_RETRY", 0.02)
-        patch.setattr(session, "OPEN_SECONDS", 1.0)
+        patch.setattr(client, "OPEN_SECONDS", 1.0)
         yield
 
 
