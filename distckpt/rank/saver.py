@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 from distckpt.coordinator.client.client import Client
 from distckpt.errors import DistckptError, SaveError
 from distckpt.rank.background import Background, SaveTask
@@ -76,7 +78,11 @@ class Saver:
             self._dialogue.give_up(order, number, f"{type(error).__name__}: {error}")
             raise
         try:
-            self._background.put(SaveTask(order, number, layout, staging, holding.describe, joined, progress))
+            self._background.put(
+                SaveTask(
+                    order, number, layout, staging, functools.partial(holding.describe, compare=False), joined, progress
+                )
+            )
             buffer.lend(pending)
             sources = layout.tensors(holding)
             copied = staging.stage(sources, layout.values(holding))

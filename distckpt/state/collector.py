@@ -8,7 +8,7 @@ others are read again at each save.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import crc32c
@@ -33,16 +33,27 @@ Memory = tuple[int, torch.Size, tuple[int, ...]]
 
 @dataclass(frozen=True, slots=True)
 class Holding:
-    """What one rank holds at one moment. For each row either a source tensor or a value's bytes; the other is None."""
+    """What one rank holds at one moment. For each row either a source tensor or a value's bytes; the other is None.
+
+    ``copies`` says of each row whether it is of a tensor that other ranks may hold too, in a copy that must be equal.
+    """
 
     rows: list[Row]
     sources: list[torch.Tensor | None]
     values: list[bytes | None]
+    copies: list[bool]
     description: Description
 
-    def describe(self) -> bytes:
-        """The description with the CRCs of the values as they are now."""
-        return build_description(self.rows).encode()
+    def describe(self, *, compare: bool) -> bytes:
+        """The description with the CRCs of the values as they are now; with ``compare`` also those of the tensors that
+        other ranks may hold too, every byte of which is read for that."""
+        rows = self.rows
+        if compare and any(self.copies):
+            parts = zip(rows, self.sources, self.copies, strict=True)
+            rows = [
+                replace(row, crc=_crc(source)) if copy and source is not None else row for row, source, copy in parts
+            ]
+        return build_description(rows).encode()
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +64,7 @@ class _Taken:
     array: torch.Tensor
     memory: Memory
     parts: tuple[tuple[Row, torch.Tensor], ...]
+    is_copied: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +74,7 @@ class _Read:
     rows: list[Row]
     sources: list[torch.Tensor | None]
     values: list[bytes | None]
+    copies: list[bool]
     seen: tuple[tuple[int, Memory], ...]
     kept: tuple[torch.Tensor, ...]
     taken: dict[str, _Taken]
@@ -118,6 +131,7 @@ class Collector:
             [row for read in reads for row in read.rows],
             [source for read in reads for source in read.sources],
             [value for read in reads for value in read.values],
+            [copy and self._world_size > 1 for read in reads for copy in read.copies],
             description,
         )
         return self._holding
@@ -162,34 +176,55 @@ def _read(section: Section, shared: bool, before: Mapping[str, _Taken]) -> _Read
     rows: list[Row] = []
     sources: list[torch.Tensor | None] = []
     values: list[bytes | None] = []
+    copies: list[bool] = []
     taken: dict[str, _Taken] = {}
+    led = frozenset(section.led()) if shared else frozenset[str]()
+    depth = len(section.prefix)
     for leaf in flatten(section.read(), is_array, section.prefix):
         if is_array(leaf.value):
             if isinstance(leaf.value, np.ndarray):
                 leaf = Leaf((*leaf.path, ArrayStep()), leaf.key, leaf.value)
-            taken[leaf.key] = _take(leaf, before.get(leaf.key))
-            for row, source in taken[leaf.key].parts:
+            is_led = len(leaf.path) > depth and str(leaf.path[depth]) in led and not isinstance(leaf.value, DTensor)
+            now = taken[leaf.key] = _take(leaf, before.get(leaf.key), is_led)
+            for row, source in now.parts:
                 rows.append(row)
                 sources.append(source)
                 values.append(None)
+                copies.append(now.is_copied and shared and not is_led)
         else:
             data = encode_value(leaf.value, leaf.key)
-            value_crc = crc32c.crc32c(data) if shared else None
-            rows.append(Row(leaf.key, encode_path(leaf.path), "json", (), (), (), 0, value_crc))
+            crc = crc32c.crc32c(data) if shared else None
+            rows.append(Row(leaf.key, encode_path(leaf.path), "json", (), (), (), 0, crc))
             sources.append(None)
             values.append(data)
+            copies.append(False)
     seen, kept = _steadiness(section, sources, values)
-    return _Read(rows, sources, values, seen, kept, taken)
+    return _Read(rows, sources, values, copies, seen, kept, taken)
 
 
-def _take(leaf: Leaf, before: _Taken | None) -> _Taken:
+def _take(leaf: Leaf, before: _Taken | None, is_led: bool) -> _Taken:
     """The leaf's rows; those of before if it is the same tensor at the same place, which is much cheaper to see."""
     array = leaf.value
     if before is not None and before.array is array and before.memory == _memory(array) and before.path == leaf.path:
         return before
     tensor = as_tensor(array, leaf.key)
     kept = array if isinstance(array, torch.Tensor) and not (array.is_conj() or array.is_neg()) else tensor
-    return _Taken(leaf.path, kept, _memory(kept), tuple(_tensor_rows(tensor, leaf.path, leaf.key)))
+    return _Taken(
+        leaf.path, kept, _memory(kept), tuple(_tensor_rows(tensor, leaf.path, leaf.key, is_led)), _is_copied(tensor)
+    )
+
+
+def _is_copied(tensor: torch.Tensor) -> bool:
+    """Whether other ranks may hold the same part of it: a plain tensor is each rank's whole, by itself."""
+    if not isinstance(tensor, DTensor):
+        return True
+    sizes = tensor.device_mesh.shape
+    return any(placement.is_replicate() and sizes[dim] > 1 for dim, placement in enumerate(tensor.placements))
+
+
+def _crc(source: torch.Tensor) -> int:
+    plain = source.detach().resolve_conj().resolve_neg().contiguous().cpu()
+    return crc32c.crc32c(memoryview(plain.reshape(-1).view(torch.uint8).numpy())) if plain.numel() else 0  # type: ignore[arg-type]
 
 
 def _memory(tensor: torch.Tensor) -> Memory:
@@ -198,7 +233,7 @@ def _memory(tensor: torch.Tensor) -> Memory:
     return local.data_ptr(), local.shape, local.stride()
 
 
-def _tensor_rows(tensor: torch.Tensor, path: Path, key: str) -> Iterable[tuple[Row, torch.Tensor]]:
+def _tensor_rows(tensor: torch.Tensor, path: Path, key: str, is_led: bool) -> Iterable[tuple[Row, torch.Tensor]]:
     try:
         name, shape, held = dtype_name(tensor.dtype), global_shape(tensor), pieces(tensor)
         if len(shape) > MAX_DIMENSIONS:
@@ -209,7 +244,7 @@ def _tensor_rows(tensor: torch.Tensor, path: Path, key: str) -> Iterable[tuple[R
         raise EncodeError(key, str(error)) from error
     text = encode_path(path)
     for piece in held:
-        yield Row(key, text, name, shape, piece.offset, piece.length, piece.local.nbytes, None), piece.local
+        yield Row(key, text, name, shape, piece.offset, piece.length, piece.local.nbytes, None, is_led), piece.local
 
 
 def _steadiness(
