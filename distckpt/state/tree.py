@@ -12,6 +12,7 @@ from distckpt.format.tree.tree import Leaf, Path, flatten
 from distckpt.state.kind import Place, Section
 from distckpt.state.match import Match, Saved
 from distckpt.state.objects import is_array, writable
+from distckpt.state.pouring import poured
 
 
 class TreeState:
@@ -52,8 +53,8 @@ class TreeState:
         self._place.replace(poured(self._place.get(), tree))
 
     def _is_missed(self, leaf: Leaf, saved: Saved) -> bool:
-        if any(path[: len(leaf.path)] == leaf.path for path in saved.paths.values()):
-            return False  # what was one value here is a container there
+        if any(path[: len(leaf.path)] == leaf.path or leaf.path[: len(path)] == path for path in saved.paths.values()):
+            return False  # what is one value here is a container there, or the other way round
         is_declared = leaf.path[len(self._place.prefix) :] in self._declared
         return is_array(leaf.value) or (is_declared and not _is_empty(leaf.value))
 
@@ -67,16 +68,3 @@ def _stays(key: str, value: Any, saved: Saved) -> bool:
 
 def _is_empty(value: Any) -> bool:
     return value is None or (isinstance(value, dict | list | tuple | set) and not value)
-
-
-def poured(old: Any, new: Any) -> Any:
-    """``new``, in the mutable containers of ``old`` where it has any of that type, so that whoever holds those sees it."""
-    if type(old) is dict and type(new) is dict:
-        fresh = {key: poured(old.get(key), value) for key, value in new.items()}
-        old.clear()
-        old.update(fresh)
-        return old
-    if type(old) is list and type(new) is list:
-        old[:] = [poured(old[at] if at < len(old) else None, value) for at, value in enumerate(new)]
-        return old
-    return new
