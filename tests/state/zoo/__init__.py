@@ -1,0 +1,19 @@
+"""One entry for each kind of thing that people train with; importing this registers all of them."""
+
+from tests.state.zoo import checkpoint, modules, optimizers, packages, schedulers, tensors, values, wrappers
+from tests.state.zoo.entry import ENTRIES, Entry, Refusal, Run
+
+__all__ = [
+    "ENTRIES",
+    "Entry",
+    "Refusal",
+    "Run",
+    "checkpoint",
+    "modules",
+    "optimizers",
+    "packages",
+    "schedulers",
+    "tensors",
+    "values",
+    "wrappers",
+]
