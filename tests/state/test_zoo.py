@@ -13,17 +13,20 @@ from tests.state.zoo import ENTRIES, Entry
 from tests.state.zoo.entry import take_steps
 from tests.state.zoo.roundtrip import SAVE_SECONDS, round_trip
 
+pytestmark = [
+    pytest.mark.timeout(30),
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf"),  # torch.compile's own
+]
+
 CARRIED = [entry for entry in ENTRIES.values() if entry.refused is None]
 REFUSED = [entry for entry in ENTRIES.values() if entry.refused is not None]
 
 
-@pytest.mark.timeout(30)
 @pytest.mark.parametrize("entry", CARRIED, ids=lambda entry: entry.name)
 def test_it_comes_back_as_torch_would_restore_it_and_training_goes_on(entry: Entry, tmp_path: Path) -> None:
     assert round_trip(entry, str(tmp_path)) == []
 
 
-@pytest.mark.timeout(30)
 @pytest.mark.parametrize("entry", REFUSED, ids=lambda entry: entry.name)
 def test_it_is_refused_by_name_before_anything_is_written(entry: Entry, tmp_path: Path) -> None:
     assert entry.refused is not None
