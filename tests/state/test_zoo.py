@@ -15,6 +15,7 @@ from tests.state.zoo.roundtrip import SAVE_SECONDS, round_trip
 
 pytestmark = [
     pytest.mark.timeout(30),
+    pytest.mark.filterwarnings("ignore:'set_vital' is deprecated"),  # torch's DataLoader's own
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf"),  # torch.compile's own
 ]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import random
 from typing import Any
 
@@ -44,8 +45,13 @@ def copied(state: Any) -> Any:
         for key, value in state.items():
             made[key] = copied(value)
         return made
-    if isinstance(state, torch.Tensor):
+    if isinstance(state, torch.Tensor) and type(state) in (torch.Tensor, torch.nn.Parameter):
         return copy.deepcopy(state.detach())
+    if isinstance(state, torch.Tensor):
+        file = io.BytesIO()  # subclasses need not know how to clone, but all can be written
+        torch.save(state.detach(), file)
+        file.seek(0)
+        return torch.load(file, weights_only=False)
     return copy.deepcopy(state)
 
 

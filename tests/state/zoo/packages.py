@@ -26,12 +26,15 @@ add = partial(register, SECTION)
 def _schedule_free(name: str, mode: str, **options: Any) -> Callable[[], Run]:
     def build() -> Run:
         package = importlib.import_module("schedulefree")
-        model = small()
+        # The wrapper swaps bytes in place, which scalars cannot do.
+        model = nn.Linear(6, 3) if name == "ScheduleFreeWrapper" else small()
         if name == "ScheduleFreeWrapper":
             optimizer = package.ScheduleFreeWrapper(optim.RMSprop(model.parameters(), lr=0.01), momentum=0.9)
         else:
             optimizer = getattr(package, name)(model.parameters(), **options)
         take = (closure_stepper if name.endswith("Closure") else stepper)(model, optimizer)
+        if name.endswith("Closure"):
+            return Run({"model": model, "optimizer": optimizer}, take)
         if mode == "train":
             optimizer.train()
 
@@ -77,10 +80,10 @@ class Base(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.query = nn.Linear(6, 6)
-        self.out = nn.Linear(6, 3)
+        self.head = nn.Linear(6, 3)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.out(torch.tanh(self.query(x)))
+        return self.head(torch.tanh(self.query(x)))
 
 
 def _lora(adapters_only: bool = False, **options: Any) -> Callable[[], Run]:
@@ -103,7 +106,7 @@ def _lora(adapters_only: bool = False, **options: Any) -> Callable[[], Run]:
 
 
 add("lora", "LoRA and DoRA by `peft`", _lora(), two_ranks=True)
-add("lora-modules-to-save", "LoRA and DoRA by `peft`", _lora(modules_to_save=["out"]))
+add("lora-modules-to-save", "LoRA and DoRA by `peft`", _lora(modules_to_save=["head"]))
 add("dora", "LoRA and DoRA by `peft`", _lora(use_dora=True))
 add("lora-adapters-only", "LoRA adapters alone, in a dict", _lora(True), two_ranks=True)
 
