@@ -190,7 +190,7 @@ def _bits(tensor: torch.Tensor) -> str:
     if tensor.is_mkldnn:
         return _bits(tensor.to_dense())
     if tensor.is_quantized:
-        if tensor.qscheme() in (torch.per_channel_affine, torch.per_channel_symmetric):
+        if tensor.qscheme() in (torch.per_channel_affine, torch.per_channel_symmetric, torch.per_channel_affine_float_qparams):
             scales = f"{text_of(tensor.q_per_channel_scales())} {text_of(tensor.q_per_channel_zero_points())}"
             return f"{tensor.qscheme()} axis {tensor.q_per_channel_axis()} {scales} {_bits(tensor.int_repr())}"
         return f"{tensor.qscheme()} {tensor.q_scale()} {tensor.q_zero_point()} {_bits(tensor.int_repr())}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import random
+import warnings
 from typing import Any
 
 import numpy as np
@@ -26,9 +27,9 @@ def _restore_one(checkpoint: distckpt.Checkpoint, name: str, saved: Any) -> None
         saved, holder = saved.obj, mine
         mine = holder.obj
         if not _loaded(mine, saved):
-            holder.obj = poured(mine, copy.deepcopy(saved))
+            holder.obj = poured(mine, written_and_read(saved))
     elif not _loaded(mine, saved):
-        checkpoint.replace(name, poured(mine, copy.deepcopy(saved)))
+        checkpoint.replace(name, poured(mine, written_and_read(saved)))
 
 
 def _loaded(mine: Any, saved: Any) -> bool:
@@ -48,11 +49,18 @@ def copied(state: Any) -> Any:
     if isinstance(state, torch.Tensor) and type(state) in (torch.Tensor, torch.nn.Parameter):
         return copy.deepcopy(state.detach())
     if isinstance(state, torch.Tensor):
-        file = io.BytesIO()  # subclasses need not know how to clone, but all can be written
-        torch.save(state.detach(), file)
+        return written_and_read(state.detach())
+    return copy.deepcopy(state)
+
+
+def written_and_read(value: Any) -> Any:
+    """A copy by ``torch.save``: subclasses and odd layouts need not know how to clone, but all can be written."""
+    file = io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.save(value, file)
         file.seek(0)
         return torch.load(file, weights_only=False)
-    return copy.deepcopy(state)
 
 
 def set_generator(mine: Any, saved: Any) -> bool:
@@ -92,7 +100,7 @@ def _same_form(mine: Any, value: Any) -> bool:
     """Whether a tensor that the program holds can take the value in its own memory."""
     if not (isinstance(mine, torch.Tensor) and isinstance(value, torch.Tensor)):
         return False
-    if mine.layout != torch.strided or value.layout != torch.strided or mine.is_quantized or mine.is_nested:
+    if mine.is_inference() or mine.layout != torch.strided or value.layout != torch.strided or mine.is_quantized or mine.is_nested:
         return False
     overlapping = any(stride == 0 and size > 1 for stride, size in zip(mine.stride(), mine.shape, strict=True))
     return mine.shape == value.shape and mine.dtype == value.dtype and not overlapping

@@ -88,7 +88,7 @@ def _quantized() -> torch.Tensor:
 def _quantized_by_channel() -> torch.Tensor:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return torch.quantize_per_channel(torch.rand(3, 4), torch.rand(3) + 0.1, torch.zeros(3), 0, torch.quint8)
+        return torch.quantize_per_channel(torch.rand(3, 4), torch.rand(3) + 0.1, torch.zeros(3, dtype=torch.int64), 0, torch.quint8)
 
 
 add_tensor("sparse-coo", "sparse COO tensors", _sparse, two_ranks=True)
@@ -202,8 +202,9 @@ def _structured() -> Any:
     return array
 
 
-for _dtype in ("float32", "float64", "float16", "int8", "uint16", "uint64", "complex128", "bool"):
+for _dtype in ("float32", "float64", "float16", "int8", "uint16", "uint64", "complex128"):
     add_tensor(f"array-{_dtype}", "NumPy arrays", _random_array(_dtype), two_ranks=_dtype == "uint64")
+add_tensor("array-bool", "NumPy arrays", lambda: np.random.rand(3, 4) > 0.5)
 add_tensor("array-big-endian", "big-endian NumPy arrays", _random_array(">f4"))
 add_tensor("array-big-endian-int", "big-endian NumPy arrays", _random_array(">i8"))
 add_tensor("array-structured", "structured NumPy arrays", _structured)
