@@ -19,7 +19,7 @@ from tests.state.zoo import ENTRIES
 from tests.state.zoo.entry import Entry, take_steps
 from tests.state.zoo.observe import Facts, describe, differences, observe
 from tests.state.zoo.ranks import RANK_ENTRIES, RankEntry
-from tests.state.zoo.roundtrip import GO_ON, round_trip
+from tests.state.zoo.roundtrip import GO_ON, random_states, round_trip
 
 OPTIONS: dict[str, Any] = {"max_to_keep": None, "save_timeout": 15.0}
 
@@ -40,8 +40,24 @@ def _told(action: Callable[[], list[str]]) -> list[str]:
     return found
 
 
+def _connect(directory: str) -> None:
+    """Reach the coordinator once, so that no entry is blamed for what connecting does."""
+    with distckpt.CheckpointManager(distckpt.Checkpoint(own={"a": 1}), f"{directory}-first", **OPTIONS) as manager:
+        manager.save(1).result(30)
+
+
+def first_manager(directory: str) -> list[str]:
+    """What the first manager of a process, its first save and its first restore change of the random numbers."""
+    before = random_states()
+    with distckpt.CheckpointManager(distckpt.Checkpoint(own={"a": 1}), directory, **OPTIONS) as manager:
+        manager.save(1).result(30)
+        manager.restore(1)
+    return differences(before, random_states())
+
+
 def alike(directory: str, names: Sequence[str]) -> dict[str, list[str]]:
     """Round trips of entries of which every rank holds the same; what differed, by entry."""
+    _connect(directory)
     return {
         name: _told(lambda name=name, at=at: round_trip(ENTRIES[name], directory, at, **OPTIONS))  # type: ignore[misc]
         for at, name in enumerate(names, 1)
@@ -50,6 +66,7 @@ def alike(directory: str, names: Sequence[str]) -> dict[str, list[str]]:
 
 def special(directory: str, names: Sequence[str]) -> dict[str, list[str]]:
     """Round trips of what lives on ranks; what differed, by entry."""
+    _connect(directory)
     found = {}
     for at, name in enumerate(names, 1):
         one = RANK_ENTRIES[name]

@@ -33,13 +33,10 @@ def test_it_is_refused_by_name_before_anything_is_written(entry: Entry, tmp_path
     assert entry.refused is not None
     run = entry.start(seed=0)
     take_steps(run, 0, entry.steps)
-    for first in ("prepare", "save"):
-        with distckpt.CheckpointManager(run.checkpoint, tmp_path) as manager:
+    with distckpt.CheckpointManager(run.checkpoint, tmp_path) as manager:
+        for first in (manager.prepare, lambda: manager.save(1).result(SAVE_SECONDS)):
             with pytest.raises(DistckptError) as caught:
-                if first == "prepare":
-                    manager.prepare()
-                else:
-                    manager.save(1).result(SAVE_SECONDS)
+                first()
             assert entry.refused.key in str(caught.value)
             assert re.search(entry.refused.advice, str(caught.value))
-        assert distckpt.latest_checkpoint(tmp_path) is None
+    assert distckpt.latest_checkpoint(tmp_path) is None

@@ -38,7 +38,7 @@ class Batches:
                 raise
         found = self._results[name]
         if isinstance(found, BaseException):
-            raise AssertionError(f"the batch {name} has failed before: {found}")
+            pytest.fail(f"the batch {name} has failed before: {found}")
         return found
 
 
@@ -56,6 +56,11 @@ def gang1(ray_address: str) -> Iterator[Gang]:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("zoo-on-ranks")
+
+
+def test_the_first_manager_of_a_process_draws_no_random_numbers(ray_address: str, tmp_path: Path) -> None:
+    with Gang(2, {"RAY_ADDRESS": ray_address}) as gang:
+        assert gang.run("ranks.zoo:first_manager", directory=str(tmp_path)) == [[], []]
 
 
 @pytest.mark.parametrize("name", ALIKE)

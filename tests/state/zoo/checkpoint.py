@@ -20,7 +20,7 @@ add = partial(register, SECTION)
 NAMES = (
     "values", "keys", "items", "type", "to", "train", "eval", "get", "update", "pop", "copy", "clear", "state_dict",
     "load_state_dict", "parameters", "forward", "step", "path", "name", "rank", "state", "param_groups", "dict", "class_",
-    "model", "modules", "half", "data", "shape", "_private", "T", "number", "manifest", "self",
+    "model", "modules", "half", "data", "shape", "T", "number", "manifest", "self",
 )  # fmt: skip
 
 
@@ -30,7 +30,9 @@ def _named(make: Any) -> Run:
 
 
 def _named_modules() -> Run:
-    objects: dict[str, Any] = {name: nn.Linear(2, 2) for name in ("values", "keys", "items", "type", "to", "train", "half")}
+    objects: dict[str, Any] = {
+        name: nn.Linear(2, 2) for name in ("values", "keys", "items", "type", "to", "train", "half")
+    }
     optimizer = optim.Adam([p for module in objects.values() for p in module.parameters()])
 
     def loss(at: int) -> Any:
@@ -40,7 +42,7 @@ def _named_modules() -> Run:
 
 
 def _nested_names() -> Run:
-    return Run({"own": {name: {name: number()} for name in NAMES} | {"a.b": 1, "a": {"b": number()}, "": 2, "$x": 3}})
+    return Run({"own": {name: {name: number()} for name in NAMES} | {"x.y": 1, "": 2, "$x": 3}})
 
 
 def _assigned() -> Run:
@@ -91,14 +93,45 @@ def _random_state() -> Run:
 
 
 add("names", "objects of any name: values, keys, type, to, train ...", lambda: _named(lambda at: number()), steps=0)
-add("names-tensors", "objects of any name: values, keys, type, to, train ...", lambda: _named(lambda at: torch.rand(2)), steps=0)
+add(
+    "names-tensors",
+    "objects of any name: values, keys, type, to, train ...",
+    lambda: _named(lambda at: torch.rand(2)),
+    steps=0,
+)
 add("names-modules", "objects of any name: values, keys, type, to, train ...", _named_modules, two_ranks=True)
 add("names-inside", "keys of any text", _nested_names, steps=0)
-add("assigned", "values and trees that are assigned: `checkpoint.step += 1`", _assigned, two_ranks=True)
+add(
+    "names-collide-int",
+    "two places with one key, such as `a.b` and `a` with `b`",
+    lambda: Run({"own": {1: number(), "1": 2}}),
+    steps=0,
+    refused=Refusal("own.1", r"(?i)rename"),
+)
+add(
+    "names-collide",
+    "two places with one key, such as `a.b` and `a` with `b`",
+    lambda: Run({"own": {"a.b": 1, "a": {"b": number()}}}),
+    steps=0,
+    refused=Refusal("own.a.b", r"(?i)rename"),
+)
+add(
+    "assigned",
+    "values and trees that are assigned: `checkpoint.step += 1`",
+    _assigned,
+    torch_can=False,
+    two_ranks=True,
+)
 add("replaced", "objects that are replaced", _replaced)
 add("twice", "one object under two names", _twice, steps=0)
 add("per-rank-module", "`PerRank` around modules", lambda: _per_rank(small), steps=0, two_ranks=True)
-add("per-rank-tensor", "`PerRank` around tensors and trees", lambda: _per_rank(lambda: torch.rand(3)), steps=0, two_ranks=True)
+add(
+    "per-rank-tensor",
+    "`PerRank` around tensors and trees",
+    lambda: _per_rank(lambda: torch.rand(3)),
+    steps=0,
+    two_ranks=True,
+)
 add(
     "per-rank-tree",
     "`PerRank` around tensors and trees",
@@ -112,7 +145,7 @@ add(
     "`PerRank` inside a tree",
     lambda: Run({"own": {"cursor": distckpt.PerRank(3)}}),
     steps=0,
-    refused=Refusal("own.cursor", r"(?i)object of the checkpoint|Checkpoint\(|top|itself"),
+    refused=Refusal("own.cursor", r"Checkpoint|name of its own"),
 )
 add(
     "module-inside",

@@ -104,7 +104,12 @@ EXTRAS: dict[str, tuple[Any, Callable[[int], Any]]] = {
 }
 for _name, (_first, _later) in EXTRAS.items():
     add(f"extra-state-{_name}", "`get_extra_state` of any plain type or tensor", _extra(WithExtra, _first, _later))
-add("extra-state-packed", "`get_extra_state` of any plain type or tensor", _extra(WithPackedExtra, *EXTRAS["bytes"]), two_ranks=True)
+add(
+    "extra-state-packed",
+    "`get_extra_state` of any plain type or tensor",
+    _extra(WithPackedExtra, *EXTRAS["bytes"]),
+    two_ranks=True,
+)
 add(
     "extra-state-packed-tensors",
     "`get_extra_state` of any plain type or tensor",
@@ -630,4 +635,8 @@ add("meta", "modules on the meta device", _meta, steps=0, refused=Refusal("model
 add("meta-partly", "modules on the meta device", _partly_meta, steps=0, refused=Refusal("model.2.weight", _META))
 
 
-add("no-parameters", "modules without parameters", lambda: Run({"model": nn.Tanh(), "step": 3, "own": {"a": torch.rand(2)}}))
+add(
+    "no-parameters",
+    "modules without parameters",
+    lambda: Run({"model": nn.Tanh(), "step": 3, "own": {"a": torch.rand(2)}}),
+)

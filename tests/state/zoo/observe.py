@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import hashlib
+import math
 import random
 from collections.abc import Mapping
 from typing import Any
@@ -29,7 +30,8 @@ def observe(run: Run) -> Facts:
     names = parameter_names(run)
     for name, value in run.checkpoint.objects.items():
         _look(name, value.obj if isinstance(value, distckpt.PerRank) else value, names, facts)
-        if isinstance(value, dict | list) and value is not run.objects[name]:
+        held = run.objects[name]
+        if isinstance(value, dict | list) and type(held) is type(value) and held is not value:
             facts[name] = "not the container that the program holds"
     describe("watch", run.watch(), facts)
     return facts
@@ -37,11 +39,9 @@ def observe(run: Run) -> Facts:
 
 def differences(one: Facts, other: Facts) -> list[str]:
     """What differs, a line each."""
-    found = []
-    for key in [*one, *(key for key in other if key not in one)]:
-        if one.get(key) != other.get(key):
-            found.append(f"{key}: {one.get(key, 'nothing')} != {other.get(key, 'nothing')}")
-    return found
+    both = [*one, *(key for key in other if key not in one)]
+    differing = [key for key in both if one.get(key) != other.get(key)]
+    return [f"{key}: {one.get(key, 'nothing')} != {other.get(key, 'nothing')}" for key in differing]
 
 
 def parameter_names(run: Run) -> dict[int, str]:
@@ -91,9 +91,7 @@ def _look_at_module(path: str, module: nn.Module, facts: Facts) -> None:
             describe(f"{path}.{plain_name(key)}", value, facts)
 
 
-def _look_at_optimizer(
-    path: str, optimizer: torch.optim.Optimizer, names: Mapping[int, str], facts: Facts
-) -> None:
+def _look_at_optimizer(path: str, optimizer: torch.optim.Optimizer, names: Mapping[int, str], facts: Facts) -> None:
     seen = set()
     for number, group in enumerate(optimizer.param_groups):
         for key, value in group.items():
@@ -154,7 +152,7 @@ def describe(path: str, value: Any, facts: Facts) -> None:
         facts[path] = f"{kind} {value.get_state()!r}"
     elif isinstance(value, random.Random):
         facts[path] = f"{kind} {_digest(repr(value.getstate()).encode())}"
-    elif isinstance(value, float) and value != value:
+    elif isinstance(value, float) and math.isnan(value):
         facts[path] = f"{kind} nan"
     else:
         facts[path] = f"{kind} {value!r}"
@@ -190,7 +188,11 @@ def _bits(tensor: torch.Tensor) -> str:
     if tensor.is_mkldnn:
         return _bits(tensor.to_dense())
     if tensor.is_quantized:
-        if tensor.qscheme() in (torch.per_channel_affine, torch.per_channel_symmetric, torch.per_channel_affine_float_qparams):
+        if tensor.qscheme() in (
+            torch.per_channel_affine,
+            torch.per_channel_symmetric,
+            torch.per_channel_affine_float_qparams,
+        ):
             scales = f"{text_of(tensor.q_per_channel_scales())} {text_of(tensor.q_per_channel_zero_points())}"
             return f"{tensor.qscheme()} axis {tensor.q_per_channel_axis()} {scales} {_bits(tensor.int_repr())}"
         return f"{tensor.qscheme()} {tensor.q_scale()} {tensor.q_zero_point()} {_bits(tensor.int_repr())}"

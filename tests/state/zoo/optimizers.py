@@ -21,7 +21,10 @@ SECTION = "optimizers"
 add = partial(register, SECTION)
 
 PLAIN: dict[type[optim.Optimizer], list[tuple[str, dict[str, Any]]]] = {
-    optim.SGD: [("momentum", {"lr": 0.1, "momentum": 0.9}), ("nesterov", {"lr": 0.1, "momentum": 0.9, "nesterov": True})],
+    optim.SGD: [
+        ("momentum", {"lr": 0.1, "momentum": 0.9}),
+        ("nesterov", {"lr": 0.1, "momentum": 0.9, "nesterov": True}),
+    ],
     optim.Adam: [("amsgrad", {"amsgrad": True}), ("betas", {"betas": (0.5, 0.7), "weight_decay": 0.1})],
     optim.AdamW: [("amsgrad", {"amsgrad": True})],
     optim.Adagrad: [("accumulator", {"lr": 0.1, "initial_accumulator_value": 0.2})],
@@ -97,7 +100,7 @@ def _muon() -> Run:
 def _sparse_adam() -> Run:
     model = nn.Embedding(7, 3, sparse=True)
     optimizer = optim.SparseAdam(model.parameters())
-    picked = lambda at: torch.randint(0, 5, (4,), generator=torch.Generator().manual_seed(at))  # noqa: E731
+    picked = lambda at: torch.randint(0, 5, (4,), generator=torch.Generator().manual_seed(at))
     step = stepper(model, optimizer, loss=lambda at: (model(picked(at)) ** 2).sum())
     return Run({"model": model, "optimizer": optimizer}, step)
 
@@ -119,8 +122,7 @@ def _muon_and_adam() -> Run:
 
     def step(at: int) -> Any:
         one.zero_grad()
-        loss = stepper(model, two, one)(at)
-        return loss
+        return stepper(model, two, one)(at)
 
     return Run({"model": model, "muon": one, "adamw": two}, step)
 
@@ -344,7 +346,9 @@ def _shuffled() -> Run:
 
 
 add("groups", "parameter groups", _groups, two_ranks=True)
-add("groups-changed", "parameter groups changed midway, with keys of the program's own", _changed_groups, two_ranks=True)
+add(
+    "groups-changed", "parameter groups changed midway, with keys of the program's own", _changed_groups, two_ranks=True
+)
 add("group-added", "a parameter group added midway", _group_added(1), twin=_group_added(-1), two_ranks=True)
 add("group-empty", "a parameter group without parameters", _empty_group)
 add("named-parameters", "an optimizer made from `named_parameters()`", _named_parameters, two_ranks=True)

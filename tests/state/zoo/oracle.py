@@ -58,7 +58,7 @@ def written_and_read(value: Any) -> Any:
     file = io.BytesIO()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        torch.save(value, file)
+        torch.save(value, file, pickle_protocol=4)  # older protocols lose byte order and fold
         file.seek(0)
         return torch.load(file, weights_only=False)
 
@@ -86,7 +86,7 @@ def poured(mine: Any, value: Any) -> Any:
         for key, item in value.items():
             mine[key] = poured(held[key], item) if key in held else item
         return mine
-    if isinstance(mine, list) and type(value) is list:
+    if isinstance(mine, list) and type(value) is type(mine):
         mine[:] = [poured(mine[at], item) if at < len(mine) else item for at, item in enumerate(value)]
         return mine
     if _same_form(mine, value):
@@ -100,7 +100,13 @@ def _same_form(mine: Any, value: Any) -> bool:
     """Whether a tensor that the program holds can take the value in its own memory."""
     if not (isinstance(mine, torch.Tensor) and isinstance(value, torch.Tensor)):
         return False
-    if mine.is_inference() or mine.layout != torch.strided or value.layout != torch.strided or mine.is_quantized or mine.is_nested:
+    if (
+        mine.is_inference()
+        or mine.layout != torch.strided
+        or value.layout != torch.strided
+        or mine.is_quantized
+        or mine.is_nested
+    ):
         return False
     overlapping = any(stride == 0 and size > 1 for stride, size in zip(mine.stride(), mine.shape, strict=True))
     return mine.shape == value.shape and mine.dtype == value.dtype and not overlapping

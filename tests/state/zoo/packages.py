@@ -29,7 +29,9 @@ def _schedule_free(name: str, mode: str, **options: Any) -> Callable[[], Run]:
         # The wrapper swaps bytes in place, which scalars cannot do.
         model = nn.Linear(6, 3) if name == "ScheduleFreeWrapper" else small()
         if name == "ScheduleFreeWrapper":
-            optimizer = package.ScheduleFreeWrapper(optim.RMSprop(model.parameters(), lr=0.01), momentum=0.9)
+            optimizer = package.ScheduleFreeWrapper(
+                optim.SGD(model.parameters(), lr=0.01, weight_decay=0.1), momentum=0.9
+            )
         else:
             optimizer = getattr(package, name)(model.parameters(), **options)
         take = (closure_stepper if name.endswith("Closure") else stepper)(model, optimizer)
@@ -63,7 +65,11 @@ for _name in ("AdamWScheduleFree", "SGDScheduleFree", "RAdamScheduleFree", "Sche
             _schedule_free(_name, _mode, **_options),
             two_ranks=_name == "AdamWScheduleFree",
         )
-add("adamwschedulefreeclosure", "schedule-free optimizers, in either mode", _schedule_free("AdamWScheduleFreeClosure", "eval"))
+add(
+    "adamwschedulefreeclosure",
+    "schedule-free optimizers, in either mode",
+    _schedule_free("AdamWScheduleFreeClosure", "eval"),
+)
 add(
     "adamwschedulefree-foreach",
     "schedule-free optimizers, in either mode",

@@ -17,9 +17,9 @@ from torch.optim import lr_scheduler as lr
 
 import distckpt
 from tests.state.zoo.entry import Entry, Run
-from tests.state.zoo.wrappers import Normed
 from tests.state.zoo.oracle import restore_by_torch
 from tests.state.zoo.training import batch, small, stepper
+from tests.state.zoo.wrappers import Normed
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +54,9 @@ SAME = ((2, 2),)
 ELASTIC = ((1, 2), (2, 1), (2, 3))
 
 
-def add(name: str, kind: str, build: Callable[[], Run], worlds: tuple[tuple[int, int], ...] = SAME, **more: Any) -> None:
+def add(
+    name: str, kind: str, build: Callable[[], Run], worlds: tuple[tuple[int, int], ...] = SAME, **more: Any
+) -> None:
     """Add an entry to the register."""
     assert name not in RANK_ENTRIES, name
     RANK_ENTRIES[name] = RankEntry(name, kind, build, worlds, **more)
@@ -90,7 +92,14 @@ _DDP = "`DistributedDataParallel` anywhere"
 add("ddp", _DDP, _ddp(_plain, DistributedDataParallel))
 add("ddp-inside", _DDP, _ddp(_plain, _ddp_inside))
 add("ddp-compiled", _DDP, _ddp(_plain, lambda m: torch.compile(DistributedDataParallel(m), backend="eager")))  # type: ignore[arg-type,return-value]
-add("ddp-into-bare", _DDP, _ddp(_plain, DistributedDataParallel), twin=_ddp(_plain, lambda m: m), exact=False, torch_can=False)
+add(
+    "ddp-into-bare",
+    _DDP,
+    _ddp(_plain, DistributedDataParallel),
+    twin=_ddp(_plain, lambda m: m),
+    exact=False,
+    torch_can=False,
+)
 
 
 def _batch_norm(broadcast: bool) -> Callable[[], Run]:
@@ -252,6 +261,7 @@ def sharded(model: nn.Module, *parts: nn.Module, **options: Any) -> nn.Module:
     for part in (*parts, model):
         fully_shard(part, mesh=mesh, **options)
         part.set_gradient_divide_factor(1.0)  # type: ignore[operator]
+        part.set_force_sum_reduction_for_comms(True)  # type: ignore[operator]
     return model
 
 
@@ -322,7 +332,9 @@ def _fsdp_free() -> Run:
         optimizer.step()
         return take(at)
 
-    return Run({"model": module, "optimizer": run.objects["optimizer"], "alpha": log_alpha, "alpha_optimizer": optimizer}, step)
+    return Run(
+        {"model": module, "optimizer": run.objects["optimizer"], "alpha": log_alpha, "alpha_optimizer": optimizer}, step
+    )
 
 
 def _fsdp_two() -> Run:
@@ -385,7 +397,9 @@ adam, elastic = optim.Adam, partial(add, worlds=ELASTIC)
 elastic("fsdp-adam", f"{_FSDP}: weights and moments", _fsdp(adam))
 elastic("fsdp-sgd", f"{_FSDP}: weights and moments", _fsdp(lambda p: optim.SGD(p, lr=0.1, momentum=0.9)))
 elastic("fsdp-amsgrad", f"{_FSDP}: weights and moments", _fsdp(lambda p: adam(p, amsgrad=True, foreach=True)))
-elastic("fsdp-tensor-lr", f"{_FSDP}: weights and moments", _fsdp(lambda p: adam(p, lr=torch.tensor(0.01), foreach=False)))
+elastic(
+    "fsdp-tensor-lr", f"{_FSDP}: weights and moments", _fsdp(lambda p: adam(p, lr=torch.tensor(0.01), foreach=False))
+)
 elastic("fsdp-adagrad", f"{_FSDP}: weights and moments", _fsdp(lambda p: optim.Adagrad(p, lr=0.1)))
 elastic("fsdp-no-gradient", f"{_FSDP}: parameters that never got a gradient", _fsdp(adam, UnusedHead))
 elastic("fsdp-frozen", f"{_FSDP}: frozen layers", _fsdp(adam, _frozen_layers))
@@ -396,7 +410,11 @@ elastic("fsdp-two-modules", f"{_FSDP}: an optimizer over two modules", _fsdp_two
 elastic("fsdp-groups", f"{_FSDP}: parameter groups", _fsdp_groups)
 elastic("fsdp-schedule", f"{_FSDP}: schedulers and plain state", _fsdp_schedule)
 elastic("fsdp-ema", f"{_FSDP}: averages in a second model", _fsdp_ema)
-elastic("fsdp-compiled", f"{_FSDP}: compiled", _fsdp(adam, lambda: nn.Sequential(torch.compile(nn.Linear(6, 5), backend="eager"), nn.Tanh())))  # type: ignore[arg-type]
+elastic(
+    "fsdp-compiled",
+    f"{_FSDP}: compiled",
+    _fsdp(adam, lambda: nn.Sequential(torch.compile(nn.Linear(6, 5), backend="eager"), nn.Tanh())),
+)  # type: ignore[arg-type]
 elastic(
     "fsdp-mixed",
     f"{_FSDP}: mixed precision",

@@ -28,19 +28,24 @@ def number() -> int:
 def _held(make: Make, form: str) -> Callable[[], Run]:
     def build() -> Run:
         value = make()
-        held = {"top": value, "dict": {"x": value, "n": number()}, "deep": {"a": [number(), (value, {"b": value})]}}[form]
+        held = {"top": value, "dict": {"x": value, "n": number()}, "deep": {"a": [number(), (value, {"b": value})]}}[
+            form
+        ]
         return Run({"own": held})
 
     return build
 
 
-def add_tensor(name: str, kind: str, make: Make, *, refused: str | None = None, two_ranks: bool = False) -> None:
+def add_tensor(
+    name: str, kind: str, make: Make, *, refused: str | None = None, torch_can: bool = True, two_ranks: bool = False
+) -> None:
     """The same by itself and in a dict."""
     forms = {"": "dict", "-alone": "top"}
     for suffix, form in forms.items():
         key = {"dict": "own.x", "top": "own"}[form]
         refusal = None if refused is None else Refusal(key, refused)
-        add(f"{name}{suffix}", kind, _held(make, form), steps=0, refused=refusal, two_ranks=two_ranks and form == "dict")
+        ranks = two_ranks and form == "dict"
+        add(f"{name}{suffix}", kind, _held(make, form), steps=0, torch_can=torch_can, refused=refusal, two_ranks=ranks)
 
 
 def _sparse() -> torch.Tensor:
@@ -58,7 +63,9 @@ def _sparse_hybrid() -> torch.Tensor:
 def _sparse_other_count() -> torch.Tensor:
     """Another number of values in each run, as gradients of embeddings have."""
     count = 3 if torch.initial_seed() == 0 else 2
-    return torch.sparse_coo_tensor(torch.arange(count)[None], torch.rand(count), (5,), check_invariants=False).coalesce()
+    return torch.sparse_coo_tensor(
+        torch.arange(count)[None], torch.rand(count), (5,), check_invariants=False
+    ).coalesce()
 
 
 def _compressed(layout: torch.layout) -> Make:
@@ -88,7 +95,9 @@ def _quantized() -> torch.Tensor:
 def _quantized_by_channel() -> torch.Tensor:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return torch.quantize_per_channel(torch.rand(3, 4), torch.rand(3) + 0.1, torch.zeros(3, dtype=torch.int64), 0, torch.quint8)
+        return torch.quantize_per_channel(
+            torch.rand(3, 4), torch.rand(3) + 0.1, torch.zeros(3, dtype=torch.int64), 0, torch.quint8
+        )
 
 
 add_tensor("sparse-coo", "sparse COO tensors", _sparse, two_ranks=True)
@@ -106,11 +115,15 @@ add_tensor("expanded-scalar", "expanded tensors", lambda: torch.rand(()).expand(
 add_tensor("overlapping", "tensors whose elements overlap in memory", lambda: torch.rand(5).as_strided((3, 3), (1, 1)))
 add_tensor("conjugate", "conjugate and negative views", lambda: torch.rand(3, dtype=torch.complex64).conj())
 add_tensor("negative", "conjugate and negative views", lambda: torch.rand(3, dtype=torch.complex64).conj().imag)
-add_tensor("mkldnn", "MKL-DNN tensors", lambda: torch.rand(3, 4).to_mkldnn())
+add_tensor("mkldnn", "MKL-DNN tensors", lambda: torch.rand(3, 4).to_mkldnn(), torch_can=False)
 add_tensor("transposed", "tensors that are not contiguous", lambda: torch.rand(3, 4).t())
 add_tensor("strided", "tensors that are not contiguous", lambda: torch.rand(9)[::2])
 add_tensor("flipped", "tensors that are not contiguous", lambda: torch.rand(3, 4, 5).permute(2, 0, 1)[1:, ::2])
-add_tensor("channels-last", "tensors that are not contiguous", lambda: torch.rand(2, 3, 4, 4).contiguous(memory_format=torch.channels_last))
+add_tensor(
+    "channels-last",
+    "tensors that are not contiguous",
+    lambda: torch.rand(2, 3, 4, 4).contiguous(memory_format=torch.channels_last),
+)
 add_tensor("scalar", "tensors without dimensions", lambda: torch.rand(()), two_ranks=True)
 add_tensor("parameter", "parameters outside of modules", lambda: nn.Parameter(torch.rand(3)), two_ranks=True)
 add_tensor("with-history", "tensors with an autograd history", lambda: torch.rand(3, requires_grad=True) * 2)
@@ -133,7 +146,9 @@ DTYPES = [
 
 def _every_dtype() -> Run:
     """The bytes are random, so NaNs with any payload are among them."""
-    raw = {str(dtype): torch.randint(0, 2 if dtype == torch.bool else 256, (64,), dtype=torch.uint8) for dtype in DTYPES}
+    raw = {
+        str(dtype): torch.randint(0, 2 if dtype == torch.bool else 256, (64,), dtype=torch.uint8) for dtype in DTYPES
+    }
     return Run({"own": {str(dtype): raw[str(dtype)].view(dtype) for dtype in DTYPES}})
 
 
@@ -217,7 +232,12 @@ add_tensor("array-strided", "NumPy arrays that are not contiguous", lambda: np.r
 add_tensor("array-read-only", "read-only NumPy arrays", lambda: _read_only())
 add_tensor("array-scalar", "NumPy arrays without dimensions", lambda: np.array(np.random.rand()))
 add_tensor("array-longdouble", "NumPy arrays of `longdouble`", lambda: np.random.rand(3).astype(np.longdouble))
-add_tensor("array-object", "NumPy arrays of objects", lambda: np.array([object(), number()], dtype=object), refused=r"(?i)object")
+add_tensor(
+    "array-object",
+    "NumPy arrays of objects",
+    lambda: np.array([object(), number()], dtype=object),
+    refused=r"(?i)object",
+)
 
 
 def _read_only() -> Any:

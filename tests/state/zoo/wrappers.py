@@ -14,7 +14,7 @@ from torch.optim.swa_utils import SWALR, AveragedModel, get_ema_multi_avg_fn
 
 import distckpt
 from tests.state.zoo.entry import Refusal, Run, register
-from tests.state.zoo.training import batch, loss_of, small, stepper, trained_by
+from tests.state.zoo.training import batch, loss_of, small, stepper
 
 SECTION = "wrappers"
 
@@ -71,7 +71,9 @@ class Lookahead(optim.Optimizer):
 class Sam(optim.Optimizer):
     """Sharpness-aware minimization as it is passed around: it shares the groups of a base optimizer."""
 
-    def __init__(self, parameters: Iterable[Any], base: type[optim.Optimizer], rho: float = 0.05, **options: Any) -> None:
+    def __init__(
+        self, parameters: Iterable[Any], base: type[optim.Optimizer], rho: float = 0.05, **options: Any
+    ) -> None:
         super().__init__(parameters, {"rho": rho, **options})
         self.base_optimizer = base(self.param_groups, **options)
         self.param_groups = self.base_optimizer.param_groups
@@ -192,7 +194,7 @@ class GlobalState(optim.Optimizer):
         for group in self.param_groups:
             for p in group["params"]:
                 own = self.state[p]
-                own.setdefault("kind", "matrix" if p.ndim == 2 else "other")
+                own["matrix"] = p.ndim == 2
                 own.setdefault("history", []).append(float(p.grad.norm()))
                 own["sizes"] = tuple(p.shape)
                 own["nested"] = {"sum": p.grad.clone(), "none": None}
