@@ -1,6 +1,18 @@
 """One entry for each kind of thing that people train with; importing this registers all of them."""
 
-from tests.state.zoo import checkpoint, modules, optimizers, packages, schedulers, tensors, values, wrappers
+from tests.state.zoo import (
+    averages,
+    checkpoint,
+    modules,
+    optimizers,
+    packages,
+    schedulers,
+    situations,
+    tensors,
+    values,
+    wrapped,
+    wrappers,
+)
 from tests.state.zoo.entry import ENTRIES, Entry, Refusal, Run
 
 __all__ = [
@@ -8,12 +20,15 @@ __all__ = [
     "Entry",
     "Refusal",
     "Run",
+    "averages",
     "checkpoint",
     "modules",
     "optimizers",
     "packages",
     "schedulers",
+    "situations",
     "tensors",
     "values",
+    "wrapped",
     "wrappers",
 ]

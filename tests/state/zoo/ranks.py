@@ -16,10 +16,10 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import lr_scheduler as lr
 
 import distckpt
+from tests.state.zoo.averages import Normed
 from tests.state.zoo.entry import Entry, Run
 from tests.state.zoo.oracle import restore_by_torch
 from tests.state.zoo.training import batch, small, stepper
-from tests.state.zoo.wrappers import Normed
 
 
 @dataclass(frozen=True, slots=True)

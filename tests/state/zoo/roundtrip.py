@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -36,10 +37,16 @@ class Verdict:
             self.found.append(f"{what}: and {len(lines) - 6} more")
 
 
-def round_trip(entry: Entry, directory: str, number: int = 1, **options: Any) -> list[str]:
+def round_trip(
+    entry: Entry,
+    directory: str,
+    number: int = 1,
+    within: Callable[[], AbstractContextManager[object]] = nullcontext,
+    **options: Any,
+) -> list[str]:
     """Train, save, restore into a twin, go on; every difference from the run that never stopped and from torch's way.
 
-    With options, the manager gets them. Raises what distckpt raises.
+    The save and the restore happen ``within`` a context; managers get the options. Raises what distckpt raises.
     """
     verdict = Verdict()
     source = entry.start(seed=0)
@@ -52,7 +59,8 @@ def round_trip(entry: Entry, directory: str, number: int = 1, **options: Any) ->
             entry.oracle(source, by_torch)
     seeds = random_states()
     with distckpt.CheckpointManager(source.checkpoint, directory, **options) as manager:
-        pending = manager.save(number)
+        with within():
+            pending = manager.save(number)
         assert pending is not None
         path = pending.result(SAVE_SECONDS)
     verdict.compare("random numbers after the save", seeds, random_states())
@@ -62,7 +70,8 @@ def round_trip(entry: Entry, directory: str, number: int = 1, **options: Any) ->
     twin = entry.start_twin(seed=1)
     assert differences(saved, observe(twin)), "the twin is equal by accident"
     with Untouched(twin, verdict), distckpt.CheckpointManager(twin.checkpoint, directory, **options) as manager:
-        manager.restore(number)
+        with within():
+            manager.restore(number)
     if by_torch is not None:
         verdict.compare("restored, against torch's restore", observe(by_torch), observe(twin))
     if entry.exact:

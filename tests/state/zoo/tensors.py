@@ -220,8 +220,8 @@ def _structured() -> Any:
 for _dtype in ("float32", "float64", "float16", "int8", "uint16", "uint64", "complex128"):
     add_tensor(f"array-{_dtype}", "NumPy arrays", _random_array(_dtype), two_ranks=_dtype == "uint64")
 add_tensor("array-bool", "NumPy arrays", lambda: np.random.rand(3, 4) > 0.5)
-add_tensor("array-big-endian", "big-endian NumPy arrays", _random_array(">f4"))
-add_tensor("array-big-endian-int", "big-endian NumPy arrays", _random_array(">i8"))
+add_tensor("array-big-endian", "big-endian NumPy arrays", _random_array(">f4"), torch_can=False)
+add_tensor("array-big-endian-int", "big-endian NumPy arrays", _random_array(">i8"), torch_can=False)
 add_tensor("array-structured", "structured NumPy arrays", _structured)
 add_tensor("array-record", "structured NumPy arrays", lambda: _structured().view(np.recarray))
 add_tensor("array-str", "NumPy arrays of str and bytes", lambda: np.array(["a", str(number())]))
