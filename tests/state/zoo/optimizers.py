@@ -156,3 +156,60 @@ def _of_dtype(dtype: torch.dtype) -> Callable[[], Run]:
 
 for _dtype in (torch.float64, torch.bfloat16, torch.float16, torch.complex64):
     add(f"adam-{str(_dtype)[6:]}", "parameters of any dtype", _of_dtype(_dtype))
+
+
+# ---- into another optimizer ------------------------------------------------------------------------------------------
+
+
+def _into(name: str, source: Callable[[Any], optim.Optimizer], target: Callable[[Any], optim.Optimizer]) -> None:
+    add(
+        f"{name}",
+        "an optimizer's state into another kind, as torch does it",
+        trained_by(source),
+        twin=trained_by(target),
+        exact=False,
+        two_ranks=True,
+    )
+
+
+_into("adam-into-adamw", optim.Adam, optim.AdamW)
+_into("adamw-into-adam", optim.AdamW, optim.Adam)
+_into("adam-into-amsgrad", optim.Adam, lambda parameters: optim.Adam(parameters, lr=0.5, amsgrad=False, eps=0.1))
+_into("adam-into-fused", optim.Adam, lambda parameters: optim.Adam(parameters, fused=True))
+_into("fused-into-adam", lambda parameters: optim.Adam(parameters, fused=True), optim.Adam)
+_into(
+    "lr-into-tensor-lr",
+    lambda parameters: optim.SGD(parameters, lr=0.1, momentum=0.9),
+    lambda parameters: optim.SGD(parameters, lr=torch.tensor(0.2), momentum=0.9, foreach=False),
+)
+_into(
+    "tensor-lr-into-lr",
+    lambda parameters: optim.SGD(parameters, lr=torch.tensor(0.2), momentum=0.9, foreach=False),
+    lambda parameters: optim.SGD(parameters, lr=0.1, momentum=0.9),
+)
+
+
+def _half_precision(dtype: torch.dtype) -> Callable[[], Run]:
+    def build() -> Run:
+        model = nn.Linear(6, 3).to(dtype)
+        optimizer = optim.Adam(model.parameters(), foreach=False)
+        step = stepper(model, optimizer, loss=lambda at: (model(batch(at).to(dtype)) ** 2).sum())
+        return Run({"model": model, "optimizer": optimizer}, step)
+
+    return build
+
+
+add(
+    "float32-into-bfloat16",
+    "into parameters of another dtype, as torch converts them",
+    _half_precision(torch.float32),
+    twin=_half_precision(torch.bfloat16),
+    exact=False,
+)
+add(
+    "bfloat16-into-float32",
+    "into parameters of another dtype, as torch converts them",
+    _half_precision(torch.bfloat16),
+    twin=_half_precision(torch.float32),
+    exact=False,
+)

@@ -69,9 +69,9 @@ def round_trip(
     saved = observe(source)
     twin = entry.start_twin(seed=1)
     assert differences(saved, observe(twin)), "the twin is equal by accident"
-    with Untouched(twin, verdict), distckpt.CheckpointManager(twin.checkpoint, directory, **options) as manager:
-        with within():
-            manager.restore(number)
+    manager = distckpt.CheckpointManager(twin.checkpoint, directory, **options)
+    with Untouched(twin, verdict), manager, within():
+        manager.restore(number)
     if by_torch is not None:
         verdict.compare("restored, against torch's restore", observe(by_torch), observe(twin))
     if entry.exact:
