@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import random
-from collections import Counter, OrderedDict, defaultdict, deque
+from collections import defaultdict, deque
 from typing import Any
 
 import numpy as np
@@ -15,9 +15,9 @@ def poured(old: Any, new: Any) -> Any:
     """``new``, in the containers, generators and dataclass instances of ``old`` where they are of the same type."""
     if new is old or type(new) is not type(old):
         return new
-    if type(old) in (dict, OrderedDict, defaultdict, Counter):
+    if isinstance(old, dict):
         return _into_dict(old, new)
-    if type(old) is list:
+    if isinstance(old, list):
         old[:] = [poured(old[at] if at < len(old) else None, value) for at, value in enumerate(new)]
         return old
     if type(old) is deque and old.maxlen == new.maxlen:
@@ -43,7 +43,7 @@ def _into_dict(old: Any, new: Any) -> Any:
     old.clear()
     for key, value in items.items():
         old[key] = value
-    if type(old) is defaultdict:
+    if isinstance(old, defaultdict):
         old.default_factory = new.default_factory
     return old
 

@@ -12,7 +12,7 @@ import torch
 from torch import nn, optim
 
 import distckpt
-from tests.state.zoo.entry import Run, register
+from tests.state.zoo.entry import Refusal, Run, register
 from tests.state.zoo.training import batch, closure_stepper, loss_of, small, stepper
 
 SECTION = "packages"
@@ -138,7 +138,13 @@ def _low_bit(name: str) -> Callable[[], Run]:
 
 
 for _name in ("AdamW8bit", "AdamW4bit", "AdamWFp8"):
-    add(_name.lower(), "8-bit and low-bit optimizer state of `torchao`", _low_bit(_name), steps=2)
+    add(
+        _name.lower(),
+        "8-bit and low-bit optimizer state of `torchao`",
+        _low_bit(_name),
+        steps=2,
+        refused=Refusal("optimizer.state."),
+    )
 
 
 def _quantized(config: str) -> Callable[[], Run]:
@@ -154,7 +160,7 @@ def _quantized(config: str) -> Callable[[], Run]:
 
 
 for _name in ("Int8WeightOnlyConfig", "Float8WeightOnlyConfig"):
-    add(_name.lower(), "quantized weights of `torchao`", _quantized(_name), steps=1)
+    add(_name.lower(), "quantized weights of `torchao`", _quantized(_name), steps=1, refused=Refusal("model.0.weight"))
 
 
 # ---- data and Accelerate ----------------------------------------------------------------------------------------------

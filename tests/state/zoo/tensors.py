@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from tests.state.zoo.entry import Refusal, Run, register
+from tests.state.zoo.entry import ADVICE, Refusal, Run, register
 
 SECTION = "tensors"
 
@@ -100,22 +100,24 @@ def _quantized_by_channel() -> torch.Tensor:
         )
 
 
-add_tensor("sparse-coo", "sparse COO tensors", _sparse, two_ranks=True)
-add_tensor("sparse-coo-uncoalesced", "sparse COO tensors", _sparse_uncoalesced)
-add_tensor("sparse-coo-hybrid", "sparse COO tensors", _sparse_hybrid)
-add_tensor("sparse-coo-other-count", "sparse COO tensors", _sparse_other_count)
+add_tensor("sparse-coo", "sparse COO tensors", _sparse, refused=ADVICE)
+add_tensor("sparse-coo-uncoalesced", "sparse COO tensors", _sparse_uncoalesced, refused=ADVICE)
+add_tensor("sparse-coo-hybrid", "sparse COO tensors", _sparse_hybrid, refused=ADVICE)
+add_tensor("sparse-coo-other-count", "sparse COO tensors", _sparse_other_count, refused=ADVICE)
 for _layout in (torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc):
-    add_tensor(str(_layout)[6:].replace("_", "-"), "sparse CSR, CSC, BSR and BSC tensors", _compressed(_layout))
-add_tensor("nested-strided", "nested tensors", _nested(torch.strided))
-add_tensor("nested-jagged", "nested tensors", _nested(torch.jagged))
-add_tensor("quantized", "tensors of torch's quantized dtypes", _quantized)
-add_tensor("quantized-by-channel", "tensors of torch's quantized dtypes", _quantized_by_channel)
+    add_tensor(
+        str(_layout)[6:].replace("_", "-"), "sparse CSR, CSC, BSR and BSC tensors", _compressed(_layout), refused=ADVICE
+    )
+add_tensor("nested-strided", "nested tensors", _nested(torch.strided), refused=ADVICE)
+add_tensor("nested-jagged", "nested tensors", _nested(torch.jagged), refused=ADVICE)
+add_tensor("quantized", "tensors of torch's quantized dtypes", _quantized, refused=ADVICE)
+add_tensor("quantized-by-channel", "tensors of torch's quantized dtypes", _quantized_by_channel, refused=ADVICE)
 add_tensor("expanded", "expanded tensors", lambda: torch.rand(3, 1).expand(3, 4), two_ranks=True)
 add_tensor("expanded-scalar", "expanded tensors", lambda: torch.rand(()).expand(5))
 add_tensor("overlapping", "tensors whose elements overlap in memory", lambda: torch.rand(5).as_strided((3, 3), (1, 1)))
 add_tensor("conjugate", "conjugate and negative views", lambda: torch.rand(3, dtype=torch.complex64).conj())
 add_tensor("negative", "conjugate and negative views", lambda: torch.rand(3, dtype=torch.complex64).conj().imag)
-add_tensor("mkldnn", "MKL-DNN tensors", lambda: torch.rand(3, 4).to_mkldnn(), torch_can=False)
+add_tensor("mkldnn", "MKL-DNN tensors", lambda: torch.rand(3, 4).to_mkldnn(), refused=ADVICE)
 add_tensor("transposed", "tensors that are not contiguous", lambda: torch.rand(3, 4).t())
 add_tensor("strided", "tensors that are not contiguous", lambda: torch.rand(9)[::2])
 add_tensor("flipped", "tensors that are not contiguous", lambda: torch.rand(3, 4, 5).permute(2, 0, 1)[1:, ::2])
@@ -223,7 +225,7 @@ add_tensor("array-bool", "NumPy arrays", lambda: np.random.rand(3, 4) > 0.5)
 add_tensor("array-big-endian", "big-endian NumPy arrays", _random_array(">f4"), torch_can=False)
 add_tensor("array-big-endian-int", "big-endian NumPy arrays", _random_array(">i8"), torch_can=False)
 add_tensor("array-structured", "structured NumPy arrays", _structured)
-add_tensor("array-record", "structured NumPy arrays", lambda: _structured().view(np.recarray))
+add_tensor("array-record", "structured NumPy arrays", lambda: _structured().view(np.recarray), refused=ADVICE)
 add_tensor("array-str", "NumPy arrays of str and bytes", lambda: np.array(["a", str(number())]))
 add_tensor("array-bytes", "NumPy arrays of str and bytes", lambda: np.array([b"a", str(number()).encode()]))
 add_tensor("array-datetime", "NumPy arrays of dates and times", lambda: np.array([number(), 3], dtype="M8[s]"))
@@ -231,7 +233,9 @@ add_tensor("array-fortran", "NumPy arrays that are not contiguous", lambda: np.a
 add_tensor("array-strided", "NumPy arrays that are not contiguous", lambda: np.random.rand(8)[::-2])
 add_tensor("array-read-only", "read-only NumPy arrays", lambda: _read_only())
 add_tensor("array-scalar", "NumPy arrays without dimensions", lambda: np.array(np.random.rand()))
-add_tensor("array-longdouble", "NumPy arrays of `longdouble`", lambda: np.random.rand(3).astype(np.longdouble))
+add_tensor(
+    "array-longdouble", "NumPy arrays of `longdouble`", lambda: np.random.rand(3).astype(np.longdouble), refused=ADVICE
+)
 add_tensor(
     "array-object",
     "NumPy arrays of objects",

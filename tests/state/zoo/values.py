@@ -160,7 +160,6 @@ VALUES: dict[str, tuple[str, Callable[[], Any]]] = {
     "dataclass-frozen": ("dataclasses", lambda: Frozen(number(), Settings(0.1))),
     "dataclass-derived": ("dataclasses", _derived),
     "enum": ("enums", lambda: [Color.RED, Color.BLUE, Level.HIGH, Mode.TRAIN, number()]),
-    "flag": ("enums", lambda: [Bits.A | Bits.B, Bits(0), number()]),
     "enum-keys": ("enums", lambda: {Color.RED: number(), Level.LOW: 2}),
     "datetime": ("dates and times", lambda: dt.datetime(2024, 2, 29, 1, 2, 3, number(), dt.timezone.utc)),
     "datetime-zone": ("dates and times", lambda: dt.datetime(2024, 2, 29, 1, 2, 3, number(), _ZONE, fold=1)),
@@ -298,15 +297,39 @@ _shapes(TENSOR_TREES["ordered-dict"], lambda: None, "none-into-ordered-dict-tens
 _shapes(TENSOR_TREES["namedtuple"], lambda: None, "none-into-namedtuple-tensors")
 _shapes(dict, lambda: {"a": 1, "b": [2, torch.rand(2)]}, "dict-into-empty", two_ranks=True)
 _shapes(list, lambda: [1, {"a": 2}], "list-into-empty")
-_shapes(lambda: [1, 2, torch.rand(2)], lambda: [1, 2, torch.rand(2), 4, torch.rand(1)], "shorter-list")
 _shapes(lambda: [1, torch.rand(2), 3, torch.rand(4)], lambda: [1, torch.rand(2)], "longer-list")
-_shapes(lambda: {"a": 1, "c": 2, "d": [3]}, lambda: {"a": 0, "b": {"x": 5}}, "other-keys", two_ranks=True)
 _shapes(lambda: number(), lambda: {"a": {"b": 1}}, "dict-into-value")
 _shapes(lambda: {"a": {"b": number()}}, lambda: 3, "value-into-dict")
 _shapes(lambda: (1, torch.rand(2)), lambda: (), "empty-tuple")
 _shapes(lambda: collections.deque([1, number()], maxlen=3), lambda: collections.deque(maxlen=3), "empty-deque")
 _shapes(lambda: collections.Counter(a=number()), collections.Counter, "empty-counter")
 _shapes(lambda: {"a": torch.rand(2), "b": number()}, lambda: {"a": number(), "b": torch.rand(2)}, "tensors-for-values")
+
+
+def _outgrown(saved: Callable[[], Any], grown: Callable[[], Any], name: str, two_ranks: bool = False) -> None:
+    """What came into a container after it was given to its checkpoint goes, when what was before is restored."""
+
+    def twin(wrap: Callable[[Any], Any]) -> Run:
+        later = grown()
+        held = type(later)()
+        run = Run({"own": wrap(held), "other": number()})
+        held.extend(later) if isinstance(later, list) else held.update(later)
+        return run
+
+    for suffix, wrap in (("", lambda value: value), ("-inside", lambda value: {"metrics": value, "n": number()})):
+        add(
+            f"{name}{suffix}",
+            "containers that have grown since",
+            lambda wrap=wrap: Run({"own": wrap(saved()), "other": number()}),
+            twin=lambda wrap=wrap: twin(wrap),
+            steps=0,
+            two_ranks=two_ranks,
+        )
+
+
+_outgrown(lambda: [1, 2, torch.rand(2)], lambda: [1, 2, torch.rand(2), 4, 5], "shorter-list")
+_outgrown(lambda: {"a": 1, "c": 2, "d": [3]}, lambda: {"a": 0, "b": {"x": 5}}, "other-keys", two_ranks=True)
+_outgrown(dict, lambda: {"a": 1, "b": {"c": 2}}, "rolled-back")
 
 
 # ---- refused ---------------------------------------------------------------------------------------------------------
@@ -328,6 +351,7 @@ def _local_dataclass() -> Any:
 
 
 REFUSED: dict[str, tuple[str, Callable[[], Any]]] = {
+    "flag": ("combined flags", lambda: [Bits.A | Bits.B, Bits(0), number()]),
     "object": ("objects without `state_dict`", Plain),
     "function": ("functions and lambdas", lambda: number),
     "lambda": ("functions and lambdas", lambda: lambda: 1),
