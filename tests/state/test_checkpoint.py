@@ -39,10 +39,21 @@ def test_what_is_assigned_reads_back_and_is_saved(tmp_path: Path) -> None:
     assert distckpt.load(second)["step"] == 4
 
 
-def test_a_name_that_the_checkpoint_does_not_hold_cannot_be_assigned() -> None:
+def test_what_is_assigned_to_a_new_name_is_one_more_object(tmp_path: Path) -> None:
     checkpoint = distckpt.Checkpoint(step=0)
-    with pytest.raises(AttributeError, match="stepp"):
-        checkpoint.stepp = 1
+    checkpoint.best = torch.ones(2)
+    with distckpt.CheckpointManager(checkpoint, tmp_path) as manager:
+        manager.save(1).result(30)
+        checkpoint.later = 7
+        manager.save(2).result(30)
+    assert distckpt.load(tmp_path / "ckpt-1")["best"].tolist() == [1, 1]
+    assert distckpt.load(tmp_path / "ckpt-2")["later"] == 7
+
+
+@pytest.mark.parametrize("name", ["restore", "objects", "replace", "save_counter", "a.b", "", "_x"])
+def test_a_name_that_no_object_can_have_is_refused(name: str) -> None:
+    with pytest.raises(ValueError, match="cannot name an object"):
+        distckpt.Checkpoint(**{name: 1})
 
 
 def test_what_is_put_in_anothers_place_is_saved_from_then_on(tmp_path: Path) -> None:

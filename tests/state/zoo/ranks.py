@@ -249,7 +249,7 @@ def _fsdp1() -> Run:
     return Run({"model": model, "optimizer": optimizer}, step)
 
 
-add("fsdp1", "FSDP1: `FullyShardedDataParallel`", _fsdp1, torch_can=False)
+add("fsdp1", "FSDP1: `FullyShardedDataParallel`", _fsdp1, torch_can=False, refused="model")
 
 
 # ---- FSDP2 on other numbers of ranks -----------------------------------------------------------------------------------
