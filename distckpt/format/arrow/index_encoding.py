@@ -198,7 +198,8 @@ def _text(table: pa.Table, name: str) -> pa.Array[Any]:
         raise ValueError(f"column {name} of the plan has nulls")
     encoded: Any = column.combine_chunks()
     if not pa.types.is_dictionary(encoded.type):
-        return encoded.cast(pa.utf8()).dictionary_encode()
+        plain: pa.Array[Any] = encoded.cast(pa.utf8()).dictionary_encode()
+        return plain
     used, codes = np.unique(numbers_of(encoded.indices), return_inverse=True)
     texts = encoded.dictionary.cast(pa.utf8()).take(column_of(used.astype(np.int64), pa.int64()))
     ordered: pa.Array[Any] = pa.DictionaryArray.from_arrays(
