@@ -8,8 +8,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from distckpt.directory.locate import locate, read_index
-from distckpt.state.filler import LoadStatus, restore_objects
+from distckpt.state.filler import restore_objects
 from distckpt.state.objects import NamedObjects, PerRank, RandomState
+from distckpt.state.status import LoadStatus
 from distckpt.world import find_world
 
 __all__ = ["Checkpoint", "LoadStatus", "PerRank", "RandomState"]

@@ -127,7 +127,9 @@ class CheckpointManager:
         )
         self._cluster = RankCluster(self._client, self._world)
         self._background = Coordinator([])
-        saving = SaverOptions(self._world.rank, checkpoint_name, save_timeout, buffers, on_busy == "skip", verify)
+        saving = SaverOptions(
+            self._world.rank, self._world.size, checkpoint_name, save_timeout, buffers, on_busy == "skip", verify
+        )
         self._saver = Saver(self._client, self._store, checkpoint, saving, self._background)
         self._restorer = Restorer(self._client, self._store, checkpoint, self._world, save_timeout)
         self._found = self._client.open()

@@ -229,6 +229,6 @@ class CheckpointReader:
         from distckpt.sharding.chunks import dtype_from_name
         from distckpt.state.tensors import read_tensors
 
-        tensors = {info.key: torch.empty(info.shape, dtype=dtype_from_name(info.dtype)) for info in infos}
+        tensors = {info.key: torch.empty(info.shape, dtype=dtype_from_name(info.dtype), device="cpu") for info in infos}
         read_tensors(self._where, self._index, {key: [tensor] for key, tensor in tensors.items()})
         return tensors

@@ -15,7 +15,7 @@ from distckpt.errors import EncodeError
 from distckpt.format.tree.tree import DictStep, flatten
 from distckpt.format.tree.values import encode_value
 from distckpt.manager import CheckpointManager
-from distckpt.state.collector import is_array
+from distckpt.state.objects import is_array
 from distckpt.training.hooks import CheckpointSaverHook, CheckpointSaverListener, SecondOrStepTimer, Session
 from distckpt.training.session import HookedLoop
 

@@ -48,7 +48,7 @@ class Dialogue:
                 return None
             if not isinstance(joined, Joined):
                 raise SaveError(number, f"unexpected answer to Join: {joined!r}")
-            if joined.describe and not self.describe(joined, digest, holding.describe(), None):
+            if joined.describe and not self.describe(joined, digest, holding.describe(compare=True), None):
                 continue
             reply = self._ask(AwaitPlan(joined.attempt))
             if isinstance(reply, Planned):

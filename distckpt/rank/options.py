@@ -15,6 +15,7 @@ class SaverOptions:
     """
 
     rank: int
+    world_size: int
     name: str
     timeout: float
     buffers: int

@@ -11,8 +11,9 @@ from distckpt.coordinator.messages import Restore, Restored, RestoreFrom, Unknow
 from distckpt.directory.locate import Located, located, read_index
 from distckpt.errors import DamagedError, DistckptError, MismatchError, RestoreError, StorageError
 from distckpt.format.json.log import CheckpointRecord
-from distckpt.state.filler import LoadStatus, restore_objects
+from distckpt.state.filler import restore_objects
 from distckpt.state.objects import NamedObjects
+from distckpt.state.status import LoadStatus
 from distckpt.storage import Store
 from distckpt.world import World
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 from distckpt.coordinator.client.client import Client
 from distckpt.errors import DistckptError, SaveError
 from distckpt.rank.background import Background, SaveTask
@@ -11,7 +13,8 @@ from distckpt.rank.layout import Layout
 from distckpt.rank.options import SaverOptions
 from distckpt.rank.pending import PendingSave, progress_of
 from distckpt.rank.step_order import StepOrder
-from distckpt.state.collector import Collector, Holding, optimizers_of
+from distckpt.state.collector import Collector, Holding
+from distckpt.state.kinds import optimizers_of
 from distckpt.state.objects import NamedObjects
 from distckpt.storage import Store
 from distckpt.threads.coordinator import Coordinator
@@ -26,7 +29,7 @@ class Saver:
     def __init__(
         self, client: Client, store: Store, checkpoint: NamedObjects, options: SaverOptions, threads: Coordinator
     ) -> None:
-        self._collector = Collector(checkpoint, options.rank)
+        self._collector = Collector(checkpoint, options.rank, options.world_size)
         self._order = StepOrder(optimizers_of(checkpoint))
         self._dialogue = Dialogue(client, options)
         self._background = Background(store, self._dialogue, options, threads)
@@ -75,7 +78,11 @@ class Saver:
             self._dialogue.give_up(order, number, f"{type(error).__name__}: {error}")
             raise
         try:
-            self._background.put(SaveTask(order, number, layout, staging, holding.describe, joined, progress))
+            self._background.put(
+                SaveTask(
+                    order, number, layout, staging, functools.partial(holding.describe, compare=False), joined, progress
+                )
+            )
             buffer.lend(pending)
             sources = layout.tensors(holding)
             copied = staging.stage(sources, layout.values(holding))

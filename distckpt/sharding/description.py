@@ -25,18 +25,20 @@ SCHEMA: pa.Schema = pa.schema(
         pa.field("offset", _tuple_of_int64(), nullable=False),
         pa.field("length", _tuple_of_int64(), nullable=False),
         pa.field("nbytes", pa.int64(), nullable=False),
-        pa.field("value_crc", pa.uint32()),
+        pa.field("led", pa.uint8(), nullable=False),
+        pa.field("crc", pa.uint32()),
     ]
 )
-_CRC = SCHEMA.get_field_index("value_crc")
+_CRC = SCHEMA.get_field_index("crc")
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
     """A chunk that a rank holds.
 
-    ``nbytes`` is 0 for plain values, which have empty ``shape``, ``offset`` and ``length``. ``value_crc`` is the CRC32C
-    of a plain value that all ranks share, and None for tensors and for values of one rank.
+    ``nbytes`` is 0 for plain values, which have empty ``shape``, ``offset`` and ``length``. ``crc`` is the CRC32C of what
+    must be the same on all ranks that hold it; None where it may differ, or is not looked at. Of a ``led`` chunk the
+    lowest rank's is everyone's.
     """
 
     key: str
@@ -46,14 +48,15 @@ class Row:
     offset: tuple[int, ...]
     length: tuple[int, ...]
     nbytes: int
-    value_crc: int | None = None
+    crc: int | None = None
+    led: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Description:
     """All rows of a rank, in the order in which it numbers them.
 
-    ``digest`` is the SHA-256, in hex, of everything but the values' CRCs: it stays the same while training goes on, and
+    ``digest`` is the SHA-256, in hex, of everything but the CRCs: it stays the same while training goes on, and
     changes with the structure, the shapes or the layout.
     """
 
@@ -73,7 +76,8 @@ def build_description(rows: Iterable[Row]) -> Description:
             *(texts([getattr(row, name) for row in held]) for name in ("key", "path", "dtype")),
             *(tuples([getattr(row, name) for row in held], _tuple_of_int64()) for name in DIMENSIONS),
             column_of(np.fromiter((row.nbytes for row in held), np.int64), pa.int64()),
-            optional([row.value_crc for row in held], pa.uint32()),
+            column_of(np.fromiter((row.led for row in held), np.uint8), pa.uint8()),
+            optional([row.crc for row in held], pa.uint32()),
         ],
         schema=SCHEMA,
     )

@@ -12,7 +12,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from distckpt.errors import PlanError
-from distckpt.format.arrays import Ints
+from distckpt.format.arrays import Bools, Ints
 from distckpt.format.arrow.columns import DIMENSIONS, column_of, lists, numbers_of, starts_of
 from distckpt.sharding.description import SCHEMA, decode_description
 
@@ -56,7 +56,8 @@ class Merged:
     """Every row of every rank, ordered by rank and then by row number.
 
     ``first[r]`` is where rank r's rows begin, ``first[-1]`` the total. ``key``, ``path``, ``dtype``, ``shape``,
-    ``offset`` and ``length`` are codes into the dictionaries with the plural names. ``crc`` is -1 where there is none.
+    ``offset`` and ``length`` are codes into the dictionaries with the plural names. ``crc`` is -1 where there is none;
+    ``led`` says that the lowest rank's chunk is everyone's.
     """
 
     first: Ints
@@ -75,6 +76,7 @@ class Merged:
     length: Codes
     nbytes: Ints
     crc: Ints
+    led: Bools
 
     @property
     def world_size(self) -> int:
@@ -109,7 +111,7 @@ class Merged:
             yield from (tuples.starts.data, tuples.values.data)
         for codes in (self.key, self.path, self.dtype, self.shape, self.offset, self.length):
             yield codes.data
-        yield from (self.first.data, self.nbytes.data)
+        yield from (self.first.data, self.nbytes.data, self.led.data)
 
 
 def merge(number: int | None, descriptions: Mapping[int, bytes]) -> Merged:
@@ -140,7 +142,8 @@ def merge(number: int | None, descriptions: Mapping[int, bytes]) -> Merged:
         offset=tuples["offset"][0],
         length=tuples["length"][0],
         nbytes=numbers_of(together.column("nbytes")),
-        crc=numbers_of(together.column("value_crc").cast(pa.int64()).fill_null(_NO_CRC)),
+        crc=numbers_of(together.column("crc").cast(pa.int64()).fill_null(_NO_CRC)),
+        led=numbers_of(together.column("led")).astype(np.bool_),
     )
 
 

@@ -111,6 +111,7 @@ def _assign(number: int | None, merged: Merged, chunks: Chunks, owner: Ints, clo
     is_closed = np.zeros(merged.world_size, np.bool_)
     is_closed[closed] = True
     open_rows = chunks.rows[(owner[chunks.of_row[chunks.rows]] < 0) & ~is_closed[merged.rank[chunks.rows]]]
+    open_rows = _without_followers(merged, chunks, open_rows)
     holders = np.bincount(chunks.of_row[open_rows], minlength=len(owner))
     _check_writable(number, merged, chunks, np.flatnonzero((owner < 0) & (holders == 0)))
     cost = merged.nbytes[chunks.first] + _ROW_COST
@@ -123,6 +124,13 @@ def _assign(number: int | None, merged: Merged, chunks: Chunks, owner: Ints, clo
         taken = ranks[spread(cost[members], load[ranks])]
         owner[members] = taken
         np.add.at(load, taken, cost[members])
+
+
+def _without_followers(merged: Merged, chunks: Chunks, rows: Ints) -> Ints:
+    """``rows``, which come by chunk and by rank in a chunk, but of every led chunk only that of the lowest rank."""
+    is_first = np.diff(chunks.of_row[rows], prepend=-1) != 0
+    kept: Ints = rows[is_first | ~merged.led[rows]]
+    return kept
 
 
 def _check_writable(number: int | None, merged: Merged, chunks: Chunks, orphans: Ints) -> None:

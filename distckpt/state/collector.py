@@ -7,56 +7,53 @@ others are read again at each save.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, cast
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import crc32c
 import numpy as np
 import torch
-from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_optimizer_state_dict
 from torch.distributed.tensor import DTensor
+from torch.nn.parameter import is_lazy
 
 from distckpt.errors import EncodeError
 from distckpt.format.limits import MAX_DIMENSIONS
-from distckpt.format.tree.tree import DictStep, Leaf, Path, RankStep, encode_path, flatten
+from distckpt.format.tree.tree import ArrayStep, DictStep, Leaf, Path, encode_path, flatten
 from distckpt.format.tree.values import encode_value
 from distckpt.sharding.chunks import dtype_name, global_shape, local_tensor, pieces
 from distckpt.sharding.description import Description, Row, build_description
-from distckpt.state.objects import SAVE_COUNTER, NamedObjects, PerRank
+from distckpt.state.kind import Section
+from distckpt.state.kinds import is_tree, kinds_of
+from distckpt.state.objects import SAVE_COUNTER, NamedObjects, PerRank, is_array, wrapped_in, writable
 
 Memory = tuple[int, torch.Size, tuple[int, ...]]
 """Address, shape and strides of what this rank holds of a tensor."""
 
-NAMES = ("params", "param_names")
-"""What a parameter group says of who is in it."""
-
 
 @dataclass(frozen=True, slots=True)
 class Holding:
-    """What one rank holds at one moment. For each row either a source tensor or a value's bytes; the other is None."""
+    """What one rank holds at one moment. For each row either a source tensor or a value's bytes; the other is None.
+
+    ``copies`` says of each row whether it is of a tensor that other ranks may hold too, in a copy that must be equal.
+    """
 
     rows: list[Row]
     sources: list[torch.Tensor | None]
     values: list[bytes | None]
+    copies: list[bool]
     description: Description
 
-    def describe(self) -> bytes:
-        """The description with the CRCs of the values as they are now."""
-        return build_description(self.rows).encode()
-
-
-@dataclass(frozen=True, slots=True)
-class Section:
-    """One part of the saved tree: how to read it, and which tensors tell whether it must be read again.
-
-    ``shared`` is False for state that belongs to this rank alone. ``witness`` None means: read it at every save.
-    """
-
-    prefix: Path
-    read: Callable[[], Any]
-    shared: bool
-    witness: Callable[[], Iterable[torch.Tensor]] | None = None
+    def describe(self, *, compare: bool) -> bytes:
+        """The description with the CRCs of the values as they are now; with ``compare`` also those of the tensors that
+        other ranks may hold too, every byte of which is read for that."""
+        rows = self.rows
+        if compare and any(self.copies):
+            parts = zip(rows, self.sources, self.copies, strict=True)
+            rows = [
+                replace(row, crc=_crc(source)) if copy and source is not None else row for row, source, copy in parts
+            ]
+        return build_description(rows).encode()
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +64,7 @@ class _Taken:
     array: torch.Tensor
     memory: Memory
     parts: tuple[tuple[Row, torch.Tensor], ...]
+    is_copied: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +74,7 @@ class _Read:
     rows: list[Row]
     sources: list[torch.Tensor | None]
     values: list[bytes | None]
+    copies: list[bool]
     seen: tuple[tuple[int, Memory], ...]
     kept: tuple[torch.Tensor, ...]
     taken: dict[str, _Taken]
@@ -84,35 +83,44 @@ class _Read:
 class Collector:
     """Collects what a rank holds of one checkpoint, again and again."""
 
-    def __init__(self, checkpoint: NamedObjects, rank: int) -> None:
+    def __init__(self, checkpoint: NamedObjects, rank: int, world_size: int) -> None:
         self._checkpoint = checkpoint
         self._rank = rank
+        self._world_size = world_size
         self._last: list[_Read] | None = None
-        self._sections: list[Section] = []
+        self._objects: tuple[Any, ...] = ()
+        self._sections: list[tuple[Section, bool]] = []
         self._holding: Holding | None = None
 
     def collect(self) -> Holding:
         """What the rank holds now. EncodeError names the key of what cannot be stored without pickle."""
-        if self._last is None or self._holding is None:
+        if self._last is None or self._holding is None or not self._are_the_same_objects():
             return self._collect_afresh()
         reads = []
-        for section, last in zip(self._sections, self._last, strict=True):
+        for (section, shared), last in zip(self._sections, self._last, strict=True):
             if last.seen and section.witness is not None and _identify(section.witness()) == last.seen:
                 reads.append(last)
             elif last.seen:
                 return self._collect_afresh()
             else:
-                reads.append(_read(section, last.taken))
+                reads.append(_read(section, shared, last.taken))
         if any(not _same_rows(new.rows, old.rows) for new, old in zip(reads, self._last, strict=True)):
             return self._collect_afresh()
         return self._joined(reads, self._holding.description)
 
+    def _are_the_same_objects(self) -> bool:
+        now = _identities(self._checkpoint)
+        return len(now) == len(self._objects) and all(
+            one is other for one, other in zip(now, self._objects, strict=True)
+        )
+
     def _collect_afresh(self) -> Holding:
-        self._sections = [
-            *sections(self._checkpoint, self._rank),
-            Section((DictStep(SAVE_COUNTER),), lambda: self._checkpoint.save_counter, shared=True),
-        ]
-        reads = [_read(section, {}) for section in self._sections]
+        self._objects = _identities(self._checkpoint)
+        kinds = kinds_of(self._checkpoint, self._rank, self._world_size)
+        shared = {name: not isinstance(obj, PerRank) for name, obj in self._checkpoint.objects.items()}
+        self._sections = [(section, shared[name]) for name, kind in kinds.items() for section in kind.sections()]
+        self._sections.append((Section((DictStep(SAVE_COUNTER),), lambda: self._checkpoint.save_counter), True))
+        reads = [_read(section, belongs_to_all, {}) for section, belongs_to_all in self._sections]
         rows = [row for read in reads for row in read.rows]
         _check_distinct(rows)
         return self._joined(reads, build_description(rows))
@@ -123,147 +131,100 @@ class Collector:
             [row for read in reads for row in read.rows],
             [source for read in reads for source in read.sources],
             [value for read in reads for value in read.values],
+            [copy and self._world_size > 1 for read in reads for copy in read.copies],
             description,
         )
         return self._holding
 
 
-def sections(checkpoint: NamedObjects, rank: int) -> list[Section]:
-    """The sections of every object. ``rank`` names the part of PerRank state that is this process's."""
-    objects = checkpoint.objects
-    modules = {name: obj for name, obj in objects.items() if isinstance(obj, torch.nn.Module)}
-    found = []
-    for name, obj in objects.items():
-        prefix: Path = (DictStep(name),)
-        if isinstance(obj, PerRank):
-            found += _sections_of(obj.obj, (*prefix, RankStep(rank)), modules, shared=False)
-        else:
-            found += _sections_of(obj, prefix, modules, shared=True)
-    return found
-
-
-def optimizers_of(checkpoint: NamedObjects) -> list[torch.optim.Optimizer]:
-    """Every optimizer among the objects, inside a PerRank too."""
-    objects = (obj.obj if isinstance(obj, PerRank) else obj for obj in checkpoint.objects.values())
-    return [obj for obj in objects if isinstance(obj, torch.optim.Optimizer)]
-
-
-def _sections_of(obj: Any, prefix: Path, modules: Mapping[str, torch.nn.Module], shared: bool) -> list[Section]:
-    if isinstance(obj, torch.nn.Module):
-        return [Section(prefix, lambda: model_tree(obj), shared, lambda: (*obj.parameters(), *obj.buffers()))]
-    if isinstance(obj, torch.optim.Optimizer):
-        return _optimizer_sections(obj, prefix, modules, shared)
-    if is_stateful(obj):
-        return [Section(prefix, obj.state_dict, shared)]
-    return [Section(prefix, lambda: obj, shared)]
-
-
-def _optimizer_sections(
-    optimizer: torch.optim.Optimizer, prefix: Path, modules: Mapping[str, torch.nn.Module], shared: bool
-) -> list[Section]:
-    def witness() -> Iterable[torch.Tensor]:
-        for group in optimizer.param_groups:
-            for parameter in group["params"]:
-                yield parameter
-                for value in optimizer.state.get(parameter, {}).values():
-                    if isinstance(value, torch.Tensor):
-                        yield value
-
-    def read_state() -> Any:
-        # An optimizer that has not stepped yet is saved as it is: torch's helper would make the state by a step with a
-        # learning rate of 0, which Adam counts.
-        return optimizer_tree(optimizer, modules)["state"] if optimizer.state else {}
-
-    def read_groups() -> Any:
-        # Without the parameters' names: which group a parameter is in is the program's business, and ranks that hold
-        # different parameters (pipeline stages) must agree on this value.
-        return [{name: value for name, value in group.items() if name not in NAMES} for group in optimizer.param_groups]
-
-    return [
-        Section((*prefix, DictStep("state")), read_state, shared, witness),
-        Section((*prefix, DictStep("param_groups")), read_groups, shared),
-    ]
-
-
-def is_stateful(obj: Any) -> bool:
-    """Whether ``obj`` gives and takes its state by ``state_dict`` and ``load_state_dict``."""
-    return callable(getattr(obj, "state_dict", None)) and callable(getattr(obj, "load_state_dict", None))
-
-
-def model_tree(module: torch.nn.Module) -> dict[str, Any]:
-    """The module's state by parameter name, free of the prefixes that DDP and torch.compile add."""
-    return get_model_state_dict(module)
-
-
-def optimizer_tree(optimizer: torch.optim.Optimizer, modules: Mapping[str, torch.nn.Module]) -> dict[str, Any]:
-    """``state`` and ``param_groups`` of the optimizer, keyed by parameter name, with the state initialized.
-
-    Without a module that holds the parameters it is keyed by number, as the optimizer's own state_dict is.
-    """
-    owner = _owner(optimizer, modules)
-    if owner is None:
-        return optimizer.state_dict()
-    return cast("dict[str, Any]", get_optimizer_state_dict(owner, optimizer))
-
-
-def _owner(optimizer: torch.optim.Optimizer, modules: Mapping[str, torch.nn.Module]) -> torch.nn.Module | None:
-    wanted = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    for module in modules.values():
-        if wanted <= {id(parameter) for parameter in module.parameters()}:
-            return module
-    together = torch.nn.ModuleDict(dict(modules))
-    if wanted <= {id(parameter) for parameter in together.parameters()}:
-        return together
-    return None
-
-
-def is_array(obj: object) -> bool:
-    """Whether ``obj`` is stored as raw bytes with dtype and shape."""
-    return isinstance(obj, torch.Tensor | np.ndarray)
+def _identities(checkpoint: NamedObjects) -> tuple[Any, ...]:
+    """The names, and the objects that are saved by what they are; of trees it does not matter which object they are."""
+    found: list[Any] = []
+    for name, obj in checkpoint.objects.items():
+        inner = wrapped_in(obj)
+        found += [name, obj if obj is not inner else None, None if is_tree(inner) else inner]
+    return tuple(found)
 
 
 def as_tensor(array: torch.Tensor | np.ndarray[Any, Any], key: str) -> torch.Tensor:
-    """The array as a tensor that shares its memory where it can. EncodeError if torch has no such dtype."""
+    """The array as a tensor that shares its memory where it can. EncodeError if torch has no such dtype or layout."""
     if isinstance(array, torch.Tensor):
+        _check_dense(array, key)
         if array.is_conj() or array.is_neg():
             array = array.resolve_conj().resolve_neg()
         return array.detach()
     try:
-        return torch.from_numpy(array if array.flags.writeable and array.flags.c_contiguous else array.copy())
+        return torch.from_numpy(array if writable(array) and array.flags.c_contiguous else array.copy())
     except TypeError as error:
         raise EncodeError(key, f"a NumPy array of dtype {array.dtype} has no counterpart in torch: {error}") from error
 
 
-def _read(section: Section, before: Mapping[str, _Taken]) -> _Read:
+def _check_dense(tensor: torch.Tensor, key: str) -> None:
+    if is_lazy(tensor):
+        raise EncodeError(key, "the parameter has no shape yet: run the model on an input once before it is saved")
+    if tensor.layout is not torch.strided or tensor.is_nested:
+        kind = "nested" if tensor.is_nested else str(tensor.layout).removeprefix("torch.")
+        advice = "save the tensors that it is made of (indices and values, or offsets and values), or convert it by to_dense()"
+        raise EncodeError(key, f"a {kind} tensor has no plain bytes: {advice}")
+    if tensor.is_quantized:
+        raise EncodeError(
+            key, "a quantized tensor has no plain bytes: save its int_repr() and its scale, or dequantize()"
+        )
+
+
+def _read(section: Section, shared: bool, before: Mapping[str, _Taken]) -> _Read:
     rows: list[Row] = []
     sources: list[torch.Tensor | None] = []
     values: list[bytes | None] = []
+    copies: list[bool] = []
     taken: dict[str, _Taken] = {}
+    led = frozenset(section.led()) if shared else frozenset[str]()
+    depth = len(section.prefix)
     for leaf in flatten(section.read(), is_array, section.prefix):
         if is_array(leaf.value):
-            taken[leaf.key] = _take(leaf, before.get(leaf.key))
-            for row, source in taken[leaf.key].parts:
+            if isinstance(leaf.value, np.ndarray):
+                leaf = Leaf((*leaf.path, ArrayStep()), leaf.key, leaf.value)
+            is_led = len(leaf.path) > depth and str(leaf.path[depth]) in led and not isinstance(leaf.value, DTensor)
+            now = taken[leaf.key] = _take(leaf, before.get(leaf.key), is_led)
+            for row, source in now.parts:
                 rows.append(row)
                 sources.append(source)
                 values.append(None)
+                copies.append(now.is_copied and shared and not is_led)
         else:
             data = encode_value(leaf.value, leaf.key)
-            value_crc = crc32c.crc32c(data) if section.shared else None
-            rows.append(Row(leaf.key, encode_path(leaf.path), "json", (), (), (), 0, value_crc))
+            crc = crc32c.crc32c(data) if shared else None
+            rows.append(Row(leaf.key, encode_path(leaf.path), "json", (), (), (), 0, crc))
             sources.append(None)
             values.append(data)
+            copies.append(False)
     seen, kept = _steadiness(section, sources, values)
-    return _Read(rows, sources, values, seen, kept, taken)
+    return _Read(rows, sources, values, copies, seen, kept, taken)
 
 
-def _take(leaf: Leaf, before: _Taken | None) -> _Taken:
+def _take(leaf: Leaf, before: _Taken | None, is_led: bool) -> _Taken:
     """The leaf's rows; those of before if it is the same tensor at the same place, which is much cheaper to see."""
     array = leaf.value
     if before is not None and before.array is array and before.memory == _memory(array) and before.path == leaf.path:
         return before
     tensor = as_tensor(array, leaf.key)
     kept = array if isinstance(array, torch.Tensor) and not (array.is_conj() or array.is_neg()) else tensor
-    return _Taken(leaf.path, kept, _memory(kept), tuple(_tensor_rows(tensor, leaf.path, leaf.key)))
+    return _Taken(
+        leaf.path, kept, _memory(kept), tuple(_tensor_rows(tensor, leaf.path, leaf.key, is_led)), _is_copied(tensor)
+    )
+
+
+def _is_copied(tensor: torch.Tensor) -> bool:
+    """Whether other ranks may hold the same part of it: a plain tensor is each rank's whole, by itself."""
+    if not isinstance(tensor, DTensor):
+        return True
+    sizes = tensor.device_mesh.shape
+    return any(placement.is_replicate() and sizes[dim] > 1 for dim, placement in enumerate(tensor.placements))
+
+
+def _crc(source: torch.Tensor) -> int:
+    plain = source.detach().resolve_conj().resolve_neg().contiguous().cpu()
+    return crc32c.crc32c(memoryview(plain.reshape(-1).view(torch.uint8).numpy())) if plain.numel() else 0  # type: ignore[arg-type]
 
 
 def _memory(tensor: torch.Tensor) -> Memory:
@@ -272,7 +233,7 @@ def _memory(tensor: torch.Tensor) -> Memory:
     return local.data_ptr(), local.shape, local.stride()
 
 
-def _tensor_rows(tensor: torch.Tensor, path: Path, key: str) -> Iterable[tuple[Row, torch.Tensor]]:
+def _tensor_rows(tensor: torch.Tensor, path: Path, key: str, is_led: bool) -> Iterable[tuple[Row, torch.Tensor]]:
     try:
         name, shape, held = dtype_name(tensor.dtype), global_shape(tensor), pieces(tensor)
         if len(shape) > MAX_DIMENSIONS:
@@ -283,7 +244,7 @@ def _tensor_rows(tensor: torch.Tensor, path: Path, key: str) -> Iterable[tuple[R
         raise EncodeError(key, str(error)) from error
     text = encode_path(path)
     for piece in held:
-        yield Row(key, text, name, shape, piece.offset, piece.length, piece.local.nbytes, None), piece.local
+        yield Row(key, text, name, shape, piece.offset, piece.length, piece.local.nbytes, None, is_led), piece.local
 
 
 def _steadiness(

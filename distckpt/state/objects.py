@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, TypeGuard
 
 import numpy as np
 import torch
+from torch.distributed.tensor import DTensor
 
+from distckpt.errors import EncodeError
 from distckpt.format import names
+from distckpt.format.tree.arrays import is_tensor_array
+from distckpt.format.tree.tree import Path, flatten
 
 OnResize = Literal["error", "drop"] | Callable[[list[Any], int, int], Any]
 
@@ -64,26 +68,64 @@ class RandomState:
                 torch.cuda.set_rng_state(value.cpu(), int(device))
 
 
+def is_array(obj: object) -> TypeGuard[torch.Tensor | np.ndarray[Any, Any]]:
+    """Whether ``obj`` is stored as raw bytes with dtype and shape. Arrays of which torch knows no dtype are plain values."""
+    return issubclass(type(obj), torch.Tensor) or is_tensor_array(obj)
+
+
+def writable(array: torch.Tensor | np.ndarray[Any, Any]) -> bool:
+    """Whether it can be filled in place: each element has memory of its own, and may be changed."""
+    if isinstance(array, np.ndarray):
+        return (
+            array.flags.writeable
+            and all(stride > 0 for stride in array.strides)
+            and not _overlaps(array.strides, array)
+        )
+    if array.is_inference() or array.is_conj() or array.is_neg():
+        return False
+    return isinstance(array, DTensor) or not _overlaps(array.stride(), array)
+
+
+def _overlaps(strides: Sequence[int], array: torch.Tensor | np.ndarray[Any, Any]) -> bool:
+    """Whether two elements may share memory: along the dimensions from the densest on, each must step over the last."""
+    item = array.itemsize if isinstance(array, np.ndarray) else 1
+    reach = 0
+    for stride, size in sorted(
+        (stride // item, size) for stride, size in zip(strides, array.shape, strict=True) if size > 1
+    ):
+        if stride <= reach:
+            return True
+        reach += (size - 1) * stride
+    return False
+
+
+def is_stateful(obj: object) -> bool:
+    """Whether ``obj`` gives and takes its state by ``state_dict`` and ``load_state_dict``."""
+    return callable(getattr(obj, "state_dict", None)) and callable(getattr(obj, "load_state_dict", None))
+
+
+def wrapped_in(obj: Any) -> Any:
+    """The object itself, whether it belongs to one rank or to all."""
+    return obj.obj if isinstance(obj, PerRank) else obj
+
+
 class NamedObjects:
-    """Objects that are saved and restored together, each under its name, and the counter of their saves."""
+    """Objects that are saved and restored together, each under its name, and the counter of their saves.
+
+    The objects are attributes; what is assigned to one takes its place, or is one more.
+    """
 
     def __init__(self, **objects: Any) -> None:
-        for name in objects:
-            if not names.is_name(name) or "." in name or name == SAVE_COUNTER:
-                raise ValueError(f"{name!r} cannot name an object of a checkpoint")
-        self._objects: dict[str, Any] = dict(objects)
+        self._objects: dict[str, Any] = {}
+        self._declared: dict[str, frozenset[Path]] = {}
         self.save_counter = 0
+        for name, obj in objects.items():
+            self._add(name, obj)
 
     @property
     def objects(self) -> dict[str, Any]:
         """The named objects, in the order in which they were given."""
         return dict(self._objects)
-
-    def __getattr__(self, name: str) -> Any:
-        objects = self.__dict__.get("_objects", {})
-        if name in objects:
-            return objects[name]
-        raise AttributeError(f"the checkpoint holds no object named {name!r}")
 
     def replace(self, name: str, value: Any) -> None:
         """Put another object under a name that the checkpoint holds already."""
@@ -91,6 +133,44 @@ class NamedObjects:
             raise KeyError(name)
         self._objects[name] = value
 
+    def __getattr__(self, name: str) -> Any:
+        objects = self.__dict__.get("_objects", {})
+        if name in objects:
+            return objects[name]
+        raise AttributeError(f"the checkpoint holds no object named {name!r}")
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name.startswith("_") or name == SAVE_COUNTER:
+            object.__setattr__(self, name, value)
+        elif name in self._objects:
+            self.replace(name, value)
+        else:
+            self._add(name, value)
+
+    def _add(self, name: str, obj: Any) -> None:
+        if not names.is_name(name) or "." in name or name.startswith("_") or name == SAVE_COUNTER:
+            raise ValueError(f"{name!r} cannot name an object of a checkpoint")
+        if hasattr(type(self), name):
+            raise ValueError(
+                f"{name!r} cannot name an object of a checkpoint: the checkpoint has a method of that name"
+            )
+        self._objects[name] = obj
+        self._declared[name] = _leaves_of(wrapped_in(obj))
+
     def __repr__(self) -> str:
         kinds = ", ".join(f"{name}={type(value).__name__}" for name, value in self._objects.items())
         return f"{type(self).__name__}({kinds})"
+
+
+def _leaves_of(tree: Any) -> frozenset[Path]:
+    if is_stateful(tree):
+        return frozenset()
+    try:
+        return frozenset(leaf.path for leaf in flatten(tree, is_array))
+    except EncodeError:
+        return frozenset()  # the first save refuses it and says why
+
+
+def declared_in(checkpoint: NamedObjects, name: str) -> frozenset[Path]:
+    """Where in a tree of plain values there were leaves when it was given; nothing for other objects."""
+    return checkpoint._declared[name]

@@ -28,7 +28,9 @@ def read_tensors(where: Located, index: Index, targets: Mapping[str, Sequence[to
     for key, tensors in targets.items():
         dtype = dtype_from_name(index.layout(key)[0])
         for piece in _distinct(tensors):
-            landing = piece.local if _is_plain(piece.local, dtype) else torch.empty(piece.length, dtype=dtype)
+            landing = (
+                piece.local if _is_plain(piece.local, dtype) else torch.empty(piece.length, dtype=dtype, device="cpu")
+            )
             if landing is not piece.local:
                 finish.append(lambda piece=piece, landing=landing: piece.local.copy_(landing))  # type: ignore[misc]
             wanted.append(Wanted(key, piece.offset, piece.length))
@@ -66,6 +68,10 @@ def _is_plain(local: torch.Tensor, dtype: torch.dtype) -> bool:
 
 def _bytes_of(tensor: torch.Tensor) -> memoryview:
     # Bytes rather than elements: NumPy knows neither bfloat16 nor float8.
-    flat = tensor.detach().reshape(-1).view(torch.uint8) if tensor.numel() else torch.empty(0, dtype=torch.uint8)
+    flat = (
+        tensor.detach().reshape(-1).view(torch.uint8)
+        if tensor.numel()
+        else torch.empty(0, dtype=torch.uint8, device="cpu")
+    )
     array: Any = flat.numpy()
     return memoryview(array)

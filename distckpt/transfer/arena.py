@@ -45,7 +45,7 @@ class Arena:
         if not 0 <= position <= position + nbytes <= self.size:
             raise ValueError(f"bytes {position} to {position + nbytes} are not inside {self.size} bytes")
         if not nbytes:
-            return torch.empty(0, dtype=torch.uint8)
+            return torch.empty(0, dtype=torch.uint8, device="cpu")
         return torch.frombuffer(self._open(), dtype=torch.uint8, count=nbytes, offset=position)
 
     def pin(self) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_optimizer_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -17,7 +18,6 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.nn.parallel import DistributedDataParallel
 
 import distckpt
-from distckpt.state.collector import model_tree, optimizer_tree
 from tests.support.models import make_model, train
 
 
@@ -74,8 +74,8 @@ def digest(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, str]
             data = whole.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
             found[key] = hashlib.sha256(data).hexdigest()
 
-    visit("model", model_tree(model))
-    visit("optimizer", optimizer_tree(optimizer, {"model": model})["state"])
+    visit("model", get_model_state_dict(model))
+    visit("optimizer", get_optimizer_state_dict(model, optimizer)["state"])
     return found
 
 

@@ -362,7 +362,7 @@ def test_a_rank_may_not_describe_a_chunk_twice() -> None:
 
 def test_shared_values_must_be_equal() -> None:
     held = {0: [value("epoch", 5)], 1: [value("epoch", 5)], 2: [value("epoch", 6)]}
-    error = refused(held, "rank 2 holds another value than ranks 0-1. Make it the same on all ranks, or wrap")
+    error = refused(held, "rank 2 holds another value than ranks 0-1. Make it the same on all ranks, give")
     assert "distckpt.PerRank" in str(error)
     assert (error.key, error.ranks) == ("epoch", (0, 1, 2))
 

@@ -139,7 +139,7 @@ def test_transformers_begins_at_the_newest_good_checkpoint(hugging: Hugging) -> 
     folder = hugging.folder / "damaged/ckpt-8"
     with distckpt.open(folder) as reader:
         shard = next(Path(path) for path in folder.glob("*/*.arrow") if path.name != "index.arrow")
-        place = int(reader._index.position[int(reader._index.rows("model.transformer.wte.weight")[0])])
+        place = int(reader._index.position[int(reader._index.rows("model.transformer.ln_f.weight")[0])])
     content = bytearray(shard.read_bytes())
     content[place] ^= 1
     shard.write_bytes(content)

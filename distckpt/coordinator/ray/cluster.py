@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
+import random
 import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +42,11 @@ def join_cluster(world: World) -> str:
     ``ray start`` names, or starts one that lives as long as its process. The others follow it; one on a host without
     Ray starts Ray's node there.
     """
+    with _random_numbers_kept():
+        return _joined_by(world)
+
+
+def _joined_by(world: World) -> str:
     if world.share is None:
         if not ray.is_initialized():
             _connect(os.environ.get("RAY_ADDRESS") or "auto")
@@ -49,6 +57,17 @@ def join_cluster(world: World) -> str:
     if not ray.is_initialized():
         _follow(access, world)
     return str(access["home"])
+
+
+@contextlib.contextmanager
+def _random_numbers_kept() -> Iterator[None]:
+    """Ray draws its ids from Python's random numbers, which are the training's, and the same on all ranks if seeded so."""
+    state = random.getstate()
+    random.seed()
+    try:
+        yield
+    finally:
+        random.setstate(state)
 
 
 def _access() -> dict[str, Any]:

@@ -192,11 +192,20 @@ def _write(table: pa.Table, rows: Places, blocks: Blocks) -> bytes:
 
 
 def _text(table: pa.Table, name: str) -> pa.Array[Any]:
-    """Encoded anew even if it is a dictionary already, which may hold texts that no row uses."""
+    """In the order of the plan's dictionary, which is that of the trees that were saved, less what no row uses."""
     column = table.column(name)
     if column.null_count:
         raise ValueError(f"column {name} of the plan has nulls")
-    return column.cast(pa.utf8()).combine_chunks().dictionary_encode()
+    encoded: Any = column.combine_chunks()
+    if not pa.types.is_dictionary(encoded.type):
+        plain: pa.Array[Any] = encoded.cast(pa.utf8()).dictionary_encode()
+        return plain
+    used, codes = np.unique(numbers_of(encoded.indices), return_inverse=True)
+    texts = encoded.dictionary.cast(pa.utf8()).take(column_of(used.astype(np.int64), pa.int64()))
+    ordered: pa.Array[Any] = pa.DictionaryArray.from_arrays(
+        column_of(codes.reshape(-1).astype(np.int32), pa.int32()), texts
+    )
+    return ordered
 
 
 def _box(table: pa.Table, name: str) -> pa.Array[Any]:

@@ -78,7 +78,12 @@ class TypedStep:
         return str(self.step)
 
 
-Step = DictStep | KeyStep | ListStep | TupleStep | RankStep | TypedStep
+@dataclass(frozen=True, slots=True)
+class ArrayStep:
+    """The last one, to a NumPy array rather than to a tensor: ``{"array":"numpy"}``. It is in no key."""
+
+
+Step = DictStep | KeyStep | ListStep | TupleStep | RankStep | TypedStep | ArrayStep
 Path = tuple[Step, ...]
 
 
@@ -86,6 +91,8 @@ def key_of(path: Path) -> str:
     """The path as people write it: ``model.layers.0.weight``, ``loader@3.cursor``."""
     parts: list[str] = []
     for step in path:
+        if isinstance(step, ArrayStep):
+            continue
         if not isinstance(step, RankStep):
             parts.append(str(step))
         elif parts:
@@ -105,6 +112,7 @@ class _StepText(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
     rank: int | msgspec.UnsetType = msgspec.UNSET
     of: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
     name: str | msgspec.UnsetType = msgspec.UNSET
+    array: str | msgspec.UnsetType = msgspec.UNSET
 
 
 _MOST_STEPS = 2 * MAX_DEPTH  # what flatten allows, and room for prefixes
@@ -131,6 +139,8 @@ def _step_text(step: Step) -> str | _StepText:
             return _StepText(tuple=index)
         case RankStep(rank):
             return _StepText(rank=rank)
+        case ArrayStep():
+            return _StepText(array="numpy")
         case TypedStep(kind, inner):
             text = _step_text(inner)
             named = _StepText(name=text) if isinstance(text, str) else text
@@ -165,6 +175,8 @@ def _step(text: str | _StepText, where: str) -> Step:
             return TupleStep(index)
         case {"rank": rank} if len(said) == 1 and of is None and rank >= 0:
             return RankStep(rank)
+        case {"array": "numpy"} if len(said) == 1 and of is None:
+            return ArrayStep()
     raise DamagedError(where, "a step of a path says several things, nothing, or a negative number")
 
 

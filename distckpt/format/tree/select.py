@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Collection, Iterable, Mapping
 
-from distckpt.format.tree.path import DictStep, Path, RankStep, Step, TypedStep, decode_path
+from distckpt.format.tree.path import ArrayStep, DictStep, Path, RankStep, Step, TypedStep, decode_path
 
 
 def select_paths(paths: Mapping[str, str], selector: str, where: str) -> dict[str, Path]:
@@ -16,7 +16,8 @@ def select_paths(paths: Mapping[str, str], selector: str, where: str) -> dict[st
     it, if there is none. DamagedError, naming ``where``, for a text that is no path.
     """
     if selector in paths:
-        return {selector: ()}
+        path = decode_path(paths[selector], where)
+        return {selector: tuple(step for step in path if isinstance(step, ArrayStep))}
     begins = (f"{selector}.", f"{selector}@")
     found = {key: path_below(decode_path(paths[key], where), selector) for key in paths if key.startswith(begins)}
     chosen = {key: path for key, path in found.items() if path is not None}

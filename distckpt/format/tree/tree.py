@@ -10,6 +10,7 @@ from distckpt.errors import EncodeError
 from distckpt.format.tree.classes import Refused, is_step
 from distckpt.format.tree.containers import Kind, container, entries_of, is_container, kind_of, parts_of
 from distckpt.format.tree.path import (
+    ArrayStep,
     DictStep,
     KeyStep,
     ListStep,
@@ -25,6 +26,7 @@ from distckpt.format.tree.path import (
 from distckpt.format.tree.values import ATOMS, MAX_DEPTH, decode_value, encode_value, hold_nothing
 
 __all__ = [
+    "ArrayStep",
     "DictStep",
     "KeyStep",
     "Leaf",
@@ -226,6 +228,8 @@ def _built(node: Any, path: Path) -> Any:
     if len(kinds) > 1:
         raise ValueError(f"{key_of(path)!r} cannot be several kinds of container at once")
     [(kind, steps)] = kinds
+    if steps is ArrayStep:
+        return next(iter(built.values())).numpy()
     if steps is DictStep:
         pairs = [(_item(step), child) for step, child in built.items()]
         return dict(pairs) if kind is None else container(kind, pairs)

@@ -50,6 +50,8 @@ _ADVICE = (
     "Give its owner state_dict() and load_state_dict(), wrap what belongs to one rank in PerRank, or store plain values"
 )
 _TENSOR_ADVICE = "Tensors and arrays are stored where they are items of a dict, list or tuple, and nowhere else"
+_OBJECT_ADVICE = "Give it to Checkpoint under a name of its own: such objects are not looked for inside of containers"
+_OBJECTS = {"torch.nn.modules.module.Module", "torch.optim.optimizer.Optimizer", "distckpt.state.objects.PerRank"}
 _TENSORS = {"torch.Tensor", "numpy.ndarray"}
 
 _At = tuple[Any, Any]  # (the place it is in, the step from there): text is made of it only when something is refused
@@ -279,7 +281,14 @@ def _plain_torch(value: Any) -> Any:
 def _refuse_type(value: object, at: _At) -> NoReturn:
     kind = type(value)
     is_tensor = any(type_name(base) in _TENSORS for base in type.mro(kind))
-    _refuse(at, f"is of type {type_name(kind)}, which cannot be stored. {_TENSOR_ADVICE if is_tensor else _ADVICE}")
+    advice = _TENSOR_ADVICE if is_tensor else _OBJECT_ADVICE if _is_an_object(kind) else _ADVICE
+    _refuse(at, f"is of type {type_name(kind)}, which cannot be stored. {advice}")
+
+
+def _is_an_object(kind: type) -> bool:
+    """Whether a Checkpoint knows what to do with it, if it gets it by a name and not as an item of a container."""
+    names = {type_name(base) for base in type.mro(kind)}
+    return not names.isdisjoint(_OBJECTS) or all(hasattr(kind, method) for method in ("state_dict", "load_state_dict"))
 
 
 def _refuse(at: _At, what: str) -> NoReturn:

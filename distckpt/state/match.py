@@ -1,0 +1,252 @@
+"""How live objects and a saved checkpoint fit together: found out before anything is changed, then carried out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn.parameter import is_lazy
+
+from distckpt.directory.locate import Located
+from distckpt.errors import DamagedError
+from distckpt.format.arrow.dtypes import VALUE
+from distckpt.format.arrow.index import Index
+from distckpt.format.tree.tree import ArrayStep, Path, RankStep, Step, unflatten
+from distckpt.sharding.chunks import dtype_from_name, global_shape
+from distckpt.state.objects import writable
+from distckpt.state.tensors import read_tensors, read_values
+
+Values = Mapping[str, Any]
+"""Plain values that have been read, by key."""
+
+Make = Callable[[Values], Any]
+"""Makes what was saved below one place, once everything has been read."""
+
+Like = Callable[[str, tuple[int, ...]], torch.Tensor | None]
+"""For a key and the saved shape: a tensor whose layout and device the one that is read shall have, or None."""
+
+
+@dataclass(frozen=True, slots=True)
+class Saved:
+    """What a checkpoint has below one place: of each key its path, and in ``origins`` its key in the checkpoint.
+
+    Keys and paths are those of the objects, which a restore may have renamed.
+    """
+
+    where: Located
+    index: Index
+    prefix: Path
+    paths: Mapping[str, Path]
+    origins: Mapping[str, str]
+
+    def __contains__(self, key: str) -> bool:
+        return key in self.paths
+
+    def __bool__(self) -> bool:
+        return bool(self.paths)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.paths)
+
+    @property
+    def world_size(self) -> int:
+        """How many ranks saved it."""
+        return self.where.manifest.world_size
+
+    def inside(self, key: str) -> Path:
+        """The path of a key from this place on."""
+        return self.paths[key][len(self.prefix) :]
+
+    def layout(self, key: str) -> tuple[str, tuple[int, ...]]:
+        """Dtype name and global shape; "json" for a plain value."""
+        return self.index.layout(self.origins[key])
+
+    def is_value(self, key: str) -> bool:
+        """Whether it is a plain value, not a tensor."""
+        return self.layout(key)[0] == VALUE
+
+    def below(self, *steps: Step) -> Saved:
+        """What there is below a place inside this one."""
+        prefix = (*self.prefix, *steps)
+        depth = len(prefix)
+        return Saved(
+            self.where,
+            self.index,
+            prefix,
+            {key: path for key, path in self.paths.items() if path[:depth] == prefix},
+            self.origins,
+        )
+
+    def without(self, steps: Collection[Step]) -> Saved:
+        """All but what is below these steps from this place on."""
+        depth = len(self.prefix)
+        kept = {key: path for key, path in self.paths.items() if len(path) <= depth or path[depth] not in steps}
+        return Saved(self.where, self.index, self.prefix, kept, self.origins)
+
+    def by_step(self) -> dict[Step, Saved]:
+        """What there is below each step from this place on, every key looked at once."""
+        depth = len(self.prefix)
+        parts: dict[Step, dict[str, Path]] = {}
+        for key, path in self.paths.items():
+            if len(path) > depth:
+                parts.setdefault(path[depth], {})[key] = path
+        return {
+            step: Saved(self.where, self.index, (*self.prefix, step), paths, self.origins)
+            for step, paths in parts.items()
+        }
+
+    def of_ranks(self) -> dict[int, Saved]:
+        """What there is of each rank's own state, by rank."""
+        return {step.rank: part for step, part in self.by_step().items() if isinstance(step, RankStep)}
+
+
+@dataclass(slots=True)
+class Match:
+    """What one restore is about to do, and what does not fit. Nothing is changed before ``perform``.
+
+    ``missing`` are keys of the objects that the checkpoint lacks, ``misfits`` says of keys why they do not fit,
+    ``claimed`` are the keys that some object of this rank has a place for, and ``partial`` says that not all need fit.
+    """
+
+    where: Located
+    index: Index
+    partial: bool = False
+    claimed: set[str] = field(default_factory=set)
+    missing: list[str] = field(default_factory=list)
+    misfits: dict[str, str] = field(default_factory=dict)
+    _tensors: dict[str, list[torch.Tensor]] = field(default_factory=dict)
+    _places: dict[tuple[int, int], tuple[str, torch.Tensor]] = field(default_factory=dict)
+    _values: dict[str, str] = field(default_factory=dict)
+    _checks: list[Callable[[Values], None]] = field(default_factory=list)
+    _steps: list[Callable[[Values], None]] = field(default_factory=list)
+
+    # ---- what the kinds of object say ----------------------------------------------------------------------------
+
+    def lacks(self, keys: Iterable[str]) -> None:
+        """The checkpoint does not have these keys of an object, which stay as they are."""
+        self.missing.extend(keys)
+
+    def claim(self, keys: Iterable[str]) -> None:
+        """An object has a place for these keys."""
+        self.claimed.update(keys)
+
+    def disclaim(self, keys: Iterable[str]) -> None:
+        """The object that had a place for these keys did not take them."""
+        self.claimed.difference_update(keys)
+
+    def misfit(self, key: str, reason: str) -> None:
+        """A key does not fit, and what it was for stays as it is."""
+        self.claimed.add(key)
+        self.misfits[key] = reason
+
+    def fill(self, saved: Saved, key: str, array: torch.Tensor | np.ndarray[Any, Any]) -> bool:
+        """Have the saved tensor read straight into live memory; False, with a misfit, if it has another shape."""
+        if isinstance(array, torch.Tensor) and is_lazy(array):
+            self.misfit(key, "the parameter has no shape yet: run the model on an input once before it is restored")
+            return False
+        if not writable(array):
+            self.misfit(key, "it cannot be filled in place: it is read-only, or some of its elements share memory")
+            return False
+        live = array if isinstance(array, torch.Tensor) else torch.from_numpy(array)
+        if live.is_meta:
+            self.misfit(key, "the tensor is on the meta device: give the model memory first, by to_empty(device=...)")
+            return False
+        if saved.is_value(key) or saved.layout(key)[1] != global_shape(live):
+            found = "a plain value" if saved.is_value(key) else f"{list(saved.layout(key)[1])}"
+            self.misfit(key, f"saved {found}, here {list(global_shape(live))}")
+            return False
+        self.claimed.add(key)
+        self._read_into(saved.origins[key], live)
+        return True
+
+    def value(self, saved: Saved, key: str) -> None:
+        """Have a plain value read."""
+        self.claimed.add(key)
+        self._values[key] = saved.origins[key]
+
+    def tree(self, saved: Saved, live: Mapping[str, Any], like: Like, kept: Iterable[tuple[Path, Any]] = ()) -> Make:
+        """Have everything below one place read, into new memory but for the keys that ``live`` has arrays for.
+
+        The arrays of ``live`` are leaves of what is made, and so are the ``kept`` ones, which were not saved. What is
+        returned raises DamagedError if the paths make no tree.
+        """
+        others = list(kept)
+        made: dict[str, Any] = {}
+        for key in saved:
+            if saved.is_value(key):
+                self.value(saved, key)
+            elif key in live:
+                self.fill(saved, key, live[key])
+                made[key] = live[key]
+            else:
+                self.claimed.add(key)
+                made[key] = self._new(saved, key, like)
+
+        def make(values: Values) -> Any:
+            leaves = [_leaf(saved.inside(key), made[key] if key in made else values[key]) for key in saved]
+            try:
+                return unflatten([*leaves, *others])
+            except ValueError as error:
+                raise DamagedError(self.where.path, f"the paths of its keys make no tree: {error}") from error
+
+        return make
+
+    def check(self, look: Callable[[Values], None]) -> None:
+        """Have a look at the values, once they have been read and before anything is changed."""
+        self._checks.append(look)
+
+    def afterwards(self, step: Callable[[Values], None]) -> None:
+        """Do this when everything has been read."""
+        self._steps.append(step)
+
+    # ---- what comes of it ----------------------------------------------------------------------------------------
+
+    def look(self) -> Values:
+        """Read the plain values, and see whether they fit. Nothing is changed. DamagedError names shard and key."""
+        found = read_values(self.where, self.index, sorted(set(self._values.values())))
+        values = {key: found[origin] for key, origin in self._values.items()}
+        for check in self._checks:
+            check(values)
+        return values
+
+    def perform(self, values: Values) -> None:
+        """Fill the objects. DamagedError names shard and key; the objects then hold anything."""
+        with torch.no_grad():
+            read_tensors(self.where, self.index, self._tensors)
+            for step in self._steps:
+                step(values)
+
+    def _read_into(self, origin: str, live: torch.Tensor) -> None:
+        # Tied tensors that were saved with different content: the later one counts, as in load_state_dict.
+        place = (live.data_ptr(), live.numel()) if live.numel() and type(live) in _PLAIN else (0, id(live))
+        before = self._places.get(place)
+        if before is not None:
+            self._tensors[before[0]] = [other for other in self._tensors[before[0]] if other is not before[1]]
+        self._places[place] = (origin, live)
+        self._tensors.setdefault(origin, []).append(live)
+
+    def _new(self, saved: Saved, key: str, like: Like) -> torch.Tensor:
+        dtype, shape = saved.layout(key)
+        model = like(key, shape)
+        if model is not None and global_shape(model) == shape:
+            new = torch.empty_like(model, dtype=dtype_from_name(dtype), requires_grad=False)
+        else:
+            new = torch.empty(shape, dtype=dtype_from_name(dtype), device="cpu" if model is None else model.device)
+        self._tensors.setdefault(saved.origins[key], []).append(new)
+        return new
+
+
+_PLAIN = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
+
+
+def nothing_like(key: str, shape: Sequence[int]) -> None:
+    """For ``Match.tree``: plain tensors on the CPU."""
+
+
+def _leaf(path: Path, value: Any) -> tuple[Path, Any]:
+    """A live array is one already; what was read for one is a tensor yet."""
+    is_live = isinstance(value, np.ndarray) and path[-1:] == (ArrayStep(),)
+    return (path[:-1] if is_live else path), value

@@ -1,0 +1,172 @@
+"""Modules: what ``state_dict`` gives, by names free of wrappers; taken back in place, or by ``load_state_dict``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch.nn.modules.lazy import LazyModuleMixin
+from torch.nn.parameter import is_lazy
+
+from distckpt.errors import EncodeError, MismatchError
+from distckpt.format.tree.tree import DictStep, Path, key_of
+from distckpt.sharding.chunks import local_tensor
+from distckpt.state.kind import Section
+from distckpt.state.match import Like, Make, Match, Saved
+from distckpt.state.module_names import unwrapped, wrapped
+from distckpt.state.objects import is_array
+
+
+class ModuleState:
+    """A module. Its tensors are filled where they are, unless its own code has a say in what is loaded.
+
+    That code is ``set_extra_state``, hooks of ``load_state_dict``, and methods of the module that stand in for torch's.
+    What belongs to a submodule with such code is read into new memory and handed to ``load_state_dict``.
+    """
+
+    def __init__(self, module: torch.nn.Module, prefix: Path) -> None:
+        self._module = module
+        self._prefix = prefix
+
+    def sections(self) -> list[Section]:
+        """One; of its buffers the lowest rank's count, since each rank of DDP keeps its own and rank 0's are the truth."""
+        module = self._module
+        for name, part in module.named_modules():
+            if type(part).__name__ == "FullyShardedDataParallel":
+                raise EncodeError(
+                    key_of((*self._prefix, DictStep(name))) if name else key_of(self._prefix),
+                    "FullyShardedDataParallel (FSDP1) flattens parameters, and its shards cannot be told apart. "
+                    "Use fully_shard (FSDP2), which needs no other change",
+                )
+        return [
+            Section(
+                self._prefix,
+                lambda: state_of(module),
+                lambda: (*module.parameters(), *module.buffers()),
+                lambda: (unwrapped(module, name) for name, _ in module.named_buffers(remove_duplicate=False)),
+            )
+        ]
+
+    def match(self, match: Match, saved: Saved) -> None:
+        """Every name of the module must be there, with its shape. Extra names are for code of the module's to take."""
+        live = state_of(self._module)
+        match.claim(key for key in saved if not saved.inside(key))  # an empty one
+        coded = _Coded(self._module, live)
+        parts = {str(step): part for step, part in saved.by_step().items()}
+        by_key = {key_of((*self._prefix, DictStep(name))): value for name, value in live.items()}
+        match.lacks(
+            key_of((*self._prefix, DictStep(name))) for name in live if name not in parts and not coded.knows(name)
+        )
+        makers: dict[str, Make] = {}
+        in_place: dict[str, Any] = {}
+        for name, part in parts.items():
+            value, key = live.get(name), key_of(part.prefix)
+            if key in part and is_array(value) and not coded.knows(name) and name in coded.held:
+                if match.fill(part, key, value):
+                    in_place[name] = value
+            elif name in live or coded.knows(name):
+                makers[name] = match.tree(part, {}, _like(by_key))
+        if makers:
+            match.afterwards(
+                lambda values: self._load(match, {name: make(values) for name, make in makers.items()}, in_place)
+            )
+
+    def put(self, tree: Any) -> None:
+        """Load all of it. RuntimeError, as torch raises it, for what does not fit."""
+        self._module.load_state_dict({wrapped(self._module, name): value for name, value in tree.items()})
+
+    def _load(self, match: Match, loaded: Mapping[str, Any], in_place: Mapping[str, Any]) -> None:
+        # What is in its place already goes along: hooks see a whole state dict, and a copy onto itself changes nothing.
+        named = {wrapped(self._module, name): value for name, value in {**in_place, **loaded}.items()}
+        here = key_of(self._prefix)
+        known = {key for key in (*match.missing, *match.misfits) if key.startswith(f"{here}.")}
+        try:
+            if not match.partial and not known:
+                self._module.load_state_dict(named)
+                return
+            found = self._module.load_state_dict(named, strict=False)
+        except RuntimeError as error:
+            raise MismatchError(match.where.path, (), (), {here: str(error)}) from error
+        for names, told in ((found.missing_keys, match.lacks), (found.unexpected_keys, match.disclaim)):
+            told([key for name in names if (key := f"{here}.{unwrapped(self._module, name)}") not in known])
+
+
+def state_of(module: torch.nn.Module) -> dict[str, Any]:
+    """The module's state by name, free of what wrappers add. EncodeError if two of its parts then have one name."""
+    found: dict[str, Any] = {}
+    for raw, value in module.state_dict().items():
+        name = unwrapped(module, raw)
+        if name in found:
+            raise EncodeError(name, f"two entries of the module's state dict have this name without wrappers: {raw}")
+        found[name] = value
+    return found
+
+
+class _Coded:
+    """Where code of the module's own has a say in what is loaded, and of which names that have none the memory is known.
+
+    ``held`` are the names of the state dict whose tensor is a parameter or buffer of the module itself.
+    """
+
+    def __init__(self, module: torch.nn.Module, live: Mapping[str, Any]) -> None:
+        self._parts = tuple(f"{unwrapped(module, name)}." if name else "" for name, _ in _coded_parts(module))
+        self.held = frozenset(_held_names(module, live))
+
+    def knows(self, name: str) -> bool:
+        """Whether such code may know what to do with ``name``."""
+        return name.startswith(self._parts) if self._parts else False
+
+
+def _coded_parts(module: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module]]:
+    for name, part in module.named_modules():
+        hooks = (*part._load_state_dict_pre_hooks.values(), *part._load_state_dict_post_hooks.values())
+        methods = (getattr(type(part), method) for method in ("load_state_dict", "_load_from_state_dict"))
+        is_lazy_part = isinstance(part, LazyModuleMixin) and part.has_uninitialized_params()  # type: ignore[misc]  # torch annotates the mixin's self oddly
+        if is_lazy_part or any(not _is_of_torch(code) for code in (*hooks, *methods)):
+            yield name, part
+
+
+def _is_of_torch(code: Any) -> bool:
+    """Whether a hook or method is one of torch's, which only copies what is there into its place."""
+    inside = getattr(code, "hook", code)  # torch keeps its own pre-hooks in an object around them
+    inside = getattr(inside, "func", inside)
+    home = str(getattr(inside, "__module__", None) or type(inside).__module__)
+    return (
+        home.startswith(("torch.nn.", "torch.distributed.", "torch._dynamo.", "torch.fx."))
+        or home == "torch.optim.swa_utils"
+    )
+
+
+def _held_names(module: torch.nn.Module, live: Mapping[str, Any]) -> Iterator[str]:
+    own = {
+        unwrapped(module, name): tensor
+        for name, tensor in (
+            *module.named_parameters(remove_duplicate=False),
+            *module.named_buffers(remove_duplicate=False),
+        )
+    }
+    for name, value in live.items():
+        held = own.get(name)
+        if held is not None and isinstance(value, torch.Tensor) and _is_same_memory(held, value):
+            yield name
+
+
+def _is_same_memory(one: torch.Tensor, other: torch.Tensor) -> bool:
+    if is_lazy(one) or is_lazy(other) or one.shape != other.shape or one.dtype != other.dtype:
+        return False
+    if one.is_meta:
+        return True  # it has none yet, and will be refused for that
+    try:
+        mine, theirs = local_tensor(one), local_tensor(other)
+    except ValueError:
+        return False
+    return mine.data_ptr() == theirs.data_ptr() and mine.stride() == theirs.stride()
+
+
+def _like(by_key: Mapping[str, Any]) -> Like:
+    def like(key: str, shape: tuple[int, ...]) -> torch.Tensor | None:
+        value = by_key.get(key)
+        return value if isinstance(value, torch.Tensor) and not is_lazy(value) else None
+
+    return like

@@ -1,0 +1,249 @@
+"""Optimizers: what ``state_dict`` gives, keyed by parameter name; taken back by the optimizer's ``load_state_dict``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch.distributed.tensor import DTensor, Replicate
+from torch.optim import Optimizer
+
+from distckpt.errors import EncodeError
+from distckpt.format.tree.path import DictStep, KeyStep, Path, Step, TypedStep, key_of
+from distckpt.format.tree.tree import flatten
+from distckpt.state.kind import Section
+from distckpt.state.match import Make, Match, Saved, Values, nothing_like
+from distckpt.state.module_names import parameter_names
+from distckpt.state.objects import is_array
+
+STATE, GROUPS = "state", "param_groups"
+WHO = ("params", "param_names")
+"""What a parameter group says of who is in it. That is the program's business, and differs between pipeline stages."""
+
+Name = str | int
+"""A parameter's name in the module that holds it; its number in the optimizer if none does."""
+
+
+class OptimizerState:
+    """An optimizer. ``modules`` are those that name its parameters; parameters of no module go by their number.
+
+    ``state`` and ``param_groups`` are what torch's optimizers have; whatever else the optimizer's ``state_dict`` gives
+    is saved beside them, and so are optimizers that it keeps inside without giving their state.
+    """
+
+    def __init__(self, optimizer: Optimizer, prefix: Path, modules: Mapping[str, torch.nn.Module]) -> None:
+        self._optimizer = optimizer
+        self._prefix = prefix
+        self._modules = modules
+
+    def sections(self) -> list[Section]:
+        """State and groups, each by itself: usually only the groups are read again at a save."""
+        optimizer, prefix = self._optimizer, self._prefix
+        if type(optimizer).__name__ == "ZeroRedundancyOptimizer":
+            raise EncodeError(
+                key_of(prefix),
+                "ZeroRedundancyOptimizer gives its state only after all ranks have sent theirs to one. "
+                "Shard the optimizer together with the model, by fully_shard (FSDP2)",
+            )
+        if _is_plain(optimizer):
+            sections = [
+                Section((*prefix, DictStep(STATE)), self._read_state, self._witness),
+                Section((*prefix, DictStep(GROUPS)), self._read_groups),
+            ]
+        else:
+            sections = [Section((*prefix, DictStep(name)), self._reader(name)) for name in optimizer.state_dict()]
+        for inner in self._inner():
+            sections += inner.sections()
+        return sections
+
+    def match(self, match: Match, saved: Saved) -> None:
+        """Every group must be there. A parameter without saved state has none afterwards, and starts anew."""
+        parts = saved.by_step()
+        inner = self._inner()
+        for kind in inner:
+            kind.match(match, parts.pop(kind._prefix[-1], saved.below(kind._prefix[-1])))
+        own = self._optimizer.state_dict() if not _is_plain(self._optimizer) else {STATE: {}, GROUPS: []}
+        match.lacks(key_of((*self._prefix, DictStep(name))) for name in own if DictStep(name) not in parts)
+        if GROUPS in own and DictStep(GROUPS) not in parts:
+            return
+        makers = {str(step): self._match_part(match, str(step), part) for step, part in parts.items()}
+        groups = makers.get(GROUPS)
+        if groups is not None:
+            match.check(lambda values: self._check_groups(match, groups(values)))
+
+        def put(values: Values) -> None:
+            tree = {name: make(values) for name, make in makers.items()}
+            if key_of((*self._prefix, DictStep(GROUPS))) in match.misfits:
+                tree[GROUPS] = self._read_groups()
+            self._load(tree)
+
+        match.afterwards(put)
+
+    def put(self, tree: Any) -> None:
+        """Load all of it, state under the numbers that ``load_state_dict`` knows the parameters by."""
+        inner = {str(kind._prefix[-1]): kind for kind in self._inner()}
+        self._load({name: value for name, value in tree.items() if name not in inner})
+        for name, kind in inner.items():
+            if name in tree:
+                kind.put(tree[name])
+
+    def _load(self, tree: Mapping[str, Any]) -> None:
+        loaded = dict(tree)
+        numbers = {name: number for number, name in enumerate(self._names())}
+        if STATE in loaded:
+            loaded[STATE] = {numbers.get(name, name): entry for name, entry in loaded[STATE].items()}
+        if GROUPS in loaded:
+            counts = iter(range(len(numbers)))
+            loaded[GROUPS] = [
+                {**group, "params": [next(counts) for _ in mine["params"]]}
+                for group, mine in zip(loaded[GROUPS], self._optimizer.param_groups, strict=True)
+            ]
+        self._optimizer.load_state_dict(loaded)
+
+    # ---- what is read --------------------------------------------------------------------------------------------
+
+    def _witness(self) -> Iterator[torch.Tensor]:
+        for parameter in self._parameters():
+            yield parameter
+            for value in self._optimizer.state.get(parameter, {}).values():
+                if isinstance(value, torch.Tensor):
+                    yield value
+
+    def _read_state(self) -> dict[Any, Any]:
+        optimizer, names = self._optimizer, self._names()
+        if not _is_plain(optimizer):
+            numbered = optimizer.state_dict()[STATE]
+            return {names[key] if _is_number(key, names) else key: entry for key, entry in numbered.items()}
+        known = {id(parameter): name for parameter, name in zip(self._parameters(), names, strict=True)}
+        # What a parameter has left behind that is in no group any more is nobody's: torch cannot give it either.
+        return {
+            known.get(id(owner), owner): entry
+            for owner, entry in optimizer.state.items()
+            if id(owner) in known or not isinstance(owner, torch.Tensor)
+        }
+
+    def _read_groups(self) -> list[dict[str, Any]]:
+        plain = _is_plain(self._optimizer)
+        groups = self._optimizer.param_groups if plain else self._optimizer.state_dict()[GROUPS]
+        return [{name: value for name, value in group.items() if name not in WHO} for group in groups]
+
+    def _reader(self, name: str) -> Callable[[], Any]:
+        known: dict[str, Callable[[], Any]] = {STATE: self._read_state, GROUPS: self._read_groups}
+        return known.get(name, lambda: self._optimizer.state_dict()[name])
+
+    def _parameters(self) -> list[torch.Tensor]:
+        return [parameter for group in self._optimizer.param_groups for parameter in group["params"]]
+
+    def _names(self) -> list[Name]:
+        """A name for each parameter, in the order of ``state_dict``'s numbers."""
+        parameters = self._parameters()
+        named = parameter_names(self._modules, {id(parameter) for parameter in parameters})
+        return [named.get(id(parameter), number) for number, parameter in enumerate(parameters)]
+
+    def _inner(self) -> list[OptimizerState]:
+        """Optimizers that this one keeps, and of whose state its own ``state_dict`` says nothing."""
+        if type(self._optimizer).state_dict is not Optimizer.state_dict:
+            return []
+        return [
+            OptimizerState(inner, (*self._prefix, DictStep(name)), self._modules)
+            for name, inner in vars(self._optimizer).items()
+            if isinstance(inner, Optimizer) and inner.state is not self._optimizer.state
+        ]
+
+    # ---- what is taken back --------------------------------------------------------------------------------------
+
+    def _match_part(self, match: Match, name: str, saved: Saved) -> Make:
+        return self._match_state(match, saved) if name == STATE else match.tree(saved, {}, nothing_like)
+
+    def _match_state(self, match: Match, saved: Saved) -> Make:
+        """State of parameters that are here; what belongs to others is left, and told as unexpected."""
+        parameters = dict(zip(self._names(), self._parameters(), strict=True))
+        owners = {_name_of(step): step for step in (path[len(saved.prefix)] for path in _paths(saved))}
+        saved_names = _names_of_parameters(saved)
+        strangers = {step for name, step in owners.items() if name not in parameters and saved_names(name)}
+        ours = saved.without(strangers)
+        live = self._live(parameters, saved.prefix)
+
+        def like(key: str, shape: tuple[int, ...]) -> torch.Tensor | None:
+            owner = parameters.get(_name_of(ours.paths[key][len(saved.prefix)]))
+            return owner if owner is not None and shape else None
+
+        make = match.tree(ours, _fitting(ours, live), like)
+        return lambda values: _as_owners_have_them(make(values), parameters)
+
+    def _live(self, parameters: Mapping[Name, torch.Tensor], prefix: Path) -> dict[str, Any]:
+        """The tensors of the state that is there already: it is read into them."""
+        if not _is_plain(self._optimizer):
+            return {}
+        held = {name: self._optimizer.state.get(parameter, {}) for name, parameter in parameters.items()}
+        leaves = flatten({name: entry for name, entry in held.items() if entry}, is_array, prefix)
+        return {leaf.key: leaf.value for leaf in leaves if is_array(leaf.value)}
+
+    def _check_groups(self, match: Match, groups: Any) -> None:
+        key, here = key_of((*self._prefix, DictStep(GROUPS))), len(self._optimizer.param_groups)
+        if not isinstance(groups, list) or not all(isinstance(group, dict) for group in groups):
+            match.misfit(key, "what was saved is no list of parameter groups")
+        elif len(groups) != here:
+            match.misfit(key, f"{len(groups)} parameter groups saved, {here} in the optimizer")
+
+
+def _is_plain(optimizer: Optimizer) -> bool:
+    """Whether its state is what torch's own ``state_dict`` would make of ``state`` and ``param_groups``."""
+    if type(optimizer).state_dict is not Optimizer.state_dict:
+        return False
+    return not (optimizer._optimizer_state_dict_pre_hooks or optimizer._optimizer_state_dict_post_hooks)
+
+
+def _is_number(owner: Any, names: Sequence[Name]) -> bool:
+    return type(owner) is int and 0 <= owner < len(names)
+
+
+def _name_of(step: Step) -> Any:
+    inside = step.step if isinstance(step, TypedStep) else step
+    return inside.key if isinstance(inside, KeyStep) else str(inside)
+
+
+def _names_of_parameters(saved: Saved) -> Callable[[Any], bool]:
+    """Tells the names of parameters that were saved from what optimizers keep in their state beside them."""
+    titles = {key.partition(".")[0] for key in saved.origins}
+
+    def is_parameter(name: Any) -> bool:
+        if type(name) is not str:
+            return type(name) is int
+        return name in saved.origins or any(f"{title}.{name}" in saved.origins for title in titles)
+
+    return is_parameter
+
+
+def _paths(saved: Saved) -> Iterable[Path]:
+    return (path for path in saved.paths.values() if len(path) > len(saved.prefix))
+
+
+def _fitting(saved: Saved, live: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of the live tensors into which what was saved can be read as it is."""
+    return {
+        key: array
+        for key, array in live.items()
+        if key in saved
+        and not saved.is_value(key)
+        and isinstance(array, torch.Tensor)
+        and saved.layout(key) == (str(array.dtype).removeprefix("torch."), tuple(array.shape))
+    }
+
+
+def _as_owners_have_them(state: Any, parameters: Mapping[Name, torch.Tensor]) -> Any:
+    """Plain tensors that belong to a DTensor become DTensors too, which every rank has whole: torch mixes no others."""
+    for name, entry in (state or {}).items():
+        owner = parameters.get(name)
+        if isinstance(owner, DTensor) and isinstance(entry, dict):
+            for key, value in entry.items():
+                if isinstance(value, torch.Tensor) and not isinstance(value, DTensor) and value.dim():
+                    entry[key] = _replicated(value, owner)
+    return state
+
+
+def _replicated(value: torch.Tensor, owner: DTensor) -> DTensor:
+    mesh = owner.device_mesh
+    local = value.to(owner.to_local().device)
+    return DTensor.from_local(local, mesh, [Replicate()] * mesh.ndim, run_check=False)

@@ -1,0 +1,53 @@
+"""State that belongs to one rank: any kind of object, kept apart from that of the other ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from distckpt.errors import ResizeError
+from distckpt.format.tree.tree import Path, key_of
+from distckpt.state.kind import Kind, Section, Surroundings
+from distckpt.state.match import Match, Saved, Values, nothing_like
+from distckpt.state.objects import PerRank
+
+
+class PerRankState:
+    """What a PerRank wraps, as a kind of its own below this rank's place: ``inner``."""
+
+    def __init__(self, wrapper: PerRank, prefix: Path, around: Surroundings, inner: Kind) -> None:
+        self._wrapper = wrapper
+        self._prefix = prefix
+        self._around = around
+        self._inner = inner
+
+    def sections(self) -> list[Section]:
+        """Those of the object inside."""
+        return list(self._inner.sections())
+
+    def match(self, match: Match, saved: Saved) -> None:
+        """This rank's own state, as long as there are as many ranks as before; else ``on_resize`` decides."""
+        match.claim(saved)
+        name, decide = key_of(self._prefix), self._wrapper.on_resize
+        if not saved:
+            match.lacks([name])
+        elif saved.world_size == self._around.world_size:
+            ranks = saved.of_ranks()
+            self._inner.match(match, ranks.get(self._around.rank, saved.below()))
+        elif decide == "error":
+            raise ResizeError(name, saved.world_size, self._around.world_size)
+        elif callable(decide):
+            self._resize(match, saved, decide)
+
+    def put(self, tree: Any) -> None:
+        """Take it."""
+        self._inner.put(tree)
+
+    def _resize(self, match: Match, saved: Saved, decide: Callable[[list[Any], int, int], Any]) -> None:
+        makers = [match.tree(part, {}, nothing_like) for _, part in sorted(saved.of_ranks().items())]
+
+        def put(values: Values) -> None:
+            choices = [make(values) for make in makers]
+            self._inner.put(decide(choices, self._around.rank, self._around.world_size))
+
+        match.afterwards(put)
