@@ -34,12 +34,12 @@ class OptimizerState:
 
     def __init__(self, optimizer: Optimizer, prefix: Path, modules: Mapping[str, torch.nn.Module]) -> None:
         self._optimizer = optimizer
-        self._prefix = prefix
+        self.prefix = prefix
         self._modules = modules
 
     def sections(self) -> list[Section]:
         """State and groups, each by itself: usually only the groups are read again at a save."""
-        optimizer, prefix = self._optimizer, self._prefix
+        optimizer, prefix = self._optimizer, self.prefix
         if type(optimizer).__name__ == "ZeroRedundancyOptimizer":
             raise EncodeError(
                 key_of(prefix),
@@ -62,9 +62,9 @@ class OptimizerState:
         parts = saved.by_step()
         inner = self._inner()
         for kind in inner:
-            kind.match(match, parts.pop(kind._prefix[-1], saved.below(kind._prefix[-1])))
+            kind.match(match, parts.pop(kind.prefix[-1], saved.below(kind.prefix[-1])))
         own = self._optimizer.state_dict() if not _is_plain(self._optimizer) else {STATE: {}, GROUPS: []}
-        match.lacks(key_of((*self._prefix, DictStep(name))) for name in own if DictStep(name) not in parts)
+        match.lacks(key_of((*self.prefix, DictStep(name))) for name in own if DictStep(name) not in parts)
         if GROUPS in own and DictStep(GROUPS) not in parts:
             return
         makers = {str(step): self._match_part(match, str(step), part) for step, part in parts.items()}
@@ -74,7 +74,7 @@ class OptimizerState:
 
         def put(values: Values) -> None:
             tree = {name: make(values) for name, make in makers.items()}
-            if key_of((*self._prefix, DictStep(GROUPS))) in match.misfits:
+            if key_of((*self.prefix, DictStep(GROUPS))) in match.misfits:
                 tree[GROUPS] = self._read_groups()
             self._load(tree)
 
@@ -82,7 +82,7 @@ class OptimizerState:
 
     def put(self, tree: Any) -> None:
         """Load all of it, state under the numbers that ``load_state_dict`` knows the parameters by."""
-        inner = {str(kind._prefix[-1]): kind for kind in self._inner()}
+        inner = {str(kind.prefix[-1]): kind for kind in self._inner()}
         self._load({name: value for name, value in tree.items() if name not in inner})
         for name, kind in inner.items():
             if name in tree:
@@ -146,7 +146,7 @@ class OptimizerState:
         if type(self._optimizer).state_dict is not Optimizer.state_dict:
             return []
         return [
-            OptimizerState(inner, (*self._prefix, DictStep(name)), self._modules)
+            OptimizerState(inner, (*self.prefix, DictStep(name)), self._modules)
             for name, inner in vars(self._optimizer).items()
             if isinstance(inner, Optimizer) and inner.state is not self._optimizer.state
         ]
@@ -181,7 +181,7 @@ class OptimizerState:
         return {leaf.key: leaf.value for leaf in leaves if is_array(leaf.value)}
 
     def _check_groups(self, match: Match, groups: Any) -> None:
-        key, here = key_of((*self._prefix, DictStep(GROUPS))), len(self._optimizer.param_groups)
+        key, here = key_of((*self.prefix, DictStep(GROUPS))), len(self._optimizer.param_groups)
         if not isinstance(groups, list) or not all(isinstance(group, dict) for group in groups):
             match.misfit(key, "what was saved is no list of parameter groups")
         elif len(groups) != here:

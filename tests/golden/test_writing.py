@@ -18,6 +18,9 @@ from tests.support.gang import Gang
 OF_TORCH = "optimizer.param_groups"
 """Its value has members that come and go with torch's releases."""
 
+NUMPY = ',{"array":"numpy"}'
+"""Since then, arrays say that they are no tensors. Readers take a path without it for a tensor's."""
+
 
 def test_one_rank_writes_what_it_wrote_then(tmp_path: Path) -> None:
     write_one_rank(tmp_path)
@@ -84,6 +87,7 @@ def form_of_arrow(path: Path) -> Any:
 def rows(table: pa.Table) -> Iterator[str]:
     for row in table.to_pylist():
         kept = {name: value for name, value in row.items() if name not in ("position", "size", "block", "blocks")}
+        kept["path"] = str(row.get("path", "")).replace(NUMPY, "")
         if row["key"] == OF_TORCH:
             kept = {"key": OF_TORCH, "dtype": row["dtype"]}
         yield repr(kept)

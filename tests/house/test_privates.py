@@ -9,12 +9,18 @@ from tests.house.source import modules
 
 OF_OTHERS = {
     "_StridedShard": "DTensor",
+    "_bit_generator": "NumPy",
     "_buffers": "nn.Module",
     "_data_fetcher": "Lightning",
     "_exit": "os",
     "_foreach_copy_": "torch",
     "_load_from_checkpoint": "transformers",
+    "_load_state_dict_post_hooks": "nn.Module",
+    "_load_state_dict_pre_hooks": "nn.Module",
     "_local_tensor": "DTensor",
+    "_modules": "nn.Module",
+    "_optimizer_state_dict_post_hooks": "torch.optim",
+    "_optimizer_state_dict_pre_hooks": "torch.optim",
     "_orig_mod": "torch.compile",
     "_parameters": "nn.Module",
     "_register_atexit": "threading",
