@@ -1,0 +1,99 @@
+"""Restoring something else than what was saved: which keys of a checkpoint are wanted, and what they are called here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from distckpt.format.tree.select import select_paths
+from distckpt.format.tree.tree import DictStep, Path, key_of
+
+Rename = Mapping[str, str | None] | Callable[[str], str | None]
+"""From what keys begin with (up to a ``.`` or ``@``) to what they begin with here, or from a key to the key here; None
+leaves it out."""
+
+
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """What is wanted of a checkpoint. Everything, under the names that it was saved by, if nothing is said."""
+
+    select: tuple[str, ...] = ()
+    rename: Rename | None = None
+
+    @staticmethod
+    def of(select: str | Sequence[str] | None, rename: Rename | None) -> Selection:
+        """As ``restore`` takes them."""
+        chosen = (select,) if isinstance(select, str) else tuple(select or ())
+        return Selection(chosen, rename)
+
+    def apply(self, paths: Mapping[str, Path], texts: Mapping[str, str], where: str) -> tuple[dict[str, Path], dict[str, str]]:
+        """Paths by the keys here, and of each its key in the checkpoint.
+
+        KeyError, naming similar keys, for a selector that nothing begins with; ValueError for two keys renamed to one.
+        """
+        wanted = list(paths)
+        if self.select:
+            found = {key for selector in self.select for key in select_paths(texts, selector, where)}
+            wanted = [key for key in paths if key in found]
+        moved: dict[str, Path] = {}
+        origins: dict[str, str] = {}
+        for key in wanted:
+            new = self.name_here(key)
+            if new is None:
+                continue
+            if new in moved:
+                raise ValueError(f"rename makes {new!r} of both {origins[new]!r} and {key!r}")
+            moved[new] = paths[key] if new == key else _moved(paths[key], new)
+            origins[new] = key
+        return moved, origins
+
+    def name_here(self, key: str) -> str | None:
+        """What a key of the checkpoint is called here; None if it is left out."""
+        if self.rename is None:
+            return key
+        if not isinstance(self.rename, Mapping):
+            return self.rename(key)
+        begins = max((text for text in self.rename if is_below(key, text)), key=len, default=None)
+        if begins is None:
+            return key
+        here = self.rename[begins]
+        return None if here is None else f"{here}{key[len(begins) :]}"
+
+    def asks(self, key: str) -> bool:
+        """Whether an object's key is to be restored at all."""
+        here = (self.name_here(selector) for selector in self.select)
+        return not self.select or any(text is not None and is_below(key, text) for text in here)
+
+
+def is_below(key: str, text: str) -> bool:
+    """Whether ``key`` is ``text``, or begins with it up to a ``.`` or ``@``."""
+    return key == text or key.startswith((f"{text}.", f"{text}@"))
+
+
+def joined(path: Path) -> Path:
+    """The path of a module's tensor, whose name is one step however many dots it has."""
+    return (path[0], DictStep(key_of(path[1:]))) if all(isinstance(step, DictStep) for step in path[1:]) else path
+
+
+def _moved(path: Path, key: str) -> Path:
+    """A path for the new key: the steps that it still begins and ends with, and one step for what is between."""
+    head = max(_counts(path, lambda part: is_below(key, part)), default=0)
+    rest = key[len(key_of(path[:head])) :].lstrip(".")
+    ends = [at for at in range(max(head, 1), len(path) + 1) if _ends_with(rest, key_of(path[at:]))]
+    tail = path[min(ends) :] if ends else ()
+    middle = rest[: len(rest) - len(key_of(tail))].rstrip(".")
+    between: list[DictStep] = []
+    if middle and head == 0:
+        name, _, middle = middle.partition(".")
+        between.append(DictStep(name))
+    if middle:
+        between.append(DictStep(middle))
+    return (*path[:head], *between, *tail)
+
+
+def _counts(path: Path, fits: Callable[[str], bool]) -> Iterable[int]:
+    return (count for count in range(1, len(path) + 1) if fits(key_of(path[:count])))
+
+
+def _ends_with(text: str, end: str) -> bool:
+    return not end or text == end or text.endswith((f".{end}", end if end.startswith("@") else f".{end}"))
