@@ -54,8 +54,6 @@ class Settings:
     lr: float
 
 
-
-
 text = st.text(st.characters(exclude_categories=["Cs"]))
 numpy_scalars = st.one_of(
     st.integers(-128, 127).map(np.int8),
