@@ -10,7 +10,7 @@ from typing import Any
 from distckpt.directory.locate import locate, read_index
 from distckpt.state.filler import restore_objects
 from distckpt.state.objects import NamedObjects, PerRank, RandomState
-from distckpt.state.status import LoadStatus
+from distckpt.state.status import LoadStatus, describe
 from distckpt.world import find_world
 
 __all__ = ["Checkpoint", "LoadStatus", "PerRank", "RandomState"]
@@ -38,24 +38,19 @@ class Checkpoint(NamedObjects):
         """Fill the objects in place from the checkpoint at ``path``, every byte checked before it counts.
 
         Reads only what this rank holds, whatever number of ranks wrote the checkpoint; talks to nobody. Missing and
-        unexpected keys are reported by the status and, unless ``partial``, in the log. None, which is the latest
-        checkpoint of a fresh directory, restores nothing: for the status all objects are missing then.
+        unexpected keys are reported by the status and, unless ``partial``, in the log; keys that do not fit are
+        refused, or with ``partial`` reported by the status and left as they are. None, which is the latest checkpoint
+        of a fresh directory, restores nothing: for the status all objects are missing then.
 
-        Raises CheckpointNotFoundError, DamagedError, MismatchError (a key of another shape; nothing was changed) and
-        ResizeError. After a DamagedError the objects hold a mixture: restore another checkpoint.
+        Raises CheckpointNotFoundError, DamagedError, ResizeError, and MismatchError, before anything is changed, for
+        keys that do not fit and when objects and checkpoint have nothing in common. After a DamagedError the objects
+        hold a mixture: restore another checkpoint.
         """
         if path is None:
             return LoadStatus("no checkpoint", list(self.objects), ())
         where = locate(path, storage_options)
         world = find_world()
-        status = restore_objects(self, where, read_index(where), world.rank, world.size)
+        status = restore_objects(self, where, read_index(where), world.rank, world.size, partial)
         if not partial and (status.missing or status.unexpected):
-            logger.warning(
-                "%s: %d keys of the objects are not in it %s, %d of its keys are in no object %s",
-                where.path,
-                len(status.missing),
-                list(status.missing[:5]),
-                len(status.unexpected),
-                list(status.unexpected[:5]),
-            )
+            logger.warning("%s", describe(status))
         return status

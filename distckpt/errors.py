@@ -285,27 +285,39 @@ class RestoreError(DistckptError):
 
 
 class MismatchError(RestoreError):
-    """The checkpoint at ``path`` and the objects do not hold the same keys, or not of the same shapes."""
+    """The checkpoint at ``path`` and the objects do not hold the same keys, or keys that do not fit.
+
+    ``missing`` and ``misshaped`` list the first ones only where many ranks restore; the counts are of all.
+    """
 
     def __init__(
-        self, path: str, missing: Sequence[str], unexpected: Sequence[str], misshaped: Mapping[str, str]
+        self,
+        path: str,
+        missing: Sequence[str],
+        unexpected: Sequence[str],
+        misshaped: Mapping[str, str],
+        missing_count: int = 0,
+        misshaped_count: int = 0,
     ) -> None:
         parts = []
         if missing:
-            parts.append(f"not in the checkpoint: {_some(missing)}")
+            parts.append(f"not in the checkpoint: {_some(missing, missing_count)}")
         if unexpected:
             parts.append(f"in the checkpoint, but in no object: {_some(unexpected)}")
         if misshaped:
-            parts.append("of another shape: " + _some([f"{key} ({text})" for key, text in misshaped.items()]))
+            texts = [f"{key} ({text})" for key, text in misshaped.items()]
+            parts.append(f"on both sides, but not fitting: {_some(texts, misshaped_count)}")
         super().__init__(f"{path}: " + "; ".join(parts))
         self.path = path
         self.missing = tuple(missing)
         self.unexpected = tuple(unexpected)
         self.misshaped = dict(misshaped)
+        self.missing_count = max(missing_count, len(self.missing))
+        self.misshaped_count = max(misshaped_count, len(self.misshaped))
 
 
-def _some(names: Sequence[str], most: int = 8) -> str:
-    more = len(names) - most
+def _some(names: Sequence[str], count: int = 0, most: int = 8) -> str:
+    more = max(count, len(names)) - most
     return ", ".join(list(names)[:most]) + (f" and {more} more" if more > 0 else "")
 
 

@@ -26,6 +26,7 @@ from distckpt.rank.pending import PendingSave, PendingSaves
 from distckpt.rank.restorer import Restorer
 from distckpt.rank.saved_steps import SavedSteps
 from distckpt.rank.saver import Saver
+from distckpt.state.status import LoadStatus
 from distckpt.storage import canonical, join, open_store
 from distckpt.threads.coordinator import Coordinator
 from distckpt.threads.looper import LooperThread
@@ -269,16 +270,22 @@ class CheckpointManager:
         """Restore one checkpoint on all ranks, in place, and return its path.
 
         ``which`` is a number or a path of this directory; None means the newest good one: what any rank finds
-        damaged is refused by all, with the reason in the log, and the next older is tried. ``partial`` allows keys
-        that the checkpoint lacks, or that no object asked for (with many ranks: whole objects, since ranks may hold
-        different keys of one).
+        damaged is refused by all, with the reason in the log, and the next older is tried. ``partial``, on all ranks
+        alike, allows keys that the checkpoint lacks, that no rank's objects ask for, or that do not fit: they are left
+        as they are, and named in the log and by ``restore_status``.
 
-        Raises CheckpointNotFoundError, NoGoodCheckpointError, MismatchError, ResizeError, MissingRanksError.
+        Raises MismatchError, the same one on every rank and before anything is changed on any, also with ``partial``
+        if nothing matches; CheckpointNotFoundError, NoGoodCheckpointError, ResizeError, MissingRanksError.
         """
         path = self._restore(self._folder(which), partial)
         if path is None:
             raise CheckpointNotFoundError(self._store.url, "no checkpoint has been committed here")
         return path
+
+    @property
+    def restore_status(self) -> LoadStatus | None:
+        """How keys matched on all ranks in the last restore of a checkpoint; None if this manager restored none."""
+        return self._restorer.status
 
     def _restore(self, which: int | str | None, partial: bool) -> str | None:
         self._check_open()

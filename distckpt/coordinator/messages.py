@@ -2,7 +2,7 @@
 
 A rank's life: OpenRun once, and after that everything in an envelope, FromRank. For each save Join, Describe if asked,
 AwaitPlan if it has no valid plan, Receipt once its shards have landed (or Fail); for each restore Restore until it is
-done. The answers to AwaitPlan, Receipt and Restore come when there is something to say; a rank that hears nothing
+done: first all ranks match, then all fill. The answers to AwaitPlan, Receipt and Restore come when there is something to say; a rank that hears nothing
 simply asks again. Beside all that, a rank with a ``distckpt.Coordinator`` of the whole cluster sends AwaitStop again
 and again, to hear of stops of all ranks.
 """
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Literal
 
 from distckpt.errors import DistckptError
 from distckpt.format.arrow.receipt import ShardReceipt
@@ -144,13 +145,64 @@ class Fail:
 
 
 @dataclass(frozen=True, slots=True)
+class KeyMatch:
+    """How a rank's objects, or those of all ranks together, match one checkpoint.
+
+    ``unclaimed`` has one bit for each key of the checkpoint, in the order of its index and packed as NumPy does: set if
+    no object has a place for it. ``matched`` is how many keys one rank has a place for, at most. ``missing`` are keys
+    of objects that the checkpoint lacks, and ``misfits`` pairs keys with why they do not fit: the first of them, while
+    the counts are of all on one rank at least.
+    """
+
+    unclaimed: bytes = field(repr=False)
+    matched: int
+    missing: tuple[str, ...] = ()
+    misfits: tuple[tuple[str, str], ...] = ()
+    missing_count: int = 0
+    misfit_count: int = 0
+
+    @property
+    def fits(self) -> bool:
+        """Whether every key on either side has its other half."""
+        return not self.missing and not self.misfits and not any(self.unclaimed)
+
+    @property
+    def in_vain(self) -> bool:
+        """Whether objects and checkpoint have nothing in common, though there is something on one side."""
+        return not self.matched and not self.fits
+
+
+LISTED_KEYS = 64
+
+
+def merged_matches(one: KeyMatch, other: KeyMatch) -> KeyMatch:
+    """Both together: a key is unclaimed if neither claims it, and missing or misfitting if it is for either."""
+    unclaimed = int.from_bytes(one.unclaimed, "big") & int.from_bytes(other.unclaimed, "big")
+    missing = tuple(dict.fromkeys((*one.missing, *other.missing)))
+    misfits = tuple({**dict(other.misfits), **dict(one.misfits)}.items())
+    return KeyMatch(
+        unclaimed.to_bytes(max(len(one.unclaimed), len(other.unclaimed)), "big"),
+        max(one.matched, other.matched),
+        missing[:LISTED_KEYS],
+        misfits[:LISTED_KEYS],
+        max(one.missing_count, other.missing_count, len(missing)),
+        max(one.misfit_count, other.misfit_count, len(misfits)),
+    )
+
+
+RestoreStage = Literal["match", "fill"]
+
+
+@dataclass(frozen=True, slots=True)
 class Restore:
     """The rank wants to restore together with all others.
 
     ``order`` counts the rank's restores; the same one on all ranks is the same restore, and a repeat is recognized by it.
-    ``which`` is a number, a folder like ``ckpt-42``, or None for the newest; all ranks must ask for the same. ``tried``
-    is the attempt that the last answer named ('' at first), ``refused`` why this rank could not use it ('' if it
-    restored it). ``failed`` is an error of the rank that no other checkpoint would help against: all ranks give up.
+    ``which`` is a number, a folder like ``ckpt-42``, or None for the newest; all ranks must ask for the same, and be
+    ``partial`` alike, which allows that keys do not match. ``tried`` is the attempt that the last answer named ('' at
+    first) and ``stage`` what it wanted done with it: ``refused`` is why this rank could not ('' if it could), ``keys``
+    how objects and checkpoint match, in the first stage. ``failed`` is an error of the rank that no other checkpoint
+    would help against: all ranks give up.
     """
 
     order: int
@@ -158,14 +210,36 @@ class Restore:
     tried: str = ""
     refused: str = ""
     failed: str = ""
+    stage: RestoreStage = "match"
+    keys: KeyMatch | None = None
+    partial: bool = False
 
 
 @dataclass(frozen=True, slots=True)
-class RestoreFrom:
-    """Restore this one and report. ``refused`` pairs the paths given up so far with the reasons."""
+class MatchWith:
+    """Find out how this one and the objects match, change nothing, and report.
+
+    ``refused`` pairs the paths given up so far with the reasons.
+    """
 
     record: CheckpointRecord
     refused: tuple[tuple[str, str], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class FillFrom:
+    """Every rank has matched this one: fill the objects from it and report. ``keys`` is how all ranks match."""
+
+    record: CheckpointRecord
+    keys: KeyMatch
+
+
+@dataclass(frozen=True, slots=True)
+class Mismatched:
+    """The restore is over, and nothing has been changed on any rank: ``keys`` is how ``record`` and all ranks match."""
+
+    record: CheckpointRecord
+    keys: KeyMatch
 
 
 @dataclass(frozen=True, slots=True)
@@ -280,7 +354,9 @@ Reply = (
     | Planned
     | Committed
     | Prepared
-    | RestoreFrom
+    | MatchWith
+    | FillFrom
+    | Mismatched
     | Restored
     | StopState
     | StatusReply

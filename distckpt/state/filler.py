@@ -6,6 +6,8 @@ objects are filled.
 
 from __future__ import annotations
 
+import numpy as np
+
 from distckpt.directory.locate import Located
 from distckpt.errors import MismatchError
 from distckpt.format.arrow.index import Index
@@ -36,17 +38,45 @@ class Filler:
             match.value(saved, SAVE_COUNTER)
             match.afterwards(lambda values: setattr(checkpoint, SAVE_COUNTER, int(values[SAVE_COUNTER])))
         self._values: Values = match.look()
-        self._unclaimed = [key for key in paths if key not in match.claimed and not _of_other_rank(paths[key], rank)]
+        self._paths = paths
+        self._rank = rank
+
+    @property
+    def path(self) -> str:
+        """What people call the checkpoint."""
+        return self._where.path
+
+    @property
+    def missing(self) -> list[str]:
+        """Keys of the objects that the checkpoint lacks: they stay as they are."""
+        return list(self._match.missing)
 
     @property
     def misfits(self) -> dict[str, str]:
         """Keys that are on both sides and do not fit, and why."""
         return dict(self._match.misfits)
 
+    @property
+    def matched(self) -> int:
+        """How many keys of the checkpoint some object takes."""
+        return len(self._match.claimed - {SAVE_COUNTER} - self._match.misfits.keys())
+
+    @property
+    def unclaimed(self) -> bytes:
+        """A bit for each key of the checkpoint, in the order of its index: whether no object here has a place for it."""
+        claimed = self._match.claimed
+        return np.packbits(np.fromiter((key not in claimed for key in self._paths), bool, len(self._paths))).tobytes()
+
+    def keys_of(self, unclaimed: bytes) -> list[str]:
+        """The keys whose bits are set."""
+        bits = np.unpackbits(np.frombuffer(unclaimed, np.uint8), count=len(self._paths))
+        return [key for key, bit in zip(self._paths, bits.tolist(), strict=True) if bit]
+
     def status(self) -> LoadStatus:
-        """How keys match."""
-        matched = len(self._match.claimed - {SAVE_COUNTER} - self._match.misfits.keys())
-        return LoadStatus(self._where.path, self._match.missing, self._unclaimed, matched)
+        """How keys match, as far as this rank can tell: state of another rank's own is nothing that it would ask for."""
+        unclaimed = self.keys_of(self.unclaimed)
+        unexpected = [key for key in unclaimed if not _of_other_rank(self._paths[key], self._rank)]
+        return LoadStatus(self.path, self._match.missing, unexpected, self.matched, self._match.misfits)
 
     def fill(self) -> LoadStatus:
         """Fill the objects, every byte checked before it counts. After a DamagedError they hold a mixture."""
@@ -54,10 +84,13 @@ class Filler:
         return self.status()
 
 
-def restore_objects(checkpoint: NamedObjects, where: Located, index: Index, rank: int, world_size: int) -> LoadStatus:
+def restore_objects(
+    checkpoint: NamedObjects, where: Located, index: Index, rank: int, world_size: int, partial: bool = False
+) -> LoadStatus:
     """Fill every object of ``checkpoint``. See Checkpoint.restore for the promise and the errors."""
-    filler = Filler(checkpoint, where, index, rank, world_size)
-    if filler.misfits:
+    filler = Filler(checkpoint, where, index, rank, world_size, partial=True)
+    filler.status().assert_nontrivial_match()
+    if filler.misfits and not partial:
         raise MismatchError(where.path, (), (), filler.misfits)
     return filler.fill()
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from distckpt.errors import MismatchError
 
@@ -10,7 +10,14 @@ from distckpt.errors import MismatchError
 class LoadStatus:
     """How a restore matched keys. ``path`` is the checkpoint; the assertions return the status itself."""
 
-    def __init__(self, path: str, missing: Sequence[str], unexpected: Sequence[str], matched: int = 0) -> None:
+    def __init__(
+        self,
+        path: str,
+        missing: Sequence[str],
+        unexpected: Sequence[str],
+        matched: int = 0,
+        mismatched: Mapping[str, str] | None = None,
+    ) -> None:
         self.path = path
         self.missing = tuple(missing)
         """Keys of the objects that the checkpoint does not have: they were left as they were."""
@@ -18,23 +25,30 @@ class LoadStatus:
         """Keys of the checkpoint that no object asked for."""
         self.matched = matched
         """How many keys of the checkpoint objects did ask for."""
+        self.mismatched = dict(mismatched or {})
+        """Keys that are on both sides and do not fit, and why: they were left as they were."""
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether every key on either side found its other half."""
+        return not (self.missing or self.unexpected or self.mismatched)
 
     def assert_consumed(self) -> LoadStatus:
         """Raise MismatchError unless every key on either side found its other half."""
-        if self.missing or self.unexpected:
-            raise MismatchError(self.path, self.missing, self.unexpected, {})
+        if not self.is_complete:
+            raise MismatchError(self.path, self.missing, self.unexpected, self.mismatched)
         return self
 
     def assert_existing_objects_matched(self) -> LoadStatus:
         """Raise MismatchError if an object has a key that the checkpoint lacks; extra keys there are fine."""
-        if self.missing:
-            raise MismatchError(self.path, self.missing, (), {})
+        if self.missing or self.mismatched:
+            raise MismatchError(self.path, self.missing, (), self.mismatched)
         return self
 
     def assert_nontrivial_match(self) -> LoadStatus:
-        """Raise MismatchError if no object has found anything in the checkpoint."""
-        if not self.matched:
-            raise MismatchError(self.path, self.missing, self.unexpected, {})
+        """Raise MismatchError if there are keys on either side and no object has found anything in the checkpoint."""
+        if not self.matched and not self.is_complete:
+            raise MismatchError(self.path, self.missing, self.unexpected, self.mismatched)
         return self
 
     def expect_partial(self) -> LoadStatus:
@@ -42,4 +56,14 @@ class LoadStatus:
         return self
 
     def __repr__(self) -> str:
-        return f"LoadStatus({self.path!r}, missing={len(self.missing)}, unexpected={len(self.unexpected)})"
+        counts = f"missing={len(self.missing)}, unexpected={len(self.unexpected)}, mismatched={len(self.mismatched)}"
+        return f"LoadStatus({self.path!r}, {counts})"
+
+
+def describe(status: LoadStatus, most: int = 5) -> str:
+    """In one line what did not match, at most so many keys of each kind by name."""
+    return (
+        f"{status.path}: {len(status.missing)} keys of the objects are not in it {list(status.missing[:most])}, "
+        f"{len(status.unexpected)} of its keys are in no object {list(status.unexpected[:most])}, "
+        f"{len(status.mismatched)} do not fit {dict(list(status.mismatched.items())[:most])}"
+    )

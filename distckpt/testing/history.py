@@ -113,6 +113,27 @@ class Agreed:
 
 
 @dataclass(frozen=True, slots=True)
+class Matched:
+    """A rank reported how its objects match a checkpoint, in restore ``order`` of it."""
+
+    run: int
+    order: int
+    rank: int
+    attempt: str
+
+
+@dataclass(frozen=True, slots=True)
+class Filled:
+    """A rank of ``world_size`` began to fill its objects from a checkpoint, in restore ``order`` of it."""
+
+    run: int
+    order: int
+    rank: int
+    attempt: str
+    world_size: int
+
+
+@dataclass(frozen=True, slots=True)
 class CameBack:
     """After all that, with nothing repaired by hand: what the next job restored and could save. ``lost`` says why not."""
 
@@ -121,7 +142,7 @@ class CameBack:
     lost: str = ""
 
 
-Happening = Logged | Wrote | Erased | Promised | Held | LetGo | Returned | Agreed | CameBack
+Happening = Logged | Wrote | Erased | Promised | Held | LetGo | Returned | Agreed | Matched | Filled | CameBack
 
 
 @dataclass(slots=True)
@@ -270,15 +291,22 @@ def g5_epochs_only_grow(history: History) -> list[str]:
 
 
 def g6_readers_get_one_attempt(history: History) -> list[str]:
-    """No reader returns bytes of two attempts, and all ranks restore the same checkpoint."""
+    """No reader returns bytes of two attempts; all ranks restore the same, and fill only what all have matched."""
     broken: list[str] = []
     objects: dict[str, dict[str, Content]] = {}
     agreed: dict[tuple[int, int], str | None] = {}
+    matched: dict[tuple[int, int, str], set[int]] = {}
     for happening in history.happenings:
         if isinstance(happening, Wrote):
             objects.setdefault(happening.attempt, {})[happening.name] = happening.content
         elif isinstance(happening, Returned):
             broken += _mixed(happening, objects.get(happening.record.attempt, {}))
+        elif isinstance(happening, Matched):
+            matched.setdefault((happening.run, happening.order, happening.attempt), set()).add(happening.rank)
+        elif isinstance(happening, Filled):
+            ready = matched.get((happening.run, happening.order, happening.attempt), set())
+            if len(ready) < happening.world_size:
+                broken.append(f"rank {happening.rank} filled from {happening.attempt}, which only {ready} had matched")
         elif isinstance(happening, Agreed):
             attempt = happening.record.attempt if happening.record is not None else None
             if agreed.setdefault((happening.run, happening.order), attempt) != attempt:

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from distckpt.coordinator.messages import (
     AwaitPlan,
     Committed,
     Describe,
     Fail,
+    FillFrom,
     FromRank,
     Heartbeat,
     Join,
     Joined,
+    KeyMatch,
     Leave,
+    MatchWith,
     OpenRun,
     Planned,
     RankRequest,
@@ -24,7 +27,6 @@ from distckpt.coordinator.messages import (
     Request,
     Restore,
     Restored,
-    RestoreFrom,
     Retention,
     RunOpened,
     Skipped,
@@ -33,11 +35,12 @@ from distckpt.coordinator.messages import (
 from distckpt.errors import CoordinatorUnavailableError, DistckptError, FencedError, SaveError, StaleRunError
 from distckpt.format.arrow.receipt import ShardReceipt
 from distckpt.format.json.log import CheckpointRecord
-from distckpt.testing.history import Agreed, Content, Held, LetGo, Piece, Returned
+from distckpt.testing.history import Agreed, Content, Filled, Held, LetGo, Matched, Piece, Returned
 from distckpt.testing.sim_store import describe
 from distckpt.testing.sim_world import SimulatedWorld
 
 LEASE_SECONDS = 60.0
+MATCH = KeyMatch(b"", 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,17 +205,28 @@ class Rank(Process):
     # ---- restoring -------------------------------------------------------------------------------------------------
 
     def _restore(self) -> Generator[Sleep | Say, Reply | None, None]:
-        tried = refused = ""
+        first = report = Restore(0, None)
         while True:
-            reply = yield from self._ask(Restore(0, None, tried, refused))
-            tried = refused = ""
+            reply = yield from self._ask(report)
+            report = first
             if isinstance(reply, Restored):
                 self.restored = reply.record
                 self.world.history.add(Agreed(self.run, 0, self.rank, reply.record))
                 return
-            if isinstance(reply, RestoreFrom):
-                tried = reply.record.attempt
+            if isinstance(reply, MatchWith):
+                refused = yield from self._match(reply.record)
+                report = replace(first, tried=reply.record.attempt, refused=refused, keys=MATCH)
+            elif isinstance(reply, FillFrom):
+                self.world.history.add(Filled(self.run, 0, self.rank, reply.record.attempt, self.job.world_size))
                 refused = yield from self._read(reply.record)
+                report = replace(first, tried=reply.record.attempt, refused=refused, stage="fill")
+
+    def _match(self, record: CheckpointRecord) -> Generator[Sleep | Say, Reply | None, str]:
+        yield Sleep(self.world.latency())
+        if self.world.random.random() < self.world.faults.failed_read:
+            return "its index cannot be read here"
+        self.world.history.add(Matched(self.run, 0, self.rank, record.attempt))
+        return ""
 
     def _read(self, record: CheckpointRecord) -> Generator[Sleep | Say, Reply | None, str]:
         if self.world.random.random() < self.world.faults.failed_read:

@@ -70,6 +70,7 @@ from tests.support.driving import (
     foreign,
     kinds,
     last,
+    matched,
     opening,
     receipt,
     record,
@@ -471,7 +472,7 @@ def test_a_new_run_ends_what_the_old_one_had_in_flight():
 
 def test_a_restore_that_fails_on_one_rank_fails_for_all():
     driver, run, saved = saved_three()
-    waits = driver.ask(FromRank(run, 0, Restore(0, None, saved[2].attempt)))
+    waits = driver.ask(matched(run, 0, saved[2].attempt))
     failed = driver.answer(FromRank(run, 1, Restore(0, None, saved[2].attempt, failed="MismatchError: no key 'w'")))
     for reply in (failed, driver.replies[waits]):
         assert isinstance(refusal(reply), RestoreError)

@@ -22,33 +22,26 @@ from distckpt.coordinator.messages import (
     Accepted,
     Committed,
     FromRank,
-    Heartbeat,
     Leave,
+    MatchWith,
     Pin,
     Restore,
-    Restored,
-    RestoreFrom,
     Retention,
     RunOpened,
 )
 from distckpt.errors import (
     CheckpointNotFoundError,
-    MissingRanksError,
-    NoGoodCheckpointError,
-    RestoreError,
     SaveError,
 )
-from distckpt.format.json.log import Entry, State
 from tests.support.driving import (
     DIRECTORY,
     TIMEOUT,
     Driver,
-    attempt_of,
+    filled,
     kinds,
     last,
-    record,
+    matched,
     refusal,
-    saved_three,
 )
 
 # ---- retention -------------------------------------------------------------------------------------------------------
@@ -110,8 +103,9 @@ def test_trace_b_through_the_machine():
     run = driver.open(token="job2", retention=Retention(1))
     assert list(driver.replies.values())[-1] == RunOpened(run, 1, ())
     reply = driver.answer(FromRank(run, 0, Restore(0, None)))
-    assert cast(RestoreFrom, reply).record.number == 3
-    driver.answer(FromRank(run, 0, Restore(0, None, reply.record.attempt)))
+    assert cast(MatchWith, reply).record.number == 3
+    for report in (matched, filled):
+        driver.answer(report(run, 0, reply.record.attempt))
     for order, at in enumerate((5010.0, 5020.0), 1):
         driver.now = at
         driver.save(run, 1, order, order + 3)
@@ -387,101 +381,7 @@ def test_attempts_that_were_being_sealed_are_not_called_garbage_in_their_own_epo
     assert driver.take(CollectGarbage).failed == frozenset()
 
 
-# ---- restoring -------------------------------------------------------------------------------------------------------
-
-
-def test_all_ranks_restore_the_newest_and_are_told_when_all_have():
-    driver, run, saved = saved_three()
-    for rank in range(2):
-        assert driver.answer(FromRank(run, rank, Restore(0, None))) == RestoreFrom(saved[2])
-    first = driver.ask(FromRank(run, 0, Restore(0, None, saved[2].attempt)))
-    again = driver.ask(FromRank(run, 0, Restore(0, None, saved[2].attempt)))
-    assert first not in driver.replies
-    assert driver.answer(FromRank(run, 1, Restore(0, None, saved[2].attempt))) == Restored(saved[2])
-    assert driver.replies[first] == driver.replies[again] == Restored(saved[2])
-    assert driver.answer(FromRank(run, 1, Restore(0, None, saved[2].attempt))) == Restored(saved[2])
-
-
-def test_the_choice_stands_though_a_newer_one_is_committed_meanwhile():
-    driver, run, saved = saved_three()
-    driver.answer(FromRank(run, 0, Restore(0, None)))
-    driver.save(run, 2, 4, 40)
-    assert driver.answer(FromRank(run, 1, Restore(0, None))) == RestoreFrom(saved[2])
-    assert cast(RestoreFrom, driver.answer(FromRank(run, 1, Restore(1, None)))).record.number == 40
-
-
-def test_if_one_rank_refuses_all_fall_back_together():
-    driver, run, saved = saved_three()
-    waiting = driver.ask(FromRank(run, 0, Restore(0, None, saved[2].attempt)))
-    reply = driver.answer(FromRank(run, 1, Restore(0, None, saved[2].attempt, "shard 0: CRC")))
-    refused = ((f"{DIRECTORY}/ckpt-30", "rank 1 (host1): shard 0: CRC"),)
-    assert reply == RestoreFrom(saved[1], refused) == driver.replies[waiting]
-    late = driver.answer(FromRank(run, 0, Restore(0, None, saved[2].attempt)))
-    assert late == reply
-    driver.ask(FromRank(run, 1, Restore(0, None, saved[1].attempt)))
-    assert driver.answer(FromRank(run, 0, Restore(0, None, saved[1].attempt))) == Restored(saved[1], refused)
-
-
-def test_fallback_goes_on_to_preserved_ones_but_never_to_retiring_ones():
-    preserved, retiring, active = (record(n, attempt_of(1, n)) for n in (1, 2, 3))
-    driver = Driver()
-    state = State(active=(active,), preserved=(preserved,), retiring=(retiring,), last_preserved_timestamp=0.5)
-    driver.log[5] = Entry(1, 5, 1, "retire", 1.0, "c", state)
-    driver.leased = frozenset({retiring.attempt})
-    run = driver.lead().open()
-    assert cast(RestoreFrom, driver.answer(FromRank(run, 0, Restore(0, None)))).record == active
-    reply = driver.answer(FromRank(run, 0, Restore(0, None, active.attempt, "bad")))
-    assert cast(RestoreFrom, reply).record == preserved
-    error = refusal(driver.answer(FromRank(run, 0, Restore(0, None, preserved.attempt, "bad too"))))
-    assert isinstance(error, NoGoodCheckpointError)
-    assert [path for path, _ in error.refused] == [f"{DIRECTORY}/ckpt-3", f"{DIRECTORY}/ckpt-1"]
-
-
-def test_with_no_checkpoint_every_rank_initializes():
-    driver = Driver().lead()
-    run = driver.open(2)
-    assert driver.answer(FromRank(run, 0, Restore(0, None))) == Restored(None)
-    driver.save(run, 2, 1, 5)
-    assert driver.answer(FromRank(run, 1, Restore(0, None))) == Restored(None)
-
-
-def test_a_number_is_restored_or_refused_without_fallback():
-    driver, run, saved = saved_three(1)
-    assert driver.answer(FromRank(run, 0, Restore(0, 20))) == RestoreFrom(saved[1])
-    error = refusal(driver.answer(FromRank(run, 0, Restore(0, 20, saved[1].attempt, "bad"))))
-    assert isinstance(error, NoGoodCheckpointError)
-    assert "bad" in str(error)
-    missing = refusal(driver.answer(FromRank(run, 0, Restore(1, 99))))
-    assert isinstance(missing, CheckpointNotFoundError)
-    assert missing.path == f"{DIRECTORY}/ckpt-99"
-
-
-def test_ranks_that_ask_for_different_checkpoints_are_refused():
-    driver, run, _ = saved_three()
-    driver.answer(FromRank(run, 0, Restore(0, None)))
-    assert isinstance(refusal(driver.answer(FromRank(run, 1, Restore(0, 20)))), RestoreError)
-    assert isinstance(refusal(driver.answer(FromRank(run, 0, Restore(0, None)))), RestoreError)
-
-
-def test_ranks_missing_from_a_restore_are_named():
-    driver, run, saved = saved_three()
-    ticket = driver.ask(FromRank(run, 0, Restore(0, None, saved[2].attempt)))
-    driver.wait(TIMEOUT)
-    error = refusal(driver.replies[ticket])
-    assert isinstance(error, MissingRanksError)
-    assert (error.number, error.ranks, error.stage) == (None, (1,), "to restore")
-
-
-def test_a_rank_that_is_heard_may_take_its_time_to_restore():
-    driver, run, saved = saved_three()
-    driver.answer(FromRank(run, 1, Restore(0, None)))
-    ticket = driver.ask(FromRank(run, 0, Restore(0, None, saved[2].attempt)))
-    for _ in range(6):
-        driver.wait(TIMEOUT / 2)
-        driver.answer(FromRank(run, 1, Heartbeat()))
-    assert ticket not in driver.replies
-    driver.wait(TIMEOUT)
-    assert refusal(driver.replies[ticket]).ranks == (1,)
+# ---- what is being restored -------------------------------------------------------------------------------------------
 
 
 def test_what_is_being_restored_is_spared_by_retention_until_it_is_done():
@@ -491,7 +391,11 @@ def test_what_is_being_restored_is_spared_by_retention_until_it_is_done():
     driver.answer(FromRank(run, 0, Restore(0, 1)))
     new = driver.save(run, 1, 2, 2)
     assert driver.machine.state.active == (old, new)
-    driver.answer(FromRank(run, 0, Restore(0, 1, old.attempt)))
+    driver.answer(matched(run, 0, old.attempt, which=1))
+    driver.wait(TIMEOUT - 1.0)
+    driver.settle()
+    assert driver.machine.state.active == (old, new)
+    driver.answer(filled(run, 0, old.attempt, which=1))
     driver.wait(30.0)
     driver.settle()
     assert driver.machine.state.active == (new,)

@@ -39,10 +39,13 @@ from distckpt.coordinator.messages import (
     AwaitPlan,
     Committed,
     Describe,
+    FillFrom,
     FromRank,
     Heartbeat,
     Join,
     Joined,
+    KeyMatch,
+    MatchWith,
     OpenRun,
     Pin,
     Planned,
@@ -51,7 +54,6 @@ from distckpt.coordinator.messages import (
     Request,
     Restore,
     Restored,
-    RestoreFrom,
     Retention,
     RunOpened,
     ShardReceipt,
@@ -64,9 +66,11 @@ from distckpt.testing.history import (
     MANIFEST,
     PROMISES,
     Agreed,
+    Filled,
     Held,
     History,
     LetGo,
+    Matched,
     Piece,
     Promised,
     Whole,
@@ -81,6 +85,10 @@ TO = st.sampled_from([-1, -1, -1, 0, 1])
 
 def join_of(said: FromRank) -> Join:
     return cast(Join, said.request)
+
+
+FITTING = KeyMatch(b"\x00", 1)
+OTHERS = (FITTING, FITTING, FITTING, KeyMatch(b"\x01", 1), KeyMatch(b"\x01", 0), KeyMatch(b"\x00", 1, ("a",), (), 1))
 
 
 class Shell:
@@ -105,7 +113,7 @@ class Coordinators(RuleBasedStateMachine):
         self.late: list[tuple[str, Append]] = []
         self.joined: list[tuple[FromRank, Joined]] = []
         self.planned: list[tuple[FromRank, str, Planned]] = []
-        self.restoring: list[tuple[FromRank, RestoreFrom]] = []
+        self.restoring: list[tuple[FromRank, MatchWith | FillFrom]] = []
         self.written: set[tuple[str, int]] = set()
         self.started = 0
         self.token = "one"
@@ -272,19 +280,31 @@ class Coordinators(RuleBasedStateMachine):
         if which % 3 and self.restoring:
             self.report_restored(which, to, refused)
             return
-        rank = which % WORLD
-        self._ask(to, FromRank(sorted(self.runs.values())[which % len(self.runs)], rank, Restore(which % 2, None)))
+        rank, partial = which % WORLD, which % 5 == 0
+        restore = Restore(which % 2, None, partial=partial)
+        self._ask(to, FromRank(sorted(self.runs.values())[which % len(self.runs)], rank, restore))
 
     def report_restored(self, which: int, to: int, refused: str) -> None:
         asked, reply = self.restoring[which % len(self.restoring)]
-        self._ask(
-            to,
-            FromRank(
-                asked.run,
-                asked.rank,
-                Restore(cast(Restore, asked.request).order, None, reply.record.attempt, refused),
-            ),
-        )
+        first = cast(Restore, asked.request)
+        report = Restore(first.order, None, reply.record.attempt, refused, partial=first.partial)
+        if isinstance(reply, FillFrom):
+            report = replace(report, stage="fill")
+        else:
+            report = replace(report, keys=OTHERS[which % len(OTHERS)])
+        self._ask(to, FromRank(asked.run, asked.rank, report))
+
+    @precondition(lambda self: self.restoring)
+    @rule(to=PICK, which=PICK, refused=st.sampled_from(["", "", "", "bad"]))
+    def restore_together(self, to: int, which: int, refused: str) -> None:
+        """Both ranks go through one restore, doing what they were told last."""
+        for stage in ("ask", "match", "fill"):
+            for rank in range(WORLD):
+                mine = [at for at, (said, _) in enumerate(self.restoring) if said.rank == rank]
+                if stage == "ask":
+                    self._ask(to, FromRank(max(self.runs.values()), rank, Restore(which % 2, None)))
+                elif mine:
+                    self.report_restored(mine[-1], to, refused if stage == "fill" else "")
 
     @precondition(lambda self: self.asked)
     @rule(which=PICK, to=PICK)
@@ -316,6 +336,9 @@ class Coordinators(RuleBasedStateMachine):
         ticket = len(self.tickets)
         self.tickets[ticket] = request
         self.asked.append(request)
+        if isinstance(request, FromRank) and isinstance(request.request, Restore) and request.request.keys is not None:
+            place, tried = 2 * int(shell.name) + request.request.order, request.request.tried
+            self.history.add(Matched(request.run, place, request.rank, tried))
         self._feed(shell, Asked(ticket, request))
 
     def _feed(self, shell: Shell, event: Event) -> None:
@@ -344,8 +367,11 @@ class Coordinators(RuleBasedStateMachine):
                 join = next(old for old, joined in reversed(self.joined)
                             if joined.attempt == attempt and old.rank == said.rank)  # fmt: skip
                 self.planned.append((join, attempt, reply))
-            case Restore(), RestoreFrom():
+            case Restore(), MatchWith() | FillFrom():
                 self.restoring.append((said, reply))
+                if isinstance(reply, FillFrom):
+                    place = 2 * int(shell.name) + said.request.order
+                    self.history.add(Filled(said.run, place, said.rank, reply.record.attempt, WORLD))
             case Restore(order), Restored(record):
                 # Another coordinator may let a round begin anew, so a round is one coordinator's.
                 self.history.add(Agreed(said.run, 2 * int(shell.name) + order, said.rank, record))

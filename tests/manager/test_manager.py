@@ -241,14 +241,15 @@ def test_other_shapes_are_reported_and_change_nothing(tmp_path: Path) -> None:
 
 
 def test_missing_and_unexpected_keys_are_named(tmp_path: Path) -> None:
-    with distckpt.CheckpointManager(distckpt.Checkpoint(s={"a": torch.ones(3), "b": 1}), tmp_path) as manager:
+    saved = distckpt.Checkpoint(s={"a": torch.ones(3), "b": 1}, t=torch.ones(2))
+    with distckpt.CheckpointManager(saved, tmp_path) as manager:
         path = manager.save(1).result(30)
     status = distckpt.Checkpoint(s={"a": torch.zeros(3), "c": torch.zeros(1)}).restore(path)
     assert status.missing == ("s.c",)
     with pytest.raises(MismatchError, match=r"s\.c"):
         status.assert_existing_objects_matched()
-    status = distckpt.Checkpoint(other=torch.zeros(1)).restore(path, partial=True)
-    assert set(status.unexpected) >= {"s.a", "s.b"}
+    status = distckpt.Checkpoint(s={"b": 0}, other=torch.zeros(1)).restore(path, partial=True)
+    assert status.unexpected == ("t",)
     with pytest.raises(MismatchError):
         status.assert_consumed()
 
@@ -492,10 +493,10 @@ def test_managers_of_one_run_id_are_runs_of_their_own(gang2: Gang, tmp_path: Pat
 
 def test_a_rank_that_cannot_restore_tells_the_others(gang2: Gang, tmp_path: Path) -> None:
     other, failed = gang2.run("ranks.manager:one_cannot_restore", directory=str(tmp_path))
-    assert failed.startswith("MismatchError")
+    assert failed.startswith("ValueError")
     assert other.startswith("RestoreError")
     assert "rank 1 (" in other
-    assert "weight" in other
+    assert "cannot be put back" in other
 
 
 class Interrupting(torch.Tensor):
@@ -591,9 +592,8 @@ def test_the_latest_checkpoint_of_a_fresh_directory_restores_nothing(tmp_path: P
         manager.save().result(30)
         status = checkpoint.restore(manager.latest_checkpoint)
         assert status.assert_consumed().assert_existing_objects_matched().assert_nontrivial_match() is status
-        status = distckpt.Checkpoint(other=1).restore(manager.latest_checkpoint, partial=True)
         with pytest.raises(MismatchError, match="in no object: w, v"):
-            status.assert_nontrivial_match()
+            distckpt.Checkpoint(other=1).restore(manager.latest_checkpoint, partial=True)
 
 
 def test_init_fn_runs_only_without_a_checkpoint(tmp_path: Path) -> None:

@@ -58,16 +58,27 @@ def two_managers(directory: str, run_id: str) -> list[float]:
     return state["weight"].tolist()
 
 
+class Stubborn:
+    """Has a state that cannot be put back on rank 1."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Something."""
+        return {"x": 1}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Refuse it on rank 1."""
+        if dist.get_rank() == 1:
+            raise ValueError("cannot be put back")
+
+
 def one_cannot_restore(directory: str) -> str:
-    """Rank 1 has something of another shape; how the restore ends."""
-    state = {"weight": torch.ones(4)}
-    with distckpt.CheckpointManager(distckpt.Checkpoint(state=state), directory, save_timeout=30) as manager:
+    """An object of rank 1 does not take its state back; how the restore ends."""
+    checkpoint = distckpt.Checkpoint(weight=torch.ones(4), stubborn=Stubborn())
+    with distckpt.CheckpointManager(checkpoint, directory, save_timeout=30) as manager:
         manager.save(1)
         manager.wait()
-        if dist.get_rank() == 1:
-            state["weight"] = torch.ones(5)
         try:
             manager.restore()
-        except DistckptError as error:
+        except (DistckptError, ValueError) as error:
             return f"{type(error).__name__}: {error}"
     return ""

@@ -37,12 +37,14 @@ from distckpt.coordinator.messages import (
     FromRank,
     Join,
     Joined,
+    KeyMatch,
     OpenRun,
     Planned,
     Receipt,
     Refused,
     Reply,
     Request,
+    Restore,
     Retention,
     RunOpened,
 )
@@ -213,6 +215,19 @@ class Driver:
 
 def receipt(run: int, rank: int, attempt: str, rows: int) -> FromRank:
     return FromRank(run, rank, Receipt(attempt, (ShardReceipt(0, 100, 0, rows, b"", b"", b"", b""),)))
+
+
+FITS = KeyMatch(b"\x00", 3)
+
+
+def matched(run: int, rank: int, attempt: str, keys: KeyMatch = FITS, **more) -> FromRank:
+    """A rank has found out how its objects match a checkpoint, which changes nothing."""
+    return FromRank(run, rank, Restore(0, more.pop("which", None), attempt, keys=keys, **more))
+
+
+def filled(run: int, rank: int, attempt: str, refused: str = "", **more) -> FromRank:
+    """A rank has filled its objects, or could not."""
+    return FromRank(run, rank, Restore(0, more.pop("which", None), attempt, refused, stage="fill", **more))
 
 
 def simulated_plan(driver: Driver, world: int, chunks: int, staged: dict[int, bytes] | None = None) -> SimulatedPlan:

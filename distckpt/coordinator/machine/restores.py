@@ -1,4 +1,8 @@
-"""Collective restores: all ranks restore the same checkpoint, and fall back together when one of them cannot."""
+"""Collective restores: all ranks restore the same checkpoint, and fall back together when one of them cannot.
+
+Each candidate goes through two stages. First every rank says how its objects match it, which changes nothing; only if
+that will do for all of them, they fill.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +13,17 @@ from distckpt.coordinator.machine.desk import Desk
 from distckpt.coordinator.machine.ledger import Ledger
 from distckpt.coordinator.machine.records import find_folder, find_number, record_path
 from distckpt.coordinator.machine.runs import Run, Runs
-from distckpt.coordinator.messages import Refused, Reply, Restore, Restored, RestoreFrom
+from distckpt.coordinator.messages import (
+    FillFrom,
+    KeyMatch,
+    MatchWith,
+    Mismatched,
+    Refused,
+    Reply,
+    Restore,
+    Restored,
+    merged_matches,
+)
 from distckpt.errors import (
     CheckpointNotFoundError,
     DistckptError,
@@ -26,13 +40,17 @@ REMEMBERED_ROUNDS = 16
 class _Round:
     """``candidates`` are what is left to try, best first; its first element is being tried.
 
-    ``reported`` are ranks that are through with it, ``refusal`` the first reason against it; ``heard`` is when each
+    ``keys`` is how those ranks match it that have said so; ``filling`` that all have, and fill now. ``reported`` are
+    ranks that are through with this stage, ``refusal`` the first reason against the candidate; ``heard`` is when each
     rank spoke last, in monotonic seconds.
     """
 
     which: int | str | None
+    partial: bool
     deadline: float
     candidates: list[CheckpointRecord]
+    keys: KeyMatch | None = None
+    filling: bool = False
     refused: tuple[tuple[str, str], ...] = ()
     reported: set[int] = field(default_factory=set)
     refusal: str = ""
@@ -43,6 +61,24 @@ class _Round:
     @property
     def current(self) -> CheckpointRecord:
         return self.candidates[0]
+
+    @property
+    def question(self) -> Reply:
+        """What is wanted of ranks that have not reported yet."""
+        if self.filling and self.keys is not None:
+            return FillFrom(self.current, self.keys)
+        return MatchWith(self.current, self.refused)
+
+    def is_answer(self, message: Restore) -> bool:
+        """Whether a rank reports on what is wanted now, and not on an earlier candidate or stage."""
+        if message.tried != self.current.attempt or (message.stage == "fill") is not self.filling:
+            return False
+        return self.filling or bool(message.refused) or message.keys is not None
+
+    def begin(self, filling: bool) -> None:
+        """Nobody has reported on what is wanted from now on."""
+        self.filling = filling
+        self.reported = set()
 
 
 class Restores:
@@ -89,7 +125,7 @@ class Restores:
         elif rank in round.reported:
             self._desk.hold(ticket, round.waiting, rank)
         else:
-            self._desk.answer(ticket, RestoreFrom(round.current, round.refused))
+            self._desk.answer(ticket, round.question)
 
     def alive(self, rank: int) -> None:
         """A rank gave a sign of life; restoring may take it longer than the timeout once it has begun."""
@@ -110,7 +146,7 @@ class Restores:
 
     def _new_round(self, first: Restore) -> _Round:
         deadline = self._desk.mono + self._current.save_timeout
-        round = _Round(first.which, deadline, self._candidates(first.which))
+        round = _Round(first.which, first.partial, deadline, self._candidates(first.which))
         self._rounds[first.order] = self._open[first.order] = round
         if not round.candidates:
             self._end(first.order, self._nothing(first.which))
@@ -130,33 +166,42 @@ class Restores:
         return Refused(CheckpointNotFoundError(path, "no such checkpoint is committed"))
 
     def _hear(self, round: _Round, rank: int, message: Restore) -> None:
-        if message.which != round.which:
-            reason = f"rank {rank} restores {_shown(message.which)}, but others restore {_shown(round.which)}"
+        reason = _disagreement(round, rank, message)
+        if message.failed:
+            reason = f"rank {rank} ({self._current.hosts.get(rank, '')}) failed: {message.failed}"
+        if reason:
             self._end(message.order, Refused(RestoreError(f"{self._desk.directory}: {reason}")))
             return
-        if message.failed:
-            who = f"rank {rank} ({self._current.hosts.get(rank, '')})"
-            self._end(message.order, Refused(RestoreError(f"{self._desk.directory}: {who} failed: {message.failed}")))
-            return
         round.heard[rank] = self._desk.mono
-        if message.tried != round.current.attempt or rank in round.reported:
+        if rank in round.reported or not round.is_answer(message):
             return
         round.deadline = self._desk.mono + self._current.save_timeout
         round.reported.add(rank)
         if message.refused and not round.refusal:
             host = self._current.hosts.get(rank, "")
             round.refusal = f"rank {rank} ({host}): {message.refused}"
+        elif message.keys is not None and not round.filling:
+            round.keys = message.keys if round.keys is None else merged_matches(round.keys, message.keys)
         if len(round.reported) == self._current.world_size:
             self._all_reported(message.order, round)
 
     def _all_reported(self, order: int, round: _Round) -> None:
-        if not round.refusal:
+        if round.refusal:
+            self._fall_back(order, round)
+        elif round.filling:
             self._end(order, Restored(round.current, round.refused))
-            return
+        elif round.keys is not None and (round.keys.in_vain or not (round.partial or round.keys.fits)):
+            self._end(order, Mismatched(round.current, round.keys))
+        else:
+            round.begin(filling=True)
+            self._desk.answer_shelf(round.waiting, round.question)
+
+    def _fall_back(self, order: int, round: _Round) -> None:
         refused = (record_path(self._desk.directory, round.current), round.refusal)
         round.refused = (*round.refused, refused)
         round.refusal = ""
-        round.reported = set()
+        round.keys = None
+        round.begin(filling=False)
         # Retention may have taken older ones away meanwhile.
         alive = self._ledger.state.alive()
         left = [record for record in round.candidates[1:] if record.attempt in alive]
@@ -164,7 +209,7 @@ class Restores:
             self._end(order, Refused(NoGoodCheckpointError(self._desk.directory, round.refused)))
             return
         round.candidates = left
-        self._desk.answer_shelf(round.waiting, RestoreFrom(round.current, round.refused))
+        self._desk.answer_shelf(round.waiting, round.question)
 
     def _missing(self, round: _Round) -> list[int]:
         return [rank for rank in range(self._current.world_size) if rank not in round.reported]
@@ -192,3 +237,12 @@ class Restores:
 
 def _shown(which: int | str | None) -> str:
     return "the newest checkpoint" if which is None else f"checkpoint {which}"
+
+
+def _disagreement(round: _Round, rank: int, message: Restore) -> str:
+    if message.which != round.which:
+        return f"rank {rank} restores {_shown(message.which)}, but others restore {_shown(round.which)}"
+    if message.partial != round.partial:
+        mine, others = ("partial", "strict") if message.partial else ("strict", "partial")
+        return f"the restore of rank {rank} is {mine}, that of others {others}: all ranks must give the same partial"
+    return ""

@@ -1,0 +1,209 @@
+"""The coordinator's machine, one behaviour a test: restores of all ranks together."""
+
+from __future__ import annotations
+
+from typing import cast
+
+from distckpt.coordinator.messages import (
+    FillFrom,
+    FromRank,
+    Heartbeat,
+    KeyMatch,
+    MatchWith,
+    Mismatched,
+    Restore,
+    Restored,
+    Status,
+    StatusReply,
+)
+from distckpt.errors import (
+    CheckpointNotFoundError,
+    MissingRanksError,
+    NoGoodCheckpointError,
+    RestoreError,
+)
+from distckpt.format.json.log import Entry, State
+from tests.support.driving import (
+    DIRECTORY,
+    FITS,
+    TIMEOUT,
+    Driver,
+    attempt_of,
+    filled,
+    matched,
+    record,
+    refusal,
+    saved_three,
+)
+
+
+def test_all_ranks_restore_the_newest_and_are_told_when_all_have():
+    driver, run, saved = saved_three()
+    newest = saved[2].attempt
+    for rank in range(2):
+        assert driver.answer(FromRank(run, rank, Restore(0, None))) == MatchWith(saved[2])
+    for report, then in ((matched, FillFrom(saved[2], FITS)), (filled, Restored(saved[2]))):
+        first = driver.ask(report(run, 0, newest))
+        again = driver.ask(report(run, 0, newest))
+        assert first not in driver.replies
+        assert driver.answer(report(run, 1, newest)) == then
+        assert driver.replies[first] == driver.replies[again] == then
+        assert driver.answer(report(run, 1, newest)) == then
+
+
+def test_nobody_fills_before_all_have_matched():
+    driver, run, saved = saved_three()
+    newest = saved[2].attempt
+    for rank in range(2):
+        assert driver.answer(filled(run, rank, newest)) == MatchWith(saved[2])
+    early = driver.ask(matched(run, 0, newest))
+    assert driver.answer(filled(run, 1, newest)) == MatchWith(saved[2])
+    assert early not in driver.replies
+    assert driver.answer(matched(run, 1, newest)) == driver.replies[early] == FillFrom(saved[2], FITS)
+    late = driver.answer(matched(run, 0, newest))
+    assert late == FillFrom(saved[2], FITS), "a late copy of a report on the stage before says nothing of this one"
+    driver.ask(filled(run, 0, newest))
+    assert driver.answer(FromRank(run, 1, Restore(0, None))) == FillFrom(saved[2], FITS)
+    assert driver.answer(filled(run, 1, newest)) == Restored(saved[2])
+
+
+def test_a_mismatch_on_any_rank_ends_the_restore_for_all_with_what_is_missing_or_does_not_fit_anywhere():
+    driver, run, saved = saved_three()
+    newest = saved[2].attempt
+    waits = driver.ask(matched(run, 0, newest, KeyMatch(b"\xc0", 5, ("a",), (("b", "saved 1"),), 1, 1)))
+    verdict = driver.answer(matched(run, 1, newest, KeyMatch(b"\x60", 4, ("c", "a"), (), 70, 0)))
+    assert verdict == driver.replies[waits] == Mismatched(saved[2], verdict.keys)
+    assert verdict.keys == KeyMatch(b"\x40", 5, ("a", "c"), (("b", "saved 1"),), 70, 1)
+    assert driver.answer(matched(run, 0, newest)) == verdict
+    assert cast(StatusReply, driver.answer(Status())).waiting == {}
+
+
+def test_what_one_rank_does_not_claim_another_may():
+    driver, run, saved = saved_three()
+    driver.ask(matched(run, 0, saved[2].attempt, KeyMatch(b"\xc0", 5)))
+    reply = driver.answer(matched(run, 1, saved[2].attempt, KeyMatch(b"\x30", 4)))
+    assert reply == FillFrom(saved[2], KeyMatch(b"\x00", 5))
+
+
+def test_a_partial_restore_goes_on_and_tells_all_ranks_what_does_not_match():
+    driver, run, saved = saved_three()
+    newest, odd = saved[2].attempt, KeyMatch(b"\x80", 1, ("a",), (), 1)
+    driver.ask(matched(run, 0, newest, odd, partial=True))
+    assert driver.answer(matched(run, 1, newest, odd, partial=True)) == FillFrom(saved[2], odd)
+    driver.ask(filled(run, 0, newest, partial=True))
+    assert driver.answer(filled(run, 1, newest, partial=True)) == Restored(saved[2])
+
+
+def test_nothing_in_common_is_a_mismatch_even_if_partial():
+    driver, run, saved = saved_three()
+    nothing = KeyMatch(b"\x80", 0)
+    driver.ask(matched(run, 0, saved[2].attempt, nothing, partial=True))
+    reply = driver.answer(matched(run, 1, saved[2].attempt, nothing, partial=True))
+    assert reply == Mismatched(saved[2], nothing)
+
+
+def test_ranks_that_disagree_whether_to_restore_in_part_are_refused():
+    driver, run, _ = saved_three()
+    driver.answer(FromRank(run, 0, Restore(0, None)))
+    for rank, partial in ((1, True), (0, False)):
+        error = refusal(driver.answer(FromRank(run, rank, Restore(0, None, partial=partial))))
+        assert isinstance(error, RestoreError)
+        assert "rank 1 is partial" in str(error)
+
+
+def test_damage_found_while_filling_makes_all_fall_back_and_match_again():
+    driver, run, saved = saved_three()
+    for rank in range(2):
+        driver.ask(matched(run, rank, saved[2].attempt, KeyMatch(b"\x80", 1), partial=True))
+    waits = driver.ask(filled(run, 0, saved[2].attempt, partial=True))
+    reply = driver.answer(filled(run, 1, saved[2].attempt, "shard 0: CRC", partial=True))
+    refused = ((f"{DIRECTORY}/ckpt-30", "rank 1 (host1): shard 0: CRC"),)
+    assert reply == driver.replies[waits] == MatchWith(saved[1], refused)
+    driver.ask(matched(run, 0, saved[1].attempt, partial=True))
+    assert driver.answer(matched(run, 1, saved[1].attempt, partial=True)) == FillFrom(saved[1], FITS)
+    driver.ask(filled(run, 0, saved[1].attempt, partial=True))
+    assert driver.answer(filled(run, 1, saved[1].attempt, partial=True)) == Restored(saved[1], refused)
+
+
+def test_the_choice_stands_though_a_newer_one_is_committed_meanwhile():
+    driver, run, saved = saved_three()
+    driver.answer(FromRank(run, 0, Restore(0, None)))
+    driver.save(run, 2, 4, 40)
+    assert driver.answer(FromRank(run, 1, Restore(0, None))) == MatchWith(saved[2])
+    assert cast(MatchWith, driver.answer(FromRank(run, 1, Restore(1, None)))).record.number == 40
+
+
+def test_if_one_rank_refuses_all_fall_back_together():
+    driver, run, saved = saved_three()
+    waiting = driver.ask(matched(run, 0, saved[2].attempt))
+    reply = driver.answer(FromRank(run, 1, Restore(0, None, saved[2].attempt, "shard 0: CRC")))
+    refused = ((f"{DIRECTORY}/ckpt-30", "rank 1 (host1): shard 0: CRC"),)
+    assert reply == MatchWith(saved[1], refused) == driver.replies[waiting]
+    late = driver.answer(matched(run, 0, saved[2].attempt))
+    assert late == reply
+    driver.ask(matched(run, 1, saved[1].attempt))
+    assert driver.answer(matched(run, 0, saved[1].attempt)) == FillFrom(saved[1], FITS)
+    driver.ask(filled(run, 1, saved[1].attempt))
+    assert driver.answer(filled(run, 0, saved[1].attempt)) == Restored(saved[1], refused)
+
+
+def test_fallback_goes_on_to_preserved_ones_but_never_to_retiring_ones():
+    preserved, retiring, active = (record(n, attempt_of(1, n)) for n in (1, 2, 3))
+    driver = Driver()
+    state = State(active=(active,), preserved=(preserved,), retiring=(retiring,), last_preserved_timestamp=0.5)
+    driver.log[5] = Entry(1, 5, 1, "retire", 1.0, "c", state)
+    driver.leased = frozenset({retiring.attempt})
+    run = driver.lead().open()
+    assert cast(MatchWith, driver.answer(FromRank(run, 0, Restore(0, None)))).record == active
+    reply = driver.answer(FromRank(run, 0, Restore(0, None, active.attempt, "bad")))
+    assert cast(MatchWith, reply).record == preserved
+    error = refusal(driver.answer(FromRank(run, 0, Restore(0, None, preserved.attempt, "bad too"))))
+    assert isinstance(error, NoGoodCheckpointError)
+    assert [path for path, _ in error.refused] == [f"{DIRECTORY}/ckpt-3", f"{DIRECTORY}/ckpt-1"]
+
+
+def test_with_no_checkpoint_every_rank_initializes():
+    driver = Driver().lead()
+    run = driver.open(2)
+    assert driver.answer(FromRank(run, 0, Restore(0, None))) == Restored(None)
+    driver.save(run, 2, 1, 5)
+    assert driver.answer(FromRank(run, 1, Restore(0, None))) == Restored(None)
+
+
+def test_a_number_is_restored_or_refused_without_fallback():
+    driver, run, saved = saved_three(1)
+    assert driver.answer(FromRank(run, 0, Restore(0, 20))) == MatchWith(saved[1])
+    error = refusal(driver.answer(FromRank(run, 0, Restore(0, 20, saved[1].attempt, "bad"))))
+    assert isinstance(error, NoGoodCheckpointError)
+    assert "bad" in str(error)
+    missing = refusal(driver.answer(FromRank(run, 0, Restore(1, 99))))
+    assert isinstance(missing, CheckpointNotFoundError)
+    assert missing.path == f"{DIRECTORY}/ckpt-99"
+
+
+def test_ranks_that_ask_for_different_checkpoints_are_refused():
+    driver, run, _ = saved_three()
+    driver.answer(FromRank(run, 0, Restore(0, None)))
+    assert isinstance(refusal(driver.answer(FromRank(run, 1, Restore(0, 20)))), RestoreError)
+    assert isinstance(refusal(driver.answer(FromRank(run, 0, Restore(0, None)))), RestoreError)
+
+
+def test_ranks_missing_from_a_restore_are_named():
+    driver, run, saved = saved_three()
+    ticket = driver.ask(matched(run, 0, saved[2].attempt))
+    driver.wait(TIMEOUT)
+    error = refusal(driver.replies[ticket])
+    assert isinstance(error, MissingRanksError)
+    assert (error.number, error.ranks, error.stage) == (None, (1,), "to restore")
+
+
+def test_a_rank_that_is_heard_may_take_its_time_to_restore():
+    driver, run, saved = saved_three()
+    driver.answer(FromRank(run, 1, Restore(0, None)))
+    ticket = driver.ask(matched(run, 0, saved[2].attempt))
+    for _ in range(6):
+        driver.wait(TIMEOUT / 2)
+        driver.answer(FromRank(run, 1, Heartbeat()))
+    assert ticket not in driver.replies
+    driver.wait(TIMEOUT)
+    assert refusal(driver.replies[ticket]).ranks == (1,)
