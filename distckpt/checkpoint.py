@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from distckpt.directory.locate import locate, read_index
 from distckpt.state.filler import restore_objects
 from distckpt.state.objects import NamedObjects, PerRank, RandomState
+from distckpt.state.selection import Rename, Selection
 from distckpt.state.status import LoadStatus, describe
 from distckpt.world import find_world
 
@@ -34,6 +35,9 @@ class Checkpoint(NamedObjects):
         path: str | os.PathLike[str] | None,
         storage_options: Mapping[str, Any] | None = None,
         partial: bool = False,
+        *,
+        select: str | Sequence[str] | None = None,
+        rename: Rename | None = None,
     ) -> LoadStatus:
         """Fill the objects in place from the checkpoint at ``path``, every byte checked before it counts.
 
@@ -42,15 +46,21 @@ class Checkpoint(NamedObjects):
         refused, or with ``partial`` reported by the status and left as they are. None, which is the latest checkpoint
         of a fresh directory, restores nothing: for the status all objects are missing then.
 
+        ``select`` restores only what these keys of the checkpoint begin with, ``"model"`` say, and leaves all else as it
+        is. ``rename`` maps what keys of the checkpoint begin with to what they are called here, or is a function from key
+        to key; None leaves a key out: ``restore(other_run, select="model.encoder", rename={"model.encoder": "encoder"})``.
+
         Raises CheckpointNotFoundError, DamagedError, ResizeError, and MismatchError, before anything is changed, for
-        keys that do not fit and when objects and checkpoint have nothing in common. After a DamagedError the objects
+        keys that do not fit and when objects and checkpoint have nothing in common; KeyError for a selector that no key
+        begins with. After a DamagedError the objects
         hold a mixture: restore another checkpoint.
         """
         if path is None:
             return LoadStatus("no checkpoint", list(self.objects), ())
         where = locate(path, storage_options)
         world = find_world()
-        status = restore_objects(self, where, read_index(where), world.rank, world.size, partial)
+        selection = Selection.of(select, rename)
+        status = restore_objects(self, where, read_index(where), world.rank, world.size, partial, selection)
         if not partial and (status.missing or status.unexpected):
             logger.warning("%s", describe(status))
         return status

@@ -6,7 +6,7 @@ import contextlib
 import logging
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Literal
 
@@ -26,6 +26,7 @@ from distckpt.rank.pending import PendingSave, PendingSaves
 from distckpt.rank.restorer import Restorer
 from distckpt.rank.saved_steps import SavedSteps
 from distckpt.rank.saver import Saver
+from distckpt.state.selection import EVERYTHING, Rename, Selection
 from distckpt.state.status import LoadStatus
 from distckpt.storage import canonical, join, open_store
 from distckpt.threads.coordinator import Coordinator
@@ -266,18 +267,26 @@ class CheckpointManager:
             self._init_fn()
         return path
 
-    def restore(self, which: int | str | os.PathLike[str] | None = None, partial: bool = False) -> str:
+    def restore(
+        self,
+        which: int | str | os.PathLike[str] | None = None,
+        partial: bool = False,
+        *,
+        select: str | Sequence[str] | None = None,
+        rename: Rename | None = None,
+    ) -> str:
         """Restore one checkpoint on all ranks, in place, and return its path.
 
         ``which`` is a number or a path of this directory; None means the newest good one: what any rank finds
         damaged is refused by all, with the reason in the log, and the next older is tried. ``partial``, on all ranks
         alike, allows keys that the checkpoint lacks, that no rank's objects ask for, or that do not fit: they are left
-        as they are, and named in the log and by ``restore_status``.
+        as they are, and named in the log and by ``restore_status``. ``select`` and ``rename``, on all ranks alike, are
+        as in ``Checkpoint.restore``, which takes a checkpoint of any directory.
 
         Raises MismatchError, the same one on every rank and before anything is changed on any, also with ``partial``
         if nothing matches; CheckpointNotFoundError, NoGoodCheckpointError, ResizeError, MissingRanksError.
         """
-        path = self._restore(self._folder(which), partial)
+        path = self._restore(self._folder(which), partial, Selection.of(select, rename))
         if path is None:
             raise CheckpointNotFoundError(self._store.url, "no checkpoint has been committed here")
         return path
@@ -287,10 +296,10 @@ class CheckpointManager:
         """How keys matched on all ranks in the last restore of a checkpoint; None if this manager restored none."""
         return self._restorer.status
 
-    def _restore(self, which: int | str | None, partial: bool) -> str | None:
+    def _restore(self, which: int | str | None, partial: bool, selection: Selection = EVERYTHING) -> str | None:
         self._check_open()
         self._pending.settle()
-        record = self._restorer.restore(which, partial)
+        record = self._restorer.restore(which, partial, selection)
         self._restored()
         if record is None:
             return None

@@ -28,6 +28,7 @@ from distckpt.errors import DamagedError, DistckptError, MismatchError, RestoreE
 from distckpt.format.json.log import CheckpointRecord
 from distckpt.state.filler import Filler
 from distckpt.state.objects import NamedObjects
+from distckpt.state.selection import EVERYTHING, Selection
 from distckpt.state.status import LoadStatus, describe
 from distckpt.storage import Store
 from distckpt.world import World
@@ -56,8 +57,11 @@ class Restorer:
         self._timeout = save_timeout
         self._asked = 0
         self._filler: tuple[str, Filler] | None = None
+        self._selection = EVERYTHING
 
-    def restore(self, which: int | str | None, partial: bool) -> CheckpointRecord | None:
+    def restore(
+        self, which: int | str | None, partial: bool, selection: Selection = EVERYTHING
+    ) -> CheckpointRecord | None:
         """Restore a number of this run's name, a folder like ``ckpt-42``, or (None) the newest good checkpoint.
 
         Returns its record; None if there is none to choose from.
@@ -65,6 +69,7 @@ class Restorer:
         Raises CheckpointNotFoundError, NoGoodCheckpointError, MismatchError, ResizeError, MissingRanksError.
         """
         self._asked += 1
+        self._selection = selection
         try:
             return self._restore(Restore(self._asked, which, partial=partial))
         finally:
@@ -117,7 +122,8 @@ class Restorer:
 
     def _match(self, record: CheckpointRecord, partial: bool) -> KeyMatch:
         where = located(self._store, record)
-        filler = Filler(self._checkpoint, where, read_index(where), self._world.rank, self._world.size, partial)
+        rank, size = self._world.rank, self._world.size
+        filler = Filler(self._checkpoint, where, read_index(where), rank, size, partial, self._selection)
         self._filler = record.attempt, filler
         missing, misfits = filler.missing, filler.misfits
         return KeyMatch(

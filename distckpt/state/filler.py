@@ -7,6 +7,7 @@ objects are filled.
 from __future__ import annotations
 
 import numpy as np
+import torch
 
 from distckpt.directory.locate import Located
 from distckpt.errors import MismatchError
@@ -14,24 +15,39 @@ from distckpt.format.arrow.index import Index
 from distckpt.format.tree.tree import DictStep, Path, RankStep, decode_path
 from distckpt.state.kinds import kinds_of
 from distckpt.state.match import Match, Saved, Values
-from distckpt.state.objects import SAVE_COUNTER, NamedObjects
+from distckpt.state.objects import SAVE_COUNTER, NamedObjects, wrapped_in
+from distckpt.state.optimizer import STATE
+from distckpt.state.selection import EVERYTHING, Selection, joined
 from distckpt.state.status import LoadStatus
 
 
 class Filler:
     """One restore of one checkpoint into the objects of another. Made, it knows how they match; nothing is changed yet.
 
-    Raises ResizeError, and DamagedError for plain values that are not as they were written.
+    Raises ResizeError, DamagedError for plain values that are not as they were written, KeyError for a selector of no
+    key, and ValueError for a renaming that makes one key of two.
     """
 
     def __init__(
-        self, checkpoint: NamedObjects, where: Located, index: Index, rank: int, world_size: int, partial: bool = False
+        self,
+        checkpoint: NamedObjects,
+        where: Located,
+        index: Index,
+        rank: int,
+        world_size: int,
+        partial: bool = False,
+        selection: Selection = EVERYTHING,
     ) -> None:
         self._where = where
-        paths = {key: decode_path(path, where.path) for key, path in zip(index.names, index.paths, strict=True)}
-        saved = Saved(where, index, (), paths, {key: key for key in paths})
+        texts = dict(zip(index.names, index.paths, strict=True))
+        paths = {key: decode_path(text, where.path) for key, text in texts.items()}
+        here, origins = selection.apply(paths, texts, where.path)
+        for key, origin in origins.items():
+            if key != origin:
+                here[key] = _with_whole_names(checkpoint, here[key], paths[origin])
+        saved = Saved(where, index, (), here, origins)
         parts = saved.by_step()
-        self._match = match = Match(where, index, partial)
+        self._match = match = Match(where, index, partial, selection.asks)
         for name, kind in kinds_of(checkpoint, rank, world_size).items():
             kind.match(match, parts.get(DictStep(name), saved.below(DictStep(name))))
         if SAVE_COUNTER in saved:
@@ -39,6 +55,7 @@ class Filler:
             match.afterwards(lambda values: setattr(checkpoint, SAVE_COUNTER, int(values[SAVE_COUNTER])))
         self._values: Values = match.look()
         self._paths = paths
+        self._names = {origin: key for key, origin in origins.items()}
         self._rank = rank
 
     @property
@@ -64,8 +81,9 @@ class Filler:
     @property
     def unclaimed(self) -> bytes:
         """A bit for each key of the checkpoint, in the order of its index: whether no object here has a place for it."""
-        claimed = self._match.claimed
-        return np.packbits(np.fromiter((key not in claimed for key in self._paths), bool, len(self._paths))).tobytes()
+        claimed, names = self._match.claimed, self._names
+        nobodys = (key in names and names[key] not in claimed for key in self._paths)
+        return np.packbits(np.fromiter(nobodys, bool, len(self._paths))).tobytes()
 
     def keys_of(self, unclaimed: bytes) -> list[str]:
         """The keys whose bits are set."""
@@ -85,14 +103,30 @@ class Filler:
 
 
 def restore_objects(
-    checkpoint: NamedObjects, where: Located, index: Index, rank: int, world_size: int, partial: bool = False
+    checkpoint: NamedObjects,
+    where: Located,
+    index: Index,
+    rank: int,
+    world_size: int,
+    partial: bool = False,
+    selection: Selection = EVERYTHING,
 ) -> LoadStatus:
     """Fill every object of ``checkpoint``. See Checkpoint.restore for the promise and the errors."""
-    filler = Filler(checkpoint, where, index, rank, world_size, partial=True)
+    filler = Filler(checkpoint, where, index, rank, world_size, True, selection)
     filler.status().assert_nontrivial_match()
     if filler.misfits and not partial:
         raise MismatchError(where.path, (), (), filler.misfits)
     return filler.fill()
+
+
+def _with_whole_names(checkpoint: NamedObjects, path: Path, before: Path) -> Path:
+    """A renamed path as the object has it, of whose steps one may be the name of a parameter."""
+    owner = wrapped_in(checkpoint.objects.get(str(path[0])))
+    if isinstance(owner, torch.nn.Module):
+        return joined(path, 1, before)
+    if isinstance(owner, torch.optim.Optimizer) and path[1:2] == (DictStep(STATE),):
+        return joined(path, 2, before)
+    return path
 
 
 def _of_other_rank(path: Path, rank: int) -> bool:

@@ -103,17 +103,23 @@ class Saved:
         return {step.rank: part for step, part in self.by_step().items() if isinstance(step, RankStep)}
 
 
+def _everything(key: str) -> bool:
+    return True
+
+
 @dataclass(slots=True)
 class Match:
     """What one restore is about to do, and what does not fit. Nothing is changed before ``perform``.
 
     ``missing`` are keys of the objects that the checkpoint lacks, ``misfits`` says of keys why they do not fit,
     ``claimed`` are the keys that some object of this rank has a place for, and ``partial`` says that not all need fit.
+    ``asks`` tells which keys of the objects are to be restored at all.
     """
 
     where: Located
     index: Index
     partial: bool = False
+    asks: Callable[[str], bool] = _everything
     claimed: set[str] = field(default_factory=set)
     missing: list[str] = field(default_factory=list)
     misfits: dict[str, str] = field(default_factory=dict)
@@ -127,7 +133,7 @@ class Match:
 
     def lacks(self, keys: Iterable[str]) -> None:
         """The checkpoint does not have these keys of an object, which stay as they are."""
-        self.missing.extend(keys)
+        self.missing.extend(key for key in keys if self.asks(key))
 
     def claim(self, keys: Iterable[str]) -> None:
         """An object has a place for these keys."""

@@ -26,7 +26,9 @@ class Selection:
         chosen = (select,) if isinstance(select, str) else tuple(select or ())
         return Selection(chosen, rename)
 
-    def apply(self, paths: Mapping[str, Path], texts: Mapping[str, str], where: str) -> tuple[dict[str, Path], dict[str, str]]:
+    def apply(
+        self, paths: Mapping[str, Path], texts: Mapping[str, str], where: str
+    ) -> tuple[dict[str, Path], dict[str, str]]:
         """Paths by the keys here, and of each its key in the checkpoint.
 
         KeyError, naming similar keys, for a selector that nothing begins with; ValueError for two keys renamed to one.
@@ -65,14 +67,19 @@ class Selection:
         return not self.select or any(text is not None and is_below(key, text) for text in here)
 
 
+EVERYTHING = Selection()
+
+
 def is_below(key: str, text: str) -> bool:
     """Whether ``key`` is ``text``, or begins with it up to a ``.`` or ``@``."""
     return key == text or key.startswith((f"{text}.", f"{text}@"))
 
 
-def joined(path: Path) -> Path:
-    """The path of a module's tensor, whose name is one step however many dots it has."""
-    return (path[0], DictStep(key_of(path[1:]))) if all(isinstance(step, DictStep) for step in path[1:]) else path
+def joined(path: Path, at: int, before: Path) -> Path:
+    """A renamed path whose step ``at`` is the name of a parameter: one step, however many dots it has now."""
+    end = at + 1 + len(path) - len(before)
+    inner = path[at:end]
+    return (*path[:at], DictStep(key_of(inner)), *path[end:]) if end > at + 1 else path
 
 
 def _moved(path: Path, key: str) -> Path:

@@ -34,7 +34,8 @@ class TreeState:
         """Arrays that are here must be there, with their shape; plain values and containers take what was saved."""
         leaves = flatten(self._place.get(), is_array, self._place.prefix)
         current = {leaf.key: leaf.value for leaf in leaves}
-        missed = [leaf for leaf in leaves if leaf.key not in saved and self._is_missed(leaf, saved)]
+        others = [leaf for leaf in leaves if leaf.key not in saved]
+        missed = [leaf for leaf in others if not match.asks(leaf.key) or self._is_missed(leaf, saved)]
         match.lacks(leaf.key for leaf in missed)
         if not saved:
             return

@@ -220,12 +220,12 @@ def receipt(run: int, rank: int, attempt: str, rows: int) -> FromRank:
 FITS = KeyMatch(b"\x00", 3)
 
 
-def matched(run: int, rank: int, attempt: str, keys: KeyMatch = FITS, **more) -> FromRank:
+def matched(run: int, rank: int, attempt: str, keys: KeyMatch = FITS, **more: Any) -> FromRank:
     """A rank has found out how its objects match a checkpoint, which changes nothing."""
     return FromRank(run, rank, Restore(0, more.pop("which", None), attempt, keys=keys, **more))
 
 
-def filled(run: int, rank: int, attempt: str, refused: str = "", **more) -> FromRank:
+def filled(run: int, rank: int, attempt: str, refused: str = "", **more: Any) -> FromRank:
     """A rank has filled its objects, or could not."""
     return FromRank(run, rank, Restore(0, more.pop("which", None), attempt, refused, stage="fill", **more))
 

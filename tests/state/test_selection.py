@@ -1,0 +1,149 @@
+"""Restoring something else than what was saved: a part of it, under other names, from another run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import distckpt
+from distckpt.errors import MismatchError
+
+
+def network(width: int = 3) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(4, width), nn.Linear(width, 2))
+
+
+def trained(seed: int) -> dict[str, Any]:
+    torch.manual_seed(seed)
+    model = network()
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.1 * seed)
+    for _ in range(3):
+        model(torch.rand(5, 4)).sum().backward()
+        optimizer.step()
+    return {"model": model, "optimizer": optimizer, "progress": {"step": 3 * seed, "seen": {"a": seed}}}
+
+
+@pytest.fixture
+def other_run(tmp_path: Path) -> tuple[str, dict[str, Any]]:
+    objects = trained(1)
+    with distckpt.CheckpointManager(distckpt.Checkpoint(**objects), tmp_path / "other") as manager:
+        path = manager.save(5).result(30)
+    return path, objects
+
+
+def alike(one: nn.Module, other: nn.Module) -> bool:
+    pairs = zip(one.state_dict().values(), other.state_dict().values(), strict=True)
+    return all(torch.equal(mine, theirs) for mine, theirs in pairs)
+
+
+def test_only_what_is_selected_is_restored(other_run: tuple[str, dict[str, Any]]) -> None:
+    path, saved = other_run
+    objects = trained(2)
+    before = {id(value): value.clone() for state in objects["optimizer"].state.values() for value in state.values()}
+    checkpoint = distckpt.Checkpoint(**objects)
+    status = checkpoint.restore(path, select="model")
+    status.assert_consumed()
+    assert alike(objects["model"], saved["model"])
+    assert objects["progress"] == {"step": 6, "seen": {"a": 2}}
+    assert checkpoint.save_counter == 0
+    values = [value for state in objects["optimizer"].state.values() for value in state.values()]
+    assert all(torch.equal(value, before[id(value)]) for value in values)
+
+
+def test_a_part_of_an_object_is_selected(other_run: tuple[str, dict[str, Any]]) -> None:
+    path, saved = other_run
+    objects = trained(2)
+    kept = objects["model"][1].weight.clone()
+    distckpt.Checkpoint(**objects).restore(path, select=["model.0", "progress.step"]).assert_consumed()
+    assert alike(objects["model"][0], saved["model"][0])
+    assert torch.equal(objects["model"][1].weight, kept)
+    assert objects["progress"] == {"step": 3, "seen": {"a": 2}}
+
+
+@pytest.mark.parametrize("rename", [{"model.0": "encoder.first"}, lambda key: key.replace("model.0", "encoder.first")])
+def test_keys_are_renamed_and_prefixed(other_run: tuple[str, dict[str, Any]], rename: Any) -> None:
+    path, saved = other_run
+    encoder = nn.ModuleDict({"first": nn.Linear(4, 3)})
+    checkpoint = distckpt.Checkpoint(encoder=encoder, model=network())
+    checkpoint.restore(path, select=["model.0"], rename=rename).assert_consumed()
+    assert alike(encoder["first"], saved["model"][0])
+
+
+def test_an_optimizer_follows_a_renamed_module(other_run: tuple[str, dict[str, Any]]) -> None:
+    path, saved = other_run
+    net = nn.ModuleDict({"inner": network()})
+    optimizer = torch.optim.Adam(net.parameters(), lr=0.7)
+    rename = {"model": "net.inner", **{f"optimizer.state.{at}": f"optimizer.state.inner.{at}" for at in (0, 1)}}
+    distckpt.Checkpoint(net=net, optimizer=optimizer).restore(
+        path, select=["model", "optimizer"], rename=rename
+    ).assert_consumed()
+    assert alike(net["inner"], saved["model"])
+    assert optimizer.param_groups[0]["lr"] == 0.1
+    for mine, theirs in zip(net.parameters(), saved["model"].parameters(), strict=True):
+        assert torch.equal(optimizer.state[mine]["exp_avg"], saved["optimizer"].state[theirs]["exp_avg"])
+
+
+def test_a_key_that_is_renamed_to_nothing_is_left_out(other_run: tuple[str, dict[str, Any]]) -> None:
+    path, _ = other_run
+    checkpoint = distckpt.Checkpoint(model=network(), progress={"step": 0})
+    status = checkpoint.restore(path, rename={"optimizer": None, "progress.seen": None})
+    status.assert_consumed()
+    assert checkpoint.progress == {"step": 3}
+
+
+def test_a_new_run_begins_from_another_and_goes_on_by_itself(
+    other_run: tuple[str, dict[str, Any]], tmp_path: Path
+) -> None:
+    path, saved = other_run
+    objects = trained(2)
+    checkpoint = distckpt.Checkpoint(**objects)
+    with distckpt.CheckpointManager(checkpoint, tmp_path / "new", init_fn=lambda: checkpoint.restore(path)) as manager:
+        assert manager.restore_or_initialize() is None
+        assert alike(objects["model"], saved["model"])
+        assert objects["progress"] == saved["progress"]
+        manager.save(9).result(30)
+    assert distckpt.load(tmp_path / "new", "progress") == saved["progress"]
+
+
+def test_a_manager_restores_a_selection(other_run: tuple[str, dict[str, Any]]) -> None:
+    path, saved = other_run
+    objects = trained(2)
+    with distckpt.CheckpointManager(distckpt.Checkpoint(**objects), Path(path).parent) as manager:
+        manager.restore(5, select="model")
+    assert alike(objects["model"], saved["model"])
+    assert objects["progress"]["step"] == 6
+
+
+def test_a_selector_of_nothing_names_what_it_could_have_meant(other_run: tuple[str, dict[str, Any]]) -> None:
+    with pytest.raises(KeyError, match="did you mean 'model'"):
+        distckpt.Checkpoint(**trained(2)).restore(other_run[0], select="modell")
+
+
+def test_two_keys_cannot_be_renamed_to_one(other_run: tuple[str, dict[str, Any]]) -> None:
+    with pytest.raises(ValueError, match=r"of both 'model\.0\.weight' and 'model\.1\.weight'"):
+        distckpt.Checkpoint(**trained(2)).restore(other_run[0], rename={"model.0": "model.x", "model.1": "model.x"})
+
+
+def test_another_head_is_refused_with_both_lists_and_left_alone_if_that_is_meant(
+    other_run: tuple[str, dict[str, Any]],
+) -> None:
+    path, saved = other_run
+    model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 7), nn.Linear(7, 2))
+    before = [parameter.clone() for parameter in model.parameters()]
+    with distckpt.CheckpointManager(distckpt.Checkpoint(model=model), Path(path).parent) as manager:
+        with pytest.raises(MismatchError) as caught:
+            manager.restore(5)
+        assert set(caught.value.missing) == {"model.2.weight", "model.2.bias"}
+        assert "optimizer.param_groups" in caught.value.unexpected
+        assert set(caught.value.misshaped) == {"model.1.weight", "model.1.bias"}
+        assert all(torch.equal(mine, kept) for mine, kept in zip(model.parameters(), before, strict=True))
+        manager.restore(5, partial=True)
+        status = manager.restore_status
+    assert status is not None
+    assert set(status.mismatched) == {"model.1.weight", "model.1.bias"}
+    assert alike(model[0], saved["model"][0])
+    assert torch.equal(model[1].weight, before[2])
