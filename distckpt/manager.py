@@ -71,6 +71,8 @@ class CheckpointManager:
         rank, world_size: given, or found in torch.distributed, Ray Train, torchrun's variables; else a world of one.
         run_id: names this incarnation of the job; needed only with rank and world_size and without torch.distributed.
         verify: read every shard back and compare before it is reported as landed.
+        check_copies: compare at every save, not only when the layout is new, the tensors of which several ranks hold
+            copies; to find out where ranks drift apart. Every save then plans, and reads all of them.
 
     Raises:
         ValueError: wrong arguments.
@@ -102,6 +104,7 @@ class CheckpointManager:
         world_size: int | None = None,
         run_id: str | None = None,
         verify: bool = False,
+        check_copies: bool = False,
     ) -> None:
         _check_arguments(
             max_to_keep, checkpoint_name, step_counter, checkpoint_interval, save_timeout, buffers, on_busy
@@ -130,7 +133,14 @@ class CheckpointManager:
         self._cluster = RankCluster(self._client, self._world)
         self._background = Coordinator([])
         saving = SaverOptions(
-            self._world.rank, self._world.size, checkpoint_name, save_timeout, buffers, on_busy == "skip", verify
+            rank=self._world.rank,
+            world_size=self._world.size,
+            name=checkpoint_name,
+            timeout=save_timeout,
+            buffers=buffers,
+            skip_if_busy=on_busy == "skip",
+            verify=verify,
+            check_copies=check_copies,
         )
         self._saver = Saver(self._client, self._store, checkpoint, saving, self._background)
         self._restorer = Restorer(self._client, self._store, checkpoint, self._world, save_timeout)

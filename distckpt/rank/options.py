@@ -11,7 +11,8 @@ class SaverOptions:
 
     ``name`` is the first part of a checkpoint's folder; ``timeout`` is the seconds until a missing rank fails a save;
     ``buffers`` saves may be in the making at once, and one too many waits, or is left out by all ranks with
-    ``skip_if_busy``; ``verify`` reads every shard back before it is reported.
+    ``skip_if_busy``; ``verify`` reads every shard back before it is reported; ``check_copies`` compares what
+    several ranks hold at every save.
     """
 
     rank: int
@@ -21,3 +22,4 @@ class SaverOptions:
     buffers: int
     skip_if_busy: bool
     verify: bool
+    check_copies: bool

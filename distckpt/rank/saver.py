@@ -29,7 +29,7 @@ class Saver:
     def __init__(
         self, client: Client, store: Store, checkpoint: NamedObjects, options: SaverOptions, threads: Coordinator
     ) -> None:
-        self._collector = Collector(checkpoint, options.rank, options.world_size)
+        self._collector = Collector(checkpoint, options.rank, options.world_size, options.check_copies)
         self._order = StepOrder(optimizers_of(checkpoint))
         self._dialogue = Dialogue(client, options)
         self._background = Background(store, self._dialogue, options, threads)

@@ -108,3 +108,19 @@ def test_ranks_that_disagree_are_refused_by_name(gang2: Gang, tmp_path: Path) ->
         assert value.startswith("PlanError")
         assert "state.b" in value
         assert "PerRank" in value
+
+
+def test_copies_that_drift_apart_are_found_at_the_save_if_that_is_asked_for(gang2: Gang, tmp_path: Path) -> None:
+    for result in gang2.run("ranks.saves:drift", directory=str(tmp_path / "looked"), check_copies=True):
+        assert result["error"].startswith("PlanError")
+        assert "state.weights (ranks 0, 1): rank 1 holds another value than rank 0" in result["error"]
+    for result in gang2.run("ranks.saves:drift", directory=str(tmp_path / "not"), check_copies=False):
+        assert result["error"] == "NoneType: None"
+
+
+def test_buffers_under_ddp_are_rank_0s_whole(gang3: Gang, tmp_path: Path) -> None:
+    """They differ between ranks, and were once taken from whichever rank had least to write."""
+    results = gang3.run("ranks.saves:buffers_of_ddp", directory=str(tmp_path))
+    assert results[1]["own"] != results[0]["own"]
+    for result in results:
+        assert result["restored"] == results[0]["own"]

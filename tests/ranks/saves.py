@@ -189,3 +189,30 @@ def disagree(directory: str) -> dict[str, Any]:
             error = manager.save(number).exception(30)
             errors.append(f"{type(error).__name__}: {error}")
     return {"errors": errors}
+
+
+def drift(directory: str, check_copies: bool) -> dict[str, Any]:
+    """Copies that were equal at the first save, and are not at the second."""
+    weights = torch.ones(3)
+    with distckpt.CheckpointManager(
+        distckpt.Checkpoint(state={"weights": weights}), directory, save_timeout=15, check_copies=check_copies
+    ) as manager:
+        manager.save(1).result(30)
+        weights += dist.get_rank()
+        error = manager.save(2).exception(30)
+    return {"error": f"{type(error).__name__}: {error}"}
+
+
+def buffers_of_ddp(directory: str) -> dict[str, Any]:
+    """BatchNorm under DDP: each rank has seen other data, and rank 0's buffers are everyone's after a restore."""
+    torch.manual_seed(0)
+    model = torch.nn.parallel.DistributedDataParallel(
+        torch.nn.Sequential(*[torch.nn.BatchNorm1d(64) for _ in range(8)]), broadcast_buffers=False
+    )
+    torch.manual_seed(1 + dist.get_rank())
+    model(torch.randn(16, 64)).sum().backward()
+    own = {name: buffer.tolist() for name, buffer in model.named_buffers()}
+    with distckpt.CheckpointManager(distckpt.Checkpoint(model=model), directory, save_timeout=15) as manager:
+        manager.save(1).result(30)
+        manager.restore(1)
+    return {"own": own, "restored": {name: buffer.tolist() for name, buffer in model.named_buffers()}}
