@@ -51,13 +51,23 @@ def checkpoints_iterator(
 ) -> Iterator[str]:
     """Yields the path of the newest committed checkpoint, then that of each newer one, as they come.
 
-    Looks only when asked for the next, so a slow consumer gets the newest and misses those in between. A path that
+    Which directory a relative path means is settled by the call. Looks only when asked for the next, so a slow consumer gets the newest and misses those in between. A path that
     was saved again counts as new. ``min_interval_secs`` is the least time between two yields. When ``timeout`` seconds
     bring nothing new it ends, unless there is a ``timeout_fn``: that is called then, without arguments, and decides:
     true ends the iterator, false waits again. Retention may retire a checkpoint while it is being read: a reader that
     must not lose it holds a lease instead. Raises what ``wait_for_new_checkpoint`` raises.
     """
-    follower = _Follower(open_store(checkpoint_dir, storage_options))
+    return _paths(canonical(checkpoint_dir), min_interval_secs, timeout, timeout_fn, storage_options)
+
+
+def _paths(
+    directory: str,
+    min_interval_secs: float,
+    timeout: float | None,
+    timeout_fn: Callable[[], object] | None,
+    storage_options: Mapping[str, Any] | None,
+) -> Iterator[str]:
+    follower = _Follower(open_store(directory, storage_options))
     for record in follow(follower.record_other_than, min_interval_secs, timeout, timeout_fn):
         yield follower.path(record)
 

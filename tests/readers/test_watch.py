@@ -270,10 +270,19 @@ def test_each_one_yielded_was_the_newest_while_it_was_looked_for(tmp_path: Path)
 
 
 def test_nothing_happens_before_the_first_next(tmp_path: Path) -> None:
-    checkpoints_iterator("", timeout=0)  # not even the directory is looked at
     checkpoints = checkpoints_iterator(tmp_path, timeout=0)
     path = commit_bare(tmp_path, 1)
     assert next(checkpoints) == path
+
+
+def test_a_relative_path_means_what_it_meant_when_it_was_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    checkpoints = checkpoints_iterator("run", timeout=0)
+    path = commit_bare(tmp_path / "run", 1)
+    monkeypatch.chdir("/")
+    assert list(checkpoints) == [path]
+    with pytest.raises(ValueError, match="not a directory"):
+        checkpoints_iterator("", timeout=0)
 
 
 def test_it_ends_at_a_timeout_without_a_function(tmp_path: Path) -> None:
