@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import functools
-import logging
 import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
-from distckpt.directory.log import read_tail, sequence_numbers
+from distckpt.directory.log import sequence_numbers
+from distckpt.directory.newest import newest_committed
 from distckpt.format import names
 from distckpt.format.json.log import CheckpointRecord
 from distckpt.storage import Store, canonical, join, open_store
-
-logger = logging.getLogger(__name__)
 
 POLL_SECONDS = 1.0
 
@@ -34,7 +32,8 @@ def wait_for_new_checkpoint(
 
     Looks at least once, then every ``seconds_to_sleep`` seconds and once more when ``timeout`` seconds are over; None
     if nothing came by then. A directory that does not exist yet is waited for. Paths are compared as text, so the same
-    path saved again is not new here. StorageError if the store cannot be read, DamagedError if no log entry can.
+    path saved again is not new here. StorageError if the store cannot be read, LogMissingError if there are
+    checkpoints but no log, DamagedError if no log entry can be read.
     """
     last = canonical(last_checkpoint) if last_checkpoint else None
     follower = _Follower(open_store(checkpoint_dir, storage_options))
@@ -104,20 +103,11 @@ def wait_for(look: Callable[[], _Found | None], pause: float, timeout: float | N
         time.sleep(min(pause, remaining))
 
 
-def newest_committed(store: Store) -> CheckpointRecord | None:
-    """The newest committed checkpoint of the log, if its manifest is there."""
-    record = read_tail(store).state.newest()
-    while record is not None and not _has_manifest(store, record):
-        missing, record = record, read_tail(store).state.newest()
-        if record == missing:  # not retired since the log was read, so it is damage
-            path = join(store.url, names.checkpoint_folder(missing.name, missing.number))
-            logger.error("%s is in the log, but its manifest is gone", path)
-            return None
-    return record
-
-
 class _Follower:
-    """Knows the newest committed checkpoint. A look costs one listing of the log, and more only when it has grown."""
+    """Knows the newest committed checkpoint. A look costs one listing of the log, and more only when it has grown.
+
+    While there is no log, what else is in the directory is looked at too.
+    """
 
     def __init__(self, store: Store) -> None:
         self._store = store
@@ -126,8 +116,8 @@ class _Follower:
 
     def look(self) -> CheckpointRecord | None:
         seq = max(sequence_numbers(self._store), default=0)
-        if seq != self._seq:
-            self._record = newest_committed(self._store) if seq else None
+        if seq != self._seq or not seq:
+            self._record = newest_committed(self._store)
             self._seq = seq if self._record is not None else 0
         return self._record
 
@@ -141,11 +131,6 @@ class _Follower:
 
     def path(self, record: CheckpointRecord) -> str:
         return join(self._store.url, names.checkpoint_folder(record.name, record.number))
-
-
-def _has_manifest(store: Store, record: CheckpointRecord) -> bool:
-    folder = names.attempt_folder(record.name, record.number, record.attempt)
-    return store.stat(f"{folder}/{names.MANIFEST}") is not None
 
 
 def _sleep_until(moment: float) -> None:

@@ -6,6 +6,7 @@ import torch
 import torch.distributed as dist
 
 import distckpt
+from distckpt.errors import DistckptError
 
 
 def save_by_own_name(directories: list[str]) -> str:
@@ -17,3 +18,12 @@ def save_by_own_name(directories: list[str]) -> str:
         assert pending is not None
         pending.result(60)
         return manager.restore()
+
+
+def refused(directory: str) -> tuple[str, str]:
+    """What a manager of this directory is refused with."""
+    try:
+        distckpt.CheckpointManager(distckpt.Checkpoint(a=1), directory, save_timeout=60)
+    except DistckptError as error:
+        return type(error).__name__, str(error)
+    return "", ""
