@@ -9,6 +9,7 @@
     - StoreUnsuitableError        the probe found that the store cannot keep our promises
   - DamagedError                  bytes on storage are not what was written: truncated, flipped, missing, forged
     - UnsupportedFormatError      a format version that this release does not read
+    - LogMissingError             checkpoints in a directory that has no log: copied there, or the log was deleted
   - CheckpointNotFoundError       also a FileNotFoundError: no committed checkpoint answers to that name
   - SaveError                     one save failed on every rank; the previous checkpoint stands
     - EncodeError                 also a TypeError: a value that cannot be stored without pickle
@@ -111,12 +112,27 @@ class UnsupportedFormatError(DamagedError):
     """``path`` has a format version that this release does not read; a newer distckpt may."""
 
 
+class LogMissingError(DamagedError):
+    """``directory`` has checkpoint ``folders`` but no log, so nobody knows which count. Nothing in it was changed."""
+
+    def __init__(self, directory: str, folders: Sequence[str]) -> None:
+        super().__init__(
+            directory,
+            f"it has no log, but checkpoints: {_some(folders)}. They were copied here, or _log was deleted. "
+            f"Nothing was changed. Run `distckpt adopt {directory}`, which checks them and writes a log for those "
+            f"that are whole; or restore one by its own path, such as {directory}/{folders[-1]}",
+        )
+        self.directory = directory
+        self.folders = tuple(folders)
+
+
 class CheckpointNotFoundError(DistckptError, FileNotFoundError):
     """No committed checkpoint answers to ``path``."""
 
     def __init__(self, path: str, message: str) -> None:
         super().__init__(f"{path}: {message}")
         self.path = path
+        self.message = message
 
 
 class SaveError(DistckptError):

@@ -17,6 +17,7 @@ from distckpt.coordinator.client.opening import open_client
 from distckpt.coordinator.messages import Heartbeat, Leave, OpenRun, Retention
 from distckpt.coordinator.shell.shell import Settings
 from distckpt.directory.log import read_tail
+from distckpt.directory.newest import newest_committed
 from distckpt.errors import CheckpointNotFoundError, CoordinatorError, DistckptError
 from distckpt.format import names
 from distckpt.format.limits import MAX_NUMBER
@@ -31,7 +32,6 @@ from distckpt.state.status import LoadStatus
 from distckpt.storage import canonical, join, open_store
 from distckpt.threads.coordinator import Coordinator
 from distckpt.threads.looper import LooperThread
-from distckpt.watch import newest_committed
 from distckpt.world import find_world
 
 logger = logging.getLogger(__name__)
@@ -77,6 +77,7 @@ class CheckpointManager:
     Raises:
         ValueError: wrong arguments.
         StorageError, StoreUnsuitableError: the directory cannot be used.
+        LogMissingError: it has checkpoints, but no log.
 
     What stays, and what numbers, intervals, restarts and clocks that go back mean, is as in TensorFlow. Where
     TensorFlow's differs: it has no default for ``max_to_keep``; it overwrites a number that is saved again in place, be

@@ -8,6 +8,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from distckpt.directory.locate import Located, locate, read_index
+from distckpt.directory.newest import newest_committed
 from distckpt.directory.verify import Damage, Progress, VerifyReport, verify
 from distckpt.errors import CheckpointNotFoundError, DamagedError
 from distckpt.format import names
@@ -18,7 +19,6 @@ from distckpt.format.tree.select import select_paths, unknown_key
 from distckpt.format.tree.tree import Path, decode_path, unflatten
 from distckpt.state_file import get_checkpoint_state
 from distckpt.storage import PathLike, join, open_store
-from distckpt.watch import newest_committed
 
 if TYPE_CHECKING:
     import torch  # imported late where it is needed: opening a checkpoint and verifying it do without
@@ -41,8 +41,9 @@ logger = logging.getLogger(__name__)
 def open(path: PathLike, storage_options: Mapping[str, Any] | None = None) -> CheckpointReader:
     """The checkpoint at ``path``, open for reading: ``<directory>/ckpt-42``, a directory (its newest), or a lone copy.
 
-    Raises CheckpointNotFoundError when nothing committed answers to the path, DamagedError when its manifest or index
-    is not what was written.
+    Of a directory whose newest was deleted by hand it is the next one, with a warning. Raises CheckpointNotFoundError
+    when nothing committed answers to the path, LogMissingError for a directory that has checkpoints but no log,
+    DamagedError when manifest or index is not what was written.
     """
     return CheckpointReader(locate(path, storage_options))
 
@@ -65,8 +66,9 @@ def latest_checkpoint(
 ) -> str | None:
     """The path of the newest committed checkpoint, or None if there is none (or no such directory).
 
-    It is what the log says, if the checkpoint's manifest is there. With a ``latest_filename`` other than "checkpoint"
-    it is what that state file says, as in TensorFlow. DamagedError if there is a log of which no entry can be read.
+    It is what the log says. One that was deleted by hand is passed over with a warning. With a ``latest_filename``
+    other than "checkpoint" it is what that state file says, as in TensorFlow. LogMissingError if the directory has
+    checkpoints but no log, DamagedError if there is a log of which no entry can be read.
     """
     if latest_filename not in (None, names.STATE_FILE):
         return _latest_of_state_file(checkpoint_dir, latest_filename, storage_options)

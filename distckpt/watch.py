@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import functools
-import logging
 import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
-from distckpt.directory.log import read_tail, sequence_numbers
+from distckpt.directory.log import sequence_numbers
+from distckpt.directory.newest import newest_committed
 from distckpt.format import names
 from distckpt.format.json.log import CheckpointRecord
 from distckpt.storage import Store, canonical, join, open_store
-
-logger = logging.getLogger(__name__)
 
 POLL_SECONDS = 1.0
 
@@ -34,7 +32,8 @@ def wait_for_new_checkpoint(
 
     Looks at least once, then every ``seconds_to_sleep`` seconds and once more when ``timeout`` seconds are over; None
     if nothing came by then. A directory that does not exist yet is waited for. Paths are compared as text, so the same
-    path saved again is not new here. StorageError if the store cannot be read, DamagedError if no log entry can.
+    path saved again is not new here. StorageError if the store cannot be read, LogMissingError if there are
+    checkpoints but no log, DamagedError if no log entry can be read.
     """
     last = canonical(last_checkpoint) if last_checkpoint else None
     follower = _Follower(open_store(checkpoint_dir, storage_options))
@@ -51,13 +50,23 @@ def checkpoints_iterator(
 ) -> Iterator[str]:
     """Yields the path of the newest committed checkpoint, then that of each newer one, as they come.
 
-    Looks only when asked for the next, so a slow consumer gets the newest and misses those in between. A path that
+    Which directory a relative path means is settled by the call. Looks only when asked for the next, so a slow consumer gets the newest and misses those in between. A path that
     was saved again counts as new. ``min_interval_secs`` is the least time between two yields. When ``timeout`` seconds
     bring nothing new it ends, unless there is a ``timeout_fn``: that is called then, without arguments, and decides:
     true ends the iterator, false waits again. Retention may retire a checkpoint while it is being read: a reader that
     must not lose it holds a lease instead. Raises what ``wait_for_new_checkpoint`` raises.
     """
-    follower = _Follower(open_store(checkpoint_dir, storage_options))
+    return _paths(canonical(checkpoint_dir), min_interval_secs, timeout, timeout_fn, storage_options)
+
+
+def _paths(
+    directory: str,
+    min_interval_secs: float,
+    timeout: float | None,
+    timeout_fn: Callable[[], object] | None,
+    storage_options: Mapping[str, Any] | None,
+) -> Iterator[str]:
+    follower = _Follower(open_store(directory, storage_options))
     for record in follow(follower.record_other_than, min_interval_secs, timeout, timeout_fn):
         yield follower.path(record)
 
@@ -94,20 +103,11 @@ def wait_for(look: Callable[[], _Found | None], pause: float, timeout: float | N
         time.sleep(min(pause, remaining))
 
 
-def newest_committed(store: Store) -> CheckpointRecord | None:
-    """The newest committed checkpoint of the log, if its manifest is there."""
-    record = read_tail(store).state.newest()
-    while record is not None and not _has_manifest(store, record):
-        missing, record = record, read_tail(store).state.newest()
-        if record == missing:  # not retired since the log was read, so it is damage
-            path = join(store.url, names.checkpoint_folder(missing.name, missing.number))
-            logger.error("%s is in the log, but its manifest is gone", path)
-            return None
-    return record
-
-
 class _Follower:
-    """Knows the newest committed checkpoint. A look costs one listing of the log, and more only when it has grown."""
+    """Knows the newest committed checkpoint. A look costs one listing of the log, and more only when it has grown.
+
+    While there is no log, what else is in the directory is looked at too.
+    """
 
     def __init__(self, store: Store) -> None:
         self._store = store
@@ -116,8 +116,8 @@ class _Follower:
 
     def look(self) -> CheckpointRecord | None:
         seq = max(sequence_numbers(self._store), default=0)
-        if seq != self._seq:
-            self._record = newest_committed(self._store) if seq else None
+        if seq != self._seq or not seq:
+            self._record = newest_committed(self._store)
             self._seq = seq if self._record is not None else 0
         return self._record
 
@@ -131,11 +131,6 @@ class _Follower:
 
     def path(self, record: CheckpointRecord) -> str:
         return join(self._store.url, names.checkpoint_folder(record.name, record.number))
-
-
-def _has_manifest(store: Store, record: CheckpointRecord) -> bool:
-    folder = names.attempt_folder(record.name, record.number, record.attempt)
-    return store.stat(f"{folder}/{names.MANIFEST}") is not None
 
 
 def _sleep_until(moment: float) -> None:

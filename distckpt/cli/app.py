@@ -13,6 +13,7 @@ _HOMES = {
     "ls": ("listing", "list_checkpoints"),
     "show": ("showing", "show_checkpoint"),
     "verify": ("verifying", "verify_checkpoints"),
+    "adopt": ("adopting", "adopt_checkpoints"),
 }
 
 
@@ -55,5 +56,6 @@ def main() -> None:
     """Look at checkpoints, and check them.
 
     DIR is the directory that a run saves to, such as /shared/run-7. PATH is one checkpoint in it, such as
-    /shared/run-7/ckpt-42, or the directory, which means its newest. Nothing is ever changed.
+    /shared/run-7/ckpt-42, or the directory, which means its newest. Nothing is ever changed, but for the log that adopt
+    writes.
     """

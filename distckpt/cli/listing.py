@@ -1,4 +1,4 @@
-"""``distckpt ls``: which checkpoints a directory has. Reads the log and nothing else."""
+"""``distckpt ls``: which checkpoints a directory has. Reads the log, and looks whether the manifests are there."""
 
 from __future__ import annotations
 
@@ -11,18 +11,19 @@ import msgspec
 from rich.text import Text
 
 from distckpt.cli import options, text
-from distckpt.directory.log import read_tail
+from distckpt.directory.newest import has_manifest
+from distckpt.directory.strays import read_run
 from distckpt.errors import CheckpointNotFoundError
 from distckpt.format import names
 from distckpt.format.json.log import CheckpointRecord, State
-from distckpt.storage import open_store
+from distckpt.storage import Store, open_store
 
-_STYLES = {"newest": "bold green", "preserved": "cyan", "retiring": "dim"}
+_STYLES = {"newest": "bold green", "preserved": "cyan", "retiring": "dim", "missing": "bold red"}
 
 
 @dataclass(frozen=True, slots=True)
 class Listed:
-    """A checkpoint and the words that say how it stands: newest, active, preserved, retiring, pinned."""
+    """A checkpoint and the words that say how it stands: newest, active, preserved, retiring, missing, pinned."""
 
     record: CheckpointRecord
     marks: tuple[str, ...]
@@ -40,10 +41,11 @@ class Listed:
 def list_checkpoints(directory: str, as_json: bool, storage_options: Mapping[str, Any]) -> None:
     """List the checkpoints of a directory, oldest first, the newest one last.
 
-    Active ones take part in retention, preserved ones are kept for good, retiring ones are being deleted.
+    Active ones take part in retention, preserved ones are kept for good, retiring ones are being deleted. Missing ones
+    are in the log, but were deleted by other means than distckpt.
     """
     store = open_store(directory, storage_options)
-    listed = in_order(read_tail(store).state)
+    listed = in_order(*_settled(store))
     if not listed:
         raise CheckpointNotFoundError(store.url, "no checkpoint has been committed here")
     if as_json:
@@ -52,14 +54,30 @@ def list_checkpoints(directory: str, as_json: bool, storage_options: Mapping[str
         _print(listed)
 
 
-def in_order(state: State) -> list[Listed]:
-    """Every checkpoint of the log once: retiring ones first, then the others in the order in which they were saved."""
+def _settled(store: Store) -> tuple[State, frozenset[str]]:
+    """The state of the log, and which attempts are missing that it says may be opened."""
+    state = read_run(store).state
+    while missing := frozenset(record.attempt for record in state.newest_first() if not has_manifest(store, record)):
+        again = read_run(store).state
+        if missing <= again.alive().keys():
+            break
+        state = again  # some have been retired since the log was read
+    return state, missing
+
+
+def in_order(state: State, missing: frozenset[str] = frozenset()) -> list[Listed]:
+    """Every checkpoint of the log once: retiring ones first, then the others in the order in which they were saved.
+
+    ``missing`` are attempts of which there is no manifest; the newest is the newest of the others.
+    """
     active = {record.attempt for record in state.active}
     preserved = {record.attempt for record in state.preserved}
+    newest = next((record for record in state.newest_first() if record.attempt not in missing), None)
     older = [record for record in reversed(state.newest_first()) if record.attempt not in active]
     listed = [Listed(record, ("retiring",)) for record in state.retiring]
     for record in (*older, *state.active):
-        marks = ["newest"] if record == state.newest() else ["active"] if record.attempt in active else []
+        marks = ["newest"] if record == newest else ["active"] if record.attempt in active else []
+        marks = ["missing"] if record.attempt in missing else marks
         marks += ["preserved"] if record.attempt in preserved else []
         marks += ["pinned"] if record.pinned else []
         listed.append(Listed(record, tuple(marks)))

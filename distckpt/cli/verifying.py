@@ -49,7 +49,7 @@ def _reports(path: str, storage_options: Mapping[str, Any]) -> Iterator[VerifyRe
     store = open_store(path, storage_options)
     tail = read_tail(store)
     if tail.entry is None:
-        yield _check(locate(path, storage_options))
+        yield check(locate(path, storage_options))
         return
     records = [one.record for one in in_order(tail.state) if "retiring" not in one.marks]
     if not records:
@@ -71,12 +71,13 @@ def _log_report(store: Store, tail: Tail) -> Iterator[VerifyReport]:
 def _check_record(store: Store, record: CheckpointRecord) -> VerifyReport:
     path = join(store.url, f"{record.name}-{record.number}")
     try:
-        return _check(located(store, record))
+        return check(located(store, record))
     except DamagedError as error:
         return _unreadable(path, error)
 
 
-def _check(where: Located) -> VerifyReport:
+def check(where: Located) -> VerifyReport:
+    """Verify one checkpoint, with a bar that shows how far it is where there is a terminal."""
     try:
         index = read_index(where)
     except DamagedError as error:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import crc32c
 
 from distckpt.directory.log import read_tail
+from distckpt.directory.newest import newest_there
+from distckpt.directory.strays import read_run, strays_in
 from distckpt.errors import CheckpointNotFoundError, DamagedError, ObjectNotFoundError
 from distckpt.format import names
 from distckpt.format.arrow.index import Index, decode_index
@@ -39,28 +41,43 @@ class Located:
 def locate(path: PathLike, storage_options: Mapping[str, Any] | None = None) -> Located:
     """The checkpoint that ``path`` means: ``<directory>/<name>-<number>``, a directory (its newest), or a lone copy.
 
-    A lone copy is a checkpoint folder without its directory's log. Raises CheckpointNotFoundError when nothing
-    committed answers to the path, DamagedError when its manifest is not what was written.
+    A lone copy is a checkpoint folder without its directory's log. The newest is the newest of which there is a
+    manifest: what was deleted by hand is passed over with a warning. Raises CheckpointNotFoundError when nothing
+    committed answers to the path, LogMissingError for a directory that has checkpoints but no log, DamagedError when
+    the manifest is not what was written.
     """
     store = open_store(path, storage_options)
     tail = read_tail(store)
     if tail.entry is not None:
-        newest = tail.state.newest()
+        newest = newest_there(store, tail.state) or tail.state.newest()
         if newest is None:
             raise CheckpointNotFoundError(store.url, "no checkpoint has been committed here")
         return located(store, newest)
+    return _in_directory(store, storage_options) or _lone_copy(store)
+
+
+def _in_directory(store: Store, storage_options: Mapping[str, Any] | None) -> Located | None:
+    """The checkpoint whose folder is the root of ``store``, by the log beside it; None if there is no such log."""
     directory, _, folder = store.url.rpartition("/")
     checkpoint = names.parse_checkpoint(folder)
-    if checkpoint is not None and directory:
-        parent = open_store(directory, storage_options)
-        tail = read_tail(parent)
-        if tail.entry is not None:
-            records = tail.state.newest_first()
-            record = next((record for record in records if (record.name, record.number) == checkpoint), None)
-            if record is None:
-                raise CheckpointNotFoundError(store.url, f"not a committed checkpoint of {parent.url}")
+    if checkpoint is None or not directory:
+        return None
+    parent = open_store(directory, storage_options)
+    tail = read_tail(parent)
+    if tail.entry is None:
+        return None
+    for record in tail.state.newest_first():
+        if (record.name, record.number) == checkpoint:
             return located(parent, record)
-    return _lone_copy(store)
+    advice = foreign_advice(parent, folder, tail.state.known())
+    raise CheckpointNotFoundError(store.url, f"not a committed checkpoint of {parent.url}{advice}")
+
+
+def foreign_advice(store: Store, folder: str, known: Collection[str]) -> str:
+    """What to do about a folder that looks whole but is not in the log; '' if there is none."""
+    if next(strays_in(store, folder, known), None) is None:
+        return ""
+    return f". If it was copied here, run `distckpt adopt {store.url}`, which checks it and adds it to the log"
 
 
 def located(store: Store, record: CheckpointRecord) -> Located:
@@ -92,6 +109,23 @@ def read_manifest(store: Store, folder: str) -> Manifest:
     return _manifest(store, folder, _read(store, f"{folder}/{names.MANIFEST}", MAX_MANIFEST_BYTES))
 
 
+def read_sealed(store: Store, folder: str) -> tuple[Manifest, CheckpointRecord]:
+    """The manifest of an attempt, and the record that a log entry has of it. DamagedError if it is not whole."""
+    data = _read(store, f"{folder}/{names.MANIFEST}", MAX_MANIFEST_BYTES)
+    manifest = _manifest(store, folder, data)
+    record = CheckpointRecord(
+        name=manifest.name,
+        number=manifest.number,
+        attempt=manifest.attempt,
+        manifest_size=len(data),
+        manifest_crc32c=crc32c.crc32c(data),
+        time=manifest.time,
+        world_size=manifest.world_size,
+        nbytes=sum(shard.size for shard in manifest.shards),
+    )
+    return manifest, record
+
+
 def _manifest(store: Store, folder: str, data: bytes) -> Manifest:
     shown = f"{store.url}/{folder}/{names.MANIFEST}"
     manifest = unseal(data, Manifest, shown, MAX_MANIFEST_BYTES)
@@ -121,5 +155,6 @@ def _lone_copy(store: Store) -> Located:
         if store.stat(f"{attempt}/{names.MANIFEST}") is not None
     ]
     if not found:
+        read_run(store)
         raise CheckpointNotFoundError(store.url, "neither a directory with committed checkpoints nor a checkpoint")
     return max(found, key=lambda where: names.attempt_age(where.manifest.attempt))

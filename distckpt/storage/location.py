@@ -39,8 +39,9 @@ def open_store(directory: PathLike, storage_options: Mapping[str, Any] | None = 
 def canonical(directory: PathLike) -> str:
     """One spelling for one directory: an absolute local path, or a URL with no slash at its end.
 
-    ``~`` is expanded and ``file://`` taken off; symbolic links are left as they are. ValueError for what is neither
-    a path nor a URL.
+    ``~`` is expanded, ``file://`` taken off, and symbolic links are followed as far as the path exists, so that two
+    ways to a directory are one directory. What is returned means the same after ``os.chdir``, and after a link was
+    pointed elsewhere. ValueError for what is neither a path nor a URL.
     """
     text = os.fspath(directory)
     if not isinstance(text, str):
@@ -48,12 +49,12 @@ def canonical(directory: PathLike) -> str:
     if not text or "\0" in text:
         raise ValueError(f"not a directory: {text!r}")
     if text.lower().startswith("file:/"):
-        return os.path.abspath(_file_url_path(text))
+        return os.path.realpath(_file_url_path(text))
     if "://" in text:
         return _canonical_url(text)
     if _ONE_SLASH.match(text):
         raise ValueError(f"{text!r} looks like a URL that lost a slash, as in pathlib.Path: pass the URL as a str")
-    return os.path.abspath(os.path.expanduser(text))
+    return os.path.realpath(os.path.expanduser(text))
 
 
 def join(location: str, *parts: str) -> str:

@@ -21,6 +21,7 @@ EXAMPLES: list[errors.DistckptError] = [
     errors.StoreUnsuitableError("/x", "overwrites"),
     errors.DamagedError("/x/00000-0.arrow", "flipped", "model.weight"),
     errors.UnsupportedFormatError("/x/manifest.json", "format version 2"),
+    errors.LogMissingError("/x", ["ckpt-1", "ckpt-2"]),
     errors.CheckpointNotFoundError("/x/ckpt-1", "not there"),
     errors.SaveError(3, "failed"),
     errors.EncodeError("state.bad", "needs pickle"),

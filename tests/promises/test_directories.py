@@ -38,11 +38,11 @@ from distckpt.storage import LocalStore, ObjectInfo
 from distckpt.testing.faulty import Call, Fault, FaultyStore
 from tests.support import crashing
 from tests.support.crashing import Crashing, save_against_others, save_below_a_limit
+from tests.support.gang import Gang
 from tests.support.small_runs import (
     Trainer,
     assert_loads,
     assert_sound_log,
-    attempt_folder,
     holds,
     lease_on,
     leftovers,
@@ -864,14 +864,79 @@ def test_a_checkpoint_of_another_run_that_is_copied_here_is_left_alone(tmp_path:
     assert_loads(moved, 50 + epochs - 1)
 
 
-def test_a_directory_by_other_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A relative path, a link, a URL: one directory, one log."""
+# ---- by other names ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def spellings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Ways to write the directory ``run`` below ``tmp_path``, which is not there yet but for a link to it."""
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "disk" / "run").mkdir()
+    (tmp_path / "run").symlink_to("disk/run")
+    (tmp_path / "above").symlink_to(tmp_path / "disk")
     monkeypatch.chdir(tmp_path)
-    run("run", 1)
-    (tmp_path / "link").symlink_to(tmp_path / "run")
-    run("link", 2)
-    run(f"file://{tmp_path}/run", 3)
-    run(f"{tmp_path}/run/", 4)
-    assert numbers(tmp_path / "run") == [1, 2, 3, 4]
-    assert len(attempt_folder(tmp_path / "run", 3).parts) > 2
-    assert_sound_log(tmp_path / "run")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    return ["run", f"{tmp_path}/disk/run", f"file://{tmp_path}/run", "./above/run//", "disk/../run/", "~/above/run"]
+
+
+def test_a_directory_by_other_names(tmp_path: Path, spellings: list[str]) -> None:
+    """Relative paths, links, URLs: one directory, one log, and paths that can be compared."""
+    true = f"{tmp_path}/disk/run"
+    for number, spelling in enumerate(spellings, start=1):
+        with Trainer(spelling, max_to_keep=None) as trainer:
+            assert trainer.manager.directory == true
+            assert trainer.saved(number) == trainer.manager.latest_checkpoint == f"{true}/ckpt-{number}"
+            for other in spellings:
+                assert trainer.manager.restore(f"{other.rstrip('/')}/ckpt-1/") == f"{true}/ckpt-1"
+                assert trainer.manager.restore(other) == distckpt.latest_checkpoint(other) == f"{true}/ckpt-{number}"
+                assert distckpt.wait_for_new_checkpoint(true, f"{other}/ckpt-{number}", timeout=0) is None
+    assert numbers(true) == [1, 2, 3, 4, 5, 6]
+    assert_sound_log(true)
+
+
+def test_two_managers_by_two_names_are_on_one_directory(tmp_path: Path, spellings: list[str]) -> None:
+    old = Trainer(spellings[0])
+    old.saved(1)
+    with Trainer(spellings[3]) as new:
+        assert new.manager.restore_or_initialize() == f"{tmp_path}/disk/run/ckpt-1"
+        new.saved(2)
+        assert isinstance(old.save(3).exception(30), FencedError | StaleRunError)
+        old.manager.close()
+    assert numbers(tmp_path / "disk" / "run") == [1, 2]
+
+
+def test_a_manager_keeps_its_directory_when_the_process_goes_elsewhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "elsewhere").mkdir()
+    with Trainer("run") as trainer:
+        trainer.saved(1)
+        monkeypatch.chdir("elsewhere")
+        trainer.saved(2)
+        assert trainer.manager.restore_or_initialize() == f"{tmp_path}/run/ckpt-2"
+        assert trainer.manager.checkpoints == [f"{tmp_path}/run/ckpt-1", f"{tmp_path}/run/ckpt-2"]
+    assert list((tmp_path / "elsewhere").iterdir()) == []
+    assert_loads("../run/ckpt-2", 2)
+
+
+@pytest.mark.parametrize("way", ["link", "mount"])
+def test_ranks_may_come_by_other_names(tmp_path: Path, way: str) -> None:
+    """On each host another way may lead to the directory; the ranks meet at one coordinator all the same."""
+    run, other = tmp_path / "run", tmp_path / "other"
+    run.mkdir()
+    if way == "link":
+        other.symlink_to("run")
+    else:
+        other.mkdir()
+        if subprocess.run(["mount", "--bind", str(run), str(other)], capture_output=True, check=False).returncode:
+            pytest.skip("mounting is not permitted here")
+    try:
+        with Gang(2) as gang:
+            saved = gang.run("ranks.directories:save_by_own_name", directories=[str(run), str(other)])
+    finally:
+        if way == "mount":
+            subprocess.run(["umount", "-l", str(other)], check=True)
+    assert saved == [f"{run}/ckpt-1", f"{run if way == 'link' else other}/ckpt-1"]
+    assert numbers(run) == [1]
+    assert_sound_log(run)

@@ -14,6 +14,7 @@ import pytest
 import distckpt
 import distckpt.watch
 from distckpt.directory.log import read_entry, read_tail, sequence_numbers
+from distckpt.directory.newest import newest_committed
 from distckpt.errors import CheckpointNotFoundError, DamagedError, StorageError
 from distckpt.format import names
 from distckpt.format.json.log import State
@@ -41,6 +42,11 @@ def later() -> Iterator[Callable[[float, Callable[[], object]], None]]:
     yield do
     for timer in timers:
         timer.join()
+
+
+def begin(directory: Path) -> None:
+    """What comes before the first save: the directory is claimed in its log."""
+    append_state(open_store(directory), lambda state: state, kind="claim")
 
 
 class CountingStore(LocalStore):
@@ -120,6 +126,7 @@ def test_a_timeout_ends_neither_early_nor_a_whole_pause_late(tmp_path: Path) -> 
 def test_the_last_moment_of_a_timeout_is_looked_at(
     tmp_path: Path, later: Callable[[float, Callable[[], object]], None]
 ) -> None:
+    begin(tmp_path)
     later(0.1, lambda: commit_bare(tmp_path, 1))
     assert wait_for_new_checkpoint(tmp_path, None, seconds_to_sleep=30, timeout=2) == f"{tmp_path}/ckpt-1"
 
@@ -130,11 +137,12 @@ def test_a_directory_that_does_not_exist_is_waited_for(
     directory = tmp_path / "later" / "run"
     assert wait_for_new_checkpoint(directory, timeout=0) is None
     assert not (tmp_path / "later").exists()
-    later(0.1, lambda: commit_bare(directory, 7))
+    later(0.1, lambda: (begin(directory), commit_bare(directory, 7)))
     assert wait_for_new_checkpoint(directory, seconds_to_sleep=0.02) == f"{directory}/ckpt-7"
 
 
 def test_a_commit_by_another_process_is_seen(tmp_path: Path) -> None:
+    begin(tmp_path)
     script = f"import time; time.sleep(0.2); from tests.support.checkpoints import commit_bare; commit_bare({str(tmp_path)!r}, 3)"
     with subprocess.Popen([sys.executable, "-c", script], cwd=Path(__file__).parents[2]) as trainer:
         assert wait_for_new_checkpoint(tmp_path, seconds_to_sleep=0.02, timeout=50) == f"{tmp_path}/ckpt-3"
@@ -152,6 +160,7 @@ def test_a_url_is_watched_like_a_path() -> None:
 
 def test_an_uncommitted_attempt_is_never_seen(tmp_path: Path) -> None:
     store = open_store(tmp_path)
+    begin(tmp_path)
     put_manifest(store, 2, new_attempt())
     assert wait_for_new_checkpoint(tmp_path, timeout=0) is None
     path = commit_bare(tmp_path, 1)
@@ -270,10 +279,19 @@ def test_each_one_yielded_was_the_newest_while_it_was_looked_for(tmp_path: Path)
 
 
 def test_nothing_happens_before_the_first_next(tmp_path: Path) -> None:
-    checkpoints_iterator("", timeout=0)  # not even the directory is looked at
     checkpoints = checkpoints_iterator(tmp_path, timeout=0)
     path = commit_bare(tmp_path, 1)
     assert next(checkpoints) == path
+
+
+def test_a_relative_path_means_what_it_meant_when_it_was_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    checkpoints = checkpoints_iterator("run", timeout=0)
+    path = commit_bare(tmp_path / "run", 1)
+    monkeypatch.chdir("/")
+    assert list(checkpoints) == [path]
+    with pytest.raises(ValueError, match="not a directory"):
+        checkpoints_iterator("", timeout=0)
 
 
 def test_it_ends_at_a_timeout_without_a_function(tmp_path: Path) -> None:
@@ -303,6 +321,7 @@ def test_the_same_path_saved_again_is_yielded_again(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("quick")
 def test_commits_are_yielded_in_order_while_it_waits(tmp_path: Path) -> None:
     total = 8
+    begin(tmp_path)
 
     def train() -> None:
         for number in range(1, total + 1):
@@ -439,4 +458,4 @@ def test_a_newest_that_was_retired_while_the_log_was_read_is_skipped(tmp_path: P
             return data
 
     second = put_manifest(store, 2, new_attempt())
-    assert distckpt.watch.newest_committed(Racing(tmp_path)) == second
+    assert newest_committed(Racing(tmp_path)) == second

@@ -44,6 +44,35 @@ def test_one_directory_has_one_spelling(given: str, expected: str) -> None:
     assert canonical(expected) == expected
 
 
+def test_symbolic_links_are_followed_as_far_as_there_is_something(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "disk" / "run").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "disk")
+    (tmp_path / "latest").symlink_to("link/run")
+    monkeypatch.chdir(tmp_path / "link" / "run")
+    run = str(tmp_path / "disk" / "run")
+    for spelling in (".", f"{tmp_path}/latest/", f"file://{tmp_path}/latest", "../../latest", tmp_path / "link/run"):
+        assert canonical(spelling) == run
+    assert canonical(tmp_path / "latest" / "ckpt-1") == f"{run}/ckpt-1"
+    assert canonical(tmp_path / "link" / "later" / "run") == f"{tmp_path}/disk/later/run"
+    assert not (tmp_path / "disk" / "later").exists()
+
+
+def test_what_a_path_means_does_not_change_with_the_link(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("run-7", "run-8"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "latest").symlink_to("run-7")
+    monkeypatch.chdir(tmp_path)
+    store = open_store("latest")
+    (tmp_path / "latest").unlink()
+    (tmp_path / "latest").symlink_to("run-8")
+    monkeypatch.chdir("/")
+    store.put_if_absent("a", b"1")
+    assert store.url == f"{tmp_path}/run-7"
+    assert (tmp_path / "run-7" / "a").read_bytes() == b"1"
+
+
 @pytest.mark.parametrize(
     "given", ["", "a\0b", "gs://", "gs:///", "gs://bucket/../other", "file://host/data", "file://x"]
 )

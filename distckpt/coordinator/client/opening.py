@@ -42,7 +42,9 @@ def open_client(
     from distckpt.coordinator.ray.cluster import join_cluster
     from distckpt.coordinator.ray.line import RayLine
 
-    line = RayLine(store.url, storage_options, settings, join_cluster(world))
+    # Rank 0's spelling names the coordinator: where a path leads through links may differ from host to host.
+    directory = store.url if world.share is None else world.share(store.url)
+    line = RayLine(directory, storage_options, settings, join_cluster(world))
     try:
         return _opened(Client(line, opening))
     except FencedError:

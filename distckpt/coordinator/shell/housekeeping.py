@@ -81,7 +81,12 @@ def collect_garbage(store: Store, action: CollectGarbage, min_age: float) -> int
             objects = list(store.list(f"{folder}/{attempt}"))
             whole = any(info.path.endswith(f"/{names.MANIFEST}") for info in objects)
             if whole and names.claim_of(attempt) not in claims:
-                logger.warning("%s/%s is not of this directory's log and is left alone", folder, attempt)
+                logger.warning(
+                    "%s/%s is not of this directory's log and is left alone; `distckpt adopt %s` adds it to the log",
+                    folder,
+                    attempt,
+                    store.url,
+                )
             elif _untouched(objects, min(FAILED_AGE, min_age) if attempt in action.failed else min_age):
                 logger.info("collecting the unfinished attempt %s/%s", folder, attempt)
                 _delete_attempt(store, f"{folder}/{attempt}")

@@ -11,13 +11,13 @@ import pyarrow as pa
 
 from distckpt.coordinator.machine.actions import Seal, Sealed, TailRead
 from distckpt.coordinator.messages import Receipt
-from distckpt.directory.locate import read_manifest
-from distckpt.directory.log import read_tail
+from distckpt.directory.locate import read_sealed
+from distckpt.directory.newest import has_manifest
+from distckpt.directory.strays import read_run
 from distckpt.errors import (
     AlreadyExistsError,
     DamagedError,
     NotSharedError,
-    ObjectNotFoundError,
     RankFailedError,
     SaveError,
 )
@@ -104,9 +104,10 @@ def read_log_tail(store: Store) -> TailRead:
     """Where the log stands, and the checkpoints that only lack their commit entry.
 
     When the newest entries are damaged, the one before them is used, and checkpoints that it lists but that have no
-    manifest any more move to ``retiring``: one of the lost entries may have retired them.
+    manifest any more move to ``retiring``: one of the lost entries may have retired them. LogMissingError if there is
+    no log although there are checkpoints: they belong to somebody, and the directory is not to be claimed.
     """
-    tail = read_tail(store)
+    tail = read_run(store)
     if tail.entry is None:
         return TailRead(tail.seq, None)
     entry = tail.entry
@@ -116,16 +117,12 @@ def read_log_tail(store: Store) -> TailRead:
 
 
 def _without_vanished(store: Store, state: State) -> State:
-    gone = [record for record in state.active if _stat_manifest(store, record) is None]
+    gone = [record for record in state.active if not has_manifest(store, record)]
     return msgspec.structs.replace(
         state,
         active=tuple(record for record in state.active if record not in gone),
         retiring=(*state.retiring, *gone),
     )
-
-
-def _stat_manifest(store: Store, record: CheckpointRecord) -> object:
-    return store.stat(f"{names.attempt_folder(record.name, record.number, record.attempt)}/{names.MANIFEST}")
 
 
 def _complete(store: Store, entry: Entry) -> Iterator[CheckpointRecord]:
@@ -143,10 +140,9 @@ def _complete(store: Store, entry: Entry) -> Iterator[CheckpointRecord]:
 
 
 def _complete_record(store: Store, folder: str) -> CheckpointRecord | None:
-    path = f"{folder}/{names.MANIFEST}"
     try:
-        manifest = read_manifest(store, folder)
-    except (DamagedError, ObjectNotFoundError):
+        manifest, record = read_sealed(store, folder)
+    except DamagedError:
         return None  # no manifest, or half of one: an attempt that never came to its end
     if names.attempt_folder(manifest.name, manifest.number, manifest.attempt) != folder:
         return None
@@ -156,14 +152,4 @@ def _complete_record(store: Store, folder: str) -> CheckpointRecord | None:
         info = store.stat(f"{folder}/{name}")
         if info is None or info.size != size:
             return None
-    data = store.read(path, 64 << 20)
-    return CheckpointRecord(
-        name=manifest.name,
-        number=manifest.number,
-        attempt=manifest.attempt,
-        manifest_size=len(data),
-        manifest_crc32c=crc32c.crc32c(data),
-        time=manifest.time,
-        world_size=manifest.world_size,
-        nbytes=sum(shard.size for shard in manifest.shards),
-    )
+    return record

@@ -39,8 +39,9 @@ from distckpt.coordinator.machine.machine import Machine
 from distckpt.coordinator.messages import Refused, Reply, Request
 from distckpt.coordinator.shell.housekeeping import collect_garbage, delete_checkpoints, read_leases
 from distckpt.coordinator.shell.sealing import read_log_tail, seal_checkpoint
-from distckpt.directory.log import append, prune
-from distckpt.errors import CoordinatorError, DistckptError, SaveError
+from distckpt.directory.locate import foreign_advice
+from distckpt.directory.log import append, prune, read_tail
+from distckpt.errors import CheckpointNotFoundError, CoordinatorError, DistckptError, SaveError
 from distckpt.format import names
 from distckpt.format.json.log import Entry
 from distckpt.sharding.plan import ShardingPlan, make_plan
@@ -134,7 +135,26 @@ class Shell:
             self._changed.notify_all()
         for future, reply in answers:
             if future is not None and future.set_running_or_notify_cancel():
-                future.set_result(reply)
+                self._answer(future, reply)
+
+    def _answer(self, future: Future[Reply], reply: Reply) -> None:
+        error = reply.error if isinstance(reply, Refused) else None
+        if isinstance(error, CheckpointNotFoundError):
+            with self._lock:
+                if not self._closed:  # storage is looked at in the background: whoever asks may be an event loop
+                    self._work_pool.submit(lambda: future.set_result(Refused(self._advised(error))))
+                    return
+        future.set_result(reply)
+
+    def _advised(self, error: CheckpointNotFoundError) -> CheckpointNotFoundError:
+        """The same error, with what to do if such a checkpoint lies there without being in the log."""
+        try:
+            known = read_tail(self._store).state.known()
+            advice = foreign_advice(self._store, error.path.rpartition("/")[2], known)
+        except Exception as problem:  # noqa: BLE001 - somebody waits for the answer, which this only adds to
+            logger.warning("looking for %s, which the log does not know, failed: %s", error.path, problem)
+            advice = ""
+        return CheckpointNotFoundError(error.path, f"{error.message}{advice}") if advice else error
 
     def _dispatch(self, action: Action) -> None:
         if self._closed:

@@ -1,0 +1,246 @@
+"""Taking checkpoints into the log that it does not know: folders copied here, or left when the log was deleted."""
+
+from __future__ import annotations
+
+import logging
+import math
+import uuid
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import msgspec
+
+from distckpt.directory.locate import Located, read_sealed
+from distckpt.directory.log import Tail, append, read_tail
+from distckpt.directory.strays import Stray, strays
+from distckpt.directory.verify import Damage, VerifyReport
+from distckpt.errors import (
+    CheckpointNotFoundError,
+    CoordinatorError,
+    DamagedError,
+    ObjectNotFoundError,
+    StorageError,
+    StoreOutcomeUnknownError,
+)
+from distckpt.format import names
+from distckpt.format.json.log import FORMAT, CheckpointRecord, Entry, State
+from distckpt.state_file import MAX_STATE_BYTES, CheckpointState, from_log_state, parse, render
+from distckpt.storage import Store, join, probe
+
+logger = logging.getLogger(__name__)
+
+RECENT_SECONDS = 600.0
+"""A log whose newest entry is younger than this may belong to a job that runs."""
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """One stray and what is to become of it.
+
+    ``fate`` is "active" (retention counts it), "preserved" (kept for good), "passed over" or "damaged"; for the last
+    two ``reason`` says why. ``damages`` is all that a verification found. ``record`` is None if it has no readable one.
+    """
+
+    stray: Stray
+    record: CheckpointRecord | None
+    fate: str
+    reason: str = ""
+    damages: tuple[Damage, ...] = ()
+
+    @property
+    def adopted(self) -> bool:
+        """Whether the log will list it."""
+        return self.fate in ("active", "preserved")
+
+
+@dataclass(frozen=True, slots=True)
+class Survey:
+    """The log as it stands, every stray with its fate (those to be adopted last, in save order), and what the log's
+    ``state`` becomes."""
+
+    tail: Tail
+    found: tuple[Found, ...]
+    state: State
+
+    @property
+    def adopts(self) -> bool:
+        """Whether there is anything to write."""
+        return any(one.adopted for one in self.found)
+
+
+def survey(store: Store, check: Callable[[Located], VerifyReport]) -> Survey:
+    """Look at every checkpoint that the log does not know, all bytes of it. Writes nothing.
+
+    ``check`` verifies one. Raises CheckpointNotFoundError if there is no checkpoint at all, DamagedError if the log's
+    newest entries cannot be read.
+    """
+    tail = read_tail(store)
+    if tail.damaged:
+        raise DamagedError(
+            join(store.url, tail.damaged[0].path),
+            "the newest entries of the log cannot be read. Make a manager first, which goes on from the newest one that "
+            "can, then adopt",
+        )
+    found = [_examined(store, stray, check) for stray in strays(store, tail.state.known())]
+    if not found and tail.state.newest() is None:
+        raise CheckpointNotFoundError(store.url, "there is no checkpoint here to adopt")
+    whole, rest = _sorted_out(tail, found)
+    adopted = _revived(store, whole) if tail.state.newest() is None else _added(tail, whole)
+    return Survey(tail, (*rest, *adopted), _state(store, tail.state, adopted))
+
+
+def is_recent(tail: Tail, now: float) -> bool:
+    """Whether the log was written to so lately that a job may still run. ``now`` is in epoch seconds."""
+    return tail.entry is not None and now - tail.entry.time < RECENT_SECONDS
+
+
+def adopt(store: Store, what: Survey, now: float) -> Entry:
+    """Append the entry that lists what the survey adopts; it counts on return. Never overwrites or deletes a checkpoint.
+
+    The entry claims a new epoch, so a coordinator that still runs is fenced, and it holds the whole state, so that
+    nothing is half done if this process is killed. ``now`` is in epoch seconds. Raises CoordinatorError if somebody
+    else has written to the log since the survey, StoreUnsuitableError or StorageError if the store fails.
+    """
+    probe(store)
+    tail = what.tail
+    epochs = [names.attempt_epoch(one.stray.attempt) for one in what.found]
+    epochs.append(tail.entry.epoch if tail.entry is not None else 0)
+    entry = Entry(FORMAT, tail.seq + 1, max(epochs) + 1, "claim", now, uuid.uuid4().hex, what.state)
+    path = join(store.url, names.entry_path(entry.seq))
+    result = append(store, entry)
+    if result.outcome == "unknown" or 0 < result.newest < entry.seq:
+        raise StoreOutcomeUnknownError(path, f"may or may not have been written: {result.reason}. Look with ls")
+    if result.outcome == "taken" or result.newest > entry.seq:
+        raise CoordinatorError(
+            f"{store.url}: somebody else has written to the log meanwhile, so nothing was adopted. "
+            "Let no job run here and adopt again"
+        )
+    _publish(store, entry.state)
+    return entry
+
+
+# ---- what there is ------------------------------------------------------------------------------------------------
+
+
+def _examined(store: Store, stray: Stray, check: Callable[[Located], VerifyReport]) -> Found:
+    path = join(store.url, stray.path, names.MANIFEST)
+    try:
+        manifest, record = read_sealed(store, stray.path)
+    except DamagedError as error:
+        damages = (Damage(error.path, error.key, error.reason),)
+        return Found(stray, None, "damaged", f"{error.path}: {error.reason}", damages)
+    if manifest.attempt != stray.attempt:
+        reason = "it is the manifest of another attempt"
+        return Found(stray, record, "damaged", f"{path}: {reason}", (Damage(path, None, reason),))
+    true = names.checkpoint_folder(manifest.name, manifest.number)
+    if true != stray.folder:
+        return Found(stray, record, "passed over", f"it was saved as {true}: rename the folder {stray.folder} to that")
+    report = check(Located(store, stray.path, join(store.url, stray.folder), manifest))
+    if not report.good:
+        return Found(stray, record, "damaged", str(report.damages[0]), report.damages)
+    return Found(stray, record, "active")
+
+
+def _sorted_out(tail: Tail, found: Sequence[Found]) -> tuple[list[Found], list[Found]]:
+    """Those to be adopted, oldest first, each number once; and the others."""
+    rest = [one for one in found if not one.adopted]
+    alive = {(record.name, record.number): record for record in tail.state.alive().values()}
+    winners: dict[str, Found] = {}
+    for one in _oldest_first([one for one in found if one.adopted]):
+        record = _record(one)
+        listed = alive.get((record.name, record.number))
+        if listed is not None and not _lacks_its_entry(tail, record):
+            rest.append(replace(one, fate="passed over", reason=f"the log has attempt {listed.attempt} of that number"))
+            continue
+        loser = winners.pop(one.stray.folder, None)
+        if loser is not None:
+            reason = f"attempt {record.attempt} of that number is newer"
+            rest.append(replace(loser, fate="passed over", reason=reason))
+        winners[one.stray.folder] = one
+    return list(winners.values()), rest
+
+
+def _oldest_first(whole: Sequence[Found]) -> list[Found]:
+    """By the order in which their saves began, which no clock has a say in; by time if they are of several runs.
+
+    In one directory an epoch has one coordinator. So two in one epoch were copied from different directories.
+    """
+    claims = {(names.attempt_epoch(one.stray.attempt), names.claim_of(one.stray.attempt)) for one in whole}
+    if len({epoch for epoch, _ in claims}) == len(claims):
+        return sorted(whole, key=lambda one: names.attempt_age(one.stray.attempt))
+    return sorted(whole, key=lambda one: _record(one).time)
+
+
+def _lacks_its_entry(tail: Tail, record: CheckpointRecord) -> bool:
+    """Whether the last coordinator had come with a save as far as its entry, as when a new one takes it over."""
+    if tail.entry is None or names.claim_of(record.attempt) != names.claim_of(tail.entry.commit_id):
+        return False
+    active = tail.state.active
+    return not active or names.attempt_age(record.attempt) > names.attempt_age(active[-1].attempt)
+
+
+def _record(one: Found) -> CheckpointRecord:
+    assert one.record is not None
+    return one.record
+
+
+# ---- what becomes of it -------------------------------------------------------------------------------------------
+
+
+def _revived(store: Store, whole: Sequence[Found]) -> list[Found]:
+    """For a log that lists nothing: all are active, but those that the state file shows to have been preserved."""
+    listed = set(_state_file(store).all_model_checkpoint_paths)
+    last = max((number for number, one in enumerate(whole) if one.stray.folder in listed), default=0)
+    return [
+        replace(one, fate="preserved") if number < last and one.stray.folder not in listed else one
+        for number, one in enumerate(whole)
+    ]
+
+
+def _added(tail: Tail, whole: Sequence[Found]) -> list[Found]:
+    """For a log that lists others: kept for good, and so that the newest stays the newest. A save that only lacked its
+    entry is what it would have been."""
+    return [one if _lacks_its_entry(tail, _record(one)) else replace(one, fate="preserved") for one in whole]
+
+
+def _state(store: Store, state: State, adopted: Sequence[Found]) -> State:
+    fresh = state.newest() is None
+    active = [_record(one) for one in adopted if one.fate == "active"]
+    preserved = [_record(one) for one in adopted if one.fate == "preserved"]
+    folders = {(record.name, record.number) for record in active}
+    kept = [record for record in state.active if (record.name, record.number) not in folders]
+    replaced = [record for record in state.active if record not in kept and record not in state.preserved]
+    return msgspec.structs.replace(
+        state,
+        active=(*kept, *active),
+        preserved=(*state.preserved, *replaced, *preserved),
+        last_preserved_timestamp=_last_preserved(store, adopted) if fresh else state.last_preserved_timestamp,
+    )
+
+
+def _last_preserved(store: Store, adopted: Sequence[Found]) -> float:
+    """As the state file says, else as for a run that begins with the oldest of them. Epoch seconds."""
+    if any(one.fate == "preserved" for one in adopted):
+        return _state_file(store).last_preserved_timestamp
+    return min((_record(one).time for one in adopted), default=0.0) - 1.0
+
+
+def _state_file(store: Store) -> CheckpointState:
+    """What the state file says, which is no more than a hint; an empty state if it says nothing."""
+    nothing = CheckpointState("")
+    try:
+        state = parse(store.read(names.STATE_FILE, MAX_STATE_BYTES).decode())
+    except ObjectNotFoundError:
+        return nothing
+    except (StorageError, DamagedError, ValueError) as error:
+        logger.warning("%s/%s is passed over: %s", store.url, names.STATE_FILE, error)
+        return nothing
+    return state if math.isfinite(state.last_preserved_timestamp) else nothing
+
+
+def _publish(store: Store, state: State) -> None:
+    """Refresh the state file, which is derived: the next manager does it again."""
+    try:
+        store.replace(names.STATE_FILE, render(from_log_state(state)).encode())
+    except StorageError as error:
+        logger.warning("%s/%s was not refreshed: %s", store.url, names.STATE_FILE, error)

@@ -1,0 +1,61 @@
+"""Which checkpoint is the newest, also when somebody has deleted by hand what the log names."""
+
+from __future__ import annotations
+
+import logging
+
+from distckpt.directory.log import read_tail
+from distckpt.directory.strays import read_run
+from distckpt.format import names
+from distckpt.format.json.log import CheckpointRecord, State
+from distckpt.storage import Store, join
+
+logger = logging.getLogger(__name__)
+
+
+def newest_committed(store: Store) -> CheckpointRecord | None:
+    """The newest checkpoint of the log whose manifest is there; None if there is none. Says which newer ones are gone.
+
+    LogMissingError if there are checkpoints and no log, DamagedError if no entry of the log can be read.
+    """
+    return newest_there(store, read_run(store).state)
+
+
+def newest_there(store: Store, state: State) -> CheckpointRecord | None:
+    """As ``newest_committed``, for a log that has been read."""
+    while True:
+        found, missing = _search(store, state)
+        if not missing:
+            return found
+        state = read_tail(store).state
+        alive = state.alive()
+        if all(record.attempt in alive for record in missing):  # not retired since the log was read
+            _tell(store, found, missing)
+            return found
+
+
+def has_manifest(store: Store, record: CheckpointRecord) -> bool:
+    """Whether the manifest of a checkpoint is there, whatever is in it."""
+    folder = names.attempt_folder(record.name, record.number, record.attempt)
+    return store.stat(f"{folder}/{names.MANIFEST}") is not None
+
+
+def _search(store: Store, state: State) -> tuple[CheckpointRecord | None, list[CheckpointRecord]]:
+    missing: list[CheckpointRecord] = []
+    for record in state.newest_first():
+        if has_manifest(store, record):
+            return record, missing
+        missing.append(record)
+    return None, missing
+
+
+def _tell(store: Store, found: CheckpointRecord | None, missing: list[CheckpointRecord]) -> None:
+    gone = ", ".join(_path(store, record) for record in missing)
+    if found is None:
+        logger.error("%s: in the log, but deleted from storage, like all others: no checkpoint is left", gone)
+    else:
+        logger.warning("%s: in the log, but deleted from storage; %s is used instead", gone, _path(store, found))
+
+
+def _path(store: Store, record: CheckpointRecord) -> str:
+    return join(store.url, names.checkpoint_folder(record.name, record.number))
