@@ -1,9 +1,17 @@
-"""The table of what a checkpoint carries and what it refuses, made from the zoo: ``python -m tests.state.table``."""
+"""The table of what a checkpoint carries and what it refuses, made from the zoo.
+
+``python -m tests.state.table`` prints it; with ``--write`` it goes into its page, between the two marks.
+"""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Iterable
+from pathlib import Path
+
+PAGE = Path(__file__).parents[2] / "docs" / "what-is-saved.md"
+FIRST = "<!-- From here on made from the zoo, by: python -m tests.state.table --write -->\n\n"
+LAST = "\n<!-- The end of what is made. -->\n"
 
 HEAD = "| kind | what happens to it | shown by |\n|---|---|---|"
 
@@ -50,9 +58,19 @@ def table() -> str:
     return "\n".join(lines) + "\n"
 
 
+def page(text: str) -> str:
+    """The page with this ``text``, and the table that there is now in it."""
+    before, _, rest = text.partition(FIRST)
+    _, last, after = rest.partition(LAST)
+    if not last:
+        raise ValueError(f"{PAGE.name} has lost the marks between which the table stands: {FIRST!r}, {LAST!r}")
+    return before + FIRST + table() + LAST + after
+
+
 def _outcome(shown: list[tuple[str, bool]]) -> str:
     outcomes = {carried for _, carried in shown}
-    assert len(outcomes) == 1, shown
+    if len(outcomes) > 1:
+        raise ValueError(f"one kind is carried and refused; make it two: {shown}")
     return "carried" if outcomes == {True} else "refused by `prepare` and the first `save`, by key"
 
 
@@ -63,4 +81,7 @@ def _names(names: Iterable[str], most: int = 6) -> str:
 
 
 if __name__ == "__main__":
-    sys.stdout.write(table())
+    if sys.argv[1:] == ["--write"]:
+        PAGE.write_text(page(PAGE.read_text()))
+    else:
+        sys.stdout.write(table())
