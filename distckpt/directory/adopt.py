@@ -109,7 +109,8 @@ def adopt(store: Store, what: Survey, now: float) -> Entry:
     path = join(store.url, names.entry_path(entry.seq))
     result = append(store, entry)
     if result.outcome == "unknown" or 0 < result.newest < entry.seq:
-        raise StoreOutcomeUnknownError(path, f"may or may not have been written: {result.reason}. Look with ls")
+        reason = result.reason or "a listing does not show it"
+        raise StoreOutcomeUnknownError(path, f"may or may not have been written ({reason}). Adopt again, which looks")
     if result.outcome == "taken" or result.newest > entry.seq:
         raise CoordinatorError(
             f"{store.url}: somebody else has written to the log meanwhile, so nothing was adopted. "
