@@ -204,12 +204,18 @@ class NotSharedError(SaveError):
 
 
 class NumberMismatchError(SaveError):
-    """Ranks save different checkpoint numbers at the same time; ``numbers`` maps rank to number."""
+    """Ranks save different checkpoint numbers at the same time; ``numbers`` maps rank to number, None for a prepare."""
 
-    def __init__(self, number: int | None, numbers: Mapping[int, int]) -> None:
-        shown = ", ".join(f"rank {rank} saves {value}" for rank, value in sorted(numbers.items())[:16])
-        super().__init__(number, f"all ranks must save the same number, but {shown}")
+    def __init__(
+        self, number: int | None, numbers: Mapping[int, int | None], hosts: Mapping[int, str] | None = None
+    ) -> None:
+        shown = ", ".join(
+            f"{_ranks_at_hosts([rank], hosts or {})} {f'saves {value}' if value is not None else 'only prepares'}"
+            for rank, value in sorted(numbers.items())[:16]
+        )
+        super().__init__(number, f"all ranks must save the same number, but {shown}. The next save starts afresh")
         self.numbers = dict(numbers)
+        self.hosts = dict(hosts or {})
 
 
 class CommitUnknownError(SaveError):

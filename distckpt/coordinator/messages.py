@@ -58,7 +58,8 @@ class RunOpened:
 class Join:
     """The rank takes part in saving ``number`` (None: it only prepares).
 
-    ``order`` counts the rank's saves; the same one on all ranks is the same save, and a repeat is recognized by it.
+    ``order`` counts the rank's saves, by which a repeat is recognized; ``earlier`` are its saves before this one that are
+    not over, each with its number, and ``age`` is how many seconds ago this one began. A rank joins in that order.
     ``digest`` names its description. ``staged`` says that it has already copied what plan ``plan`` assigned to it.
     ``attempt`` is the attempt it was part of before the coordinator was replaced, else ''.
     ``skip_if_busy`` asks for Skipped if so many saves are in flight (0: never); the first rank's answer is everyone's.
@@ -71,6 +72,8 @@ class Join:
     staged: bool = False
     attempt: str = ""
     skip_if_busy: int = 0
+    earlier: tuple[tuple[int, int | None], ...] = ()
+    age: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,6 +22,7 @@ from distckpt.errors import DistckptError, SaveError
 from distckpt.format.arrow.receipt import ShardReceipt
 from distckpt.rank.layout import Layout, layout_of
 from distckpt.rank.options import SaverOptions
+from distckpt.rank.turns import Turns
 from distckpt.state.collector import Holding
 
 logger = logging.getLogger(__name__)
@@ -33,8 +34,9 @@ class Dialogue:
     Every method raises what the coordinator refuses with, and CoordinatorUnavailableError.
     """
 
-    def __init__(self, client: Client, options: SaverOptions) -> None:
+    def __init__(self, client: Client, options: SaverOptions, turns: Turns) -> None:
         self._client = client
+        self._turns = turns
         self._timeout = options.timeout
         self._buffers = options.buffers
         self._skip_if_busy = options.skip_if_busy
@@ -57,11 +59,14 @@ class Dialogue:
     def join(
         self, order: int, number: int | None, digest: str, staged: bool, plan: str = "", attempt: str = ""
     ) -> Reply:
-        """Take part in the save with this ``order`` among the rank's saves: Joined, or what has become of it."""
+        """Take part in the save with this ``order`` among the rank's saves, in its turn: Joined, or what became of it."""
+        self._turns.wait(order)
+        skip_if_busy = self._buffers if self._skip_if_busy and number is not None else 0
         while True:
-            skip_if_busy = self._buffers if self._skip_if_busy and number is not None else 0
-            reply = self._ask(Join(order, number, digest, plan, staged, attempt, skip_if_busy))
+            earlier, age = self._turns.earlier(order), self._turns.age(order)
+            reply = self._ask(Join(order, number, digest, plan, staged, attempt, skip_if_busy, earlier, age))
             if not isinstance(reply, Unknown):
+                self._turns.joined(order)
                 return reply
 
     def describe(self, joined: Joined, digest: str, description: bytes, staged: bytes | None) -> bool:

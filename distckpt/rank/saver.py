@@ -5,19 +5,22 @@ from __future__ import annotations
 import functools
 
 from distckpt.coordinator.client.client import Client
+from distckpt.coordinator.messages import Joined, Skipped
 from distckpt.errors import DistckptError, SaveError
 from distckpt.rank.background import Background, SaveTask
 from distckpt.rank.buffer import Buffer
 from distckpt.rank.dialogue import Dialogue
 from distckpt.rank.layout import Layout
 from distckpt.rank.options import SaverOptions
-from distckpt.rank.pending import PendingSave, progress_of
+from distckpt.rank.pending import PendingSave, Progress, progress_of
 from distckpt.rank.step_order import StepOrder
+from distckpt.rank.turns import Turns
 from distckpt.state.collector import Collector, Holding
 from distckpt.state.kinds import optimizers_of
 from distckpt.state.objects import NamedObjects
 from distckpt.storage import Store
 from distckpt.threads.coordinator import Coordinator
+from distckpt.transfer.staging import Staging
 
 
 class Saver:
@@ -31,11 +34,11 @@ class Saver:
     ) -> None:
         self._collector = Collector(checkpoint, options.rank, options.world_size, options.check_copies)
         self._order = StepOrder(optimizers_of(checkpoint))
-        self._dialogue = Dialogue(client, options)
+        self._turns = Turns()
+        self._dialogue = Dialogue(client, options, self._turns)
         self._background = Background(store, self._dialogue, options, threads)
         self._buffers = [Buffer() for _ in range(options.buffers)]
         self._skip_if_busy = options.skip_if_busy
-        self._orders = 0
         self._layout: Layout | None = None
 
     def prepare(self) -> None:
@@ -43,9 +46,12 @@ class Saver:
 
         Raises what a save would raise: EncodeError, PlanError, MissingRanksError ...
         """
-        order = self._next_order()
-        holding = self._collect(order, None)
-        planned = self._dialogue.plan(order, None, holding)
+        order = self._turns.begin(None)
+        try:
+            holding = self._collect(order, None)
+            planned = self._dialogue.plan(order, None, holding)
+        finally:
+            self._turns.end(order)
         if planned is None:
             raise SaveError(None, "a prepare cannot be skipped")
         self._layout, _ = planned
@@ -58,40 +64,20 @@ class Saver:
 
         Raises EncodeError at once; everything that concerns other ranks or storage is in the PendingSave.
         """
-        order = self._next_order()
-        holding = self._collect(order, number)
+        order = self._turns.begin(number)
         pending = PendingSave(path, number)
-        progress, joined = progress_of(pending), None
+        progress_of(pending).ended.add_done_callback(lambda _: self._turns.end(order))
         try:
-            # A warm layout asks nobody. To skip is a decision of all ranks, so that mode asks every time.
-            if self._skip_if_busy or self._layout is None or self._layout.digest != holding.description.digest:
-                planned = self._dialogue.plan(order, number, holding)
-                if planned is None:
-                    return None
-                self._layout, joined = planned
-            layout, buffer = self._layout, self._free_buffer()
-            staging = buffer.fit(layout, holding)
-        except DistckptError as error:
-            progress.ended.set_exception(error)
-            return pending
-        except Exception as error:  # no memory, say
-            self._dialogue.give_up(order, number, f"{type(error).__name__}: {error}")
+            holding = self._collect(order, number)
+            room = self._make_room(order, number, holding, progress_of(pending))
+        except BaseException:
+            self._turns.end(order)
             raise
-        try:
-            self._background.put(
-                SaveTask(
-                    order, number, layout, staging, functools.partial(holding.describe, compare=False), joined, progress
-                )
-            )
-            buffer.lend(pending)
-            sources = layout.tensors(holding)
-            copied = staging.stage(sources, layout.values(holding))
-            self._order.after(copied, sources)
-            progress.staged.set_result(copied)
-        except BaseException as error:
-            # Ctrl-C too, or the background thread would wait for this copy for ever.
-            progress.staged.set_exception(SaveError(number, f"its copy was given up: {type(error).__name__}: {error}"))
-            raise
+        if isinstance(room, Skipped):
+            self._turns.end(order)
+            return None
+        if room is not None:
+            self._copy(order, number, holding, pending, room)
         return pending
 
     def close(self) -> None:
@@ -103,9 +89,50 @@ class Saver:
         for buffer in self._buffers:
             buffer.close()
 
-    def _next_order(self) -> int:
-        self._orders += 1
-        return self._orders
+    def _make_room(
+        self, order: int, number: int, holding: Holding, progress: Progress
+    ) -> tuple[Joined | None, Buffer, Staging] | Skipped | None:
+        """Know what this rank writes, and have memory for it. None if the save has ended by an error of all ranks."""
+        joined = None
+        try:
+            # A warm layout asks nobody. To skip is a decision of all ranks, so that mode asks every time.
+            if self._skip_if_busy or self._layout is None or self._layout.digest != holding.description.digest:
+                planned = self._dialogue.plan(order, number, holding)
+                if planned is None:
+                    return Skipped()
+                self._layout, joined = planned
+            buffer = self._free_buffer()
+            return joined, buffer, buffer.fit(self._layout, holding)
+        except DistckptError as error:
+            progress.ended.set_exception(error)
+            return None
+        except Exception as error:  # no memory, say
+            self._dialogue.give_up(order, number, f"{type(error).__name__}: {error}")
+            raise
+
+    def _copy(
+        self,
+        order: int,
+        number: int,
+        holding: Holding,
+        pending: PendingSave,
+        room: tuple[Joined | None, Buffer, Staging],
+    ) -> None:
+        """Copy the state, and have the background bring the save to its end."""
+        assert self._layout is not None
+        (joined, buffer, staging), layout, progress = room, self._layout, progress_of(pending)
+        describe = functools.partial(holding.describe, compare=False)
+        try:
+            self._background.put(SaveTask(order, number, layout, staging, describe, joined, progress))
+            buffer.lend(pending)
+            sources = layout.tensors(holding)
+            copied = staging.stage(sources, layout.values(holding))
+            self._order.after(copied, sources)
+            progress.staged.set_result(copied)
+        except BaseException as error:
+            # Ctrl-C too, or the background thread would wait for this copy for ever.
+            progress.staged.set_exception(SaveError(number, f"its copy was given up: {type(error).__name__}: {error}"))
+            raise
 
     def _free_buffer(self) -> Buffer:
         free = next((buffer for buffer in self._buffers if buffer.is_free()), None)

@@ -17,7 +17,7 @@ INDEX = "index"
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """A shard's content: which rank wrote it, in which of its saves, and which ``rows`` of the ``chunks`` it held."""
+    """A shard's content: which rank wrote it, in which of that rank's saves, and which ``rows`` of the ``chunks`` it held."""
 
     run: int
     order: int
@@ -264,11 +264,12 @@ def g5_epochs_only_grow(history: History) -> list[str]:
     """After epoch E+1 is logged, no entry of an epoch up to E follows, nor a save of an older run or an older save."""
     broken: list[str] = []
     owner: dict[int, str] = {}
-    saves: dict[str, tuple[int, int]] = {}
+    saves: dict[str, dict[int, tuple[int, int]]] = {}
     acknowledged: set[str] = set()
     for happening, before, logged in newest_entries(history.happenings):
         if isinstance(happening, Wrote) and isinstance(happening.content, Piece):
-            saves[happening.attempt] = (happening.content.run, happening.content.order)
+            piece = happening.content
+            saves.setdefault(happening.attempt, {})[piece.rank] = (piece.run, piece.order)
         if logged is None or not isinstance(happening, Logged):
             continue
         if before is not None and logged.epoch < before.epoch:
@@ -278,16 +279,26 @@ def g5_epochs_only_grow(history: History) -> list[str]:
         if logged.kind == "commit" and logged.state.active:
             newest = logged.state.active[-1].attempt
             acknowledged.add(newest)
-            if newest in saves and saves[newest][0] != logged.state.run:
-                broken.append(f"entry {logged.seq} commits a save of run {saves[newest][0]} in run {logged.state.run}")
+            for run, _ in saves.get(newest, {}).values():
+                if run != logged.state.run:
+                    broken.append(f"entry {logged.seq} commits a save of run {run} in run {logged.state.run}")
         if logged.kind in ("commit", "claim"):
             # The log does not say which save of its run a rolled forward one was, so an older one may still follow it.
             old = set(before.state.alive()) - acknowledged if before is not None else set()
             attempts = [record.attempt for record in logged.state.active if record.attempt not in old]
-            listed = [saves[attempt] for attempt in attempts if attempt in saves]
-            if listed and listed[-1] < max(listed):
-                broken.append(f"entry {logged.seq} makes an older save the newest: {listed}")
+            broken += _older_last(logged.seq, [saves[attempt] for attempt in attempts if attempt in saves])
     return broken
+
+
+def _older_last(seq: int, saves: list[dict[int, tuple[int, int]]]) -> list[str]:
+    """Each rank counts its own saves: the last of them must be the latest for every rank that took part in it."""
+    last = saves[-1] if saves else {}
+    latest = {rank: max(save[rank] for save in saves if rank in save) for rank in last}
+    return [
+        f"entry {seq} makes an older save of rank {rank} the newest: {last[rank]} after {latest[rank]}"
+        for rank in last
+        if last[rank] < latest[rank]
+    ]
 
 
 def g6_readers_get_one_attempt(history: History) -> list[str]:
@@ -321,7 +332,7 @@ def _mixed(returned: Returned, written: Mapping[str, Content]) -> list[str]:
     pieces = [piece for piece in returned.shards.values() if isinstance(piece, Piece)]
     if len(pieces) != record.world_size or any(written.get(name) != piece for name, piece in returned.shards.items()):
         return [f"{returned.reader} returned shards that are not those of {record.attempt}"]
-    if len({(piece.run, piece.order, piece.number) for piece in pieces}) > 1 or pieces[0].number != record.number:
+    if len({(piece.run, piece.number) for piece in pieces}) > 1 or pieces[0].number != record.number:
         return [f"{returned.reader} returned shards of different saves as {record.attempt}"]
     return []
 

@@ -135,6 +135,8 @@ class Rank(Process):
         self.failed: list[DistckptError] = []
         self._plan: tuple[int, str, bytes] | None = None
         self._saving = 0
+        self._under_way: dict[int, tuple[int, float]] = {}
+        self._joined: set[int] = set()
         self.start(self._live())
         self.start(self._beat())
 
@@ -143,10 +145,14 @@ class Rank(Process):
             yield from self._open()
             yield from self._restore()
             first = 1 + (self.restored.number if self.restored is not None else 0)
-            for order, chunks in enumerate(self.job.chunks, 1):
+            order = 0
+            for number, chunks in enumerate(self.job.chunks, first):
+                if self.world.random.random() < self.world.faults.missed_save:
+                    continue  # and knows nothing of it
                 while self._saving >= self.job.buffers:
                     yield Sleep(0.1)
-                yield from self._begin_save(order, first + order - 1, chunks)
+                order += 1
+                yield from self._begin_save(order, number, chunks)
                 yield Sleep(self.world.random.uniform(0.2, 2.0))
             while self._saving:
                 yield Sleep(0.1)
@@ -246,14 +252,17 @@ class Rank(Process):
     def _begin_save(self, order: int, number: int, chunks: int) -> Generator[Sleep | Say, Reply | None, None]:
         """Up to the point where training goes on: agree on a plan unless the last one still serves, and copy."""
         joined = None
+        self._under_way[order] = (number, self.world.time)
         try:
             if self.job.skip_if_busy or self._plan is None or self._plan[0] != chunks:
                 joined = yield from self._agree(order, number, chunks)
                 if joined is None:
+                    del self._under_way[order]
                     return
         except StaleRunError:
             raise
         except DistckptError as error:
+            del self._under_way[order]
             self.failed.append(error)
             return
         assert self._plan is not None
@@ -286,6 +295,7 @@ class Rank(Process):
         except DistckptError as error:
             self.failed.append(error)
         self._saving -= 1
+        del self._under_way[order]
 
     def _drive(
         self, order: int, number: int, plan: tuple[int, str, bytes], joined: Joined | None
@@ -319,9 +329,16 @@ class Rank(Process):
         self, order: int, number: int, chunks: int, plan: str = "", attempt: str = ""
     ) -> Generator[Sleep | Say, Reply | None, Reply]:
         skip = self.job.skip_if_busy
+        while any(other < order and other not in self._joined for other in self._under_way):
+            yield Sleep(0.1)
+        age = self.world.time - self._under_way[order][1]
         while True:
-            reply = yield from self._ask(Join(order, number, str(chunks), plan, plan != "", attempt, skip))
+            earlier = tuple((other, of) for other, (of, _) in sorted(self._under_way.items()) if other < order)
+            reply = yield from self._ask(
+                Join(order, number, str(chunks), plan, plan != "", attempt, skip, earlier, age)
+            )
             if not isinstance(reply, Unknown):
+                self._joined.add(order)
                 return reply
 
     def _describe(self, attempt: str, chunks: int, rows: bytes | None) -> Generator[Sleep | Say, Reply | None, bool]:

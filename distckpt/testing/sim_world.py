@@ -24,6 +24,7 @@ class Faults:
     failed_write: float = 0.0
     failed_seal: float = 0.0
     failed_rank: float = 0.0
+    missed_save: float = 0.0
     failed_read: float = 0.0
     clock_jump: float = 0.0
     freeze_at_append: float = 0.0

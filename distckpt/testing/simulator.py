@@ -66,6 +66,7 @@ class Simulation:
             ("failed_write", 0.1),
             ("failed_seal", 0.1),
             ("failed_rank", 0.05),
+            ("missed_save", 0.1),
             ("failed_read", 0.05),
             ("clock_jump", 0.01),
             ("freeze_at_append", 0.1),

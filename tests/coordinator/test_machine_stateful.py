@@ -116,6 +116,8 @@ class Coordinators(RuleBasedStateMachine):
         self.restoring: list[tuple[FromRank, MatchWith | FillFrom]] = []
         self.written: set[tuple[str, int]] = set()
         self.started = 0
+        self.joins: dict[tuple[int, int], dict[int, int | None]] = {}
+        self.ahead: dict[tuple[int, int], int] = {}
         self.token = "one"
 
     # ---- coordinators ------------------------------------------------------------------------------------------------
@@ -209,15 +211,30 @@ class Coordinators(RuleBasedStateMachine):
             self.open_run(self.token, rank, to)
         self._work(to)
         run = self.runs.get(f"{self.token}/0", 0)
-        order = max([join_of(said).order for said, _ in self.joined if said.run == run], default=0) + ahead
-        order = max(1, order)
+        counted = [
+            join_of(said).order - self.ahead.get((run, said.rank), 0) for said, _ in self.joined if said.run == run
+        ]
+        order = max(1, max(counted, default=0) + ahead)
         number = order - 1 if again and order % 2 else order
         for stage in (self._join, self._describe, self._work, self._await_plan, self._land, self._work)[:stages]:
             for rank in range(WORLD):
-                stage(to, run, rank, order, number)
+                stage(to, run, rank, order + self.ahead.get((run, rank), 0), number)
+
+    @precondition(lambda self: self.runs)
+    @rule(rank=st.integers(0, WORLD - 1), to=TO)
+    def save_alone(self, rank: int, to: int) -> None:
+        """One rank saves what the others do not: it counts one save more than they do from now on."""
+        run = self.runs.get(f"{self.token}/{rank}", 0)
+        if not any(self.ahead.get((run, one), 0) for one in range(WORLD)):
+            latest = max([join_of(said).order for said, _ in self.joined if said.run == run], default=0)
+            self._join(to, run, rank, latest + 1, 100 + latest)
+            self.ahead[run, rank] = 1
 
     def _join(self, to: int, run: int, rank: int, order: int, number: int) -> None:
-        self._ask(to, FromRank(run, rank, Join(order, number, "8")))
+        before = self.joins.setdefault((run, rank), {})
+        earlier = tuple((one, of) for one, of in sorted(before.items()) if one < order)
+        before[order] = number
+        self._ask(to, FromRank(run, rank, Join(order, number, "8", earlier=earlier)))
 
     def _describe(self, to: int, run: int, rank: int, order: int, number: int) -> None:
         for said, joined in self.joined[-2:]:

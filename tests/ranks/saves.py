@@ -144,7 +144,7 @@ def one_rank_stays_away(directory: str, absent: int, timeout: float) -> dict[str
         waited = time.monotonic() - began
         dist.barrier()
         if dist.get_rank() == absent:
-            # Its count of saves is one behind; it learns from the answer that the save it joins is over.
+            # The others have given that save up. Its own fails as soon as they go on to the next one.
             late = manager.save(2).exception(30)
             assert late is not None
         last = manager.save(3).result(30)

@@ -73,6 +73,7 @@ class Driver:
         self.replies: dict[int, Reply] = {}
         self.leased: frozenset[str] = frozenset()
         self.complete: tuple[CheckpointRecord, ...] = ()
+        self.joins: dict[tuple[int, int], dict[int, int | None]] = {}
         self._tickets = 0
 
     # ---- stepping ----------------------------------------------------------------------------------------------------
@@ -183,7 +184,11 @@ class Driver:
         return opened.pop()
 
     def join(self, run: int, rank: int, order: int, number: int | None, **more: object) -> Reply | None:
-        fields = {"digest": "d", **more}
+        """A rank joins; it says that it is still busy with every save that it has joined before."""
+        saves = self.joins.setdefault((run, rank), {})
+        earlier = tuple((before, of) for before, of in saves.items() if before < order)
+        saves[order] = number
+        fields = {"digest": "d", "earlier": earlier, **more}
         return self.answer(FromRank(run, rank, Join(order, number, **fields)))  # type: ignore[arg-type]
 
     def plan(

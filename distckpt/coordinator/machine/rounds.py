@@ -10,8 +10,10 @@ from distckpt.coordinator.machine.actions import Plan
 from distckpt.coordinator.machine.plans import HeldPlan, Plans
 from distckpt.coordinator.messages import Describe, Join, Receipt, Reply
 from distckpt.format.json.log import CheckpointRecord
+from distckpt.format.names import attempt_age
 
 Shelf = dict[int, int]
+Place = tuple[int, str, str]
 
 
 class Phase(IntEnum):
@@ -35,18 +37,25 @@ class Phase(IntEnum):
 
 @dataclass(slots=True, eq=False)
 class SaveRound:
-    """The save with the same ``order`` on every rank. ``number`` None: it only prepares. Deadlines are monotonic.
+    """One save of all ranks. ``number`` None: it only prepares. Times and deadlines are monotonic.
 
-    ``time`` is when sealing began, in epoch seconds; ``record`` what the log will say of it, once it is sealed. Tickets on ``awaiting_plan`` and ``awaiting_end`` wait for that.
+    ``orders`` has the counter of each rank that has joined; ``formers`` are its attempts from before the coordinator was
+    replaced; ``missed`` is the place of one of the same number that ended because the rank that begins this had not come to it;
+    ``place`` sorts rounds as they began: what goes on after a restart keeps it, and what is tried again comes next to
+    what it missed. ``strays`` are numbers that ranks saved which did not join this. ``time`` is when sealing began, in epoch
+    seconds; ``record`` what the log will say of it, once it is sealed. ``ended`` is when it was over, and ``absent``
+    are ranks whose absence ended it. Tickets on ``awaiting_plan`` and ``awaiting_end`` wait for that.
     """
 
-    order: int
     number: int | None
     attempt: str
     world_size: int
     deadline: float | None
     phase: Phase = Phase.JOINING
     joins: dict[int, Join] = field(default_factory=dict)
+    orders: dict[int, int] = field(default_factory=dict)
+    formers: set[str] = field(default_factory=set)
+    strays: dict[int, int | None] = field(default_factory=dict)
     undescribed: set[int] = field(default_factory=set)
     descriptions: dict[int, bytes] = field(default_factory=dict)
     fresh: set[int] = field(default_factory=set)
@@ -58,8 +67,25 @@ class SaveRound:
     time: float = 0.0
     record: CheckpointRecord | None = None
     outcome: Reply | None = None
+    missed: Place | None = None
+    place: Place = field(init=False)
+    ended: float = 0.0
+    absent: frozenset[int] = frozenset()
     awaiting_plan: Shelf = field(default_factory=dict)
     awaiting_end: Shelf = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        epoch, made = attempt_age(self.attempt)
+        if self.missed is not None:
+            epoch, made, again = self.missed
+            self.place = epoch, made, f"{again}/{self.attempt.rpartition('-')[2]}"
+        else:
+            self.place = epoch, made, ""
+
+    def goes_on_with(self, former: str) -> None:
+        """A rank was part of it before the coordinator was replaced, in that attempt."""
+        self.formers.add(former)
+        self.place = min((*attempt_age(one), "") for one in self.formers)
 
     @property
     def saves(self) -> bool:
@@ -94,6 +120,13 @@ class SaveRound:
     def takes_part(self, rank: int) -> bool:
         """Whether ``rank`` has joined, or had before the round ended."""
         return rank in self.joins or self.over
+
+    def awaits(self, rank: int, began: float) -> bool:
+        """Whether its outcome, once it is over, is what a rank is to be told that has not joined it.
+
+        A rank for which it waited in vain has missed it, unless that rank's save ``began`` while it was waited for.
+        """
+        return rank not in self.absent or began < self.ended
 
     # ---- from phase to phase ---------------------------------------------------------------------------------------
 
@@ -130,10 +163,12 @@ class SaveRound:
         self.phase = Phase.COMMITTING
         self.deadline = deadline
 
-    def end(self, outcome: Reply) -> None:
+    def end(self, outcome: Reply, mono: float, absent: frozenset[int]) -> None:
         """Remember the outcome and let go of everything large."""
         self.phase = Phase.OVER
         self.outcome = outcome
+        self.ended = mono
+        self.absent = absent
         self.deadline = None
         # New containers, not cleared ones: an action that is still being performed may hold the old ones.
         self.joins, self.descriptions, self.staged_plans, self.staged_rows, self.receipts = {}, {}, {}, {}, {}

@@ -48,6 +48,10 @@ PATIENCE = 5.0
 """How long a commit waits for the leases. Without them it retires nothing, which comes later then."""
 
 
+NAMED_RANKS = 8
+"""How many of the ranks that wait for others an error names."""
+
+
 class Saves:
     """All save rounds of the current run, and the outcomes of the latest ones."""
 
@@ -96,11 +100,13 @@ class Saves:
         if record is not None:
             self._desk.answer(ticket, Committed(record))
             return
-        round = self._book.at(message.order) or self._new_round(message)
+        round = self._book.at(rank, message.order)
         if round is None:
-            reason = "it came too late: the coordinator has finished a later save already"
-            self._desk.answer(ticket, Refused(SaveError(message.number, reason)))
-            return
+            if self._book.is_over(rank, message.order):
+                reason = "it came too late: this rank has gone on to a later save already"
+                self._desk.answer(ticket, Refused(SaveError(message.number, reason)))
+                return
+            round = self._enter(rank, message)
         if not round.over:
             self._take_in(round, rank, message)
         self._desk.answer(ticket, _joined(round, rank))
@@ -208,12 +214,28 @@ class Saves:
             return None
         return round
 
-    def _new_round(self, first: Join) -> SaveRound | None:
-        if self._book.is_over(first.order):
-            return None
+    def _enter(self, rank: int, message: Join) -> SaveRound:
+        """The round that a rank's next save belongs to, new if need be; and the end of those that it will not join."""
+        for given_up in self._book.hear(rank, message):
+            self._fail_rank(given_up, rank, "it has gone on to its next save without having finished this one")
+        began = self._desk.mono - message.age
+        round = self._book.find(rank, message, began) or self._new_round(rank, message)
+        for other in self._book.enter(round, rank, message):
+            other.strays[rank] = round.number
+            elsewhere = {**other.strays, **dict.fromkeys(other.orders, other.number)}
+            round.strays |= {one: number for one, number in elsewhere.items() if one not in round.orders}
+            self._fail(other, self._astray(other, [rank]), frozenset({rank}))
+        beyond = self._book.passed_by(round) if len(round.orders) == 1 and not round.over else {}
+        if beyond:
+            round.strays |= beyond
+            self._fail(round, self._astray(round, sorted(beyond)[:NAMED_RANKS]), frozenset(beyond))
+        return round
+
+    def _new_round(self, rank: int, first: Join) -> SaveRound:
         busy = self._book.saving()
         attempt = self._identities.attempt(self._ledger.epoch)
-        round = SaveRound(first.order, first.number, attempt, self._current.world_size, self._later())
+        missed = self._book.missed(rank, first.number)
+        round = SaveRound(first.number, attempt, self._current.world_size, self._later(), missed=missed)
         self._book.add(round)
         # A rank that has staged is past the question: it joins again after the coordinator was replaced.
         if 0 < first.skip_if_busy <= busy and round.saves and not first.staged:
@@ -223,7 +245,7 @@ class Saves:
     def _take_in(self, round: SaveRound, rank: int, message: Join) -> None:
         known = round.joins.get(rank)
         if message.number != round.number:
-            self._fail(round, _mismatch(round, rank, message))
+            self._fail(round, self._mismatch(round, {rank: message.number}))
         elif known is None or (message.staged and not known.staged and round.phase is Phase.JOINING):
             # A delayed copy of an older Join may have come first; what the rank has copied counts.
             round.join(rank, message, self._plans)
@@ -235,7 +257,10 @@ class Saves:
             self._plan(round)
         # Checkpoints are committed in save order, so a fast save waits for an earlier one that all have joined.
         if round.can_seal and not self._book.must_wait(round):
-            self._seal(round)
+            if self._book.in_sequence(round):
+                self._seal(round)
+            else:
+                self._fail(round, SaveError(round.number, "a later save of a rank was committed before this one"))
 
     def _plan(self, round: SaveRound) -> None:
         held = self._plans.fitting(round.joins)
@@ -313,13 +338,14 @@ class Saves:
         assert round.record is not None
         round.commit_begins(self._later())
         retention, spared = self._current.retention, self._keeping.spared
-        self._ledger.intend(Commit(round.record, round.order + 1, retention, spared))
+        saves = min(round.orders.values()) + 1
+        self._ledger.intend(Commit(round.record, saves, retention, spared))
 
     def committed(self, record: CheckpointRecord) -> None:
         """The log entry counts: tell the ranks, and end the saves that were overtaken. What retires is deleted next."""
         round = self._book.of(record.attempt)
         if round is not None:
-            for other in self._book.overtaken(round):
+            for other in self._book.committed(round):
                 reason = "a later save was committed before every rank had joined this one"
                 self._fail(other, SaveError(other.number, reason))
             self._end(round, Committed(record))
@@ -339,9 +365,14 @@ class Saves:
         if not missing:
             round.deadline = None
             return
+        astray = [rank for rank in missing if rank in round.strays]
+        if astray:
+            self._fail(round, self._astray(round, astray), frozenset(missing))
+            return
         stage = "to join the save" if round.phase is Phase.JOINING else "to report that its shards have landed"
         hosts = self._current.hosts_of(missing)
-        self._fail(round, MissingRanksError(round.number, missing, hosts, self._current.save_timeout, stage))
+        error = MissingRanksError(round.number, missing, hosts, self._current.save_timeout, stage)
+        self._fail(round, error, frozenset(missing))
 
     def _overdue(self, round: SaveRound) -> None:
         """Tell who waits if the store does not say what became of the log entry. It is retried all the same."""
@@ -354,9 +385,22 @@ class Saves:
         host = self._current.hosts.get(rank, "")
         self._fail(round, RankFailedError(round.number, rank, host, reason))
 
-    def _fail(self, round: SaveRound, error: DistckptError) -> None:
+    def _astray(self, round: SaveRound, ranks: list[int]) -> SaveError:
+        """Ranks have gone on to another save or prepare, without having joined this one."""
+        return self._mismatch(round, {rank: round.strays[rank] for rank in ranks})
+
+    def _mismatch(self, round: SaveRound, others: dict[int, int | None]) -> SaveError:
+        """These ranks save other numbers than the ranks of ``round``."""
+        numbers = dict.fromkeys(sorted(round.orders.keys() - others.keys())[:NAMED_RANKS], round.number) | others
+        hosts = self._current.hosts_of(list(numbers))
+        if len(set(numbers.values())) > 1:
+            return NumberMismatchError(round.number, numbers, hosts)
+        who = ", ".join(f"rank {rank} ({hosts.get(rank, '')})" for rank in others)
+        return SaveError(round.number, f"{who} went on to another save without having joined this one")
+
+    def _fail(self, round: SaveRound, error: DistckptError, absent: frozenset[int] = frozenset()) -> None:
         landed = round.landed
-        self._end(round, Refused(error))
+        self._end(round, Refused(error), absent)
         if landed:
             name, number = self._current.name, round.number or 0
             failed = never_committed(name, number, round.attempt, round.time, round.world_size)
@@ -364,9 +408,9 @@ class Saves:
             self._ledger.intend(Discard(failed))
         self._keeping.collect()
 
-    def _end(self, round: SaveRound, outcome: Reply) -> None:
+    def _end(self, round: SaveRound, outcome: Reply, absent: frozenset[int] = frozenset()) -> None:
         self._book.close(round, failed=isinstance(outcome, Refused) and not round.landed)
-        round.end(outcome)
+        round.end(outcome, self._desk.mono, absent)
         self._desk.answer_shelf(round.awaiting_plan, outcome)
         self._desk.answer_shelf(round.awaiting_end, outcome)
         for other in self._book:
@@ -395,11 +439,3 @@ def _joined(round: SaveRound, rank: int) -> Reply:
 
 def _planned(plan: Plan, rank: int) -> Planned:
     return Planned(plan.plan_id, plan.rows(rank))
-
-
-def _mismatch(round: SaveRound, rank: int, message: Join) -> SaveError:
-    joins = {**round.joins, rank: message}
-    numbers = {rank: join.number for rank, join in joins.items() if join.number is not None}
-    if len(numbers) < len(joins):
-        return SaveError(round.number, f"rank {rank} and others disagree whether to save or only to prepare")
-    return NumberMismatchError(round.number, numbers)

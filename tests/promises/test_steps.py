@@ -1,0 +1,52 @@
+"""Ranks that do not save alike hear of it, and go on together: no save before is held against those that follow."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.support.gang import Gang
+from tests.support.small_runs import numbers
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize(("who", "buffers", "following"), [(0, 1, [3, 4]), (1, 2, [2, 3])])
+def test_after_one_rank_saved_alone_joint_saves_work(
+    gang2: Gang, tmp_path: Path, who: int, buffers: int, following: list[int]
+) -> None:
+    arguments = {"directory": str(tmp_path), "who": who, "numbers": following, "buffers": buffers}
+    results = gang2.run("ranks.steps:save_alone", **arguments)
+    assert [result["outcomes"] for result in results] == [["saved"] * 3] * 2
+    assert results[who]["alone"].startswith("MissingRanksError")
+    assert f"rank {1 - who} (" in results[who]["alone"]
+    assert numbers(tmp_path) == [1, *following]
+
+
+@pytest.mark.timeout(120)
+def test_a_save_that_another_rank_has_left_out_ends_when_that_rank_goes_on(gang2: Gang, tmp_path: Path) -> None:
+    first, second = gang2.run("ranks.steps:go_on", directory=str(tmp_path))
+    assert first["outcomes"] == second["outcomes"] == ["saved", "saved"]
+    assert first["alone"].startswith("NumberMismatchError")
+    assert "saves 2" in first["alone"]
+    assert "saves 3" in first["alone"]
+    assert first["held"] < 50
+
+
+@pytest.mark.timeout(120)
+def test_ranks_that_save_different_numbers_are_named_to_all_and_go_on_together(gang2: Gang, tmp_path: Path) -> None:
+    for outcomes in gang2.run("ranks.steps:different_numbers", directory=str(tmp_path)):
+        assert outcomes[0] == "saved"
+        assert outcomes[1].startswith("NumberMismatchError")
+        assert "saves 10" in outcomes[1]
+        assert "saves 11" in outcomes[1]
+        assert outcomes[2:] == ["saved", "saved"]
+    assert numbers(tmp_path) == [1, 20, 21]
+
+
+@pytest.mark.timeout(120)
+def test_an_encode_error_on_one_rank_leaves_all_in_step(gang2: Gang, tmp_path: Path) -> None:
+    first, second = gang2.run("ranks.steps:encode_error", directory=str(tmp_path))
+    assert first[0] == first[2] == second[0] == second[2] == "saved"
+    assert first[1].startswith("RankFailedError")
+    assert second[1] == "EncodeError"

@@ -1,0 +1,77 @@
+"""Rank functions in which ranks do not save alike, and go on together."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+import distckpt
+from distckpt.errors import DistckptError
+
+TIMEOUT = 4.0
+
+
+def ended(pending: distckpt.PendingSave | None) -> str:
+    """How a save ended."""
+    if pending is None:
+        return "skipped"
+    error = pending.exception(120)
+    return f"{type(error).__name__}: {error}" if error is not None else "saved"
+
+
+def save_alone(directory: str, who: int, numbers: list[int], buffers: int) -> dict[str, Any]:
+    """All save 1; rank ``who`` saves 2 alone; all save ``numbers``, one after the other."""
+    checkpoint = distckpt.Checkpoint(w=torch.ones(8), mine=distckpt.PerRank({"n": 0}))
+    with distckpt.CheckpointManager(
+        checkpoint, directory, max_to_keep=None, save_timeout=TIMEOUT, buffers=buffers
+    ) as manager:
+        outcomes = [ended(manager.save(1))]
+        alone = ended(manager.save(2)) if dist.get_rank() == who else ""
+        dist.barrier()
+        outcomes += [ended(manager.save(number)) for number in numbers]
+    return {"outcomes": outcomes, "alone": alone}
+
+
+def go_on(directory: str) -> dict[str, Any]:
+    """Rank 0 begins to save 2, which rank 1 leaves out: both save 3 then. How long rank 0 was held is told too."""
+    checkpoint = distckpt.Checkpoint(w=torch.ones(8))
+    with distckpt.CheckpointManager(checkpoint, directory, max_to_keep=None, save_timeout=60) as manager:
+        outcomes = [ended(manager.save(1))]
+        pending = manager.save(2) if dist.get_rank() == 0 else None
+        dist.barrier()
+        begin = time.monotonic()
+        if dist.get_rank() == 1:
+            outcomes.append(ended(manager.save(3)))
+        else:
+            alone = ended(pending)
+            outcomes.append(ended(manager.save(3)))
+    return {"outcomes": outcomes, "alone": alone if dist.get_rank() == 0 else "", "held": time.monotonic() - begin}
+
+
+def different_numbers(directory: str) -> list[str]:
+    """All save 1; then each rank another number; then all the same number, twice."""
+    checkpoint = distckpt.Checkpoint(w=torch.ones(8))
+    with distckpt.CheckpointManager(checkpoint, directory, max_to_keep=None, save_timeout=TIMEOUT) as manager:
+        outcomes = [ended(manager.save(1)), ended(manager.save(10 + dist.get_rank()))]
+        dist.barrier()
+        outcomes += [ended(manager.save(20)), ended(manager.save(21))]
+    return outcomes
+
+
+def encode_error(directory: str) -> list[str]:
+    """Rank 1 cannot store 2; then all save 3."""
+    mine: dict[str, Any] = {"n": 0}
+    outcomes = []
+    with distckpt.CheckpointManager(
+        distckpt.Checkpoint(mine=distckpt.PerRank(mine)), directory, max_to_keep=None, save_timeout=60
+    ) as manager:
+        for number in (1, 2, 3):
+            mine["n"] = object() if (number, dist.get_rank()) == (2, 1) else number
+            try:
+                outcomes.append(ended(manager.save(number)))
+            except DistckptError as error:
+                outcomes.append(type(error).__name__)
+    return outcomes
