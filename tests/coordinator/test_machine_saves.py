@@ -606,3 +606,44 @@ def test_a_failed_save_is_forgotten_without_a_trace_and_the_next_succeeds():
     assert garbage.failed == {attempt}
     assert attempt not in garbage.live | garbage.known
     driver.save(run, 2, 2, 6)
+
+
+def test_after_a_plan_that_failed_everyone_describes_again():
+    """Copies that differ were refused once and then saved, since nobody had described anew and nothing was compared."""
+    driver = Driver().lead()
+    run = driver.open(2)
+    for order in (1, 2):
+        joined = [cast(Joined, driver.join(run, rank, order, order)) for rank in range(2)]
+        assert [reply.describe for reply in joined] == [True, True]
+        for rank in range(2):
+            driver.answer(FromRank(run, rank, Describe(joined[rank].attempt, "d", describe(6))))
+        making = driver.take(MakePlan)
+        assert making.fresh == {0, 1}
+        driver.feed(StepFailed(making.attempt, PlanError(order, "w", [0, 1], "copies differ")))
+
+
+def test_everyone_describes_again_when_one_rank_holds_something_else():
+    driver = Driver().lead()
+    run = driver.open(2)
+    driver.plan(run, 2, 1, None)
+    first, second = (
+        cast(Joined, driver.join(run, 0, 2, 6, digest="8")),
+        cast(Joined, driver.join(run, 1, 2, 6, digest="new")),
+    )
+    assert (first.describe, second.describe) == (False, True)
+    waiting = driver.ask(FromRank(run, 0, AwaitPlan(first.attempt)))
+    driver.answer(FromRank(run, 1, Describe(second.attempt, "new", describe(8))))
+    assert driver.replies[waiting] == Unknown()
+    assert driver.answer(FromRank(run, 0, AwaitPlan(first.attempt))) == Unknown()
+    assert cast(Joined, driver.join(run, 0, 2, 6, digest="8")).describe
+    driver.answer(FromRank(run, 0, Describe(first.attempt, "8", describe(8))))
+    assert driver.take(MakePlan).fresh == {0, 1}
+
+
+def test_another_run_describes_everything_anew():
+    driver = Driver().lead()
+    run = driver.open(2)
+    driver.plan(run, 2, 1, None)
+    assert not cast(Joined, driver.join(run, 0, 2, 6, digest="8")).describe
+    again = driver.open(2, "restarted")
+    assert cast(Joined, driver.join(again, 0, 1, 6, digest="8")).describe

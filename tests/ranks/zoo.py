@@ -131,17 +131,35 @@ def _batch_norm(one: RankEntry, directory: str, number: int) -> list[str]:
 
 
 def _refused(one: RankEntry, directory: str, number: int) -> list[str]:
-    """The first save fails on every rank with an error that names the key and says what to do."""
+    """Every save fails on every rank, also the second one and a later manager's, naming the key and what to do."""
     run = one.entry().start(seed=0)
     take_steps(run, 0, 2)
-    try:
+    told: list[str] = []
+    for _ in range(2):
         with distckpt.CheckpointManager(run.checkpoint, directory, **OPTIONS) as manager:
-            manager.save(number).result(30)
+            told += [
+                _told(lambda m=manager: m.prepare()),
+                *(_told(lambda m=manager: _saved(m, number)) for _ in range(2)),
+            ]  # type: ignore[misc]
+    found = []
+    for text in told:
+        found += [] if one.refused in text else [f"the key {one.refused} is not named: {text or 'it was not refused'}"]
+        found += [] if re.search(one.advice, text) else [f"it does not say what to do: {text}"]
+    return found
+
+
+def _saved(manager: distckpt.CheckpointManager, number: int) -> None:
+    pending = manager.save(number)
+    assert pending is not None
+    pending.result(30)
+
+
+def _told(act: Callable[[], object]) -> str:
+    try:
+        act()
     except DistckptError as error:
-        text = str(error)
-        missing = [] if one.refused in text else [f"the key {one.refused} is not named: {text}"]
-        return missing + ([] if re.search(one.advice, text) else [f"it does not say what to do: {text}"])
-    return ["it was not refused"]
+        return str(error)
+    return ""
 
 
 # ---- other numbers of ranks ------------------------------------------------------------------------------------------

@@ -50,6 +50,10 @@ class Plans:
         held = self._held.get(join.plan) if join.staged else None
         return held if held is not None and held.covers(rank, join) else None
 
+    def follows_one(self, rank: int, digest: str) -> bool:
+        """Whether a held plan was made from this description of ``rank``: then copies were compared."""
+        return any(held.digests.get(rank) == digest for held in self._held.values())
+
     def fitting(self, joins: Mapping[int, Join]) -> HeldPlan | None:
         """A held plan that serves a round as it is, newest first, or None."""
         return next((held for held in reversed(self._held.values()) if held.fits(joins)), None)
@@ -63,7 +67,7 @@ class Plans:
         held = self._descriptions.get(rank)
         return held[1] if held is not None and held[0] == digest else None
 
-    def shrink(self, world_size: int) -> None:
-        """Drop descriptions of ranks that do not exist any more."""
-        for rank in [rank for rank in self._descriptions if rank >= world_size]:
-            del self._descriptions[rank]
+    def clear(self) -> None:
+        """Another run begins: what its ranks hold has yet to be described and compared."""
+        self._held.clear()
+        self._descriptions.clear()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import IntEnum
 
@@ -57,6 +58,7 @@ class SaveRound:
     formers: set[str] = field(default_factory=set)
     strays: dict[int, int | None] = field(default_factory=dict)
     undescribed: set[int] = field(default_factory=set)
+    asked_again: set[int] = field(default_factory=set)
     descriptions: dict[int, bytes] = field(default_factory=dict)
     fresh: set[int] = field(default_factory=set)
     staged_plans: dict[int, HeldPlan] = field(default_factory=dict)
@@ -172,7 +174,7 @@ class SaveRound:
         self.deadline = None
         # New containers, not cleared ones: an action that is still being performed may hold the old ones.
         self.joins, self.descriptions, self.staged_plans, self.staged_rows, self.receipts = {}, {}, {}, {}, {}
-        self.undescribed, self.told, self.fresh = set(), set(), set()
+        self.undescribed, self.asked_again, self.told, self.fresh = set(), set(), set(), set()
         if self.saves:
             self.plan = None
 
@@ -187,12 +189,23 @@ class SaveRound:
         held = plans.staged_under(rank, message)
         if held is not None:
             self.staged_plans[rank] = held
-        if description is None or (message.staged and held is None):
+        known = held is not None if message.staged else plans.follows_one(rank, message.digest)
+        if description is None or not known:
             self.undescribed.add(rank)
+
+    def not_compared(self) -> list[int]:
+        """Ranks of whose copies nothing is known as they are now, in a round that no plan of before fits."""
+        return [rank for rank, join in self.joins.items() if not join.staged and rank not in self.fresh]
+
+    def describe_again(self, ranks: Iterable[int]) -> None:
+        """What these ranks described for an earlier save says nothing about what they hold now."""
+        self.undescribed.update(ranks)
+        self.asked_again.update(ranks)
 
     def describe(self, rank: int, message: Describe) -> None:
         """Take what a rank holds, and which rows of it the rank has copied already."""
         self.undescribed.discard(rank)
+        self.asked_again.discard(rank)
         self.joins[rank] = dataclasses.replace(self.joins[rank], digest=message.digest)
         self.descriptions[rank] = message.description
         if message.staged is None:

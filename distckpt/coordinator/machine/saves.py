@@ -79,7 +79,7 @@ class Saves:
     def begin_run(self, run: Run) -> None:
         """Serve this run from now on."""
         self._book.begin(self._ledger.state.saves)
-        self._plans.shrink(run.world_size)
+        self._plans.clear()
 
     def abandon(self, error: DistckptError) -> None:
         """End every round of the run with ``error``: another run begins."""
@@ -135,6 +135,9 @@ class Saves:
             return
         round = self._round_of(ticket, rank, message.attempt)
         if round is None:
+            return
+        if rank in round.asked_again:
+            self._desk.answer(ticket, Unknown())  # it joins again, and is asked to describe what it holds
             return
         if round.plan is None:
             self._desk.hold(ticket, round.awaiting_plan, rank)
@@ -266,6 +269,12 @@ class Saves:
         held = self._plans.fitting(round.joins)
         if held is not None:
             self._adopt(round, held)
+            return
+        # Copies are compared whenever a plan is made, so all who can say what they hold now must have said it.
+        if stale := round.not_compared():
+            round.describe_again(stale)
+            for ticket in [ticket for ticket, rank in round.awaiting_plan.items() if rank in round.asked_again]:
+                self._desk.answer(ticket, Unknown())
             return
         staged: dict[int, bytes] = {}
         for rank in round.staged_ranks():
