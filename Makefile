@@ -5,12 +5,19 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
+FLOORS := .venv-floors
+FLOORS_READY := $(FLOORS)/.ready
+QUICK := $(addprefix tests/,format storage sharding transfer directory threads readers house \
+	coordinator/test_machine.py coordinator/test_machine_saves.py coordinator/test_machine_keeping.py \
+	coordinator/test_machine_stops.py coordinator/test_machine_stateful.py coordinator/test_retention.py \
+	golden training/test_integrations.py training/test_quantization.py)
+
 SECONDS ?= 600
 
-.PHONY: help install demo test explore check bench clean
+.PHONY: help install demo test test-floors explore check bench clean
 
 help:           ## this list
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/'
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/'
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -25,6 +32,15 @@ demo: $(READY)  ## the main job: train on two ranks, kill one, resume on three
 test: $(READY)  ## the whole test suite, two files at a time
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
+$(FLOORS_READY): pyproject.toml constraints.txt tests/floors.py
+	$(PYTHON) -m venv --clear $(FLOORS)
+	$(FLOORS)/bin/python tests/floors.py > $(FLOORS)/floors.txt
+	$(FLOORS)/bin/python -m pip install --quiet --disable-pip-version-check -c $(FLOORS)/floors.txt -e '.[test]'
+	touch $(FLOORS_READY)
+
+test-floors: $(FLOORS_READY) ## the quick tests with the lowest versions that pyproject.toml allows (Python 3.11)
+	$(FLOORS)/bin/python -m pytest -p no:cacheprovider -m "not ray" $(QUICK)
+
 explore: $(READY) ## look for what the tests have not met yet, for SECONDS=600
 	$(BIN)/python tests/explore.py $(SECONDS)
 
@@ -37,4 +53,4 @@ bench: $(READY) ## the figures, with the peers measured beside us
 	$(BIN)/python benchmarks/run.py
 
 clean:          ## remove the virtual environment and what runs have left
-	rm -rf $(VENV) demo-output bench-output .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(FLOORS) demo-output bench-output .pytest_cache .mypy_cache .ruff_cache .hypothesis

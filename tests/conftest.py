@@ -32,10 +32,13 @@ def seed(request: pytest.FixtureRequest) -> int:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Whatever depends on the seed can be chosen."""
+    """What depends on the seed can be chosen, and what needs Ray can be left out."""
     for item in items:
-        if "seed" in getattr(item, "fixturenames", ()):
+        used = getattr(item, "fixturenames", ())
+        if "seed" in used:
             item.add_marker("seeded")
+        if "ray_address" in used:
+            item.add_marker("ray")
 
 
 class SharedCluster:
