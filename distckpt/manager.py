@@ -20,6 +20,7 @@ from distckpt.directory.log import read_tail
 from distckpt.errors import CheckpointNotFoundError, CoordinatorError, DistckptError
 from distckpt.format import names
 from distckpt.format.limits import MAX_NUMBER
+from distckpt.rank.alone import Alone
 from distckpt.rank.exit import close_at_exit, forget_at_exit
 from distckpt.rank.options import SaverOptions
 from distckpt.rank.pending import PendingSave, PendingSaves
@@ -135,6 +136,7 @@ class CheckpointManager:
         self._restorer = Restorer(self._client, self._store, checkpoint, self._world, save_timeout)
         self._found = self._client.open()
         self._pending = PendingSaves()
+        self._alone = Alone(self._store.url)
         self._closed = False
         self._left = False
         LooperThread.loop(self._background, HEARTBEAT_SECONDS, self._beat, name="distckpt-heartbeat", skip_missed=True)
@@ -186,8 +188,9 @@ class CheckpointManager:
 
         Raises what a save would raise: EncodeError, PlanError, MissingRanksError ...
         """
-        self._check_open()
-        self._saver.prepare()
+        with self._alone("prepare"):
+            self._check_open()
+            self._saver.prepare()
 
     def save(self, checkpoint_number: Any = None, check_interval: bool = True) -> PendingSave | None:
         """Copy the state, write it in the background, and return at once; all ranks call it alike.
@@ -200,16 +203,22 @@ class CheckpointManager:
         TensorFlow does, since they do not learn of a failure at the same moment; a world of one may try it again.
 
         Raises EncodeError for what cannot be stored, and the failure of an earlier save that nobody has collected. The
-        latter comes out after this save has begun, so that the ranks stay in step; ``wait`` waits for it.
+        latter comes out after this save has begun, so that the ranks stay in step; ``wait`` waits for it. CoordinatorError
+        inside another call of the same thread, from a signal handler or a hook.
         """
-        self._check_open()
-        earlier = list(self._pending)
-        pending = self._begin(checkpoint_number, check_interval)
-        self._pending.raise_failure(earlier)
-        return pending
+        with self._alone("save"):
+            self._check_open()
+            earlier = list(self._pending)
+            pending = self._begin(checkpoint_number, check_interval)
+            self._pending.raise_failure(earlier)
+            return pending
 
     def wait(self) -> None:
         """Return once no save is under way. Raises the first failure that nobody has collected."""
+        with self._alone("wait"):
+            self._finish()
+
+    def _finish(self) -> None:
         self._pending.settle()
         self._pending.raise_failure(list(self._pending))
 
@@ -288,10 +297,11 @@ class CheckpointManager:
         return self._restorer.status
 
     def _restore(self, which: int | str | None, partial: bool) -> str | None:
-        self._check_open()
-        self._pending.settle()
-        record = self._restorer.restore(which, partial)
-        self._restored()
+        with self._alone("restore"):
+            self._check_open()
+            self._pending.settle()
+            record = self._restorer.restore(which, partial)
+            self._restored()
         if record is None:
             return None
         self._saved_steps.restart(self._step())
@@ -317,11 +327,12 @@ class CheckpointManager:
         """Wait for saves under way and leave the run. Raises the first failure that nobody has collected."""
         if self._left:
             return
-        self._closed = True
-        try:
-            self.wait()
-        finally:
-            self._leave()
+        with self._alone("close"):
+            self._closed = True
+            try:
+                self._finish()
+            finally:
+                self._leave()
 
     def _check_open(self) -> None:
         if self._closed:
