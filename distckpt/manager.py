@@ -75,6 +75,7 @@ class CheckpointManager:
     Raises:
         ValueError: wrong arguments.
         StorageError, StoreUnsuitableError: the directory cannot be used.
+        AbsentRanksError: ranks that have not made theirs within ``save_timeout`` seconds, named.
 
     What stays, and what numbers, intervals, restarts and clocks that go back mean, is as in TensorFlow. Where
     TensorFlow's differs: it has no default for ``max_to_keep``; it overwrites a number that is saved again in place, be
@@ -113,7 +114,7 @@ class CheckpointManager:
         self._init_fn = init_fn
         self._saved_steps = SavedSteps(last_checkpoint_step)
         self._store = open_store(directory, storage_options)
-        self._world = find_world(rank, world_size, run_id)
+        self._world = find_world(rank, world_size, run_id, save_timeout)
         opening = OpenRun(
             token="",
             rank=self._world.rank,

@@ -13,6 +13,7 @@ OF_OTHERS = {
     "_data_fetcher": "Lightning",
     "_exit": "os",
     "_foreach_copy_": "torch",
+    "_get_default_store": "torch.distributed",
     "_load_from_checkpoint": "transformers",
     "_local_tensor": "DTensor",
     "_orig_mod": "torch.compile",
