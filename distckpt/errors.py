@@ -23,6 +23,7 @@
     - FencedError                 a newer coordinator owns the directory; this one has stopped for ever
     - StaleRunError               a newer incarnation of the job has started
     - CoordinatorUnavailableError no answer from the coordinator in time
+    - AbsentRanksError            ranks that did not come when all make a manager together
     - PeerFailedError             another rank reported an error, so all ranks stop
       - RankSilentError           a rank gave no sign of life for too long, so all ranks stop
   - AgreementError                ranks that should decide together do not: one has died, left, or is elsewhere
@@ -254,6 +255,18 @@ class StaleRunError(CoordinatorError):
 
 class CoordinatorUnavailableError(CoordinatorError):
     """No answer from the coordinator in time. What it had committed is on storage; nothing is lost."""
+
+
+class AbsentRanksError(CoordinatorError):
+    """``ranks`` did not come within ``timeout`` seconds where all ranks must make a manager together."""
+
+    def __init__(self, ranks: Sequence[int], timeout: float) -> None:
+        super().__init__(
+            f"waited {timeout:g} s for {_ranks_at_hosts(ranks, {})} to come. Every rank must make the manager, and all of "
+            "them alike; nothing was changed, and they may try again together"
+        )
+        self.ranks = tuple(ranks)
+        self.timeout = timeout
 
 
 class PeerFailedError(CoordinatorError):

@@ -21,6 +21,8 @@ from distckpt.directory.newest import newest_committed
 from distckpt.errors import CheckpointNotFoundError, CoordinatorError, DistckptError
 from distckpt.format import names
 from distckpt.format.limits import MAX_NUMBER
+from distckpt.rank.alone import Alone
+from distckpt.rank.arguments import check_arguments, whole
 from distckpt.rank.exit import close_at_exit, forget_at_exit
 from distckpt.rank.options import SaverOptions
 from distckpt.rank.pending import PendingSave, PendingSaves
@@ -78,6 +80,7 @@ class CheckpointManager:
         ValueError: wrong arguments.
         StorageError, StoreUnsuitableError: the directory cannot be used.
         LogMissingError: it has checkpoints, but no log.
+        AbsentRanksError: ranks that have not made theirs within ``save_timeout`` seconds, named.
 
     What stays, and what numbers, intervals, restarts and clocks that go back mean, is as in TensorFlow. Where
     TensorFlow's differs: it has no default for ``max_to_keep``; it overwrites a number that is saved again in place, be
@@ -107,9 +110,7 @@ class CheckpointManager:
         verify: bool = False,
         check_copies: bool = False,
     ) -> None:
-        _check_arguments(
-            max_to_keep, checkpoint_name, step_counter, checkpoint_interval, save_timeout, buffers, on_busy
-        )
+        check_arguments(max_to_keep, checkpoint_name, step_counter, checkpoint_interval, save_timeout, buffers, on_busy)
         self._checkpoint = checkpoint
         self._name = checkpoint_name
         self._step_counter = step_counter
@@ -117,7 +118,7 @@ class CheckpointManager:
         self._init_fn = init_fn
         self._saved_steps = SavedSteps(last_checkpoint_step)
         self._store = open_store(directory, storage_options)
-        self._world = find_world(rank, world_size, run_id)
+        self._world = find_world(rank, world_size, run_id, save_timeout)
         opening = OpenRun(
             token="",
             rank=self._world.rank,
@@ -147,6 +148,7 @@ class CheckpointManager:
         self._restorer = Restorer(self._client, self._store, checkpoint, self._world, save_timeout)
         self._found = self._client.open()
         self._pending = PendingSaves()
+        self._alone = Alone(self._store.url)
         self._closed = False
         self._left = False
         LooperThread.loop(self._background, HEARTBEAT_SECONDS, self._beat, name="distckpt-heartbeat", skip_missed=True)
@@ -198,8 +200,9 @@ class CheckpointManager:
 
         Raises what a save would raise: EncodeError, PlanError, MissingRanksError ...
         """
-        self._check_open()
-        self._saver.prepare()
+        with self._alone("prepare"):
+            self._check_open()
+            self._saver.prepare()
 
     def save(self, checkpoint_number: Any = None, check_interval: bool = True) -> PendingSave | None:
         """Copy the state, write it in the background, and return at once; all ranks call it alike.
@@ -212,16 +215,22 @@ class CheckpointManager:
         TensorFlow does, since they do not learn of a failure at the same moment; a world of one may try it again.
 
         Raises EncodeError for what cannot be stored, and the failure of an earlier save that nobody has collected. The
-        latter comes out after this save has begun, so that the ranks stay in step; ``wait`` waits for it.
+        latter comes out after this save has begun, so that the ranks stay in step; ``wait`` waits for it. CoordinatorError
+        inside another call of the same thread, from a signal handler or a hook.
         """
-        self._check_open()
-        earlier = list(self._pending)
-        pending = self._begin(checkpoint_number, check_interval)
-        self._pending.raise_failure(earlier)
-        return pending
+        with self._alone("save"):
+            self._check_open()
+            earlier = list(self._pending)
+            pending = self._begin(checkpoint_number, check_interval)
+            self._pending.raise_failure(earlier)
+            return pending
 
     def wait(self) -> None:
         """Return once no save is under way. Raises the first failure that nobody has collected."""
+        with self._alone("wait"):
+            self._finish()
+
+    def _finish(self) -> None:
         self._pending.settle()
         self._pending.raise_failure(list(self._pending))
 
@@ -234,7 +243,7 @@ class CheckpointManager:
         if step is not None and self._too_early(step, check_interval):
             return None
         many, counter = self._world.size > 1, self._checkpoint.save_counter
-        number = counter + 1 if checkpoint_number is None else _whole(checkpoint_number, "checkpoint_number")
+        number = counter + 1 if checkpoint_number is None else whole(checkpoint_number, "checkpoint_number")
         if not 0 <= number <= MAX_NUMBER:
             raise ValueError(f"checkpoint numbers go from 0 to {MAX_NUMBER}, but this one is {number}")
         self._checkpoint.save_counter = counter + 1
@@ -264,7 +273,7 @@ class CheckpointManager:
         counter = self._step_counter
         if self._interval is None or counter is None:
             return None
-        return _whole(counter() if callable(counter) else counter, "step_counter")
+        return whole(counter() if callable(counter) else counter, "step_counter")
 
     # ---- restore -----------------------------------------------------------------------------------------------
 
@@ -308,10 +317,11 @@ class CheckpointManager:
         return self._restorer.status
 
     def _restore(self, which: int | str | None, partial: bool, selection: Selection = EVERYTHING) -> str | None:
-        self._check_open()
-        self._pending.settle()
-        record = self._restorer.restore(which, partial, selection)
-        self._restored()
+        with self._alone("restore"):
+            self._check_open()
+            self._pending.settle()
+            record = self._restorer.restore(which, partial, selection)
+            self._restored()
         if record is None:
             return None
         self._saved_steps.restart(self._step())
@@ -322,7 +332,7 @@ class CheckpointManager:
         if which is None:
             return None
         if not isinstance(which, str | os.PathLike):
-            return _whole(which, "a checkpoint's number")
+            return whole(which, "a checkpoint's number")
         path = canonical(which)
         if path == self._store.url:
             return None
@@ -337,11 +347,12 @@ class CheckpointManager:
         """Wait for saves under way and leave the run. Raises the first failure that nobody has collected."""
         if self._left:
             return
-        self._closed = True
-        try:
-            self.wait()
-        finally:
-            self._leave()
+        with self._alone("close"):
+            self._closed = True
+            try:
+                self._finish()
+            finally:
+                self._leave()
 
     def _check_open(self) -> None:
         if self._closed:
@@ -412,34 +423,3 @@ def settle(manager: CheckpointManager) -> None:
 def abandon(manager: CheckpointManager, error: BaseException) -> None:
     """Close ``manager`` as its with-statement does when ``error`` ends the block."""
     manager._abandon(error)
-
-
-def _whole(value: Any, what: str) -> int:
-    """The int that ``value`` equals, whatever its type."""
-    with contextlib.suppress(TypeError, ValueError, OverflowError):
-        if not isinstance(value, str | bytes) and (whole := int(value)) == value:
-            return whole
-    raise TypeError(f"{what} must be a whole number, not {value!r}")
-
-
-def _check_arguments(
-    max_to_keep: int | None,
-    name: str,
-    step_counter: Any,
-    interval: int | None,
-    save_timeout: float,
-    buffers: int,
-    on_busy: str,
-) -> None:
-    if max_to_keep is not None and max_to_keep <= 0:
-        raise ValueError(f"max_to_keep must be a positive number, or None to keep all, not {max_to_keep!r}")
-    if not names.is_name(name):
-        raise ValueError(f"{name!r} cannot name checkpoints: letters, digits, '.', '_' and '-' only")
-    if interval is not None and step_counter is None:
-        raise ValueError("checkpoint_interval needs a step_counter that says which step it is")
-    if save_timeout <= 0:
-        raise ValueError(f"save_timeout must be a positive number of seconds, not {save_timeout!r}")
-    if buffers < 1:
-        raise ValueError(f"buffers must be at least 1, not {buffers!r}")
-    if on_busy not in ("wait", "skip"):
-        raise ValueError(f'on_busy must be "wait" or "skip", not {on_busy!r}')

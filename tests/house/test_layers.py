@@ -9,7 +9,8 @@ import pytest
 from tests.house.source import PACKAGE, file_of, imports, imports_when_imported, modules, part, users
 
 FLOORS = (
-    ("errors", "world"),
+    ("errors",),
+    ("world",),
     ("storage", "format", "threads"),
     ("sharding", "state_file"),
     ("transfer",),

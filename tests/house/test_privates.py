@@ -14,6 +14,7 @@ OF_OTHERS = {
     "_data_fetcher": "Lightning",
     "_exit": "os",
     "_foreach_copy_": "torch",
+    "_get_default_store": "torch.distributed",
     "_load_from_checkpoint": "transformers",
     "_load_state_dict_post_hooks": "nn.Module",
     "_load_state_dict_pre_hooks": "nn.Module",

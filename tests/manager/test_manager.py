@@ -521,6 +521,28 @@ def test_an_interrupt_during_the_copy_leaves_a_manager_that_can_be_closed(tmp_pa
     assert numbers(tmp_path) == [1, 3]
 
 
+@pytest.mark.parametrize("what", ["prepare", "save", "restore", "wait", "close"])
+def test_what_is_called_inside_a_save_of_the_same_thread_is_refused_at_once(tmp_path: Path, what: str) -> None:
+    """A signal handler, say, that comes while the state is being copied."""
+    heard = []
+
+    class Handler(torch.Tensor):
+        @classmethod
+        def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if "copy" in func.__name__ and not heard:
+                with pytest.raises(CoordinatorError, match=f"{what} was called while save was running") as caught:
+                    getattr(manager, what)(*([9] if what == "save" else []))
+                heard.append(caught.value)
+            return super().__torch_function__(func, types, args, kwargs or {})
+
+    state = {"weight": torch.ones(4).as_subclass(Handler)}
+    with distckpt.CheckpointManager(distckpt.Checkpoint(state=state), tmp_path) as manager:
+        manager.save(1).result(30)
+        manager.save(2).result(30)
+    assert heard
+    assert numbers(tmp_path) == [1, 2]
+
+
 def steps_of(directory: Path) -> dict[int, list[int]]:
     """The step of each rank in every checkpoint, by number."""
     # From the log: the state file comes after the ranks have their answer.

@@ -50,3 +50,20 @@ def test_an_encode_error_on_one_rank_leaves_all_in_step(gang2: Gang, tmp_path: P
     assert first[0] == first[2] == second[0] == second[2] == "saved"
     assert first[1].startswith("RankFailedError")
     assert second[1] == "EncodeError"
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("who", [0, 1])
+def test_a_manager_that_not_all_ranks_make_fails_soon_and_names_them(gang2: Gang, tmp_path: Path, who: int) -> None:
+    results = gang2.run("ranks.steps:make_alone", directory=str(tmp_path), who=who)
+    assert results[who]["alone"].startswith("AbsentRanksError")
+    assert f"rank {1 - who}" in results[who]["alone"]
+    assert results[who]["waited"] < 60
+    assert [result["outcomes"] for result in results] == [["saved", "saved"]] * 2
+
+
+@pytest.mark.timeout(120)
+def test_a_save_inside_a_save_is_refused_at_once(gang2: Gang, tmp_path: Path) -> None:
+    for heard in gang2.run("ranks.steps:nested_save", directory=str(tmp_path)):
+        assert heard.startswith("CoordinatorError")
+        assert "save was called while save was running in the same thread" in heard

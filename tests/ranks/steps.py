@@ -75,3 +75,43 @@ def encode_error(directory: str) -> list[str]:
             except DistckptError as error:
                 outcomes.append(type(error).__name__)
     return outcomes
+
+
+def nested_save(directory: str) -> str:
+    """A hook that runs while the state is collected saves too; what it is told."""
+    heard: list[str] = []
+
+    class Hooked:
+        def state_dict(self) -> dict[str, int]:
+            """Saves, of all things."""
+            try:
+                manager.save(7)
+            except DistckptError as error:
+                heard.append(f"{type(error).__name__}: {error}")
+            return {"x": 1}
+
+        def load_state_dict(self, state: dict[str, int]) -> None:
+            """Nothing."""
+
+    with distckpt.CheckpointManager(distckpt.Checkpoint(hooked=Hooked()), directory, save_timeout=60) as manager:
+        assert ended(manager.save(1)) == "saved"
+    return heard[0]
+
+
+def make_alone(directory: str, who: int) -> dict[str, Any]:
+    """Rank ``who`` makes a manager alone; then all make one together, twice."""
+    checkpoint = distckpt.Checkpoint(w=torch.ones(8))
+    alone, waited = "", 0.0
+    if dist.get_rank() == who:
+        began = time.monotonic()
+        try:
+            distckpt.CheckpointManager(checkpoint, directory, save_timeout=3)
+        except DistckptError as error:
+            alone = f"{type(error).__name__}: {error}"
+        waited = time.monotonic() - began
+    dist.barrier()
+    outcomes = []
+    for number in (1, 2):
+        with distckpt.CheckpointManager(checkpoint, directory, save_timeout=60) as manager:
+            outcomes.append(ended(manager.save(number)))
+    return {"alone": alone, "waited": waited, "outcomes": outcomes}

@@ -26,6 +26,8 @@ logger = logging.getLogger(__name__)
 LOCAL_OBJECT_STORE_BYTES = 100 << 20
 FOLLOW_SECONDS = 120.0
 CONNECT_SECONDS = 2.0
+SHARE_SECONDS = 300.0
+"""How long the others wait until rank 0 has joined, or started, a Ray cluster."""
 RECONNECT_VARIABLE = "RAY_gcs_rpc_server_reconnect_timeout_s"
 RECONNECT_SECONDS = 7 * 86400
 """How long a rank waits for a Ray cluster to come back. Ray's own default ends the process after a minute."""
@@ -53,7 +55,7 @@ def _joined_by(world: World) -> str:
         return ray.get_runtime_context().get_node_id()
     if world.rank == 0 and not ray.is_initialized():
         _connect_or_start()
-    access = json.loads(world.share(json.dumps(_access()) if world.rank == 0 else ""))
+    access = json.loads(world.share(json.dumps(_access()) if world.rank == 0 else "", SHARE_SECONDS))
     if not ray.is_initialized():
         _follow(access, world)
     return str(access["home"])
