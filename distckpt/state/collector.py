@@ -1,8 +1,8 @@
 """What a rank holds: objects taken apart into rows, tensors and plain values; cheaply when nothing has moved.
 
 Every object yields sections. A section whose tensors are the very memory of the live parameters or optimizer state
-is *steady*: as long as its witness tensors are the same objects at the same addresses, it is not walked again. All
-others are read again at each save.
+is *steady*: as long as its witness sees the same names, and the same objects at the same addresses, it is not walked
+again. All others are read again at each save.
 """
 
 from __future__ import annotations
@@ -23,12 +23,15 @@ from distckpt.format.tree.tree import ArrayStep, DictStep, Leaf, Path, encode_pa
 from distckpt.format.tree.values import encode_value
 from distckpt.sharding.chunks import dtype_name, global_shape, local_tensor, pieces
 from distckpt.sharding.description import Description, Row, build_description
-from distckpt.state.kind import Section
-from distckpt.state.kinds import is_tree, kinds_of
+from distckpt.state.kind import Section, Sign
+from distckpt.state.kinds import kinds_of, makeup_of
 from distckpt.state.objects import SAVE_COUNTER, NamedObjects, PerRank, is_array, wrapped_in, writable
 
-Memory = tuple[int, torch.Size, tuple[int, ...]]
-"""Address, shape and strides of what this rank holds of a tensor."""
+Memory = tuple[int, torch.Size, tuple[int, ...], torch.dtype, bool]
+"""Address, shape, strides and dtype of what this rank holds of a tensor, and whether it is to be conjugated."""
+
+Seen = tuple[tuple[Any, int, Memory | None], ...]
+"""What a witness has seen: names, identities, and memory where it was a tensor."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,14 +72,14 @@ class _Taken:
 
 @dataclass(frozen=True, slots=True)
 class _Read:
-    """A section as it was last read; ``seen`` identifies its witness tensors, () when it is not steady."""
+    """A section as it was last read; ``seen`` is what its witness saw, () when it is not steady."""
 
     rows: list[Row]
     sources: list[torch.Tensor | None]
     values: list[bytes | None]
     copies: list[bool]
-    seen: tuple[tuple[int, Memory], ...]
-    kept: tuple[torch.Tensor, ...]
+    seen: Seen
+    kept: tuple[Any, ...]
     taken: dict[str, _Taken]
 
 
@@ -146,11 +149,11 @@ class Collector:
 
 
 def _identities(checkpoint: NamedObjects) -> tuple[Any, ...]:
-    """The names, and the objects that are saved by what they are; of trees it does not matter which object they are."""
+    """The names, and what the objects are made up of as far as it decides into which sections they are taken apart."""
     found: list[Any] = []
     for name, obj in checkpoint.objects.items():
         inner = wrapped_in(obj)
-        found += [name, obj if obj is not inner else None, None if is_tree(inner) else inner]
+        found += [name, obj if obj is not inner else None, *makeup_of(inner)]
     return tuple(found)
 
 
@@ -238,7 +241,8 @@ def _crc(source: torch.Tensor) -> int:
 def _memory(tensor: torch.Tensor) -> Memory:
     # Once a save for every tensor: the attribute is fifty times cheaper than to_local, which it stands for here.
     local = tensor._local_tensor if isinstance(tensor, DTensor) else tensor
-    return local.data_ptr(), local.shape, local.stride()
+    dtype = local.dtype
+    return local.data_ptr(), local.shape, local.stride(), dtype, dtype.is_complex and local.is_conj()
 
 
 def _tensor_rows(tensor: torch.Tensor, path: Path, key: str, is_led: bool) -> Iterable[tuple[Row, torch.Tensor]]:
@@ -257,23 +261,26 @@ def _tensor_rows(tensor: torch.Tensor, path: Path, key: str, is_led: bool) -> It
 
 def _steadiness(
     section: Section, sources: Sequence[torch.Tensor | None], values: Sequence[bytes | None]
-) -> tuple[tuple[tuple[int, Memory], ...], tuple[torch.Tensor, ...]]:
-    """What identifies the witness, and the tensors themselves so that no identity is used twice; empty if unsteady.
+) -> tuple[Seen, tuple[Any, ...]]:
+    """What the witness sees, and the objects themselves so that no identity is used twice; empty if unsteady.
 
-    Steady means that every source lies in the witness's own memory. Hooks that hand out copies make a section unsteady.
+    Steady means that every source lies in the witness's own memory. What is handed out as a copy makes it unsteady.
     """
     if section.witness is None or any(value is not None for value in values):
         return (), ()
-    kept = tuple(section.witness())
-    memory = {local_tensor(tensor).untyped_storage().data_ptr() for tensor in kept}
+    signs = tuple(section.witness())
+    kept = tuple(thing for _, thing in signs)
+    memory = {local_tensor(thing).untyped_storage().data_ptr() for thing in kept if isinstance(thing, torch.Tensor)}
     for source in sources:
         if source is not None and source.numel() and source.untyped_storage().data_ptr() not in memory:
             return (), ()
-    return _identify(kept), kept
+    return _identify(signs), kept
 
 
-def _identify(tensors: Iterable[torch.Tensor]) -> tuple[tuple[int, Memory], ...]:
-    return tuple((id(tensor), _memory(tensor)) for tensor in tensors)
+def _identify(signs: Iterable[Sign]) -> Seen:
+    return tuple(
+        (name, id(thing), _memory(thing) if isinstance(thing, torch.Tensor) else None) for name, thing in signs
+    )
 
 
 def _same_rows(new: Sequence[Row], old: Sequence[Row]) -> bool:

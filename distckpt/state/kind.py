@@ -11,18 +11,22 @@ import torch
 from distckpt.format.tree.tree import Path
 from distckpt.state.match import Match, Saved
 
+Sign = tuple[Any, Any]
+"""A name, and the tensor or other object that goes by it: of an object its identity counts, of a tensor its memory too."""
+
 
 @dataclass(frozen=True, slots=True)
 class Section:
-    """One part of the saved tree: how to read it, and which tensors tell whether it must be read again.
+    """One part of the saved tree: how to read it, and which signs tell whether it must be read again.
 
-    ``witness`` None means: read it at every save. ``led`` names the leaves, by the first step of their path in the
+    ``witness`` must see everything that decides which tensors are read and under which keys. None means: read it at
+    every save. ``led`` names the leaves, by the first step of their path in the
     section, of which the lowest rank's are everyone's, whole, where ranks differ.
     """
 
     prefix: Path
     read: Callable[[], Any]
-    witness: Callable[[], Iterable[torch.Tensor]] | None = None
+    witness: Callable[[], Iterable[Sign]] | None = None
     led: Callable[[], Iterable[str]] = field(default=tuple)
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from distckpt.format.tree.tree import DictStep, Path, RankStep
+from distckpt.state import optimizer
 from distckpt.state.kind import Kind, Place, Surroundings
 from distckpt.state.module import ModuleState
 from distckpt.state.objects import NamedObjects, PerRank, declared_in, is_stateful, wrapped_in
@@ -29,9 +30,14 @@ def optimizers_of(checkpoint: NamedObjects) -> list[torch.optim.Optimizer]:
     return [obj for obj in map(wrapped_in, checkpoint.objects.values()) if isinstance(obj, torch.optim.Optimizer)]
 
 
-def is_tree(obj: Any) -> bool:
-    """Whether it is a container, a tensor or a plain value: what is read as it stands, whichever object it is."""
-    return not is_stateful(obj) and not isinstance(obj, PerRank)
+def makeup_of(obj: Any) -> tuple[Any, ...]:
+    """The objects that decide into which sections it is taken apart.
+
+    A container, a tensor or a plain value is read as it stands, whichever object it is.
+    """
+    if not is_stateful(obj) and not isinstance(obj, PerRank):
+        return (None,)
+    return (obj, *(optimizer.makeup_of(obj) if isinstance(obj, torch.optim.Optimizer) else ()))
 
 
 def _kind_of(checkpoint: NamedObjects, name: str, obj: Any, around: Surroundings) -> Kind:

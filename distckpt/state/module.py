@@ -12,7 +12,7 @@ from torch.nn.parameter import is_lazy
 from distckpt.errors import EncodeError, MismatchError
 from distckpt.format.tree.tree import DictStep, Path, key_of
 from distckpt.sharding.chunks import local_tensor
-from distckpt.state.kind import Section
+from distckpt.state.kind import Section, Sign
 from distckpt.state.match import Like, Make, Match, Saved
 from distckpt.state.module_names import unwrapped, wrapped
 from distckpt.state.objects import is_array
@@ -39,11 +39,12 @@ class ModuleState:
                     "FullyShardedDataParallel (FSDP1) flattens parameters, and its shards cannot be told apart. "
                     "Use fully_shard (FSDP2), which needs no other change",
                 )
+        is_plain = all(map(_is_of_torch, _saving_code(module)))
         return [
             Section(
                 self._prefix,
                 lambda: state_of(module),
-                lambda: (*module.parameters(), *module.buffers()),
+                (lambda: _signs(module)) if is_plain else None,
                 lambda: (unwrapped(module, name) for name, _ in module.named_buffers(remove_duplicate=False)),
             )
         ]
@@ -103,6 +104,27 @@ def state_of(module: torch.nn.Module) -> dict[str, Any]:
     return found
 
 
+def _signs(module: torch.nn.Module) -> Iterator[Sign]:
+    """All that torch's own ``state_dict`` goes by. One walk: this is done at every save."""
+    for title, part in module.named_modules(remove_duplicate=False):
+        yield title, part
+        yield from part._parameters.items()
+        unsaved = part._non_persistent_buffers_set
+        yield from ((name, buffer) for name, buffer in part._buffers.items() if name not in unsaved)
+        yield from part._state_dict_hooks.items()
+        yield from part._state_dict_pre_hooks.items()
+        if "state_dict" in part.__dict__:
+            yield "", part.__dict__["state_dict"]
+
+
+def _saving_code(module: torch.nn.Module) -> Iterator[Any]:
+    """The code that makes the state dict, which may look at anything if it is not torch's."""
+    for part in module.modules():
+        yield from part._state_dict_hooks.values()
+        yield from part._state_dict_pre_hooks.values()
+        yield from (getattr(part, name) for name in ("state_dict", "_save_to_state_dict", "get_extra_state"))
+
+
 class _Coded:
     """Where code of the module's own has a say in what is loaded, and of which names that have none the memory is known.
 
@@ -121,7 +143,7 @@ class _Coded:
 def _coded_parts(module: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module]]:
     for name, part in module.named_modules():
         hooks = (*part._load_state_dict_pre_hooks.values(), *part._load_state_dict_post_hooks.values())
-        methods = (getattr(type(part), method) for method in ("load_state_dict", "_load_from_state_dict"))
+        methods = (getattr(part, method) for method in ("load_state_dict", "_load_from_state_dict"))
         is_lazy_part = isinstance(part, LazyModuleMixin) and part.has_uninitialized_params()  # type: ignore[misc]  # torch annotates the mixin's self oddly
         if is_lazy_part or any(not _is_of_torch(code) for code in (*hooks, *methods)):
             yield name, part

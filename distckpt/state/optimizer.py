@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from distckpt.errors import EncodeError
 from distckpt.format.tree.path import DictStep, KeyStep, Path, Step, TypedStep, key_of
 from distckpt.format.tree.tree import flatten
-from distckpt.state.kind import Section
+from distckpt.state.kind import Section, Sign
 from distckpt.state.match import Make, Match, Saved, Values, nothing_like
 from distckpt.state.module_names import parameter_names
 from distckpt.state.objects import is_array
@@ -52,7 +52,7 @@ class OptimizerState:
                 Section((*prefix, DictStep(GROUPS)), self._read_groups),
             ]
         else:
-            sections = [Section((*prefix, DictStep(name)), self._reader(name)) for name in optimizer.state_dict()]
+            sections = [Section(prefix, self._read_own)]
         for inner in self._inner():
             sections += inner.sections()
         return sections
@@ -103,18 +103,31 @@ class OptimizerState:
 
     # ---- what is read --------------------------------------------------------------------------------------------
 
-    def _witness(self) -> Iterator[torch.Tensor]:
+    def _witness(self) -> Iterator[Sign]:
+        state, seen = self._optimizer.state, 0
         for parameter in self._parameters():
-            yield parameter
-            for value in self._optimizer.state.get(parameter, {}).values():
-                if isinstance(value, torch.Tensor):
-                    yield value
+            yield "", parameter
+            if parameter in state:
+                seen += 1
+                yield from state[parameter].items()
+        if len(state) > seen:  # what was left behind by a parameter that is gone, or is none's
+            yield from ((STATE, thing) for pair in state.items() for thing in pair)
+
+    def _read_own(self) -> dict[str, Any]:
+        """What an optimizer with a word in it gives, under the names that the parameters have here."""
+        own = dict(self._optimizer.state_dict())
+        if STATE in own:
+            own[STATE] = self._named(own[STATE])
+        if GROUPS in own:
+            own[GROUPS] = _without_who(own[GROUPS])
+        return own
+
+    def _named(self, numbered: Mapping[Any, Any]) -> dict[Any, Any]:
+        names = self._names()
+        return {names[key] if _is_number(key, names) else key: entry for key, entry in numbered.items()}
 
     def _read_state(self) -> dict[Any, Any]:
         optimizer, names = self._optimizer, self._names()
-        if not _is_plain(optimizer):
-            numbered = optimizer.state_dict()[STATE]
-            return {names[key] if _is_number(key, names) else key: entry for key, entry in numbered.items()}
         known = {id(parameter): name for parameter, name in zip(self._parameters(), names, strict=True)}
         # What a parameter has left behind that is in no group any more is nobody's: torch cannot give it either.
         return {
@@ -124,13 +137,7 @@ class OptimizerState:
         }
 
     def _read_groups(self) -> list[dict[str, Any]]:
-        plain = _is_plain(self._optimizer)
-        groups = self._optimizer.param_groups if plain else self._optimizer.state_dict()[GROUPS]
-        return [{name: value for name, value in group.items() if name not in WHO} for group in groups]
-
-    def _reader(self, name: str) -> Callable[[], Any]:
-        known: dict[str, Callable[[], Any]] = {STATE: self._read_state, GROUPS: self._read_groups}
-        return known.get(name, lambda: self._optimizer.state_dict()[name])
+        return _without_who(self._optimizer.param_groups)
 
     def _parameters(self) -> list[torch.Tensor]:
         return [parameter for group in self._optimizer.param_groups for parameter in group["params"]]
@@ -143,12 +150,9 @@ class OptimizerState:
 
     def _inner(self) -> list[OptimizerState]:
         """Optimizers that this one keeps, and of whose state its own ``state_dict`` says nothing."""
-        if type(self._optimizer).state_dict is not Optimizer.state_dict:
-            return []
         return [
             OptimizerState(inner, (*self.prefix, DictStep(name)), self._modules)
-            for name, inner in vars(self._optimizer).items()
-            if isinstance(inner, Optimizer) and inner.state is not self._optimizer.state
+            for name, inner in _inner_of(self._optimizer)
         ]
 
     # ---- what is taken back --------------------------------------------------------------------------------------
@@ -188,11 +192,30 @@ class OptimizerState:
             match.misfit(key, f"{len(groups)} parameter groups saved, {here} in the optimizer")
 
 
+def makeup_of(optimizer: Optimizer) -> tuple[Any, ...]:
+    """What decides into which sections it is taken apart."""
+    return _is_plain(optimizer), *(inner for _, inner in _inner_of(optimizer))
+
+
+def _inner_of(optimizer: Optimizer) -> list[tuple[str, Optimizer]]:
+    if type(optimizer).state_dict is not Optimizer.state_dict:
+        return []
+    return [
+        (name, inner)
+        for name, inner in vars(optimizer).items()
+        if isinstance(inner, Optimizer) and inner.state is not optimizer.state
+    ]
+
+
 def _is_plain(optimizer: Optimizer) -> bool:
     """Whether its state is what torch's own ``state_dict`` would make of ``state`` and ``param_groups``."""
-    if type(optimizer).state_dict is not Optimizer.state_dict:
+    if type(optimizer).state_dict is not Optimizer.state_dict or "state_dict" in vars(optimizer):
         return False
     return not (optimizer._optimizer_state_dict_pre_hooks or optimizer._optimizer_state_dict_post_hooks)
+
+
+def _without_who(groups: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    return [{name: value for name, value in group.items() if name not in WHO} for group in groups]
 
 
 def _is_number(owner: Any, names: Sequence[Name]) -> bool:
