@@ -30,7 +30,7 @@ from distckpt.state.objects import SAVE_COUNTER, NamedObjects, PerRank, is_array
 Memory = tuple[int, torch.Size, tuple[int, ...], torch.dtype, bool]
 """Address, shape, strides and dtype of what this rank holds of a tensor, and whether it is to be conjugated."""
 
-Seen = tuple[tuple[Any, int, Memory | None], ...]
+Seen = tuple[tuple[Any, ...], ...]
 """What a witness has seen: names, identities, and memory where it was a tensor."""
 
 
@@ -38,7 +38,8 @@ Seen = tuple[tuple[Any, int, Memory | None], ...]
 class Holding:
     """What one rank holds at one moment. For each row either a source tensor or a value's bytes; the other is None.
 
-    ``copies`` says of each row whether it is of a tensor that other ranks may hold too, in a copy that must be equal.
+    ``copies`` says of each row whether it is of a tensor that other ranks may hold too, in a copy that must be equal;
+    empty if there are no others.
     """
 
     rows: list[Row]
@@ -142,7 +143,7 @@ class Collector:
             [row for read in reads for row in read.rows],
             [source for read in reads for source in read.sources],
             [value for read in reads for value in read.values],
-            [copy and self._world_size > 1 for read in reads for copy in read.copies],
+            [copy for read in reads for copy in read.copies] if self._world_size > 1 else [],
             description,
         )
         return self._holding
@@ -278,9 +279,18 @@ def _steadiness(
 
 
 def _identify(signs: Iterable[Sign]) -> Seen:
-    return tuple(
-        (name, id(thing), _memory(thing) if isinstance(thing, torch.Tensor) else None) for name, thing in signs
-    )
+    """What tells whether a section must be read again. One loop, as it runs over every tensor at every save."""
+    seen: list[Any] = []
+    add, tensor, sharded = seen.append, torch.Tensor, DTensor
+    for name, thing in signs:
+        if not isinstance(thing, tensor):
+            add((name, id(thing)))
+            continue
+        local = thing._local_tensor if isinstance(thing, sharded) else thing
+        dtype = local.dtype
+        conj = dtype.is_complex and local.is_conj()
+        add((name, id(thing), local.data_ptr(), local.shape, local.stride(), dtype, conj))
+    return tuple(seen)
 
 
 def _same_rows(new: Sequence[Row], old: Sequence[Row]) -> bool:

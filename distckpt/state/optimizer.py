@@ -107,9 +107,10 @@ class OptimizerState:
         state, seen = self._optimizer.state, 0
         for parameter in self._parameters():
             yield "", parameter
-            if parameter in state:
+            entry = state.get(parameter)
+            if entry is not None:
                 seen += 1
-                yield from state[parameter].items()
+                yield from entry.items()
         if len(state) > seen:  # what was left behind by a parameter that is gone, or is none's
             yield from ((STATE, thing) for pair in state.items() for thing in pair)
 
