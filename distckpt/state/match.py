@@ -14,7 +14,7 @@ from distckpt.directory.locate import Located
 from distckpt.errors import DamagedError
 from distckpt.format.arrow.dtypes import VALUE
 from distckpt.format.arrow.index import Index
-from distckpt.format.tree.tree import ArrayStep, Path, RankStep, Step, unflatten
+from distckpt.format.tree.tree import ArrayStep, DictStep, KeyStep, Leaf, Path, RankStep, Step, TypedStep, unflatten
 from distckpt.sharding.chunks import dtype_from_name, global_shape
 from distckpt.state.objects import writable
 from distckpt.state.tensors import read_tensors, read_values
@@ -208,6 +208,18 @@ class Match:
         """Do this when everything has been read."""
         self._steps.append(step)
 
+    def unasked(self, leaves: Iterable[Leaf], saved: Saved) -> list[Leaf]:
+        """Those of an object's leaves that are not to be restored and can stay beside what was saved."""
+        rest = [leaf for leaf in leaves if leaf.key not in saved and not self.asks(leaf.key)]
+        if not rest:
+            return []
+        depth, kinds = len(saved.prefix), dict[Path, Any]()
+        for path in saved.paths.values():
+            kinds[path] = None
+            for at in range(depth, len(path)):
+                kinds.setdefault(path[:at], _kind_of(path[at]))
+        return [leaf for leaf in rest if _has_room(leaf.path, depth, kinds)]
+
     # ---- what comes of it ----------------------------------------------------------------------------------------
 
     def look(self) -> Values:
@@ -243,6 +255,23 @@ class Match:
             new = torch.empty(shape, dtype=dtype_from_name(dtype), device="cpu" if model is None else model.device)
         self._tensors.setdefault(saved.origins[key], []).append(new)
         return new
+
+
+def _kind_of(step: Step) -> Any:
+    """What kind of container the step goes into."""
+    if isinstance(step, TypedStep):
+        return step.kind, _kind_of(step.step)
+    return DictStep if isinstance(step, KeyStep) else type(step)
+
+
+def _has_room(path: Path, depth: int, kinds: Mapping[Path, Any]) -> bool:
+    """Whether nothing else is where the path goes through; ``kinds`` has the containers that are there, None for leaves."""
+    for at in range(depth, len(path)):
+        if path[:at] not in kinds:
+            return True
+        if kinds[path[:at]] != _kind_of(path[at]):
+            return False
+    return path not in kinds
 
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)

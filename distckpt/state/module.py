@@ -83,14 +83,20 @@ class ModuleState:
         here = key_of(self._prefix)
         known = {key for key in (*match.missing, *match.misfits) if key.startswith(f"{here}.")}
         try:
-            if not match.partial and not known:
+            if not match.partial and not known and match.asks(here):
                 self._module.load_state_dict(named)
                 return
             found = self._module.load_state_dict(named, strict=False)
         except RuntimeError as error:
             raise MismatchError(match.where.path, (), (), {here: str(error)}) from error
-        for names, told in ((found.missing_keys, match.lacks), (found.unexpected_keys, match.disclaim)):
-            told([key for name in names if (key := f"{here}.{unwrapped(self._module, name)}") not in known])
+        missing, unexpected = (
+            [key for name in names if (key := f"{here}.{unwrapped(self._module, name)}") not in known]
+            for names in (found.missing_keys, found.unexpected_keys)
+        )
+        match.lacks(missing)
+        match.disclaim(unexpected)
+        if not match.partial and (unexpected or any(map(match.asks, missing))):
+            raise MismatchError(match.where.path, [key for key in missing if match.asks(key)], unexpected, {})
 
 
 def state_of(module: torch.nn.Module) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from distckpt.errors import EncodeError
 from distckpt.format.tree.path import DictStep, KeyStep, Path, Step, TypedStep, key_of
-from distckpt.format.tree.tree import flatten
+from distckpt.format.tree.tree import Leaf, flatten
 from distckpt.state.kind import Section, Sign
 from distckpt.state.match import Make, Match, Saved, Values, nothing_like
 from distckpt.state.module_names import parameter_names
@@ -65,7 +65,7 @@ class OptimizerState:
             kind.match(match, parts.pop(kind.prefix[-1], saved.below(kind.prefix[-1])))
         own = self._optimizer.state_dict() if not _is_plain(self._optimizer) else {STATE: {}, GROUPS: []}
         match.lacks(key_of((*self.prefix, DictStep(name))) for name in own if DictStep(name) not in parts)
-        if GROUPS in own and DictStep(GROUPS) not in parts:
+        if not parts:
             return
         makers = {str(step): self._match_part(match, str(step), part) for step, part in parts.items()}
         groups = makers.get(GROUPS)
@@ -74,6 +74,8 @@ class OptimizerState:
 
         def put(values: Values) -> None:
             tree = {name: make(values) for name, make in makers.items()}
+            if not match.asks(key_of(self.prefix)) or match.partial:
+                tree = {**self._now(), **tree}
             if key_of((*self.prefix, DictStep(GROUPS))) in match.misfits:
                 tree[GROUPS] = self._read_groups()
             self._load(tree)
@@ -113,6 +115,11 @@ class OptimizerState:
                 yield from entry.items()
         if len(state) > seen:  # what was left behind by a parameter that is gone, or is none's
             yield from ((STATE, thing) for pair in state.items() for thing in pair)
+
+    def _now(self) -> dict[str, Any]:
+        if _is_plain(self._optimizer):
+            return {STATE: self._read_state(), GROUPS: self._read_groups()}
+        return self._read_own()
 
     def _read_own(self) -> dict[str, Any]:
         """What an optimizer with a word in it gives, under the names that the parameters have here."""
@@ -174,7 +181,11 @@ class OptimizerState:
             owner = parameters.get(_name_of(ours.paths[key][len(saved.prefix)]))
             return owner if owner is not None and shape else None
 
-        make = match.tree(ours, _fitting(ours, live), like)
+        kept: list[Leaf] = []
+        if not match.asks(key_of(self.prefix)):
+            kept = match.unasked(flatten(self._now()[STATE], is_array, saved.prefix), ours)
+        inside = [(leaf.path[len(saved.prefix) :], leaf.value) for leaf in kept]
+        make = match.tree(ours, _fitting(ours, live), like, inside)
         return lambda values: _as_owners_have_them(make(values), parameters)
 
     def _live(self, parameters: Mapping[Name, torch.Tensor], prefix: Path) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from distckpt.errors import ResizeError
-from distckpt.format.tree.tree import Path, key_of
+from distckpt.format.tree.tree import Path, RankStep, key_of
 from distckpt.state.kind import Kind, Section, Surroundings
 from distckpt.state.match import Match, Saved, Values, nothing_like
 from distckpt.state.objects import PerRank
@@ -27,17 +27,17 @@ class PerRankState:
 
     def match(self, match: Match, saved: Saved) -> None:
         """This rank's own state, as long as there are as many ranks as before; else ``on_resize`` decides."""
-        match.claim(saved)
         name, decide = key_of(self._prefix), self._wrapper.on_resize
         if not saved:
             match.lacks([name])
         elif saved.world_size == self._around.world_size:
-            ranks = saved.of_ranks()
-            self._inner.match(match, ranks.get(self._around.rank, saved.below()))
+            self._inner.match(match, saved.below(RankStep(self._around.rank)))
         elif decide == "error":
             raise ResizeError(name, saved.world_size, self._around.world_size)
-        elif callable(decide):
-            self._resize(match, saved, decide)
+        else:
+            match.claim(saved)
+            if callable(decide):
+                self._resize(match, saved, decide)
 
     def put(self, tree: Any) -> None:
         """Take it."""

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from distckpt.format.tree.tree import Path, flatten, key_of
+from distckpt.format.tree.tree import Leaf, Path, flatten, key_of
 from distckpt.state.kind import Section
 from distckpt.state.match import Match, Saved
 from distckpt.state.objects import is_array
@@ -24,11 +24,14 @@ class StatefulState:
         return [Section(self._prefix, self._obj.state_dict)]
 
     def match(self, match: Match, saved: Saved) -> None:
-        """It takes whatever was saved, in new memory, laid out over ranks as what it holds now."""
+        """It takes whatever was saved, in new memory, laid out over ranks as what it holds now; with it what is not asked for."""
         if not saved:
             match.lacks([key_of(self._prefix)])
             return
-        make = match.tree(saved, {}, self._like())
+        leaves = [] if match.asks(key_of(self._prefix)) else self._leaves()
+        depth = len(self._prefix)
+        kept = [(leaf.path[depth:], leaf.value) for leaf in match.unasked(leaves, saved)]
+        make = match.tree(saved, {}, self._like(), kept)
         match.afterwards(lambda values: self.put(make(values)))
 
     def put(self, tree: Any) -> None:
@@ -38,6 +41,8 @@ class StatefulState:
     def _like(self) -> Any:
         if not torch.distributed.is_available() or not torch.distributed.is_initialized():
             return lambda key, shape: None
-        leaves = flatten(self._obj.state_dict(), is_array, self._prefix)
-        live = {leaf.key: leaf.value for leaf in leaves if isinstance(leaf.value, torch.Tensor)}
+        live = {leaf.key: leaf.value for leaf in self._leaves() if isinstance(leaf.value, torch.Tensor)}
         return lambda key, shape: live.get(key)
+
+    def _leaves(self) -> list[Leaf]:
+        return flatten(self._obj.state_dict(), is_array, self._prefix)

@@ -35,10 +35,11 @@ class TreeState:
         leaves = flatten(self._place.get(), is_array, self._place.prefix)
         current = {leaf.key: leaf.value for leaf in leaves}
         others = [leaf for leaf in leaves if leaf.key not in saved]
-        missed = [leaf for leaf in others if not match.asks(leaf.key) or self._is_missed(leaf, saved)]
+        missed = [leaf for leaf in others if match.asks(leaf.key) and self._is_missed(leaf, saved)]
         match.lacks(leaf.key for leaf in missed)
         if not saved:
             return
+        missed += match.unasked(others, saved)
         in_place = {key: value for key, value in current.items() if _stays(key, value, saved)}
 
         def like(key: str, shape: tuple[int, ...]) -> torch.Tensor | None:
