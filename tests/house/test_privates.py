@@ -20,6 +20,7 @@ OF_OTHERS = {
     "_load_state_dict_pre_hooks": "nn.Module",
     "_local_tensor": "DTensor",
     "_modules": "nn.Module",
+    "_non_persistent_buffers_set": "nn.Module",
     "_optimizer_state_dict_post_hooks": "torch.optim",
     "_optimizer_state_dict_pre_hooks": "torch.optim",
     "_orig_mod": "torch.compile",
@@ -28,6 +29,8 @@ OF_OTHERS = {
     "_restarting": "Lightning",
     "_set_sampler_epoch": "Lightning",
     "_spec": "DTensor",
+    "_state_dict_hooks": "nn.Module",
+    "_state_dict_pre_hooks": "nn.Module",
 }
 """Of packages that are not ours, where they offer no other way."""
 
