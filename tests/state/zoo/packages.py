@@ -212,3 +212,11 @@ def _accelerated(accumulation: int) -> Callable[[], Run]:
 
 
 add("accelerate", "objects that `Accelerator.prepare` returned", _accelerated(1))
+# Gradients are no state, with torch neither, so the run that never stopped goes on with more than was saved.
+add(
+    "accelerate-accumulating",
+    "objects that `Accelerator.prepare` returned, in the middle of an accumulation",
+    _accelerated(2),
+    steps=3,
+    exact=False,
+)
