@@ -147,7 +147,15 @@ HARMS = [
 def assert_told(directory: Path, harm: Harm, caplog: pytest.LogCaptureFixture) -> None:
     """Every reader says what is wrong; a run falls back to ckpt-1, says why, and goes on."""
     path = directory / "ckpt-2"
-    for read in (lambda: distckpt.load(path), lambda: target().restore(path), lambda: distckpt.load(directory)):
+    readings = [lambda: distckpt.load(path), lambda: target().restore(path), lambda: distckpt.load(directory)]
+    if (
+        harm.name == "manifest.json missing"
+    ):  # as it is when somebody has deleted the newest: the next one is the newest
+        del readings[2]
+        with caplog.at_level(logging.WARNING):
+            assert holds(distckpt.load(directory, "state"), 1)
+        assert f"{path}: in the log, but deleted from storage" in caplog.text
+    for read in readings:
         with pytest.raises(DamagedError) as caught:
             read()
         assert caught.value.path.startswith(f"{path}/")

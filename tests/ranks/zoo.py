@@ -138,8 +138,8 @@ def _refused(one: RankEntry, directory: str, number: int) -> list[str]:
     for _ in range(2):
         with distckpt.CheckpointManager(run.checkpoint, directory, **OPTIONS) as manager:
             told += [
-                _told(lambda m=manager: m.prepare()),
-                *(_told(lambda m=manager: _saved(m, number)) for _ in range(2)),
+                _refusal(lambda m=manager: m.prepare()),
+                *(_refusal(lambda m=manager: _saved(m, number)) for _ in range(2)),
             ]  # type: ignore[misc]
     found = []
     for text in told:
@@ -154,7 +154,7 @@ def _saved(manager: distckpt.CheckpointManager, number: int) -> None:
     pending.result(30)
 
 
-def _told(act: Callable[[], object]) -> str:
+def _refusal(act: Callable[[], object]) -> str:
     try:
         act()
     except DistckptError as error:
