@@ -25,7 +25,7 @@ from distckpt.sharding.chunks import dtype_name, global_shape, local_tensor, pie
 from distckpt.sharding.description import Description, Row, build_description
 from distckpt.state.kind import Section, Sign
 from distckpt.state.kinds import kinds_of, makeup_of
-from distckpt.state.objects import SAVE_COUNTER, NamedObjects, PerRank, is_array, wrapped_in, writable
+from distckpt.state.objects import SAVE_COUNTER, NamedObjects, PerRank, is_array, is_freed, wrapped_in, writable
 
 Memory = tuple[int, torch.Size, tuple[int, ...], torch.dtype, bool]
 """Address, shape, strides and dtype of what this rank holds of a tensor, and whether it is to be conjugated."""
@@ -256,6 +256,10 @@ def _tensor_rows(tensor: torch.Tensor, path: Path, key: str, is_led: bool) -> It
     except ValueError as error:
         raise EncodeError(key, str(error)) from error
     text = encode_path(path)
+    if any(is_freed(piece.local) for piece in held):
+        raise EncodeError(
+            key, "the memory of the tensor has been freed (resize_(0) of its storage): save it before that"
+        )
     for piece in held:
         yield Row(key, text, name, shape, piece.offset, piece.length, piece.local.nbytes, None, is_led), piece.local
 

@@ -15,7 +15,7 @@ from distckpt.format.arrow.index import Index
 from distckpt.format.tree.tree import DictStep, Path, RankStep, decode_path
 from distckpt.state.kinds import kinds_of
 from distckpt.state.match import Match, Saved, Values
-from distckpt.state.objects import SAVE_COUNTER, NamedObjects, wrapped_in
+from distckpt.state.objects import SAVE_COUNTER, NamedObjects, is_stateful, wrapped_in
 from distckpt.state.optimizer import STATE
 from distckpt.state.selection import EVERYTHING, Selection, joined
 from distckpt.state.status import LoadStatus
@@ -48,7 +48,10 @@ class Filler:
         saved = Saved(where, index, (), here, origins)
         parts = saved.by_step()
         self._match = match = Match(where, index, partial, selection.asks)
-        for name, kind in kinds_of(checkpoint, rank, world_size).items():
+        kinds = kinds_of(checkpoint, rank, world_size)
+        # Parameters come first: what else holds their memory finds out then whether it was saved with the same content.
+        for name in sorted(kinds, key=lambda name: _turn(wrapped_in(checkpoint.objects[name]))):
+            kind = kinds[name]
             kind.match(match, parts.get(DictStep(name), saved.below(DictStep(name))))
         if SAVE_COUNTER in saved:
             match.value(saved, SAVE_COUNTER)
@@ -127,6 +130,10 @@ def _with_whole_names(checkpoint: NamedObjects, path: Path, before: Path) -> Pat
     if isinstance(owner, torch.optim.Optimizer) and path[1:2] == (DictStep(STATE),):
         return joined(path, 2, before)
     return path
+
+
+def _turn(obj: object) -> int:
+    return 0 if isinstance(obj, torch.nn.Module) else 1 if is_stateful(obj) else 2
 
 
 def _of_other_rank(path: Path, rank: int) -> bool:

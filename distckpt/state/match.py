@@ -15,8 +15,8 @@ from distckpt.errors import DamagedError
 from distckpt.format.arrow.dtypes import VALUE
 from distckpt.format.arrow.index import Index
 from distckpt.format.tree.tree import ArrayStep, DictStep, KeyStep, Leaf, Path, RankStep, Step, TypedStep, unflatten
-from distckpt.sharding.chunks import dtype_from_name, global_shape
-from distckpt.state.objects import writable
+from distckpt.sharding.chunks import dtype_from_name, global_shape, local_tensor
+from distckpt.state.objects import is_freed, is_same_bits, writable
 from distckpt.state.tensors import read_tensors, read_values
 
 Values = Mapping[str, Any]
@@ -125,6 +125,7 @@ class Match:
     misfits: dict[str, str] = field(default_factory=dict)
     _tensors: dict[str, list[torch.Tensor]] = field(default_factory=dict)
     _places: dict[tuple[int, int], tuple[str, torch.Tensor]] = field(default_factory=dict)
+    _storages: set[int] = field(default_factory=set)
     _values: dict[str, str] = field(default_factory=dict)
     _checks: list[Callable[[Values], None]] = field(default_factory=list)
     _steps: list[Callable[[Values], None]] = field(default_factory=list)
@@ -160,6 +161,14 @@ class Match:
         if live.is_meta:
             self.misfit(key, "the tensor is on the meta device: give the model memory first, by to_empty(device=...)")
             return False
+        try:
+            freed = is_freed(local_tensor(live))
+        except ValueError as error:
+            self.misfit(key, str(error))
+            return False
+        if freed:
+            self.misfit(key, "the tensor's memory has been freed (resize_(0) of its storage): give it memory first")
+            return False
         if saved.is_value(key) or saved.layout(key)[1] != global_shape(live):
             found = "a plain value" if saved.is_value(key) else f"{list(saved.layout(key)[1])}"
             self.misfit(key, f"saved {found}, here {list(global_shape(live))}")
@@ -167,6 +176,10 @@ class Match:
         self.claimed.add(key)
         self._read_into(saved.origins[key], live)
         return True
+
+    def is_taken(self, array: torch.Tensor | np.ndarray[Any, Any]) -> bool:
+        """Whether something is to be read into some of its memory already."""
+        return storage_of(array) in self._storages
 
     def value(self, saved: Saved, key: str) -> None:
         """Have a plain value read."""
@@ -176,14 +189,20 @@ class Match:
     def tree(self, saved: Saved, live: Mapping[str, Any], like: Like, kept: Iterable[tuple[Path, Any]] = ()) -> Make:
         """Have everything below one place read, into new memory but for the keys that ``live`` has arrays for.
 
-        The arrays of ``live`` are leaves of what is made, and so are the ``kept`` ones, which were not saved. What is
-        returned raises DamagedError if the paths make no tree.
+        The arrays of ``live`` are leaves of what is made, and so are the ``kept`` ones, which were not saved. One whose
+        memory is filled under another key already stays only if the same was saved under both. What is returned raises
+        DamagedError if the paths make no tree.
         """
         others = list(kept)
         made: dict[str, Any] = {}
+        apart: dict[str, torch.Tensor] = {}
         for key in saved:
             if saved.is_value(key):
                 self.value(saved, key)
+            elif key in live and self.is_taken(live[key]) and saved.layout(key)[1] == tuple(live[key].shape):
+                self.claimed.add(key)
+                apart[key] = self._new(saved, key, like)
+                made[key] = live[key]
             elif key in live:
                 self.fill(saved, key, live[key])
                 made[key] = live[key]
@@ -192,6 +211,7 @@ class Match:
                 made[key] = self._new(saved, key, like)
 
         def make(values: Values) -> Any:
+            made.update({key: _live_or(made[key], new) for key, new in apart.items()})
             leaves = [_leaf(saved.inside(key), made[key] if key in made else values[key]) for key in saved]
             try:
                 return unflatten([*leaves, *others])
@@ -244,6 +264,8 @@ class Match:
         if before is not None:
             self._tensors[before[0]] = [other for other in self._tensors[before[0]] if other is not before[1]]
         self._places[place] = (origin, live)
+        if live.numel():
+            self._storages.add(storage_of(live))
         self._tensors.setdefault(origin, []).append(live)
 
     def _new(self, saved: Saved, key: str, like: Like) -> torch.Tensor:
@@ -279,6 +301,24 @@ _PLAIN = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
 
 def nothing_like(key: str, shape: Sequence[int]) -> None:
     """For ``Match.tree``: plain tensors on the CPU."""
+
+
+def storage_of(array: torch.Tensor | np.ndarray[Any, Any]) -> int:
+    """Where the memory begins that it shares with all other views."""
+    if isinstance(array, np.ndarray):
+        tensor = torch.from_numpy(array) if writable(array) else None
+        return id(array) if tensor is None else tensor.untyped_storage().data_ptr()
+    try:
+        return local_tensor(array).untyped_storage().data_ptr() or id(array)
+    except (ValueError, RuntimeError):
+        return id(array)  # a sparse one, say, or one that is made of others
+
+
+def _live_or(live: Any, new: torch.Tensor) -> Any:
+    """The live array if it holds what was read into ``new``, which has its dtype then; else that."""
+    held = torch.from_numpy(live) if isinstance(live, np.ndarray) else live
+    new = new.to(held.dtype)
+    return live if is_same_bits(local_tensor(held), local_tensor(new)) else new
 
 
 def _leaf(path: Path, value: Any) -> tuple[Path, Any]:

@@ -63,7 +63,9 @@ class ModuleState:
         in_place: dict[str, Any] = {}
         for name, part in parts.items():
             value, key = live.get(name), key_of(part.prefix)
-            if key in part and is_array(value) and not coded.knows(name) and name in coded.held:
+            if value is not None and coded.knows(name) and coded.keeps_shape(name) and not _fits(part, key, value):
+                match.misfit(key, f"saved {list(part.layout(key)[1])}, here {list(value.shape)}")
+            elif key in part and is_array(value) and not coded.knows(name) and name in coded.held:
                 if match.fill(part, key, value):
                     in_place[name] = value
             elif name in live or coded.knows(name):
@@ -138,28 +140,54 @@ class _Coded:
     """
 
     def __init__(self, module: torch.nn.Module, live: Mapping[str, Any]) -> None:
-        self._parts = tuple(f"{unwrapped(module, name)}." if name else "" for name, _ in _coded_parts(module))
+        parts = [
+            (f"{unwrapped(module, name)}." if name else "", transforms) for name, transforms in _coded_parts(module)
+        ]
+        self._parts = tuple(begin for begin, _ in parts)
+        self._transforming = tuple(begin for begin, transforms in parts if transforms)
         self.held = frozenset(_held_names(module, live))
 
     def knows(self, name: str) -> bool:
         """Whether such code may know what to do with ``name``."""
-        return name.startswith(self._parts) if self._parts else False
+        return name.startswith(self._parts)
+
+    def keeps_shape(self, name: str) -> bool:
+        """Whether what goes by ``name`` must have the shape that it has here, as nothing comes before torch's loading."""
+        return name in self.held and not name.startswith(self._transforming)
 
 
-def _coded_parts(module: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module]]:
+def _fits(saved: Saved, key: str, value: torch.Tensor) -> bool:
+    """Whether torch loads it; a single number may come as a vector of one."""
+    if key not in saved or saved.is_value(key) or is_lazy(value):
+        return True
+    shape = saved.layout(key)[1]
+    return shape == tuple(value.shape) or (value.dim() == 0 and len(shape) == 1)
+
+
+def _coded_parts(module: torch.nn.Module) -> Iterator[tuple[str, bool]]:
+    """The names of parts with code of their own, and whether it comes before torch's and may change what is loaded."""
     for name, part in module.named_modules():
-        hooks = (*part._load_state_dict_pre_hooks.values(), *part._load_state_dict_post_hooks.values())
-        methods = (getattr(part, method) for method in ("load_state_dict", "_load_from_state_dict"))
+        before = (
+            *part._load_state_dict_pre_hooks.values(),
+            *(getattr(part, method) for method in ("load_state_dict", "_load_from_state_dict")),
+        )
         is_lazy_part = isinstance(part, LazyModuleMixin) and part.has_uninitialized_params()  # type: ignore[misc]  # torch annotates the mixin's self oddly
-        if is_lazy_part or any(not _is_of_torch(code) for code in (*hooks, *methods)):
-            yield name, part
+        if is_lazy_part or not all(map(_is_of_torch, before)):
+            yield name, True
+        elif not all(map(_is_of_torch, part._load_state_dict_post_hooks.values())):
+            yield name, False
 
 
 def _is_of_torch(code: Any) -> bool:
-    """Whether a hook or method is one of torch's, which only copies what is there into its place."""
+    """Whether a hook or method is one of torch's, which only copies what is there into its place.
+
+    The one of weight_norm takes what its older form has saved, and makes other names of it.
+    """
     inside = getattr(code, "hook", code)  # torch keeps its own pre-hooks in an object around them
     inside = getattr(inside, "func", inside)
     home = str(getattr(inside, "__module__", None) or type(inside).__module__)
+    if home == "torch.nn.utils.parametrizations":
+        return False
     return (
         home.startswith(("torch.nn.", "torch.distributed.", "torch._dynamo.", "torch.fx."))
         or home == "torch.optim.swa_utils"

@@ -99,9 +99,29 @@ def _overlaps(strides: Sequence[int], array: torch.Tensor | np.ndarray[Any, Any]
     return False
 
 
+def is_same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether two plain tensors are of one dtype and shape, and equal to the bit."""
+    if one.dtype != other.dtype or one.shape != other.shape or one.device != other.device:
+        return False
+    mine, theirs = (each.detach().contiguous().reshape(-1).view(torch.uint8) for each in (one, other))
+    return torch.equal(mine, theirs)
+
+
+def is_freed(tensor: torch.Tensor) -> bool:
+    """Whether the storage of a plain tensor has been made smaller than the tensor is."""
+    if not tensor.numel() or tensor.is_meta:
+        return False
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.untyped_storage().nbytes() < (tensor.storage_offset() + last + 1) * tensor.itemsize
+
+
 def is_stateful(obj: object) -> bool:
-    """Whether ``obj`` gives and takes its state by ``state_dict`` and ``load_state_dict``."""
-    return callable(getattr(obj, "state_dict", None)) and callable(getattr(obj, "load_state_dict", None))
+    """Whether ``obj`` gives and takes its state by ``state_dict`` and ``load_state_dict``. A class has none of its own."""
+    return (
+        not isinstance(obj, type)
+        and callable(getattr(obj, "state_dict", None))
+        and callable(getattr(obj, "load_state_dict", None))
+    )
 
 
 def wrapped_in(obj: Any) -> Any:

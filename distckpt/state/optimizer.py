@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -13,9 +14,9 @@ from distckpt.errors import EncodeError
 from distckpt.format.tree.path import DictStep, KeyStep, Path, Step, TypedStep, key_of
 from distckpt.format.tree.tree import Leaf, flatten
 from distckpt.state.kind import Section, Sign
-from distckpt.state.match import Make, Match, Saved, Values, nothing_like
+from distckpt.state.match import Make, Match, Saved, Values, nothing_like, storage_of
 from distckpt.state.module_names import parameter_names
-from distckpt.state.objects import is_array
+from distckpt.state.objects import is_array, writable
 
 STATE, GROUPS = "state", "param_groups"
 WHO = ("params", "param_names")
@@ -185,16 +186,19 @@ class OptimizerState:
         if not match.asks(key_of(self.prefix)):
             kept = match.unasked(flatten(self._now()[STATE], is_array, saved.prefix), ours)
         inside = [(leaf.path[len(saved.prefix) :], leaf.value) for leaf in kept]
-        make = match.tree(ours, _fitting(ours, live), like, inside)
+        make = match.tree(ours, _fitting(match, ours, live), like, inside)
         return lambda values: _as_owners_have_them(make(values), parameters)
 
-    def _live(self, parameters: Mapping[Name, torch.Tensor], prefix: Path) -> dict[str, Any]:
-        """The tensors of the state that is there already: it is read into them."""
+    def _live(self, parameters: Mapping[Name, torch.Tensor], prefix: Path) -> dict[str, torch.Tensor]:
+        """The tensors of the state that is there already: it is read into them, if their memory is theirs alone."""
         if not _is_plain(self._optimizer):
             return {}
         held = {name: self._optimizer.state.get(parameter, {}) for name, parameter in parameters.items()}
         leaves = flatten({name: entry for name, entry in held.items() if entry}, is_array, prefix)
-        return {leaf.key: leaf.value for leaf in leaves if is_array(leaf.value)}
+        found = {leaf.key: leaf.value for leaf in leaves if isinstance(leaf.value, torch.Tensor)}
+        others = [*parameters.values(), *(one.grad for one in parameters.values() if one.grad is not None)]
+        uses = Counter(map(storage_of, (*found.values(), *others)))
+        return {key: value for key, value in found.items() if uses[storage_of(value)] == 1}
 
     def _check_groups(self, match: Match, groups: Any) -> None:
         key, here = key_of((*self.prefix, DictStep(GROUPS))), len(self._optimizer.param_groups)
@@ -255,14 +259,15 @@ def _paths(saved: Saved) -> Iterable[Path]:
     return (path for path in saved.paths.values() if len(path) > len(saved.prefix))
 
 
-def _fitting(saved: Saved, live: Mapping[str, Any]) -> dict[str, Any]:
+def _fitting(match: Match, saved: Saved, live: Mapping[str, torch.Tensor]) -> dict[str, Any]:
     """Those of the live tensors into which what was saved can be read as it is."""
     return {
         key: array
         for key, array in live.items()
         if key in saved
         and not saved.is_value(key)
-        and isinstance(array, torch.Tensor)
+        and not match.is_taken(array)
+        and writable(array)
         and saved.layout(key) == (str(array.dtype).removeprefix("torch."), tuple(array.shape))
     }
 
