@@ -33,7 +33,7 @@ class Saver:
         self, client: Client, store: Store, checkpoint: NamedObjects, options: SaverOptions, threads: Coordinator
     ) -> None:
         self._collector = Collector(checkpoint, options.rank, options.world_size, options.check_copies)
-        self._order = StepOrder(optimizers_of(checkpoint))
+        self._order = StepOrder(functools.partial(optimizers_of, checkpoint))
         self._turns = Turns()
         self._dialogue = Dialogue(client, options, self._turns)
         self._background = Background(store, self._dialogue, options, threads)

@@ -2,37 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch.distributed.tensor import DTensor
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from distckpt.transfer.staging import StagedCopy
 
 
 class StepOrder:
-    """Orders the next ``step()`` of each optimizer after the copy that is under way.
+    """Orders the next ``step()`` of every optimizer after the copy that is under way.
 
-    Only an optimizer's own parameters and state may wait for so long. Anything else on a GPU, such as a buffer that
-    the forward pass updates, makes the whole of the current stream wait instead.
+    Only the parameters and state of ``optimizers``, asked for at each copy, may wait for so long. Anything else on a
+    GPU, such as a buffer that the forward pass updates, makes the whole of the current stream wait instead.
     """
 
-    def __init__(self, optimizers: Sequence[torch.optim.Optimizer]) -> None:
-        self._optimizers = tuple(optimizers)
+    def __init__(self, optimizers: Callable[[], Iterable[torch.optim.Optimizer]]) -> None:
+        self._optimizers = optimizers
         self._copied: StagedCopy | None = None
-        self._hooks = [
-            optimizer.register_step_pre_hook(self._before_step)
-            for optimizer in self._optimizers
-            if torch.cuda.is_available()
-        ]
+        # All optimizers of the process: the one that steps next may have taken the place of one that was here.
+        self._hook = register_optimizer_step_pre_hook(self._before_step) if torch.cuda.is_available() else None
 
     def after(self, copied: StagedCopy, sources: Sequence[torch.Tensor]) -> None:
         """See to it that nothing changes ``sources`` before ``copied``, which reads them, has arrived."""
         on_gpu = [source for source in sources if source.is_cuda]
         if not on_gpu:
             return
-        owned = _memory(self._optimizers)
+        owned = _memory(self._optimizers())
         if all(source.untyped_storage().data_ptr() in owned for source in on_gpu):
             self._copied = copied
         else:
@@ -40,9 +38,9 @@ class StepOrder:
                 copied.order_after(torch.cuda.current_stream(device))
 
     def close(self) -> None:
-        """Take the hooks away."""
-        for hook in self._hooks:
-            hook.remove()
+        """Take the hook away."""
+        if self._hook is not None:
+            self._hook.remove()
 
     def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         if self._copied is None:
@@ -53,7 +51,7 @@ class StepOrder:
                 self._copied.order_after(torch.cuda.current_stream(device))
 
 
-def _memory(optimizers: Sequence[torch.optim.Optimizer]) -> set[int]:
+def _memory(optimizers: Iterable[torch.optim.Optimizer]) -> set[int]:
     found = set()
     for optimizer in optimizers:
         for group in optimizer.param_groups:

@@ -19,6 +19,7 @@ from distckpt.errors import AlreadyExistsError, DamagedError
 from distckpt.format.arrow.dtypes import ITEM_SIZES
 from distckpt.format.arrow.shard import Chunk, build_image, read_rows
 from distckpt.format.tree.values import decode_value, encode_value
+from distckpt.rank.step_order import StepOrder
 from distckpt.storage import LocalStore, MemoryStore
 from distckpt.transfer.arena import Arena
 from distckpt.transfer.filecrc import FileCrc
@@ -394,6 +395,21 @@ def test_gpu_copies_go_into_pinned_memory_after_what_was_queued_and_before_what_
     tensor.fill_(2.0)
     rows, _ = written(staging)
     assert rows[0]["data"] == np.ones(64 * MIB, dtype=np.float32).tobytes()
+    staging.close()
+
+
+@needs_gpu
+def test_an_optimizer_that_takes_the_place_of_another_steps_after_the_copy():
+    parameter = torch.nn.Parameter(torch.zeros(64 * MIB, device="cuda"))
+    first, second = torch.optim.SGD([parameter]), torch.optim.SGD([parameter], lr=1.0)
+    parameter.grad = torch.ones_like(parameter)
+    order = StepOrder(lambda: [first])
+    staging = staging_of([parameter])
+    order.after(staging.stage([parameter.detach()], []), [parameter.detach()])
+    second.step()
+    rows, _ = written(staging)
+    assert rows[0]["data"] == np.zeros(64 * MIB, dtype=np.float32).tobytes()
+    order.close()
     staging.close()
 
 
