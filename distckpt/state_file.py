@@ -18,7 +18,7 @@ from google.protobuf.message import Message
 from distckpt.errors import DamagedError, ObjectNotFoundError, StorageError
 from distckpt.format import names
 from distckpt.format.json.log import State
-from distckpt.storage import PathLike, open_store
+from distckpt.storage import PathLike, Store, open_store
 
 logger = logging.getLogger(__name__)
 
@@ -78,6 +78,11 @@ def from_log_state(state: State) -> CheckpointState:
         all_model_checkpoint_timestamps=tuple(record.time for record in records),
         last_preserved_timestamp=state.last_preserved_timestamp,
     )
+
+
+def publish(store: Store, state: State) -> None:
+    """Make the state file of a directory say what its log knows. StorageError if the store fails."""
+    store.replace(names.STATE_FILE, render(from_log_state(state)).encode())
 
 
 def generate_checkpoint_state_proto(

@@ -24,7 +24,7 @@ from distckpt.errors import (
 )
 from distckpt.format import names
 from distckpt.format.json.log import FORMAT, CheckpointRecord, Entry, State
-from distckpt.state_file import MAX_STATE_BYTES, CheckpointState, from_log_state, parse, render
+from distckpt.state_file import MAX_STATE_BYTES, CheckpointState, parse, publish
 from distckpt.storage import Store, join, probe
 
 logger = logging.getLogger(__name__)
@@ -242,6 +242,6 @@ def _state_file(store: Store) -> CheckpointState:
 def _publish(store: Store, state: State) -> None:
     """Refresh the state file, which is derived: the next manager does it again."""
     try:
-        store.replace(names.STATE_FILE, render(from_log_state(state)).encode())
+        publish(store, state)
     except StorageError as error:
         logger.warning("%s/%s was not refreshed: %s", store.url, names.STATE_FILE, error)

@@ -42,10 +42,9 @@ from distckpt.coordinator.shell.sealing import read_log_tail, seal_checkpoint
 from distckpt.directory.locate import foreign_advice
 from distckpt.directory.log import append, prune, read_tail
 from distckpt.errors import CheckpointNotFoundError, CoordinatorError, DistckptError, SaveError
-from distckpt.format import names
 from distckpt.format.json.log import Entry
 from distckpt.sharding.plan import ShardingPlan, make_plan
-from distckpt.state_file import from_log_state, render
+from distckpt.state_file import publish
 from distckpt.storage import Store, probe
 
 logger = logging.getLogger(__name__)
@@ -213,7 +212,7 @@ class Shell:
                 collect_garbage(self._store, action, self._settings.garbage_age)
             case Publish():
                 if action.entry.state.active:
-                    self._store.replace(names.STATE_FILE, render(from_log_state(action.entry.state)).encode())
+                    publish(self._store, action.entry.state)
                 prune(self._store, action.entry.seq)
             case Exit():
                 if self._on_exit is not None:
