@@ -25,7 +25,8 @@ from distckpt.sharding.chunks import dtype_name, global_shape, local_tensor, pie
 from distckpt.sharding.description import Description, Row, build_description
 from distckpt.state.kind import Section, Sign
 from distckpt.state.kinds import kinds_of, makeup_of
-from distckpt.state.objects import SAVE_COUNTER, NamedObjects, PerRank, is_array, is_freed, wrapped_in, writable
+from distckpt.state.memory import is_freed, writable
+from distckpt.state.objects import SAVE_COUNTER, NamedObjects, PerRank, is_array, wrapped_in
 
 Memory = tuple[int, torch.Size, tuple[int, ...], torch.dtype, bool]
 """Address, shape, strides and dtype of what this rank holds of a tensor, and whether it is to be conjugated."""

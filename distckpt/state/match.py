@@ -16,7 +16,7 @@ from distckpt.format.arrow.dtypes import VALUE
 from distckpt.format.arrow.index import Index
 from distckpt.format.tree.tree import ArrayStep, DictStep, KeyStep, Leaf, Path, RankStep, Step, TypedStep, unflatten
 from distckpt.sharding.chunks import dtype_from_name, global_shape, local_tensor
-from distckpt.state.objects import is_freed, is_same_bits, writable
+from distckpt.state.memory import is_freed, is_same_bits, storage_of, writable
 from distckpt.state.tensors import read_tensors, read_values
 
 Values = Mapping[str, Any]
@@ -301,17 +301,6 @@ _PLAIN = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
 
 def nothing_like(key: str, shape: Sequence[int]) -> None:
     """For ``Match.tree``: plain tensors on the CPU."""
-
-
-def storage_of(array: torch.Tensor | np.ndarray[Any, Any]) -> int:
-    """Where the memory begins that it shares with all other views."""
-    if isinstance(array, np.ndarray):
-        tensor = torch.from_numpy(array) if writable(array) else None
-        return id(array) if tensor is None else tensor.untyped_storage().data_ptr()
-    try:
-        return local_tensor(array).untyped_storage().data_ptr() or id(array)
-    except (ValueError, RuntimeError):
-        return id(array)  # a sparse one, say, or one that is made of others
 
 
 def _live_or(live: Any, new: torch.Tensor) -> Any:

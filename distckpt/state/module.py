@@ -11,9 +11,9 @@ from torch.nn.parameter import is_lazy
 
 from distckpt.errors import EncodeError, MismatchError
 from distckpt.format.tree.tree import DictStep, Path, key_of
-from distckpt.sharding.chunks import local_tensor
 from distckpt.state.kind import Section, Sign
 from distckpt.state.match import Like, Make, Match, Saved
+from distckpt.state.memory import is_same_memory
 from distckpt.state.module_names import unwrapped, wrapped
 from distckpt.state.objects import is_array
 
@@ -204,20 +204,8 @@ def _held_names(module: torch.nn.Module, live: Mapping[str, Any]) -> Iterator[st
     }
     for name, value in live.items():
         held = own.get(name)
-        if held is not None and isinstance(value, torch.Tensor) and _is_same_memory(held, value):
+        if held is not None and isinstance(value, torch.Tensor) and is_same_memory(held, value):
             yield name
-
-
-def _is_same_memory(one: torch.Tensor, other: torch.Tensor) -> bool:
-    if is_lazy(one) or is_lazy(other) or one.shape != other.shape or one.dtype != other.dtype:
-        return False
-    if one.is_meta:
-        return True  # it has none yet, and will be refused for that
-    try:
-        mine, theirs = local_tensor(one), local_tensor(other)
-    except ValueError:
-        return False
-    return mine.data_ptr() == theirs.data_ptr() and mine.stride() == theirs.stride()
 
 
 def _like(by_key: Mapping[str, Any]) -> Like:

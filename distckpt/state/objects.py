@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, TypeGuard
 
 import numpy as np
 import torch
-from torch.distributed.tensor import DTensor
 
 from distckpt.errors import EncodeError
 from distckpt.format import names
@@ -71,48 +70,6 @@ class RandomState:
 def is_array(obj: object) -> TypeGuard[torch.Tensor | np.ndarray[Any, Any]]:
     """Whether ``obj`` is stored as raw bytes with dtype and shape. Arrays of which torch knows no dtype are plain values."""
     return issubclass(type(obj), torch.Tensor) or is_tensor_array(obj)
-
-
-def writable(array: torch.Tensor | np.ndarray[Any, Any]) -> bool:
-    """Whether it can be filled in place: each element has memory of its own, and may be changed."""
-    if isinstance(array, np.ndarray):
-        return (
-            array.flags.writeable
-            and all(stride > 0 for stride in array.strides)
-            and not _overlaps(array.strides, array)
-        )
-    if array.is_inference() or array.is_conj() or array.is_neg():
-        return False
-    return isinstance(array, DTensor) or not _overlaps(array.stride(), array)
-
-
-def _overlaps(strides: Sequence[int], array: torch.Tensor | np.ndarray[Any, Any]) -> bool:
-    """Whether two elements may share memory: along the dimensions from the densest on, each must step over the last."""
-    item = array.itemsize if isinstance(array, np.ndarray) else 1
-    reach = 0
-    for stride, size in sorted(
-        (stride // item, size) for stride, size in zip(strides, array.shape, strict=True) if size > 1
-    ):
-        if stride <= reach:
-            return True
-        reach += (size - 1) * stride
-    return False
-
-
-def is_same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """Whether two plain tensors are of one dtype and shape, and equal to the bit."""
-    if one.dtype != other.dtype or one.shape != other.shape or one.device != other.device:
-        return False
-    mine, theirs = (each.detach().contiguous().reshape(-1).view(torch.uint8) for each in (one, other))
-    return torch.equal(mine, theirs)
-
-
-def is_freed(tensor: torch.Tensor) -> bool:
-    """Whether the storage of a plain tensor has been made smaller than the tensor is."""
-    if not tensor.numel() or tensor.is_meta:
-        return False
-    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    return tensor.untyped_storage().nbytes() < (tensor.storage_offset() + last + 1) * tensor.itemsize
 
 
 def is_stateful(obj: object) -> bool:

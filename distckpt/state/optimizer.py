@@ -14,9 +14,10 @@ from distckpt.errors import EncodeError
 from distckpt.format.tree.path import DictStep, KeyStep, Path, Step, TypedStep, key_of
 from distckpt.format.tree.tree import Leaf, flatten
 from distckpt.state.kind import Section, Sign
-from distckpt.state.match import Make, Match, Saved, Values, nothing_like, storage_of
+from distckpt.state.match import Make, Match, Saved, Values, nothing_like
+from distckpt.state.memory import storage_of, writable
 from distckpt.state.module_names import parameter_names
-from distckpt.state.objects import is_array, writable
+from distckpt.state.objects import is_array
 
 STATE, GROUPS = "state", "param_groups"
 WHO = ("params", "param_names")

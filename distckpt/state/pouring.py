@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from distckpt.sharding.chunks import local_tensor
-from distckpt.state.objects import is_same_bits
+from distckpt.state.memory import is_same_bits
 
 
 def poured(old: Any, new: Any, before: dict[int, Any] | None = None) -> Any:

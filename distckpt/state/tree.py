@@ -11,7 +11,8 @@ import torch
 from distckpt.format.tree.tree import Leaf, Path, flatten
 from distckpt.state.kind import Place, Section
 from distckpt.state.match import Match, Saved
-from distckpt.state.objects import is_array, writable
+from distckpt.state.memory import writable
+from distckpt.state.objects import is_array
 from distckpt.state.pouring import poured
 
 

@@ -1,0 +1,79 @@
+"""What is asked of the memory of tensors and arrays: whether it can be filled, and which of them share it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch.distributed.tensor import DTensor
+from torch.nn.parameter import is_lazy
+
+from distckpt.sharding.chunks import local_tensor
+
+
+def writable(array: torch.Tensor | np.ndarray[Any, Any]) -> bool:
+    """Whether it can be filled in place: each element has memory of its own, and may be changed."""
+    if isinstance(array, np.ndarray):
+        return (
+            array.flags.writeable
+            and all(stride > 0 for stride in array.strides)
+            and not _overlaps(array.strides, array)
+        )
+    if array.is_inference() or array.is_conj() or array.is_neg():
+        return False
+    return isinstance(array, DTensor) or not _overlaps(array.stride(), array)
+
+
+def _overlaps(strides: Sequence[int], array: torch.Tensor | np.ndarray[Any, Any]) -> bool:
+    """Whether two elements may share memory: along the dimensions from the densest on, each must step over the last."""
+    item = array.itemsize if isinstance(array, np.ndarray) else 1
+    reach = 0
+    for stride, size in sorted(
+        (stride // item, size) for stride, size in zip(strides, array.shape, strict=True) if size > 1
+    ):
+        if stride <= reach:
+            return True
+        reach += (size - 1) * stride
+    return False
+
+
+def is_same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether two plain tensors are of one dtype and shape, and equal to the bit."""
+    if one.dtype != other.dtype or one.shape != other.shape or one.device != other.device:
+        return False
+    mine, theirs = (each.detach().contiguous().reshape(-1).view(torch.uint8) for each in (one, other))
+    return torch.equal(mine, theirs)
+
+
+def is_freed(tensor: torch.Tensor) -> bool:
+    """Whether the storage of a plain tensor has been made smaller than the tensor is."""
+    if not tensor.numel() or tensor.is_meta:
+        return False
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.untyped_storage().nbytes() < (tensor.storage_offset() + last + 1) * tensor.itemsize
+
+
+def storage_of(array: torch.Tensor | np.ndarray[Any, Any]) -> int:
+    """Where the memory begins that it shares with all other views."""
+    if isinstance(array, np.ndarray):
+        tensor = torch.from_numpy(array) if writable(array) else None
+        return id(array) if tensor is None else tensor.untyped_storage().data_ptr()
+    try:
+        return local_tensor(array).untyped_storage().data_ptr() or id(array)
+    except (ValueError, RuntimeError):
+        return id(array)  # a sparse one, say, or one that is made of others
+
+
+def is_same_memory(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether two tensors are the same elements at the same addresses. Two without memory yet, on meta, count as that."""
+    if is_lazy(one) or is_lazy(other) or one.shape != other.shape or one.dtype != other.dtype:
+        return False
+    if one.is_meta:
+        return True  # it has none yet, and will be refused for that
+    try:
+        mine, theirs = local_tensor(one), local_tensor(other)
+    except ValueError:
+        return False
+    return mine.data_ptr() == theirs.data_ptr() and mine.stride() == theirs.stride()
