@@ -17,6 +17,7 @@ from distckpt.format.arrow.index import Index
 from distckpt.format.tree.tree import ArrayStep, DictStep, KeyStep, Leaf, Path, RankStep, Step, TypedStep, unflatten
 from distckpt.sharding.chunks import dtype_from_name, global_shape, local_tensor
 from distckpt.state.memory import is_freed, is_same_bits, storage_of, writable
+from distckpt.state.pouring import Poured
 from distckpt.state.tensors import read_tensors, read_values
 
 Values = Mapping[str, Any]
@@ -113,7 +114,7 @@ class Match:
 
     ``missing`` are keys of the objects that the checkpoint lacks, ``misfits`` says of keys why they do not fit,
     ``claimed`` are the keys that some object of this rank has a place for, and ``partial`` says that not all need fit.
-    ``asks`` tells which keys of the objects are to be restored at all.
+    ``asks`` tells which keys of the objects are to be restored at all. ``poured`` is what went into which container.
     """
 
     where: Located
@@ -123,6 +124,7 @@ class Match:
     claimed: set[str] = field(default_factory=set)
     missing: list[str] = field(default_factory=list)
     misfits: dict[str, str] = field(default_factory=dict)
+    poured: Poured = field(default_factory=dict)
     _tensors: dict[str, list[torch.Tensor]] = field(default_factory=dict)
     _places: dict[tuple[int, int], tuple[str, torch.Tensor]] = field(default_factory=dict)
     _storages: set[int] = field(default_factory=set)

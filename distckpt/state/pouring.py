@@ -13,19 +13,21 @@ import torch
 from distckpt.sharding.chunks import local_tensor
 from distckpt.state.memory import is_same_bits
 
+Poured = dict[int, tuple[Any, Any]]
+"""What has gone into which object, by the identity of that: the object, and what went into it."""
 
-def poured(old: Any, new: Any, before: dict[int, Any] | None = None) -> Any:
+
+def poured(old: Any, new: Any, before: Poured) -> Any:
     """``new``, in the containers, generators and dataclass instances of ``old`` where they are of the same type.
 
-    One that is in several places of ``old`` stays so if they all take the same. ``before`` is what went into which.
+    One that is in several places of ``old`` stays so if they all take the same. ``before`` grows by what goes into which.
     """
     if new is old or type(new) is not type(old):
         return new
-    before = {} if before is None else before
     if _is_mutable(old):
         if id(old) in before:
-            return old if is_same(before[id(old)], new) else new
-        before[id(old)] = new
+            return old if is_same(before[id(old)][1], new) else new
+        before[id(old)] = (old, new)
     if isinstance(old, dict):
         return _into_dict(old, new, before)
     if isinstance(old, list):
@@ -49,7 +51,7 @@ def poured(old: Any, new: Any, before: dict[int, Any] | None = None) -> Any:
     return old if _take_state(old, new) else new
 
 
-def _into_dict(old: Any, new: Any, before: dict[int, Any]) -> Any:
+def _into_dict(old: Any, new: Any, before: Poured) -> Any:
     items = {key: poured(old.get(key), value, before) for key, value in new.items()}
     old.clear()
     for key, value in items.items():

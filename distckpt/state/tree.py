@@ -13,7 +13,7 @@ from distckpt.state.kind import Place, Section
 from distckpt.state.match import Match, Saved
 from distckpt.state.memory import writable
 from distckpt.state.objects import is_array
-from distckpt.state.pouring import poured
+from distckpt.state.pouring import Poured, poured
 
 
 class TreeState:
@@ -49,11 +49,14 @@ class TreeState:
 
         depth = len(self._place.prefix)
         make = match.tree(saved, in_place, like, [(leaf.path[depth:], leaf.value) for leaf in missed])
-        match.afterwards(lambda values: self.put(make(values)))
+        match.afterwards(lambda values: self._take(make(values), match.poured))
 
     def put(self, tree: Any) -> None:
         """Take it, into the containers that are there."""
-        self._place.replace(poured(self._place.get(), tree))
+        self._take(tree, {})
+
+    def _take(self, tree: Any, before: Poured) -> None:
+        self._place.replace(poured(self._place.get(), tree, before))
 
     def _is_missed(self, leaf: Leaf, saved: Saved) -> bool:
         if any(path[: len(leaf.path)] == leaf.path or leaf.path[: len(path)] == path for path in saved.paths.values()):

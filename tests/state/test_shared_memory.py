@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -73,6 +74,16 @@ def test_one_container_in_two_places_stays_one_only_if_it_was_saved_alike(one: A
     shared = type(one)()
     own = restored(saved(tmp_path / "alike", own={"a": one, "b": one}), own={"a": shared, "b": shared}).own
     assert own["a"] is own["b"] is shared
+
+
+@pytest.mark.parametrize(("one", "other"), [([1], [2]), ({"x": 1}, {"x": 2}), ({"x": [1]}, {"x": [2]})])
+def test_so_it_does_under_two_names_of_a_checkpoint(one: Any, other: Any, tmp_path: Path) -> None:
+    shared = copy.deepcopy(other)
+    apart = restored(saved(tmp_path / "apart", a=one, b=other), a=shared, b=shared)
+    assert same([apart.a, apart.b], [one, other])
+    shared = type(one)()
+    alike = restored(saved(tmp_path / "alike", a=one, b=one), a=shared, b=shared)
+    assert alike.a is alike.b is shared
 
 
 def sgd(**entries: Callable[[torch.Tensor], torch.Tensor]) -> tuple[nn.Linear, optim.SGD]:
