@@ -11,10 +11,21 @@ import torch
 from torch.nn.parameter import is_lazy
 
 from distckpt.directory.locate import Located
-from distckpt.errors import DamagedError
+from distckpt.errors import DamagedError, MismatchError
 from distckpt.format.arrow.dtypes import VALUE
 from distckpt.format.arrow.index import Index
-from distckpt.format.tree.tree import ArrayStep, DictStep, KeyStep, Leaf, Path, RankStep, Step, TypedStep, unflatten
+from distckpt.format.tree.tree import (
+    ArrayStep,
+    DictStep,
+    KeyStep,
+    Leaf,
+    Path,
+    RankStep,
+    Step,
+    TypedStep,
+    key_of,
+    unflatten,
+)
 from distckpt.sharding.chunks import dtype_from_name, global_shape, local_tensor
 from distckpt.state.memory import is_freed, is_same_bits, storage_of, writable
 from distckpt.state.pouring import Poured
@@ -56,6 +67,11 @@ class Saved:
     def world_size(self) -> int:
         """How many ranks saved it."""
         return self.where.manifest.world_size
+
+    @property
+    def is_all(self) -> bool:
+        """Whether nothing of the checkpoint was left out, and nothing renamed."""
+        return len(self.origins) == len(self.index.names) and all(key == name for key, name in self.origins.items())
 
     def inside(self, key: str) -> Path:
         """The path of a key from this place on."""
@@ -192,8 +208,8 @@ class Match:
         """Have everything below one place read, into new memory but for the keys that ``live`` has arrays for.
 
         The arrays of ``live`` are leaves of what is made, and so are the ``kept`` ones, which were not saved. One whose
-        memory is filled under another key already stays only if the same was saved under both. What is returned raises
-        DamagedError if the paths make no tree.
+        memory is filled under another key already stays only if the same was saved under both. Raised before
+        anything is changed: DamagedError if the paths make no tree, MismatchError if those of a selection make none.
         """
         others = list(kept)
         made: dict[str, Any] = {}
@@ -213,13 +229,17 @@ class Match:
                 made[key] = self._new(saved, key, like)
 
         def make(values: Values) -> Any:
-            made.update({key: _live_or(made[key], new) for key, new in apart.items()})
-            leaves = [_leaf(saved.inside(key), made[key] if key in made else values[key]) for key in saved]
+            held = {**made, **{key: _live_or(made[key], new) for key, new in apart.items()}}
+            leaves = [_leaf(saved.inside(key), held[key] if key in held else values[key]) for key in saved]
             try:
                 return unflatten([*leaves, *others])
             except ValueError as error:
-                raise DamagedError(self.where.path, f"the paths of its keys make no tree: {error}") from error
+                if saved.is_all:
+                    raise DamagedError(self.where.path, f"the paths of its keys make no tree: {error}") from error
+                reason = f"what was selected or renamed makes no tree here: {error}"
+                raise MismatchError(self.where.path, (), (), {key_of(saved.prefix): reason}) from error
 
+        self.check(make)  # so that holes are found before anything is changed
         return make
 
     def check(self, look: Callable[[Values], None]) -> None:

@@ -147,3 +147,14 @@ def test_another_head_is_refused_with_both_lists_and_left_alone_if_that_is_meant
     assert set(status.mismatched) == {"model.1.weight", "model.1.bias"}
     assert alike(model[0], saved["model"][0])
     assert torch.equal(model[1].weight, before[2])
+
+
+def test_a_selection_that_leaves_holes_is_refused_before_anything_changes(tmp_path: Path) -> None:
+    own = {"list": [torch.ones(1), torch.ones(2), torch.ones(3)]}
+    with distckpt.CheckpointManager(distckpt.Checkpoint(model=nn.Linear(2, 2), own=own), tmp_path) as manager:
+        path = manager.save(1).result(30)
+    model = nn.Linear(2, 2)
+    before = model.weight.clone()
+    with pytest.raises(MismatchError, match=r"own .*selected.*'list' has 3 items, and only 1 of them"):
+        distckpt.Checkpoint(model=model, own={"list": []}).restore(path, select=["model", "own.list.2"])
+    assert torch.equal(model.weight, before)
