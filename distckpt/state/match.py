@@ -27,7 +27,7 @@ from distckpt.format.tree.tree import (
     unflatten,
 )
 from distckpt.sharding.chunks import dtype_from_name, global_shape, local_tensor
-from distckpt.state.memory import is_freed, is_same_bits, storage_of, writable
+from distckpt.state.memory import PLAIN, is_freed, is_same_bits, storage_of, writable
 from distckpt.state.pouring import Poured
 from distckpt.state.tensors import read_tensors, read_values
 
@@ -281,7 +281,7 @@ class Match:
 
     def _read_into(self, origin: str, live: torch.Tensor) -> None:
         # Tied tensors that were saved with different content: the later one counts, as in load_state_dict.
-        place = (live.data_ptr(), live.numel()) if live.numel() and type(live) in _PLAIN else (0, id(live))
+        place = (live.data_ptr(), live.numel()) if live.numel() and type(live) in PLAIN else (0, id(live))
         before = self._places.get(place)
         if before is not None:
             self._tensors[before[0]] = [other for other in self._tensors[before[0]] if other is not before[1]]
@@ -316,9 +316,6 @@ def _has_room(path: Path, depth: int, kinds: Mapping[Path, Any]) -> bool:
         if kinds[path[:at]] != _kind_of(path[at]):
             return False
     return path not in kinds
-
-
-_PLAIN = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
 
 
 def nothing_like(key: str, shape: Sequence[int]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -12,24 +11,24 @@ from torch.nn.parameter import is_lazy
 
 from distckpt.sharding.chunks import local_tensor
 
+PLAIN = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
+"""Types of tensors that are nothing but memory with a dtype and strides."""
+
 
 def writable(array: torch.Tensor | np.ndarray[Any, Any]) -> bool:
     """Whether it can be filled in place: each element has memory of its own, and may be changed."""
     if isinstance(array, np.ndarray):
-        return (
-            array.flags.writeable
-            and all(stride > 0 for stride in array.strides)
-            and not _overlaps(array.strides, array)
-        )
-    if array.is_inference() or array.is_conj() or array.is_neg():
+        return array.flags.writeable and all(stride > 0 for stride in array.strides) and not overlaps(array)
+    return not (array.is_inference() or array.is_conj() or array.is_neg() or overlaps(array))
+
+
+def overlaps(array: torch.Tensor | np.ndarray[Any, Any]) -> bool:
+    """Whether two of its elements may share memory, as after ``expand``."""
+    if isinstance(array, DTensor):
         return False
-    return isinstance(array, DTensor) or not _overlaps(array.stride(), array)
-
-
-def _overlaps(strides: Sequence[int], array: torch.Tensor | np.ndarray[Any, Any]) -> bool:
-    """Whether two elements may share memory: along the dimensions from the densest on, each must step over the last."""
-    item = array.itemsize if isinstance(array, np.ndarray) else 1
+    strides, item = (array.strides, array.itemsize) if isinstance(array, np.ndarray) else (array.stride(), 1)
     reach = 0
+    # Along the dimensions from the densest on, each must step over the last.
     for stride, size in sorted(
         (stride // item, size) for stride, size in zip(strides, array.shape, strict=True) if size > 1
     ):

@@ -13,7 +13,7 @@ from distckpt.errors import EncodeError, MismatchError
 from distckpt.format.tree.tree import DictStep, Path, key_of
 from distckpt.state.kind import Section, Sign
 from distckpt.state.match import Like, Make, Match, Saved
-from distckpt.state.memory import is_same_memory
+from distckpt.state.memory import PLAIN, is_same_memory, overlaps
 from distckpt.state.module_names import unwrapped, wrapped
 from distckpt.state.objects import is_array
 
@@ -43,7 +43,7 @@ class ModuleState:
         return [
             Section(
                 self._prefix,
-                lambda: state_of(module),
+                lambda: _checked(module, state_of(module), self._prefix),
                 (lambda: _signs(module)) if is_plain else None,
                 lambda: (unwrapped(module, name) for name, _ in module.named_buffers(remove_duplicate=False)),
             )
@@ -110,6 +110,20 @@ def state_of(module: torch.nn.Module) -> dict[str, Any]:
             raise EncodeError(name, f"two entries of the module's state dict have this name without wrappers: {raw}")
         found[name] = value
     return found
+
+
+def _checked(module: torch.nn.Module, state: dict[str, Any], prefix: Path) -> dict[str, Any]:
+    """The state, if torch can load all of it. EncodeError for a tensor of the module's that cannot be filled."""
+    wide = [name for name, value in state.items() if type(value) in PLAIN and not is_lazy(value) and overlaps(value)]
+    coded = _Coded(module, state) if wide else None
+    for name in wide:
+        if coded is not None and name in coded.held and not coded.knows(name):
+            raise EncodeError(
+                key_of((*prefix, DictStep(name))),
+                "some elements of the tensor share memory, as after expand(), and neither load_state_dict nor a restore "
+                "could fill it: give it memory of its own, by clone(memory_format=torch.contiguous_format)",
+            )
+    return state
 
 
 def _signs(module: torch.nn.Module) -> Iterator[Sign]:

@@ -117,6 +117,17 @@ def test_state_in_the_memory_of_something_else_is_not_read_into_it(order: tuple[
         assert same(other.state[mine], optimizer.state[theirs])
 
 
+def test_a_buffer_whose_elements_share_memory_is_refused_by_name(tmp_path: Path) -> None:
+    model = nn.Linear(3, 2)
+    model.register_buffer("wide", torch.zeros(1).expand(4))
+    with pytest.raises(RuntimeError, match="single memory location"):  # torch gives it, and cannot take it back
+        model.load_state_dict(copy.deepcopy(model).state_dict())
+    with pytest.raises(EncodeError, match=r"model\.wide.*share memory.*clone"):
+        saved(tmp_path / "wide", model=model)
+    model.wide = model.wide.clone(memory_format=torch.contiguous_format)
+    restored(saved(tmp_path / "own", model=model), model=model)
+
+
 def test_a_tensor_whose_memory_is_freed_is_refused_by_name(tmp_path: Path) -> None:
     tensor = torch.ones(1000)
     path = saved(tmp_path, own={"t": tensor})
