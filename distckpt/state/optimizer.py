@@ -214,14 +214,25 @@ def makeup_of(optimizer: Optimizer) -> tuple[Any, ...]:
     return _is_plain(optimizer), *(inner for _, inner in _inner_of(optimizer))
 
 
-def _inner_of(optimizer: Optimizer) -> list[tuple[str, Optimizer]]:
+def _inner_of(optimizer: Optimizer) -> Iterator[tuple[str, Optimizer]]:
+    """Those in attributes, or in lists, tuples and dicts that are attributes; each once."""
     if type(optimizer).state_dict is not Optimizer.state_dict:
-        return []
-    return [
-        (name, inner)
-        for name, inner in vars(optimizer).items()
-        if isinstance(inner, Optimizer) and inner.state is not optimizer.state
-    ]
+        return
+    seen = set[int]()
+    for name, value in _attributes(optimizer):
+        if isinstance(value, Optimizer) and value.state is not optimizer.state and id(value) not in seen:
+            seen.add(id(value))
+            yield name, value
+
+
+def _attributes(optimizer: Optimizer) -> Iterator[tuple[str, Any]]:
+    for name, value in vars(optimizer).items():
+        yield name, value
+        if name not in (STATE, GROUPS):
+            items = (
+                value.items() if isinstance(value, dict) else enumerate(value) if type(value) in (list, tuple) else ()
+            )
+            yield from ((f"{name}.{key}", item) for key, item in items if isinstance(item, Optimizer))
 
 
 def _is_plain(optimizer: Optimizer) -> bool:

@@ -132,6 +132,20 @@ class Delegating(optim.Optimizer):
         self.inner.load_state_dict(state)
 
 
+class Chained(optim.Optimizer):
+    """One for each part of the parameters, in a list and a dict of which torch's ``state_dict`` says nothing."""
+
+    def __init__(self, parameters: Iterable[Any]) -> None:
+        first, *rest = parameters
+        super().__init__([first, *rest], {})
+        self.parts = [optim.SGD([first], lr=0.1, momentum=0.9)]
+        self.others = {"rest": optim.Adam(rest)}
+
+    def step(self, closure: Any = None) -> Any:
+        for optimizer in (*self.parts, *self.others.values()):
+            optimizer.step()
+
+
 class Scaled:
     """No Optimizer at all: holds one, and a scale."""
 
@@ -247,6 +261,13 @@ add(
     "holding",
     "any object that holds an optimizer and has `state_dict` and `load_state_dict`",
     _wrapping(lambda p: Scaled(optim.Adam(p)), lambda o: (o.scale, _by_number(o.inner))),
+    two_ranks=True,
+)
+add(
+    "chained",
+    "an optimizer that keeps others in a list or dict",
+    _wrapping(Chained, lambda o: [_by_number(one) for one in (*o.parts, *o.others.values())]),
+    torch_can=False,
     two_ranks=True,
 )
 add(
