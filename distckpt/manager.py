@@ -12,8 +12,9 @@ from typing import Any, Literal
 
 from distckpt.checkpoint import Checkpoint
 from distckpt.coordinator.client.client import Client
+from distckpt.coordinator.client.gathering import Gathering
 from distckpt.coordinator.client.membership import RankCluster
-from distckpt.coordinator.client.opening import open_client
+from distckpt.coordinator.client.opening import client_of, meet
 from distckpt.coordinator.messages import Heartbeat, Leave, OpenRun, Retention
 from distckpt.coordinator.shell.shell import Settings
 from distckpt.directory.log import read_tail
@@ -51,7 +52,8 @@ class CheckpointManager:
     """Saves checkpoints that are whole or not there at all, restores the newest good one, deletes old ones.
 
     One manager for a directory and a run, made by every rank alike. A newer one, of a restarted job say, takes over;
-    the older is told so and can do no harm.
+    the older is told so and can do no harm. Where ranks have a torch process group or torchrun's store, the coordinator
+    comes up in the background: restores do not need it, the first save waits for it, and raises what keeps it away.
 
     Args:
         checkpoint: what to save.
@@ -129,8 +131,15 @@ class CheckpointManager:
             save_timeout=save_timeout,
         )
         options = dict(storage_options) if storage_options is not None else None
-        self._client: Client = open_client(
-            self._store, options, self._world, opening, Settings(idle_timeout=IDLE_SECONDS)
+        meeting = meet(self._store, self._world)
+        self._gathering: Gathering | None = None
+        if meeting.council is not None:
+            self._gathering = Gathering(
+                meeting.council, self._store, checkpoint_name, meeting.hosts, save_timeout, lambda: self._client.open()
+            )
+        settings = Settings(idle_timeout=IDLE_SECONDS)
+        self._client: Client = client_of(
+            self._store, options, self._world, meeting, opening, settings, self._check_restored
         )
         self._cluster = RankCluster(self._client, self._world)
         self._background = Coordinator([])
@@ -145,8 +154,7 @@ class CheckpointManager:
             check_copies=check_copies,
         )
         self._saver = Saver(self._client, self._store, checkpoint, saving, self._background)
-        self._restorer = Restorer(self._client, self._store, checkpoint, self._world, save_timeout)
-        self._found = self._client.open()
+        self._restorer = Restorer(self._gathering or self._client, self._store, checkpoint, self._world, save_timeout)
         self._pending = PendingSaves()
         self._alone = Alone(self._store.url)
         self._closed = False
@@ -174,11 +182,12 @@ class CheckpointManager:
     @property
     def checkpoints(self) -> list[str]:
         """Paths of the managed checkpoints, oldest first, read from storage. Preserved ones are not among them."""
+        found = self._client.open()
         state = read_tail(self._store).state
         records = state.active
-        if (state.run, state.saves) == (self._found.run, 0):
+        if (state.run, state.saves) == (found.run, 0):
             # Until its first save the log does not say yet which of those that it found a manager leaves alone.
-            managed = {record.attempt for record in self._found.checkpoints}
+            managed = {record.attempt for record in found.checkpoints}
             records = tuple(record for record in records if record.attempt in managed)
         return [self._path(record.name, record.number) for record in records]
 
@@ -357,10 +366,18 @@ class CheckpointManager:
     def _check_open(self) -> None:
         if self._closed:
             raise CoordinatorError(f"{self.directory}: this manager has been closed; make another one to go on")
+        self._client.check()
+
+    def _check_restored(self) -> None:
+        """Now that the run is open, and nobody else commits any more: what was restored before is still the newest."""
+        if self._gathering is not None:
+            self._gathering.check_newest()
 
     def _leave(self) -> None:
         self._left = True
         forget_at_exit(self)
+        with contextlib.suppress(DistckptError):  # then there is nothing to leave
+            self._client.open(CLOSE_SECONDS)
         self._cluster.close()
         self._saver.close()
         self._background.request_stop()

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import socket
 import sys
 import time
 import uuid
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, Protocol
@@ -17,6 +19,11 @@ from distckpt.errors import AbsentRanksError
 SHARE_SECONDS = 300.0
 ANSWER_SECONDS = 1.0
 """How much longer than rank 0 the others wait, so that they hear from it who has not come."""
+PAUSES = (0.001, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05)
+"""How long a rank sleeps between two looks; the last one again and again. To wait in torch's store would keep other
+threads of the process from using it."""
+PAUSE_BEHIND = 0.2
+"""How long a thread behind training sleeps between two looks."""
 
 
 class Share(Protocol):
@@ -24,6 +31,26 @@ class Share(Protocol):
 
     def __call__(self, text: str, timeout: float | None = None) -> str:
         """See the class."""
+
+
+Decide = Callable[[Sequence[str]], str]
+"""Makes, on rank 0, one answer for all of what all ranks said, in the order of the ranks. Raises nothing."""
+
+
+class Council(Protocol):
+    """What ranks can do together before a coordinator is there, and without one. All of it is collective.
+
+    AbsentRanksError names ranks that neither came nor gave a sign for ``timeout`` seconds.
+    """
+
+    def consult(self, text: str, decide: Decide, timeout: float | None = None) -> str:
+        """Rank 0's answer to what all ranks say, on every rank. ``text`` is not empty."""
+
+    def sign(self) -> None:
+        """This rank lives, though it may be a while until it comes. From any thread."""
+
+    def apart(self, name: str, behind: bool = False) -> Council:
+        """The same ranks for another conversation, which may go on in another thread; ``behind`` training."""
 
 
 def _alone(text: str, timeout: float | None = None) -> str:
@@ -34,7 +61,7 @@ def _alone(text: str, timeout: float | None = None) -> str:
 class World:
     """One process among ``size``. ``share`` returns rank 0's text on every rank; a collective where size > 1.
 
-    ``token`` names this incarnation of the job where the environment gives it a name, else it is None and rank 0
+    ``council`` is there where the ranks can do more than that without a coordinator. ``token`` names this incarnation of the job where the environment gives it a name, else it is None and rank 0
     invents one.
     """
 
@@ -44,6 +71,7 @@ class World:
     token: str | None = None
     host: str = field(default_factory=socket.gethostname)
     local_rank: int = 0
+    council: Council | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         if not 0 <= self.rank < self.size:
@@ -76,7 +104,7 @@ def _given_world(rank: int, world_size: int, run_id: str | None, timeout: float)
         return World(rank, 1, token=run_id)
     found = _torch_world(timeout)
     if found is not None and found.size == world_size:
-        return World(rank, world_size, found.share, run_id, local_rank=found.local_rank)
+        return World(rank, world_size, found.share, run_id, local_rank=found.local_rank, council=found.council)
     if run_id is None:
         raise ValueError(
             "rank and world_size were given without torch.distributed: give run_id too, the same text on every rank "
@@ -100,8 +128,7 @@ def _torch_world(timeout: float) -> World | None:
     from torch.distributed.distributed_c10d import _get_default_store
 
     rank, size = dist.get_rank(), dist.get_world_size()
-    store = PrefixStore("distckpt", _get_default_store())
-    return World(rank, size, _Exchange(store, rank, size, timeout), local_rank=_local_rank())
+    return _together(StoreCouncil(PrefixStore("distckpt", _get_default_store()), rank, size, timeout), None)
 
 
 def _ray_train_world() -> World | None:
@@ -134,7 +161,7 @@ def _torchrun_world(run_id: str | None, timeout: float) -> World | None:
     if size == 1:
         return World(0, 1, token=run_id)
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        return World(rank, size, _Exchange(_agent_store(), rank, size, timeout), run_id, local_rank=_local_rank())
+        return _together(StoreCouncil(_agent_store(), rank, size, timeout), run_id)
     if run_id is None:
         raise ValueError("call torch.distributed.init_process_group before distckpt, or give run_id")
     return World(rank, size, None, run_id, local_rank=_local_rank())
@@ -148,64 +175,114 @@ def _agent_store() -> Any:
     return PrefixStore(f"distckpt/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 
 
-class _Exchange:
-    """Shares through a torch store. Each call of each rank has keys of its own, which no other call ever uses.
+def _together(exchange: StoreCouncil, run_id: str | None) -> World:
+    return World(exchange.rank, exchange.size, exchange.share, run_id, local_rank=_local_rank(), council=exchange)
+
+
+class StoreCouncil:
+    """A Council by a torch store. Each call of each rank has keys of its own, which no other call ever uses.
 
     A rank that calls counts its calls in the store and waits for rank 0's answer to this one. Rank 0 answers once every
     rank waits, and tells those that do who has not come. A call that was given up is marked, and rank 0 passes it over:
     so ranks of which some once called alone find together again.
     """
 
-    def __init__(self, store: Any, rank: int, size: int, timeout: float) -> None:
+    def __init__(self, store: Any, rank: int, size: int, timeout: float, behind: bool = False) -> None:
+        self.rank = rank
+        self.size = size
         self._store = store
-        self._rank = rank
-        self._size = size
         self._timeout = timeout
+        self._behind = behind
 
-    def __call__(self, text: str, timeout: float | None = None) -> str:
+    def share(self, text: str, timeout: float | None = None) -> str:
         """See Share."""
-        seconds = self._timeout if timeout is None else timeout
-        return self._lead(text, seconds) if self._rank == 0 else self._follow(seconds)
+        return self.consult(text or "-", lambda texts: text, timeout)
 
-    def _lead(self, text: str, seconds: float) -> str:
-        deadline = time.monotonic() + seconds
-        calls = {rank: self._await_call(rank, deadline) for rank in range(1, self._size)}
+    def consult(self, text: str, decide: Decide, timeout: float | None = None) -> str:
+        """See Council.consult."""
+        seconds = self._timeout if timeout is None else timeout
+        return self._lead(text, decide, seconds) if self.rank == 0 else self._follow(text, seconds)
+
+    def sign(self) -> None:
+        """See Council.sign."""
+        self._store.add(f"signs/{self.rank}", 1)
+
+    def apart(self, name: str, behind: bool = False) -> StoreCouncil:
+        """See Council.apart."""
+        from torch.distributed import PrefixStore  # type: ignore[attr-defined]  # public, but not in its __all__
+
+        return StoreCouncil(PrefixStore(name, self._store), self.rank, self.size, self._timeout, behind)
+
+    def _lead(self, text: str, decide: Decide, seconds: float) -> str:
+        patience = _Patience(self._store, seconds)
+        calls = {rank: self._await_call(rank, patience) for rank in range(1, self.size)}
         absent = [rank for rank, call in calls.items() if not call]
-        answer = json.dumps({"text": text, "absent": absent})
+        said = "" if absent else decide([text, *(self._taken(f"call/{rank}/{call}") for rank, call in calls.items())])
+        answer = json.dumps({"text": said, "absent": absent})
         for rank, call in calls.items():
             if call:
                 self._store.set(f"answer/{rank}/{call}", answer)
         if absent:
             raise AbsentRanksError(absent, seconds)
-        return text
+        return said
 
-    def _await_call(self, rank: int, deadline: float) -> int:
-        """Which call of that rank waits for an answer, 0 if none does before the deadline."""
+    def _await_call(self, rank: int, patience: _Patience) -> int:
+        """Which call of that rank waits for an answer, 0 if none does."""
         call = self._store.add(f"passed/{rank}", 0) + 1
-        while self._comes(f"call/{rank}/{call}", deadline):
+        while self._comes(f"call/{rank}/{call}", rank, patience):
             self._store.add(f"passed/{rank}", 1)
             if not self._store.check([f"gone/{rank}/{call}"]):
                 return int(call)
             call += 1
         return 0
 
-    def _follow(self, seconds: float) -> str:
-        call = self._store.add(f"calls/{self._rank}", 1)
-        mine = f"{self._rank}/{call}"
-        self._store.set(f"call/{mine}", "waits")
-        if not self._comes(f"answer/{mine}", time.monotonic() + seconds + ANSWER_SECONDS):
+    def _follow(self, text: str, seconds: float) -> str:
+        call = self._store.add(f"calls/{self.rank}", 1)
+        mine = f"{self.rank}/{call}"
+        self._store.set(f"call/{mine}", text)
+        if not self._comes(f"answer/{mine}", 0, _Patience(self._store, seconds + ANSWER_SECONDS)):
             self._store.set(f"gone/{mine}", "")
             raise AbsentRanksError([0], seconds)
-        answer = json.loads(self._store.get(f"answer/{mine}"))
+        answer = json.loads(self._taken(f"answer/{mine}"))
         if answer["absent"]:
             raise AbsentRanksError(answer["absent"], seconds)
         return str(answer["text"])
 
-    def _comes(self, key: str, deadline: float) -> bool:
-        """Whether there is a value for ``key`` before the deadline."""
-        left = timedelta(seconds=max(0.01, deadline - time.monotonic()))
-        try:
-            self._store.wait([key], left)
-        except RuntimeError:  # torch's DistStoreError is one
-            return bool(self._store.check([key]))
+    def _taken(self, key: str) -> str:
+        """The value, which is wanted no more."""
+        value = self._store.get(key).decode()
+        self._store.delete_key(key)
+        return str(value)
+
+    def _comes(self, key: str, sender: int, patience: _Patience) -> bool:
+        """Whether there is a value for ``key`` before the patience with its sender is at an end."""
+        looks = 0
+        while not self._store.check([key]):
+            left = patience.left(sender)
+            if left <= 0:
+                return False
+            time.sleep(min(left, PAUSE_BEHIND if self._behind else PAUSES[min(looks, len(PAUSES) - 1)]))
+            looks += 1
         return True
+
+
+class _Patience:
+    """How long ranks are waited for: ``seconds``, and as long again from each time at which a rank gave a sign."""
+
+    def __init__(self, store: Any, seconds: float) -> None:
+        self._store = store
+        self._seconds = seconds
+        self._deadline = time.monotonic() + seconds
+        self._signs: dict[int, int] = {}
+        self._heard: dict[int, float] = {}
+
+    def left(self, rank: int) -> float:
+        """How many seconds are left for this rank."""
+        left = self._deadline - time.monotonic()
+        if left > 0 and rank in self._signs:
+            return left
+        signs = self._store.add(f"signs/{rank}", 0)
+        if signs != self._signs.setdefault(rank, signs):
+            self._signs[rank] = signs
+            self._heard[rank] = time.monotonic()
+        return max(left, self._heard.get(rank, -math.inf) + self._seconds - time.monotonic())

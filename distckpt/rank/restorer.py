@@ -9,15 +9,15 @@ import dataclasses
 import logging
 import time
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
-from distckpt.coordinator.client.client import Client
 from distckpt.coordinator.messages import (
     LISTED_KEYS,
     FillFrom,
     KeyMatch,
     MatchWith,
     Mismatched,
+    Reply,
     Restore,
     Restored,
     RestoreStage,
@@ -40,17 +40,22 @@ READ_PAUSES = (0.2, 1.0)
 Answer = TypeVar("Answer")
 
 
+class Table(Protocol):
+    """Where the ranks meet that restore together: the coordinator, or a consultation of their own."""
+
+    def ask(self, request: Restore, timeout: float, /) -> Reply:
+        """What is wanted of this rank next, or what came of the restore. Raises the error that ends it for all."""
+
+
 class Restorer:
     """Restores the objects of ``checkpoint`` together with the other ranks, again and again.
 
     ``status`` is how keys matched in the last restore of a checkpoint, None before.
     """
 
-    def __init__(
-        self, client: Client, store: Store, checkpoint: NamedObjects, world: World, save_timeout: float
-    ) -> None:
+    def __init__(self, table: Table, store: Store, checkpoint: NamedObjects, world: World, save_timeout: float) -> None:
         self.status: LoadStatus | None = None
-        self._client = client
+        self._table = table
         self._store = store
         self._checkpoint = checkpoint
         self._world = world
@@ -79,7 +84,7 @@ class Restorer:
         first = report = question
         while True:
             # The coordinator itself answers at the deadline; twice that means that it does not answer at all.
-            reply = self._client.ask(report, 2 * self._timeout + 60)
+            reply = self._table.ask(report, 2 * self._timeout + 60)
             match reply:
                 case MatchWith() | FillFrom():
                     try:
@@ -161,7 +166,7 @@ class Restorer:
     def _give_up(self, question: Restore) -> None:
         """Tell the others, who would otherwise wait for this rank."""
         try:
-            self._client.ask(question, self._timeout)
+            self._table.ask(question, self._timeout)
         except DistckptError as answer:
             # It is this very failure, sent back; or the coordinator cannot be told, which is not why this rank fails.
             logger.debug("giving up a restore was answered with: %s", answer)

@@ -10,6 +10,7 @@ import pickle
 import pytest
 
 from distckpt import errors
+from distckpt.coordinator.client import error_text
 
 EXAMPLES: list[errors.DistckptError] = [
     errors.DistckptError("something"),
@@ -72,6 +73,20 @@ def test_errors_survive_a_journey_between_processes(example: errors.DistckptErro
         assert vars(other) == vars(example)
         assert other.args == example.args
     assert len(str(example)) > 5
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda example: type(example).__name__)
+def test_errors_survive_a_journey_as_text(example: errors.DistckptError) -> None:
+    other = error_text.from_text(error_text.to_text(example))
+    assert type(other) is type(example)
+    assert str(other) == str(example)
+    assert vars(other) == vars(example)
+    assert other.args == example.args
+
+
+def test_a_text_makes_no_error_of_a_class_that_is_none_of_ours() -> None:
+    assert type(error_text.from_text('["sys", ["text"], {"items": []}]')) is errors.CoordinatorError
+    assert type(error_text.from_text('["annotations", ["text"], {"items": []}]')) is errors.CoordinatorError
 
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda example: type(example).__name__)

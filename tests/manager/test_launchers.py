@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
 import pytest
+import torch
 
 import distckpt
 from tests.support.gang import ROOT, Gang, RankError
@@ -35,6 +37,20 @@ def test_torchrun_with_and_without_a_ray_cluster(request: pytest.FixtureRequest,
     with distckpt.open(f"{tmp_path}/ckpt-2") as reader:
         assert reader.manifest.world_size == 2
     assert distckpt.load(f"{tmp_path}/ckpt-2")["state"]["step"] == 2
+
+
+def test_ranks_restore_and_train_while_ray_does_not_answer_yet(tmp_path: Path) -> None:
+    with distckpt.CheckpointManager(distckpt.Checkpoint(state={"weight": torch.ones(4)}), tmp_path) as manager:
+        manager.save(5)
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        address = f"127.0.0.1:{silent.getsockname()[1]}"
+        with Gang(2, {"RAY_ADDRESS": address}) as gang:
+            restored = gang.run("ranks.manager:restored_meanwhile", directory=str(tmp_path))
+            for rank in range(2):
+                gang.kill(rank)
+    assert restored == [{"path": f"{tmp_path}/ckpt-5", "weight": [1.0] * 4, "opened": False}] * 2
 
 
 def test_a_ray_that_cannot_be_started_is_told(tmp_path: Path) -> None:

@@ -82,3 +82,11 @@ def one_cannot_restore(directory: str) -> str:
         except (DistckptError, ValueError) as error:
             return f"{type(error).__name__}: {error}"
     return ""
+
+
+def restored_meanwhile(directory: str) -> dict[str, Any]:
+    """What a restore gives while Ray does not answer."""
+    state = {"weight": torch.zeros(4)}
+    manager = distckpt.CheckpointManager(distckpt.Checkpoint(state=state), directory)
+    path = manager.restore_or_initialize()
+    return {"path": path, "weight": state["weight"].tolist(), "opened": manager._client._first.done()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import re
 import time
 import traceback
@@ -53,6 +54,20 @@ def first_manager(directory: str) -> list[str]:
         manager.save(1).result(30)
         manager.restore(1)
     return differences(before, random_states())
+
+
+def drawn_meanwhile(directory: str) -> bool:
+    """Whether random numbers that are drawn while the first manager of a process is opening are those of the seed."""
+    random.seed(7)
+    expected = [random.random() for _ in range(100_000)]
+    random.seed(7)
+    drawn = []
+    with distckpt.CheckpointManager(distckpt.Checkpoint(own={"a": 1}), directory, **OPTIONS) as manager:
+        pending = manager.save(1)
+        while not pending.done():
+            drawn.append(random.random())
+            time.sleep(0.001)
+    return drawn == expected[: len(drawn)]
 
 
 def alike(directory: str, names: Sequence[str]) -> dict[str, list[str]]:

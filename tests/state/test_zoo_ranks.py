@@ -63,6 +63,11 @@ def test_the_first_manager_of_a_process_draws_no_random_numbers(ray_address: str
         assert gang.run("ranks.zoo:first_manager", directory=str(tmp_path)) == [[], []]
 
 
+def test_training_draws_its_own_random_numbers_while_the_first_manager_opens(ray_address: str, tmp_path: Path) -> None:
+    with Gang(2, env={"RAY_ADDRESS": ray_address}) as gang:
+        assert gang.run("ranks.zoo:drawn_meanwhile", directory=str(tmp_path)) == [True, True]
+
+
 @pytest.mark.parametrize("name", ALIKE)
 def test_two_ranks_that_hold_the_same_get_it_back(gang2: Gang, batches: Batches, folder: Path, name: str) -> None:
     results = batches.result(

@@ -61,7 +61,7 @@ class Trainer:
 
     def ask(self, request: Any) -> Reply:
         """Ask the coordinator directly."""
-        return self.manager._client._line.ask(request, 30)
+        return self.manager._client._line_and_run(30)[0].ask(request, 30)
 
     def pin(self, number: int) -> None:
         """Pin a checkpoint."""

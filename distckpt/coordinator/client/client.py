@@ -4,58 +4,110 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import logging
 import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeoutError
 
 from distckpt.coordinator.client.line import Line
 from distckpt.coordinator.messages import FromRank, OpenRun, RankRequest, Refused, Reply, RunOpened, Unknown
-from distckpt.errors import CoordinatorUnavailableError, DistckptError
+from distckpt.errors import CoordinatorUnavailableError, DistckptError, FencedError
+
+logger = logging.getLogger(__name__)
 
 OPEN_SECONDS = 60.0
 """How long a coordinator has at least to answer the first question: it may be starting, or restarting."""
 
 
 class Client:
-    """Asks on behalf of one rank of one run. Opens the run again whenever the coordinator has been replaced."""
+    """Asks on behalf of one rank of one run. Opens the run again whenever the coordinator has been replaced.
 
-    def __init__(self, line: Line, opening: OpenRun) -> None:
-        self._line = line
+    ``connect`` finds or starts the coordinator, and may take long; ``opened`` is called once the run is open, and
+    what it raises keeps it from being used. Somebody calls ``connect``, in whichever thread; all others wait for it.
+    """
+
+    def __init__(
+        self, connect: Callable[[], Line], opening: OpenRun, opened: Callable[[], None] = lambda: None
+    ) -> None:
+        self._connect = connect
         self._opening = opening
+        self._check = opened
         self._lock = threading.Lock()
+        self._first: Future[tuple[Line, RunOpened]] = Future()
         self._opened: RunOpened | None = None
 
-    def open(self) -> RunOpened:
-        """Report to the coordinator. Raises what it refuses with: StaleRunError, FencedError, StorageError ..."""
-        with self._lock:
-            if self._opened is None:
-                self._opened = self._open(0)
-            return self._opened
+    def connect(self) -> None:
+        """Find the coordinator and report to it. Raises nothing: ``open`` does."""
+        try:
+            line = self._connect()
+            try:
+                opened = self._first_open(line)
+                self._check()
+            except BaseException:
+                line.close()  # or it would go on claiming the directory that its maker has given up
+                raise
+        except BaseException as error:  # noqa: BLE001 - it belongs to those who wait
+            self._first.set_exception(error)
+        else:
+            self._first.set_result((line, opened))
+
+    def check(self) -> None:
+        """Raises what keeps the run from being opened, if that is known already."""
+        if self._first.done():
+            self.open()
+
+    def open(self, timeout: float | None = None) -> RunOpened:
+        """The opened run. Raises what the coordinator refuses with: StaleRunError, FencedError, StorageError ..."""
+        return self._opened or self._line_and_run(timeout)[1]
 
     def ask(self, request: RankRequest, timeout: float) -> Reply:
         """Ask as this rank of this run; an Unknown answer, after the run was opened again, is left to the caller.
 
         Raises the error of a Refused answer, and CoordinatorUnavailableError.
         """
-        opened = self.open()
-        reply = self._line.ask(FromRank(opened.run, self._opening.rank, request), timeout)
+        line, opened = self._line_and_run(None)
+        reply = line.ask(FromRank(opened.run, self._opening.rank, request), timeout)
         if isinstance(reply, Unknown):
             with self._lock:
-                if self._opened is opened:  # else another thread has opened the run again meanwhile
-                    self._opened = self._open(opened.run)
-        return _raised(reply)
+                if self._line_and_run(None)[1] is opened:  # else another thread has opened the run again meanwhile
+                    self._opened = self._open(line, opened.run)
+        return raised(reply)
 
     def close(self) -> None:
         """Hang up. What was asked and not yet answered stays unanswered."""
-        self._line.close()
+        if self._first.done() and self._first.exception() is None:
+            self._first.result()[0].close()
 
-    def _open(self, run: int) -> RunOpened:
+    def _line_and_run(self, timeout: float | None) -> tuple[Line, RunOpened]:
+        try:
+            line, first = self._first.result(timeout)
+        except FutureTimeoutError:
+            if self._first.done():
+                raise
+            raise CoordinatorUnavailableError(f"the run was not open within {timeout:g} s") from None
+        except DistckptError as error:
+            raise _copy(error) from None
+        return line, self._opened or first
+
+    def _first_open(self, line: Line) -> RunOpened:
+        try:
+            return self._open(line, 0)
+        except FencedError:
+            # It served a run that another cluster took over from; ours is newer than both.
+            line.replace()
+            return self._open(line, 0)
+
+    def _open(self, line: Line, run: int) -> RunOpened:
         opening = dataclasses.replace(self._opening, run=run)
-        reply = _raised(self._line.ask(opening, max(OPEN_SECONDS, self._opening.save_timeout)))
+        reply = raised(line.ask(opening, max(OPEN_SECONDS, self._opening.save_timeout)))
         if not isinstance(reply, RunOpened):
             raise CoordinatorUnavailableError(f"unexpected answer to OpenRun: {reply!r}")
         return reply
 
 
-def _raised(reply: Reply) -> Reply:
+def raised(reply: Reply) -> Reply:
+    """The reply, unless it is a Refused one: then its error is raised."""
     if isinstance(reply, Refused):
         raise _copy(reply.error)
     return reply

@@ -16,6 +16,9 @@ class Line(Protocol):
     def ask(self, request: Request, timeout: float) -> Reply:
         """The answer. CoordinatorUnavailableError when there is none within ``timeout`` seconds."""
 
+    def replace(self) -> None:
+        """Put a fresh coordinator in the place of one that has stopped for ever."""
+
     def close(self) -> None:
         """Hang up."""
 
@@ -36,6 +39,9 @@ class LocalLine:
             raise CoordinatorUnavailableError(
                 f"no answer to {kind_of(request)} within {timeout:g} s: the store may be slow or unreachable"
             ) from None
+
+    def replace(self) -> None:
+        """See Line.replace. This one is as fresh as the process."""
 
     def close(self) -> None:
         """Stop the coordinator once it has finished what it is doing."""

@@ -53,7 +53,11 @@ class RankCluster:
         return self._world.host
 
     def join(self, listener: Listener, silence_timeout: float) -> RankMembership:
-        """See ``threads.Cluster.join``. CoordinatorError if the manager of this cluster has been closed."""
+        """See ``threads.Cluster.join``. CoordinatorError if the manager of this cluster has been closed.
+
+        Waits until the run is open: from then on all ranks hear of each other's stops. Raises what keeps it from that.
+        """
+        self._client.open()
         with self._lock:
             if self._closed.is_set():
                 raise CoordinatorError("the manager of this cluster has been closed; take the cluster of another one")

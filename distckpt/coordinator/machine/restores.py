@@ -1,8 +1,4 @@
-"""Collective restores: all ranks restore the same checkpoint, and fall back together when one of them cannot.
-
-Each candidate goes through two stages. First every rank says how its objects match it, which changes nothing; only if
-that will do for all of them, they fill.
-"""
+"""Collective restores: all ranks restore the same checkpoint, and fall back together when one of them cannot."""
 
 from __future__ import annotations
 
@@ -11,74 +7,21 @@ from dataclasses import dataclass, field
 
 from distckpt.coordinator.machine.desk import Desk
 from distckpt.coordinator.machine.ledger import Ledger
-from distckpt.coordinator.machine.records import find_folder, find_number, record_path
+from distckpt.coordinator.machine.restore_round import RestoreRound
 from distckpt.coordinator.machine.runs import Run, Runs
-from distckpt.coordinator.messages import (
-    FillFrom,
-    KeyMatch,
-    MatchWith,
-    Mismatched,
-    Refused,
-    Reply,
-    Restore,
-    Restored,
-    merged_matches,
-)
-from distckpt.errors import (
-    CheckpointNotFoundError,
-    DistckptError,
-    MissingRanksError,
-    NoGoodCheckpointError,
-    RestoreError,
-)
-from distckpt.format.json.log import CheckpointRecord
+from distckpt.coordinator.messages import Refused, Reply, Restore
+from distckpt.errors import DistckptError, MissingRanksError
 
 REMEMBERED_ROUNDS = 16
 
 
 @dataclass(slots=True, eq=False)
-class _Round:
-    """``candidates`` are what is left to try, best first; its first element is being tried.
+class _Round(RestoreRound):
+    """``heard`` is when each rank spoke last, and ``deadline`` when to look who has not, in monotonic seconds."""
 
-    ``keys`` is how those ranks match it that have said so; ``filling`` that all have, and fill now. ``reported`` are
-    ranks that are through with this stage, ``refusal`` the first reason against the candidate; ``heard`` is when each
-    rank spoke last, in monotonic seconds.
-    """
-
-    which: int | str | None
-    partial: bool
-    deadline: float
-    candidates: list[CheckpointRecord]
-    keys: KeyMatch | None = None
-    filling: bool = False
-    refused: tuple[tuple[str, str], ...] = ()
-    reported: set[int] = field(default_factory=set)
-    refusal: str = ""
+    deadline: float = 0.0
     heard: dict[int, float] = field(default_factory=dict)
     waiting: dict[int, int] = field(default_factory=dict)
-    outcome: Reply | None = None
-
-    @property
-    def current(self) -> CheckpointRecord:
-        return self.candidates[0]
-
-    @property
-    def question(self) -> Reply:
-        """What is wanted of ranks that have not reported yet."""
-        if self.filling and self.keys is not None:
-            return FillFrom(self.current, self.keys)
-        return MatchWith(self.current, self.refused)
-
-    def is_answer(self, message: Restore) -> bool:
-        """Whether a rank reports on what is wanted now, and not on an earlier candidate or stage."""
-        if message.tried != self.current.attempt or (message.stage == "fill") is not self.filling:
-            return False
-        return self.filling or bool(message.refused) or message.keys is not None
-
-    def begin(self, filling: bool) -> None:
-        """Nobody has reported on what is wanted from now on."""
-        self.filling = filling
-        self.reported = set()
 
 
 class Restores:
@@ -145,71 +88,27 @@ class Restores:
         return self._runs.current
 
     def _new_round(self, first: Restore) -> _Round:
-        deadline = self._desk.mono + self._current.save_timeout
-        round = _Round(first.which, first.partial, deadline, self._candidates(first.which))
+        run, state = self._current, self._ledger.state
+        round = _Round(self._desk.directory, run.world_size, first.which, first.partial, run.name, state)
+        round.deadline = self._desk.mono + run.save_timeout
         self._rounds[first.order] = self._open[first.order] = round
-        if not round.candidates:
-            self._end(first.order, self._nothing(first.which))
+        self._settle(first.order, round)
         return round
 
-    def _candidates(self, which: int | str | None) -> list[CheckpointRecord]:
-        state = self._ledger.state
-        if which is None:
-            return list(state.newest_first())
-        record = find_folder(state, which) if isinstance(which, str) else find_number(state, which, self._current.name)
-        return [record] if record is not None else []
-
-    def _nothing(self, which: int | str | None) -> Reply:
-        if which is None:
-            return Restored(None)
-        path = f"{self._desk.directory}/{which if isinstance(which, str) else f'{self._current.name}-{which}'}"
-        return Refused(CheckpointNotFoundError(path, "no such checkpoint is committed"))
-
     def _hear(self, round: _Round, rank: int, message: Restore) -> None:
-        reason = _disagreement(round, rank, message)
-        if message.failed:
-            reason = f"rank {rank} ({self._current.hosts.get(rank, '')}) failed: {message.failed}"
-        if reason:
-            self._end(message.order, Refused(RestoreError(f"{self._desk.directory}: {reason}")))
-            return
         round.heard[rank] = self._desk.mono
-        if rank in round.reported or not round.is_answer(message):
-            return
-        round.deadline = self._desk.mono + self._current.save_timeout
-        round.reported.add(rank)
-        if message.refused and not round.refusal:
-            host = self._current.hosts.get(rank, "")
-            round.refusal = f"rank {rank} ({host}): {message.refused}"
-        elif message.keys is not None and not round.filling:
-            round.keys = message.keys if round.keys is None else merged_matches(round.keys, message.keys)
-        if len(round.reported) == self._current.world_size:
-            self._all_reported(message.order, round)
+        if round.hear(rank, self._current.hosts.get(rank, ""), message):
+            round.deadline = self._desk.mono + self._current.save_timeout
+        if round.is_complete:
+            round.advance(self._ledger.state)
+            if round.outcome is None:
+                self._desk.answer_shelf(round.waiting, round.question)
+        self._settle(message.order, round)
 
-    def _all_reported(self, order: int, round: _Round) -> None:
-        if round.refusal:
-            self._fall_back(order, round)
-        elif round.filling:
-            self._end(order, Restored(round.current, round.refused))
-        elif round.keys is not None and (round.keys.in_vain or not (round.partial or round.keys.fits)):
-            self._end(order, Mismatched(round.current, round.keys))
-        else:
-            round.begin(filling=True)
-            self._desk.answer_shelf(round.waiting, round.question)
-
-    def _fall_back(self, order: int, round: _Round) -> None:
-        refused = (record_path(self._desk.directory, round.current), round.refusal)
-        round.refused = (*round.refused, refused)
-        round.refusal = ""
-        round.keys = None
-        round.begin(filling=False)
-        # Retention may have taken older ones away meanwhile.
-        alive = self._ledger.state.alive()
-        left = [record for record in round.candidates[1:] if record.attempt in alive]
-        if not left:
-            self._end(order, Refused(NoGoodCheckpointError(self._desk.directory, round.refused)))
-            return
-        round.candidates = left
-        self._desk.answer_shelf(round.waiting, round.question)
+    def _settle(self, order: int, round: _Round) -> None:
+        """Take note if the round is over."""
+        if round.outcome is not None:
+            self._end(order, round.outcome)
 
     def _missing(self, round: _Round) -> list[int]:
         return [rank for rank in range(self._current.world_size) if rank not in round.reported]
@@ -233,16 +132,3 @@ class Restores:
         self._desk.answer_shelf(round.waiting, outcome)
         if len(self._rounds) - len(self._open) > REMEMBERED_ROUNDS:
             del self._rounds[next(old for old in self._rounds if old not in self._open)]
-
-
-def _shown(which: int | str | None) -> str:
-    return "the newest checkpoint" if which is None else f"checkpoint {which}"
-
-
-def _disagreement(round: _Round, rank: int, message: Restore) -> str:
-    if message.which != round.which:
-        return f"rank {rank} restores {_shown(message.which)}, but others restore {_shown(round.which)}"
-    if message.partial != round.partial:
-        mine, others = ("partial", "strict") if message.partial else ("strict", "partial")
-        return f"the restore of rank {rank} is {mine}, that of others {others}: all ranks must give the same partial"
-    return ""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import os
@@ -11,7 +10,6 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -44,11 +42,7 @@ def join_cluster(world: World) -> str:
     ``ray start`` names, or starts one that lives as long as its process. The others follow it; one on a host without
     Ray starts Ray's node there.
     """
-    with _random_numbers_kept():
-        return _joined_by(world)
-
-
-def _joined_by(world: World) -> str:
+    _give_random_numbers()
     if world.share is None:
         if not ray.is_initialized():
             _connect(os.environ.get("RAY_ADDRESS") or "auto")
@@ -61,15 +55,11 @@ def _joined_by(world: World) -> str:
     return str(access["home"])
 
 
-@contextlib.contextmanager
-def _random_numbers_kept() -> Iterator[None]:
-    """Ray draws its ids from Python's random numbers, which are the training's, and the same on all ranks if seeded so."""
-    state = random.getstate()
-    random.seed()
-    try:
-        yield
-    finally:
-        random.setstate(state)
+def _give_random_numbers() -> None:
+    """Let Ray draw from random numbers of its own: Python's are the training's, and the same on all ranks if seeded so."""
+    for name, module in list(sys.modules.items()):
+        if name.startswith("ray.") and getattr(module, "random", None) is random:
+            module.random = random.Random()  # type: ignore[attr-defined]  # a module's own name for what it imported
 
 
 def _access() -> dict[str, Any]:

@@ -1,0 +1,152 @@
+"""One restore of all ranks: which checkpoint is tried, what is wanted of the ranks, and what comes of it.
+
+Each candidate goes through two stages. First every rank says how its objects match it, which changes nothing; only if
+that will do for all of them, they fill. Knows neither time nor how ranks are reached: the coordinator has rounds, and
+ranks that can consult each other without one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from distckpt.coordinator.machine.records import find_folder, find_number, record_path
+from distckpt.coordinator.messages import (
+    FillFrom,
+    KeyMatch,
+    MatchWith,
+    Mismatched,
+    Refused,
+    Reply,
+    Restore,
+    Restored,
+    merged_matches,
+)
+from distckpt.errors import CheckpointNotFoundError, NoGoodCheckpointError, RestoreError
+from distckpt.format.json.log import CheckpointRecord, State
+
+
+@dataclass(slots=True, eq=False)
+class RestoreRound:
+    """``candidates`` are what is left to try, best first; its first element is being tried. ``name`` is the run's own.
+
+    ``keys`` is how those ranks match it that have said so; ``filling`` that all have, and fill now. ``reported`` are
+    ranks that are through with this stage, ``refusal`` the first reason against the candidate.
+    """
+
+    directory: str
+    world_size: int
+    which: int | str | None
+    partial: bool
+    name: str
+    state: State
+    candidates: list[CheckpointRecord] = field(default_factory=list)
+    keys: KeyMatch | None = None
+    filling: bool = False
+    refused: tuple[tuple[str, str], ...] = ()
+    reported: set[int] = field(default_factory=set)
+    refusal: str = ""
+    outcome: Reply | None = None
+
+    def __post_init__(self) -> None:
+        self.candidates = self._wanted(self.state)
+        if not self.candidates:
+            self.outcome = self._nothing()
+
+    @property
+    def current(self) -> CheckpointRecord:
+        """What is being tried."""
+        return self.candidates[0]
+
+    @property
+    def question(self) -> Reply:
+        """What is wanted of ranks that have not reported yet."""
+        if self.filling and self.keys is not None:
+            return FillFrom(self.current, self.keys)
+        return MatchWith(self.current, self.refused)
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether every rank has reported on what is wanted, and the round is to go on."""
+        return self.outcome is None and len(self.reported) == self.world_size
+
+    def hear(self, rank: int, host: str, message: Restore) -> bool:
+        """A rank wants to restore, or says what came of what was wanted: whether that was news."""
+        reason = self._disagreement(rank, message)
+        if message.failed:
+            reason = f"rank {rank} ({host}) failed: {message.failed}"
+        if reason:
+            self.outcome = Refused(RestoreError(f"{self.directory}: {reason}"))
+            return False
+        if rank in self.reported or not self._is_answer(message):
+            return False
+        self.reported.add(rank)
+        if message.refused and not self.refusal:
+            self.refusal = f"rank {rank} ({host}): {message.refused}"
+        elif message.keys is not None and not self.filling:
+            self.keys = message.keys if self.keys is None else merged_matches(self.keys, message.keys)
+        return True
+
+    def advance(self, state: State) -> None:
+        """All ranks have reported: to the next stage, the next candidate, or the end. ``state`` is what there is now."""
+        if self.refusal:
+            self._fall_back(state)
+        elif self.filling:
+            self.outcome = Restored(self.current, self.refused)
+        elif self.keys is not None and (self.keys.in_vain or not (self.partial or self.keys.fits)):
+            self.outcome = Mismatched(self.current, self.keys)
+        else:
+            self._begin(filling=True)
+
+    def _wanted(self, state: State) -> list[CheckpointRecord]:
+        if self.which is None:
+            return list(state.newest_first())
+        if isinstance(self.which, str):
+            record = find_folder(state, self.which)
+        else:
+            record = find_number(state, self.which, self.name)
+        return [record] if record is not None else []
+
+    def _nothing(self) -> Reply:
+        if self.which is None:
+            return Restored(None)
+        path = f"{self.directory}/{self.which if isinstance(self.which, str) else f'{self.name}-{self.which}'}"
+        return Refused(CheckpointNotFoundError(path, "no such checkpoint is committed"))
+
+    def _is_answer(self, message: Restore) -> bool:
+        """Whether a rank reports on what is wanted now, and not on an earlier candidate or stage."""
+        if message.tried != self.current.attempt or (message.stage == "fill") is not self.filling:
+            return False
+        return self.filling or bool(message.refused) or message.keys is not None
+
+    def _begin(self, filling: bool) -> None:
+        """Nobody has reported on what is wanted from now on."""
+        self.filling = filling
+        self.reported = set()
+
+    def _fall_back(self, state: State) -> None:
+        refused = (record_path(self.directory, self.current), self.refusal)
+        self.refused = (*self.refused, refused)
+        self.refusal = ""
+        self.keys = None
+        self._begin(filling=False)
+        # Retention may have taken older ones away meanwhile.
+        alive = state.alive()
+        left = [record for record in self.candidates[1:] if record.attempt in alive]
+        if left:
+            self.candidates = left
+        else:
+            self.outcome = Refused(NoGoodCheckpointError(self.directory, self.refused))
+
+    def _disagreement(self, rank: int, message: Restore) -> str:
+        if message.which != self.which:
+            return f"rank {rank} restores {_shown(message.which)}, but others restore {_shown(self.which)}"
+        if message.partial != self.partial:
+            mine, others = ("partial", "strict") if message.partial else ("strict", "partial")
+            return (
+                f"the restore of rank {rank} is {mine}, that of others {others}: all ranks must give the same partial"
+            )
+        return ""
+
+
+def _shown(which: int | str | None) -> str:
+    return "the newest checkpoint" if which is None else f"checkpoint {which}"
