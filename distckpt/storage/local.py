@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from distckpt.errors import AlreadyExistsError, DamagedError, ObjectNotFoundError, StorageError
 from distckpt.storage.direct import SequentialFile
-from distckpt.storage.folders import Folders, make_root, open_folders, visiting
+from distckpt.storage.folders import Folders, make_root, open_folders, sync_way_to, visiting
 from distckpt.storage.interface import ObjectInfo, Source
 from distckpt.storage.oserrors import deleting, published, publishing, reading, writing
 from distckpt.storage.paths import PathLike, folder_parts, is_part, object_parts
@@ -28,7 +28,7 @@ _TEMPORARY = re.compile(r"\.[0-9a-f]{32}\.tmp")
 
 
 class LocalStore:
-    """Objects as files below ``root``, which the first write creates together with its parents.
+    """Objects as files below ``root``, which the first write creates together with its parents, and makes durable.
 
     ``root`` may be a symbolic link; nothing below it is followed if it is one. A root that this store has seen and
     that is gone later is not created again: then writes fail, and reads find nothing. Temporary files begin with a dot
@@ -40,6 +40,7 @@ class LocalStore:
         self._root = os.path.abspath(os.path.expanduser(os.fspath(root)))
         self._direct_io = direct_io
         self._seen = os.path.isdir(self._root)
+        self._is_durable = False
 
     @property
     def url(self) -> str:
@@ -209,13 +210,14 @@ class LocalStore:
 
     def _require_root(self) -> None:
         seen = self._seen  # asked first: another thread may be creating the root just now
-        if os.path.isdir(self._root):
-            self._seen = True
-        elif seen:
-            raise StorageError(self._root, "the directory was there and has vanished; it is not created again")
-        else:
+        if not os.path.isdir(self._root):
+            if seen:
+                raise StorageError(self._root, "the directory was there and has vanished; it is not created again")
             make_root(self._root)
-            self._seen = True
+        self._seen = True
+        if not self._is_durable:
+            sync_way_to(self._root)
+            self._is_durable = True
 
     def _write_sections(self, new: _NewFile, full: str, size: int, sections: Iterable[memoryview]) -> None:
         file = SequentialFile(new.fd, direct=self._direct_io)

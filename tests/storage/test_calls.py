@@ -127,6 +127,7 @@ def test_a_failed_sync_of_the_folder_leaves_the_outcome_unknown(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store = LocalStore(tmp_path)
+    store.replace("lease", b"0")
     fsync = os.fsync
 
     def failing(fd: int) -> None:
