@@ -8,6 +8,7 @@ from typing import Any
 
 import crc32c
 
+from distckpt.directory.contents import attempts
 from distckpt.directory.log import read_tail
 from distckpt.directory.newest import newest_there
 from distckpt.directory.strays import read_run, strays_in
@@ -148,10 +149,9 @@ def _own_manifest(store: Store, attempt: str) -> Manifest:
 
 
 def _lone_copy(store: Store) -> Located:
-    attempts = [folder for folder in store.folders("") if names.is_attempt(folder)]
     found = [
         Located(store, attempt, store.url, _own_manifest(store, attempt))
-        for attempt in attempts
+        for attempt in attempts(store, "")
         if store.stat(f"{attempt}/{names.MANIFEST}") is not None
     ]
     if not found:

@@ -16,7 +16,7 @@ from distckpt.errors import (
 from distckpt.format import names
 from distckpt.format.json.log import MAX_ENTRY_BYTES, Entry, State, check_entry
 from distckpt.format.json.sealed import seal, unseal
-from distckpt.storage import Store
+from distckpt.storage import MOST_NAMES, Store, at_most
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +54,8 @@ class AppendResult:
 
 def sequence_numbers(store: Store) -> list[int]:
     """Every number in the log, ascending."""
-    found = (names.entry_seq(info.path) for info in store.list(names.LOG))
+    listed = at_most(MOST_NAMES, store.list(names.LOG), f"{store.url}/{names.LOG}")
+    found = (names.entry_seq(info.path) for info in listed)
     return sorted(seq for seq in found if seq is not None)
 
 

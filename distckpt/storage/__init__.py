@@ -1,5 +1,6 @@
 """Stores: where objects are kept, and what is asked of the place."""
 
+from distckpt.storage.bounds import MOST_NAMES, at_most
 from distckpt.storage.interface import ObjectInfo, Source, Store, SupportsSweep
 from distckpt.storage.local import LocalStore
 from distckpt.storage.location import canonical, join, open_store, split_path
@@ -10,6 +11,7 @@ from distckpt.storage.probe import probe
 from distckpt.storage.scratch import put_file, scratch_folder
 
 __all__ = [
+    "MOST_NAMES",
     "PROBES",
     "LocalStore",
     "MemoryStore",
@@ -18,6 +20,7 @@ __all__ = [
     "Source",
     "Store",
     "SupportsSweep",
+    "at_most",
     "canonical",
     "join",
     "open_store",

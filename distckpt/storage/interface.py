@@ -74,10 +74,13 @@ class Store(Protocol):
         """What is at ``path`` now, or None. Never from a cache."""
 
     def list(self, folder: str) -> Iterator[ObjectInfo]:
-        """Every object below ``folder``, at any depth, in no particular order. Never from a cache. Empty if none."""
+        """Every object directly below ``folder`` ('' is the root), in no particular order. Never from a cache.
+
+        They are found one after the other, so that who has seen enough can stop. Empty if there are none.
+        """
 
     def folders(self, folder: str) -> Iterator[str]:
-        """Names of the folders directly below ``folder`` ('' is the root). Never from a cache."""
+        """Names of the folders directly below ``folder``, found likewise."""
 
     def delete(self, path: str) -> None:
         """Remove an object; no error if it is gone already."""
@@ -87,5 +90,8 @@ class Store(Protocol):
 class SupportsSweep(Protocol):
     """A store whose killed writers leave things behind that no listing shows."""
 
-    def sweep(self, min_age: float) -> int:
-        """Remove what killed writers left and nobody has touched for ``min_age`` seconds; how many things went."""
+    def sweep(self, folder: str, min_age: float) -> int:
+        """Remove what killed writers left directly below ``folder`` and nobody has touched for ``min_age`` seconds.
+
+        Returns how many things went.
+        """

@@ -9,8 +9,9 @@ import re
 import stat
 import time
 import uuid
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from distckpt.errors import AlreadyExistsError, DamagedError, ObjectNotFoundError, StorageError
 from distckpt.storage.direct import SequentialFile
@@ -25,6 +26,8 @@ _EXISTING = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK  # O_NONBLOCK: a planted
 _READ_BYTES = 1 << 30
 _FOLDER_TRIES = 16
 _TEMPORARY = re.compile(r"\.[0-9a-f]{32}\.tmp")
+
+_Found = TypeVar("_Found")
 
 
 class LocalStore:
@@ -116,22 +119,23 @@ class LocalStore:
         return ObjectInfo(path, status.st_size, status.st_mtime)
 
     def list(self, folder: str) -> Iterator[ObjectInfo]:
-        """Every object below ``folder``, at any depth. What vanishes meanwhile is left out."""
-        return self._walk(folder_parts(folder))
+        """Every object directly below ``folder``. What vanishes meanwhile is left out."""
+        parts = folder_parts(folder)
+        return self._scan(parts, lambda entry: _object(parts, entry))
 
     def folders(self, folder: str) -> Iterator[str]:
         """Names of the folders directly below ``folder``."""
-        return iter(self._scan(folder_parts(folder)).folders)
+        return self._scan(folder_parts(folder), _folder)
 
-    def sweep(self, min_age: float) -> int:
+    def sweep(self, folder: str, min_age: float) -> int:
         """Remove temporary files of writers that were killed, and the folders that only they kept."""
-        gone = 0
-        for folder, _, files in os.walk(self._root, topdown=False):
-            for name in files:
-                if _TEMPORARY.fullmatch(name) and _remove_old(os.path.join(folder, name), time.time() - min_age):
-                    gone += 1
-                    with contextlib.suppress(OSError):  # not empty: others still use it
-                        os.rmdir(folder)
+        parts, before, gone = folder_parts(folder), time.time() - min_age, 0
+        with contextlib.suppress(ObjectNotFoundError), deleting(self._full(folder)), self._visit(parts) as folders:
+            with os.scandir(folders.fd) as entries:
+                temporary = [entry.name for entry in entries if _TEMPORARY.fullmatch(entry.name)]
+            gone = sum(_remove_old(name, folders.fd, before) for name in temporary)
+            if gone:
+                folders.prune(parts)
         return gone
 
     def delete(self, path: str) -> None:
@@ -162,21 +166,14 @@ class LocalStore:
     def _visit(self, parts: Sequence[str]) -> contextlib.closing[Folders]:
         return visiting(self._root, tuple(parts))
 
-    def _walk(self, parts: tuple[str, ...]) -> Iterator[ObjectInfo]:
-        pending = [parts]
-        while pending:
-            above = pending.pop()
-            content = self._scan(above)
-            pending.extend((*above, name) for name in content.folders)
-            yield from content.objects
-
-    def _scan(self, parts: tuple[str, ...]) -> _Content:
-        content = _Content([], [])
+    def _scan(self, parts: tuple[str, ...], take: Callable[[os.DirEntry[str]], _Found | None]) -> Iterator[_Found]:
+        """What ``take`` makes of the entries of a folder. Temporary files and names that no store accepts are left out."""
         with contextlib.suppress(ObjectNotFoundError), reading(self._full("/".join(parts))):  # noqa: SIM117
             with self._visit(parts) as folders, os.scandir(folders.fd) as entries:
                 for entry in entries:
-                    content.add(parts, entry)
-        return content
+                    found = take(entry) if is_part(entry.name) else None
+                    if found is not None:
+                        yield found
 
     @contextlib.contextmanager
     def _temporary(self, path: str, data: bytes) -> Iterator[_NewFile]:
@@ -261,25 +258,6 @@ class LocalSource:
 
 
 @dataclass(frozen=True, slots=True)
-class _Content:
-    """What is directly in a folder. Temporary files, links and names that no store would accept are left out."""
-
-    folders: list[str]
-    objects: list[ObjectInfo]
-
-    def add(self, parts: tuple[str, ...], entry: os.DirEntry[str]) -> None:
-        if not is_part(entry.name):
-            return
-        if entry.is_dir(follow_symlinks=False):
-            self.folders.append(entry.name)
-        elif entry.is_file(follow_symlinks=False):
-            with contextlib.suppress(FileNotFoundError):  # vanished since the folder was read
-                status = entry.stat(follow_symlinks=False)
-                path = "/".join((*parts, entry.name))
-                self.objects.append(ObjectInfo(path, status.st_size, status.st_mtime))
-
-
-@dataclass(frozen=True, slots=True)
 class _NewFile:
     """A file that this process has just created: ``fd`` is open for writing, ``folders`` lead to it."""
 
@@ -295,6 +273,20 @@ class _NewFile:
         with contextlib.suppress(OSError):  # all that counts was synced before, so there is nothing left to lose
             os.close(self.fd)
         self.folders.close()
+
+
+def _folder(entry: os.DirEntry[str]) -> str | None:
+    return entry.name if entry.is_dir(follow_symlinks=False) else None
+
+
+def _object(parts: tuple[str, ...], entry: os.DirEntry[str]) -> ObjectInfo | None:
+    if not entry.is_file(follow_symlinks=False):
+        return None
+    try:
+        status = entry.stat(follow_symlinks=False)
+    except FileNotFoundError:  # vanished since the folder was read
+        return None
+    return ObjectInfo("/".join((*parts, entry.name)), status.st_size, status.st_mtime)
 
 
 def _new_file_in(folders: Folders, name: str) -> _NewFile:
@@ -331,9 +323,9 @@ def _refuse_other_than_file(full: str, status: os.stat_result) -> None:
         raise StorageError(full, "is not a plain file, so it is not read")
 
 
-def _remove_old(path: str, before: float) -> bool:
+def _remove_old(name: str, folder: int, before: float) -> bool:
     with contextlib.suppress(OSError):  # another sweeper was faster, or it cannot be removed: it is only in the way
-        if os.lstat(path).st_mtime < before:
-            os.unlink(path)
+        if os.stat(name, dir_fd=folder, follow_symlinks=False).st_mtime < before:
+            os.unlink(name, dir_fd=folder)
             return True
     return False

@@ -97,6 +97,14 @@ def aligned(data: bytes) -> memoryview:
     return memoryview(memory)[: len(data)]
 
 
+def everything(store: Store, folder: str = "") -> dict[str, int]:
+    """The sizes in bytes of all objects below a folder, at any depth."""
+    found = {info.path: info.size for info in store.list(folder)}
+    for name in store.folders(folder):
+        found |= everything(store, f"{folder}/{name}" if folder else name)
+    return found
+
+
 def files_below(root: Path) -> set[str]:
     """The relative paths of all files below a local folder, hidden ones too."""
     return {path.relative_to(root).as_posix() for path in root.rglob("*") if not path.is_dir()}

@@ -38,6 +38,7 @@ from distckpt.format.json.sealed import seal
 from distckpt.storage import LocalStore, MemoryStore, Store
 from distckpt.testing.faults import FaultAt, faults_of, rewritten
 from distckpt.testing.faulty import FaultyStore
+from distckpt.testing.observing import everything
 from tests.ranks.export import Tower, blocks, gpt_config, inputs, output, small_gpt, tower
 from tests.support.checkpoints import append_state, commit, new_attempt, put_manifest, write_checkpoint
 from tests.support.gang import ROOT, Gang
@@ -405,8 +406,8 @@ def small_checkpoint(tmp_path: Path) -> MemoryStore:
     """A checkpoint of a tower, in memory."""
     write_checkpoint(tmp_path, 1, {"model": dict(tower(1).state_dict())})
     disk, store = LocalStore(tmp_path), MemoryStore()
-    for info in disk.list(""):
-        store.put_if_absent(info.path, disk.read(info.path, info.size))
+    for path, size in everything(disk).items():
+        store.put_if_absent(path, disk.read(path, size))
     return store
 
 
@@ -426,7 +427,7 @@ def assert_whole_or_none(store: Store) -> bool:
 
 
 def export_folders(store: Store) -> set[str]:
-    return {part for info in store.list("ckpt-1") for part in info.path.split("/") if part.startswith("export-")}
+    return {part for path in everything(store, "ckpt-1") for part in path.split("/") if part.startswith("export-")}
 
 
 @pytest.mark.usefixtures("urls")
