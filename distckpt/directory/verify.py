@@ -186,7 +186,11 @@ class _ShardCheck:
         size = self._record.size
         if self._source.size != size:
             yield self._damage(None, f"has {self._source.size} bytes and should have {size}")
-        image = sparse_image(size if self._source.size == size else 0)
+        try:
+            image = sparse_image(size if self._source.size == size else 0)
+        except OSError:
+            yield self._damage(None, f"its {size} bytes are more than a process can have addresses for")
+            return
         at = 0
         try:
             for stretch in self._stretches():
@@ -226,7 +230,7 @@ class _ShardCheck:
             self._counter.add(view.nbytes)
             if stretch.row >= 0:
                 crc = crc32c.crc32c(view, crc)
-            elif image.nbytes:
+            elif image.nbytes and np.frombuffer(view, dtype=np.uint8).any():  # zeros it has, at no cost of memory
                 image[begin : begin + view.nbytes] = view
         if stretch.row >= 0 and crc != stretch.after:
             reason = f"bytes {stretch.begin} to {stretch.end}: CRC32C is {crc:08x} and should be {stretch.after:08x}"

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
 from distckpt.directory.locate import Located
@@ -13,7 +15,11 @@ from distckpt.format.arrow.index import Index
 from distckpt.format.tree.values import decode_value
 from distckpt.sharding.chunks import Piece, dtype_from_name, pieces
 from distckpt.sharding.match import Wanted, match
+from distckpt.transfer.checksums import PIECE_BYTES
 from distckpt.transfer.reader import ReadStats, read_transfers
+
+LARGE_VALUE = 16 << 20
+"""One that is larger is looked at before there is memory for it."""
 
 
 def read_tensors(where: Located, index: Index, targets: Mapping[str, Sequence[torch.Tensor]]) -> ReadStats:
@@ -44,9 +50,28 @@ def read_tensors(where: Located, index: Index, targets: Mapping[str, Sequence[to
 def read_values(where: Located, index: Index, keys: Iterable[str]) -> dict[str, Any]:
     """The plain values of these keys. DamagedError names shard and key."""
     wanted = [Wanted(key, (), ()) for key in keys]
+    for one in wanted:
+        if index.info(one.key).nbytes > LARGE_VALUE:
+            _check_text(where, index, one.key)
     memory = [memoryview(bytearray(index.info(one.key).nbytes)) for one in wanted]
     _read(where, index, wanted, memory)
     return {one.key: decode_value(data, where.path, one.key) for one, data in zip(wanted, memory, strict=True)}
+
+
+def _check_text(where: Located, index: Index, key: str) -> None:
+    """No value is made room for that has a zero byte, which JSON never has, and a hole in a file is full of."""
+    for row in index.rows(key).tolist():
+        rank, shard, position, size = (
+            int(column[row]) for column in (index.rank, index.shard, index.position, index.size)
+        )
+        path = where.shard_path(rank, shard)
+        scratch = memoryview(bytearray(min(size, PIECE_BYTES)))
+        with contextlib.closing(where.store.open(path)) as source:
+            for done in range(0, size, PIECE_BYTES):
+                piece = scratch[: size - done]
+                source.read_into(position + done, piece)
+                if not np.frombuffer(piece, dtype=np.uint8).all():
+                    raise DamagedError(f"{where.store.url}/{path}", "not a value: it holds zero bytes", key)
 
 
 def _read(where: Located, index: Index, wanted: Sequence[Wanted], memory: Sequence[memoryview]) -> ReadStats:

@@ -16,6 +16,7 @@ from typing import TypeVar
 from distckpt.errors import AlreadyExistsError, DamagedError, ObjectNotFoundError, StorageError
 from distckpt.storage.direct import SequentialFile
 from distckpt.storage.folders import Folders, make_root, open_folders, sync_way_to, visiting
+from distckpt.storage.holes import is_hollow
 from distckpt.storage.interface import ObjectInfo, Source
 from distckpt.storage.oserrors import deleting, published, publishing, reading, writing
 from distckpt.storage.paths import PathLike, folder_parts, is_part, object_parts
@@ -94,13 +95,14 @@ class LocalStore:
         return ObjectInfo(path, size, modified)
 
     def read(self, path: str, max_bytes: int) -> bytes:
-        """The whole content. ObjectNotFoundError if there is none, DamagedError if it is longer than ``max_bytes``."""
+        """The whole content. ObjectNotFoundError if there is none, DamagedError if it is longer than ``max_bytes``.
+
+        DamagedError too, before any memory is taken, for a large file that is hardly more than a hole.
+        """
         with contextlib.closing(self._open(path)) as source:
             if source.size > max_bytes:
                 raise DamagedError(self._full(path), f"is {source.size} bytes long, {max_bytes} are the most it may be")
-            data = bytearray(source.size)
-            source.read_into(0, memoryview(data))
-            return bytes(data)
+            return source.content()
 
     def open(self, path: str) -> Source:
         """Open an object for ranged reads. ObjectNotFoundError if there is none."""
@@ -251,6 +253,23 @@ class LocalSource:
                 raise DamagedError(self._path, f"ends after {position} bytes, {left.nbytes} more were expected")
             position += count
             left = left[count:]
+
+    def content(self) -> bytes:
+        """All of it. DamagedError if it is a large file that is hardly more than a hole."""
+        pieces, position = [], 0
+        with reading(self._path):
+            fd = self._file.fileno()
+            if is_hollow(fd, os.fstat(fd)):
+                raise DamagedError(
+                    self._path, f"of its {self._size} bytes hardly any are on the disk: it was never written"
+                )
+            while position < self._size:
+                piece = os.pread(fd, min(self._size - position, _READ_BYTES), position)
+                if not piece:
+                    raise DamagedError(self._path, f"ends after {position} bytes, and had {self._size} a moment ago")
+                pieces.append(piece)
+                position += len(piece)
+        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
     def close(self) -> None:
         """Close the file. Closing twice does no harm."""

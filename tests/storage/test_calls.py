@@ -37,7 +37,21 @@ def open_descriptors() -> int:
     return len(os.listdir("/proc/self/fd"))
 
 
-SYSTEM_CALLS = ("open", "mkdir", "link", "replace", "unlink", "fsync", "pwrite", "preadv", "stat", "fstat", "scandir")
+SYSTEM_CALLS = (
+    "open",
+    "mkdir",
+    "link",
+    "replace",
+    "unlink",
+    "fsync",
+    "pwrite",
+    "pread",
+    "preadv",
+    "lseek",
+    "stat",
+    "fstat",
+    "scandir",
+)
 
 
 class FailingCalls:
