@@ -10,6 +10,7 @@
   - DamagedError                  bytes on storage are not what was written: truncated, flipped, missing, forged
     - UnsupportedFormatError      a format version that this release does not read
     - LogMissingError             checkpoints in a directory that has no log: copied there, or the log was deleted
+    - StateFileError              also a ValueError: a state file that names no newest checkpoint
   - CheckpointNotFoundError       also a FileNotFoundError: no committed checkpoint answers to that name
   - SaveError                     one save failed on every rank; the previous checkpoint stands
     - EncodeError                 also a TypeError: a value that cannot be stored without pickle
@@ -125,6 +126,17 @@ class LogMissingError(DamagedError):
         )
         self.directory = directory
         self.folders = tuple(folders)
+
+
+class StateFileError(DamagedError, ValueError):
+    """The state file at ``path`` names no newest checkpoint: it is empty, say. No checkpoint is lost by that."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__(
+            path,
+            "names no newest checkpoint (model_checkpoint_path), as if it were empty. The checkpoints are in the log, which "
+            "latest_checkpoint reads: delete this file, and the next save writes it anew",
+        )
 
 
 class CheckpointNotFoundError(DistckptError, FileNotFoundError):

@@ -15,7 +15,7 @@ from typing import Any
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory, text_format
 from google.protobuf.message import Message
 
-from distckpt.errors import DamagedError, ObjectNotFoundError, StorageError
+from distckpt.errors import DamagedError, ObjectNotFoundError, StateFileError, StorageError
 from distckpt.format import names
 from distckpt.format.json.log import State
 from distckpt.storage import PathLike, Store, open_store
@@ -155,8 +155,9 @@ def get_checkpoint_state(
     """What the state file of ``checkpoint_dir`` says, with relative paths joined to that directory.
 
     None if there is no such file, and, with a warning in the log, if it cannot be read or understood (TensorFlow raises
-    UnicodeDecodeError for what is not UTF-8). ValueError if it can, but names no newest checkpoint (an empty file, for
-    one), or if ``latest_filename`` has a path in it. Whether the checkpoints exist is not looked at.
+    UnicodeDecodeError for what is not UTF-8). StateFileError, a ValueError, if it can, but names no newest checkpoint
+    (an empty file, for one); ValueError if ``latest_filename`` has a path in it. Whether the checkpoints exist is not
+    looked at.
     """
     directory = os.fspath(checkpoint_dir)
     filename = _filename(latest_filename)
@@ -164,7 +165,7 @@ def get_checkpoint_state(
     if state is None:
         return None
     if not state.model_checkpoint_path:
-        raise ValueError(f"{_joined(filename, directory)} names no newest checkpoint (model_checkpoint_path)")
+        raise StateFileError(_joined(filename, directory))
     return CheckpointState(
         model_checkpoint_path=_joined(state.model_checkpoint_path, directory),
         all_model_checkpoint_paths=tuple(_joined(path, directory) for path in state.all_model_checkpoint_paths),

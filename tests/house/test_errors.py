@@ -22,6 +22,7 @@ EXAMPLES: list[errors.DistckptError] = [
     errors.DamagedError("/x/00000-0.arrow", "flipped", "model.weight"),
     errors.UnsupportedFormatError("/x/manifest.json", "format version 2"),
     errors.LogMissingError("/x", ["ckpt-1", "ckpt-2"]),
+    errors.StateFileError("/x/checkpoint"),
     errors.CheckpointNotFoundError("/x/ckpt-1", "not there"),
     errors.SaveError(3, "failed"),
     errors.EncodeError("state.bad", "needs pickle"),

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import distckpt
+from distckpt.errors import DistckptError
 from distckpt.format.json.log import CheckpointRecord, State
 from distckpt.state_file import (
     CheckpointState,
@@ -418,8 +419,10 @@ def test_garbage_is_a_warning_and_no_state(content: bytes, tmp_path: Path, caplo
 )
 def test_text_that_names_no_checkpoint_is_an_error(content: str, tmp_path: Path) -> None:
     (tmp_path / "checkpoint").write_text(content)
-    with pytest.raises(ValueError, match="names no newest checkpoint"):
+    with pytest.raises(ValueError, match=r"names no newest checkpoint.*delete this file") as caught:
         get_checkpoint_state(tmp_path)
+    assert isinstance(caught.value, DistckptError)
+    assert str(caught.value).startswith(f"{tmp_path}/checkpoint: ")
 
 
 def test_the_file_is_read_from_the_store_that_the_url_means(tmp_path: Path) -> None:
