@@ -3,6 +3,7 @@
 - DistckptError
   - StorageError                  a store refused or failed an operation on one object
     - AlreadyExistsError          put-if-absent lost: the name is taken
+    - BlockedError                a link, a pipe or a folder in a file's place, or a file in a folder's: in the way of a write
     - ObjectNotFoundError         also a FileNotFoundError
     - StorageFullError            no space left, or a quota
     - StoreOutcomeUnknownError    the store answered neither yes nor no; the write may have happened
@@ -78,6 +79,10 @@ class AlreadyExistsError(StorageError):
 
     def __init__(self, path: str, message: str = "exists already; nothing was written") -> None:
         super().__init__(path, message)
+
+
+class BlockedError(StorageError):
+    """What no store puts there is in the way of ``path``: a link, a pipe, a folder. Nothing was written, nor will be."""
 
 
 class ObjectNotFoundError(StorageError, FileNotFoundError):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from distckpt.errors import DamagedError
 from distckpt.format import names
 from distckpt.format.limits import MAX_WORLD
 from distckpt.storage import MOST_NAMES, ObjectInfo, Store, at_most
@@ -24,6 +25,14 @@ def attempts(store: Store, folder: str) -> list[str]:
     """The attempts in a checkpoint's folder, or ('') in the root, as in a checkpoint that was copied alone."""
     found = (attempt for attempt in store.folders(folder) if names.is_attempt(attempt))
     return at_most(MOST_NAMES, found, f"{store.url}/{folder}")
+
+
+def is_there(store: Store, path: str) -> bool:
+    """Whether anything is at ``path``, an object or what somebody has put in its place."""
+    try:
+        return store.stat(path) is not None
+    except DamagedError:
+        return True
 
 
 def objects_of_attempt(store: Store, folder: str) -> Iterator[ObjectInfo]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import crc32c
 
-from distckpt.directory.contents import attempts
+from distckpt.directory.contents import attempts, is_there
 from distckpt.directory.log import read_tail
 from distckpt.directory.newest import newest_there
 from distckpt.directory.strays import read_run, strays_in
@@ -172,7 +172,7 @@ def _lone_copy(store: Store) -> Located:
     found = [
         Located(store, attempt, store.url, _own_manifest(store, attempt))
         for attempt in attempts(store, "")
-        if store.stat(f"{attempt}/{names.MANIFEST}") is not None
+        if is_there(store, f"{attempt}/{names.MANIFEST}")
     ]
     if not found:
         read_run(store)

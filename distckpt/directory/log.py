@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from distckpt.errors import (
     AlreadyExistsError,
+    BlockedError,
     DamagedError,
     ObjectNotFoundError,
     StorageError,
@@ -100,11 +101,16 @@ def _newest_readable(store: Store, numbers: list[int]) -> Tail | None:
 
 
 def append(store: Store, entry: Entry) -> AppendResult:
-    """Put the entry at its number if absent, then look which number is the highest. Never overwrites."""
+    """Put the entry at its number if absent, then look which number is the highest. Never overwrites.
+
+    BlockedError if what is at that number, or in the place of the log's folder, is no object of a store.
+    """
     try:
         store.put_if_absent(names.entry_path(entry.seq), seal(entry))
     except AlreadyExistsError:
         return _taken(store, entry)
+    except BlockedError:
+        raise
     except StoreOutcomeUnknownError as error:
         return AppendResult("unknown", reason=str(error))
     except StorageError as error:

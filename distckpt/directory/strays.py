@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
-from distckpt.directory.contents import attempts, checkpoint_folders
+from distckpt.directory.contents import attempts, checkpoint_folders, is_there
 from distckpt.directory.log import Tail, read_tail
 from distckpt.errors import LogMissingError
 from distckpt.format import names
@@ -36,7 +36,7 @@ def strays_in(store: Store, folder: str, known: Collection[str]) -> Iterator[Str
     for attempt in sorted(attempts(store, folder)):
         if attempt not in known:
             stray = Stray(folder, attempt)
-            if store.stat(f"{stray.path}/{names.MANIFEST}") is not None:
+            if is_there(store, f"{stray.path}/{names.MANIFEST}"):
                 yield stray
 
 

@@ -39,7 +39,8 @@ class Source(Protocol):
 class Store(Protocol):
     """Objects under one root. No rename, no append, no unconditional overwrite of anything that matters.
 
-    Every method raises StorageError (or one of its kinds), never a bare OSError.
+    Every method raises StorageError (or one of its kinds), never a bare OSError. What reads raises it where it has got no
+    answer, so that the same call may succeed later; and DamagedError where what is there is no object of a store.
     """
 
     @property
@@ -49,8 +50,9 @@ class Store(Protocol):
     def put_if_absent(self, path: str, data: bytes) -> None:
         """Create ``path`` with ``data``, whole and durable, unless it exists: exactly one of many callers wins.
 
-        Raises AlreadyExistsError when the name is taken, StoreOutcomeUnknownError when the store answered neither
-        yes nor no. A lost acknowledgement may surface as either, so callers read back and compare.
+        Raises AlreadyExistsError when the name is taken, BlockedError when it is by something that is no object,
+        StoreOutcomeUnknownError when the store answered neither yes nor no. A lost acknowledgement may surface as
+        AlreadyExistsError or as that, so callers read back and compare.
         """
 
     def put_unique(self, path: str, size: int, sections: Iterable[memoryview]) -> ObjectInfo:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-from distckpt.errors import AlreadyExistsError, DamagedError, ObjectNotFoundError, StorageError
+from distckpt.errors import AlreadyExistsError, BlockedError, DamagedError, ObjectNotFoundError, StorageError
 from distckpt.storage.direct import SequentialFile
 from distckpt.storage.folders import Folders, make_root, open_folders, sync_way_to, visiting
 from distckpt.storage.holes import is_hollow
@@ -54,12 +54,13 @@ class LocalStore:
     def put_if_absent(self, path: str, data: bytes) -> None:
         """Create ``path`` by linking a synced temporary file to the name, which exactly one of many can do.
 
-        Both answers are durable: that it was created, and, by AlreadyExistsError, that it exists.
+        Both answers are durable: that it was created, and, by AlreadyExistsError, that it exists. BlockedError if what
+        exists is no plain file.
         """
         name = object_parts(path)[-1]
         with self._temporary(path, data) as new:
             with publishing(self._full(path)):
-                created = _link(new, name)
+                created = _link(new, name, self._full(path))
             new.unlink()
             with published(self._full(path)):
                 new.folders.sync()
@@ -105,11 +106,11 @@ class LocalStore:
             return source.content()
 
     def open(self, path: str) -> Source:
-        """Open an object for ranged reads. ObjectNotFoundError if there is none."""
+        """Open an object for ranged reads. ObjectNotFoundError if there is none, DamagedError if it is no plain file."""
         return self._open(path)
 
     def stat(self, path: str) -> ObjectInfo | None:
-        """What is at ``path`` now, or None. StorageError if that is a symbolic link or another thing but a file."""
+        """What is at ``path`` now, or None. DamagedError if that is a symbolic link or another thing but a file."""
         *above, name = object_parts(path)
         full = self._full(path)
         try:
@@ -316,22 +317,24 @@ def _new_file_in(folders: Folders, name: str) -> _NewFile:
         raise
 
 
-def _link(new: _NewFile, name: str) -> bool:
-    """Give the file its final name too; False if another file has it."""
+def _link(new: _NewFile, name: str, full: str) -> bool:
+    """Give the file its final name too; False if another file has it. BlockedError if something else has."""
     folder = new.folders.fd
     try:
         os.link(new.name, name, src_dir_fd=folder, dst_dir_fd=folder, follow_symlinks=False)
     except FileExistsError:
-        return _is_linked(new, name)
+        return _is_linked(new, name, full)
     return True
 
 
-def _is_linked(new: _NewFile, name: str) -> bool:
+def _is_linked(new: _NewFile, name: str, full: str) -> bool:
     """NFS repeats a request whose answer was lost: then the name that exists already is this very file."""
     try:
         taken = os.stat(name, dir_fd=new.folders.fd, follow_symlinks=False)
     except FileNotFoundError:
         return False
+    if not stat.S_ISREG(taken.st_mode):
+        raise BlockedError(full, f"{_what(taken)} is there, where a file is to be written. Move it away")
     return os.path.samestat(taken, os.fstat(new.fd))
 
 
@@ -339,7 +342,18 @@ def _refuse_other_than_file(full: str, status: os.stat_result) -> None:
     if stat.S_ISDIR(status.st_mode):
         raise ObjectNotFoundError(full)
     if not stat.S_ISREG(status.st_mode):
-        raise StorageError(full, "is not a plain file, so it is not read")
+        raise DamagedError(full, f"{_what(status)} is there, not a plain file, so it is not read")
+
+
+def _what(status: os.stat_result) -> str:
+    """What is in a file's place."""
+    kinds = {
+        stat.S_IFDIR: "a folder",
+        stat.S_IFLNK: "a symbolic link",
+        stat.S_IFIFO: "a pipe",
+        stat.S_IFSOCK: "a socket",
+    }
+    return kinds.get(stat.S_IFMT(status.st_mode), "a device")
 
 
 def _remove_old(name: str, folder: int, before: float) -> bool:

@@ -15,6 +15,7 @@ EXAMPLES: list[errors.DistckptError] = [
     errors.DistckptError("something"),
     errors.StorageError("gs://b/x", "failed"),
     errors.AlreadyExistsError("gs://b/x"),
+    errors.BlockedError("/x/_log", "a pipe is there"),
     errors.ObjectNotFoundError("gs://b/x"),
     errors.StorageFullError("/x", "no space"),
     errors.StoreOutcomeUnknownError("/x", "no answer"),

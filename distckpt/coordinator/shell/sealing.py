@@ -139,9 +139,13 @@ def _complete(store: Store, entry: Entry) -> Iterator[CheckpointRecord]:
 
 def _complete_record(store: Store, folder: str) -> CheckpointRecord | None:
     try:
-        manifest, record = read_sealed(store, folder)
+        return _record_if_whole(store, folder)
     except DamagedError:
-        return None  # no manifest, or half of one: an attempt that never came to its end
+        return None  # no manifest, half of one, or a link in a file's place: an attempt that never came to its end
+
+
+def _record_if_whole(store: Store, folder: str) -> CheckpointRecord | None:
+    manifest, record = read_sealed(store, folder)
     if names.attempt_folder(manifest.name, manifest.number, manifest.attempt) != folder:
         return None
     sizes = {names.shard_name(shard.rank, shard.shard): shard.size for shard in manifest.shards}
