@@ -387,10 +387,18 @@ class ResizeError(RestoreError):
 
 
 class NoGoodCheckpointError(RestoreError):
-    """Every candidate in ``directory`` was refused; ``refused`` pairs each path with the reason."""
+    """Every candidate in ``directory`` was refused; ``refused`` pairs each path with the reason.
 
-    def __init__(self, directory: str, refused: Sequence[tuple[str, str]]) -> None:
+    ``spoiled``: tensors of the objects hold parts of a refused one. If not, nothing has been changed.
+    """
+
+    def __init__(self, directory: str, refused: Sequence[tuple[str, str]], spoiled: bool = False) -> None:
         listing = "; ".join(f"{path}: {reason}" for path, reason in refused)
-        super().__init__(f"{directory}: no checkpoint could be restored. {listing}")
+        left = (
+            ". Tensors of the objects now hold parts of what was refused: make the objects anew, or restore something "
+            "that has all their keys"
+        )
+        super().__init__(f"{directory}: no checkpoint could be restored. {listing}{left if spoiled else ''}")
         self.directory = directory
         self.refused = tuple(refused)
+        self.spoiled = spoiled

@@ -20,7 +20,7 @@ from distckpt.format.arrow.index import Index
 from distckpt.format.arrow.shard_rows import Payload, compare_rows, sparse_image
 from distckpt.format.json.manifest import ShardRecord
 from distckpt.sharding.match import Wanted, match
-from distckpt.storage import Source
+from distckpt.storage import Source, SupportsCooling
 from distckpt.transfer.reader import default_threads, pace_of
 
 Progress = Callable[[int, int], None]
@@ -155,6 +155,8 @@ class _Stretch(NamedTuple):
 def _shard_damage(where: Located, index: Index, record: ShardRecord, counter: _Counter) -> Iterator[Damage]:
     relative = where.shard_path(record.rank, record.shard)
     path = f"{where.store.url}/{relative}"
+    if isinstance(where.store, SupportsCooling):
+        where.store.cool(relative)  # what memory keeps of it is not what is stored
     try:
         source = where.store.open(relative)
     except StorageError as error:

@@ -14,9 +14,9 @@ from distckpt.errors import DamagedError
 from distckpt.format.arrow.index import Index
 from distckpt.format.tree.values import decode_value
 from distckpt.sharding.chunks import Piece, dtype_from_name, pieces
-from distckpt.sharding.match import Wanted, match
+from distckpt.sharding.match import Transfers, Wanted, match
 from distckpt.transfer.checksums import PIECE_BYTES
-from distckpt.transfer.reader import ReadStats, read_transfers
+from distckpt.transfer.reader import ReadStats, check_transfers, read_transfers
 
 LARGE_VALUE = 16 << 20
 """One that is larger is looked at before there is memory for it."""
@@ -47,6 +47,14 @@ def read_tensors(where: Located, index: Index, targets: Mapping[str, Sequence[to
     return stats
 
 
+def check_tensors(where: Located, index: Index, targets: Mapping[str, Sequence[torch.Tensor]]) -> ReadStats:
+    """Read and check the bytes that ``read_tensors`` would read, and put them nowhere. DamagedError names shard and key."""
+    wanted = (
+        Wanted(key, piece.offset, piece.length) for key, tensors in targets.items() for piece in _distinct(tensors)
+    )
+    return check_transfers(where.store, where.folder, index, _transfers(where, index, list(dict.fromkeys(wanted))))
+
+
 def read_values(where: Located, index: Index, keys: Iterable[str]) -> dict[str, Any]:
     """The plain values of these keys. DamagedError names shard and key."""
     wanted = [Wanted(key, (), ()) for key in keys]
@@ -75,11 +83,15 @@ def _check_text(where: Located, index: Index, key: str) -> None:
 
 
 def _read(where: Located, index: Index, wanted: Sequence[Wanted], memory: Sequence[memoryview]) -> ReadStats:
+    return read_transfers(where.store, where.folder, index, _transfers(where, index, wanted), memory)
+
+
+def _transfers(where: Located, index: Index, wanted: Sequence[Wanted]) -> Transfers:
     transfers = match(index, wanted)
     if transfers.uncovered:
         key = transfers.keys[transfers.uncovered[0]]
         raise DamagedError(where.path, "the index does not cover the whole of it", key)
-    return read_transfers(where.store, where.folder, index, transfers, memory)
+    return transfers
 
 
 def _distinct(tensors: Sequence[torch.Tensor]) -> Iterable[Piece]:

@@ -89,6 +89,14 @@ class Store(Protocol):
 
 
 @runtime_checkable
+class SupportsCooling(Protocol):
+    """A store of whose objects the host's memory may keep copies, which readers get instead."""
+
+    def cool(self, path: str) -> None:
+        """Have memory keep nothing of an object: whoever reads it next reads what is stored. Raises nothing."""
+
+
+@runtime_checkable
 class SupportsSweep(Protocol):
     """A store whose killed writers leave things behind that no listing shows."""
 

@@ -20,6 +20,7 @@ from distckpt.storage.holes import is_hollow
 from distckpt.storage.interface import ObjectInfo, Source
 from distckpt.storage.oserrors import deleting, published, publishing, reading, writing
 from distckpt.storage.paths import PathLike, folder_parts, is_part, object_parts
+from distckpt.storage.room import has_room
 from distckpt.storage.sections import checked, write_behind
 
 _NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
@@ -37,10 +38,11 @@ class LocalStore:
     ``root`` may be a symbolic link; nothing below it is followed if it is one. A root that this store has seen and
     that is gone later is not created again: then writes fail, and reads find nothing. Temporary files begin with a dot
     and are never listed. A deleted object takes the folders that it leaves empty with it. Safe to use from several
-    threads. ``direct_io=False`` sends large objects through the page cache.
+    threads. Large objects go through the page cache where memory has room to keep them for readers (a quarter of what
+    is available, for all ranks of the host together), else around it; ``direct_io`` says True or False to that.
     """
 
-    def __init__(self, root: PathLike, *, direct_io: bool = True) -> None:
+    def __init__(self, root: PathLike, *, direct_io: bool | None = None) -> None:
         self._root = os.path.abspath(os.path.expanduser(os.fspath(root)))
         self._direct_io = direct_io
         self._seen = os.path.isdir(self._root)
@@ -79,7 +81,7 @@ class LocalStore:
     def put_unique(self, path: str, size: int, sections: Iterable[memoryview]) -> ObjectInfo:
         """Write ``path`` under its final name, as nothing refers to it before it is whole.
 
-        Page-aligned sections go to the disk with O_DIRECT where the file system has it. What is left of a failed write
+        Where there is no room to keep it, page-aligned sections go to the disk with O_DIRECT. What is left of a failed write
         is removed. Exceptions of ``sections`` come out unchanged. ValueError if the sections do not sum to ``size``.
         """
         full = self._full(path)
@@ -108,6 +110,11 @@ class LocalStore:
     def open(self, path: str) -> Source:
         """Open an object for ranged reads. ObjectNotFoundError if there is none, DamagedError if it is no plain file."""
         return self._open(path)
+
+    def cool(self, path: str) -> None:
+        """Have the page cache keep nothing of an object that is on the disk already."""
+        with contextlib.suppress(StorageError), contextlib.closing(self._open(path)) as source:
+            source.cool()
 
     def stat(self, path: str) -> ObjectInfo | None:
         """What is at ``path`` now, or None. DamagedError if that is a symbolic link or another thing but a file."""
@@ -220,7 +227,7 @@ class LocalStore:
             self._is_durable = True
 
     def _write_sections(self, new: _NewFile, full: str, size: int, sections: Iterable[memoryview]) -> None:
-        file = SequentialFile(new.fd, direct=self._direct_io)
+        file = SequentialFile(new.fd, direct=not has_room(size) if self._direct_io is None else self._direct_io)
 
         def write(section: memoryview) -> None:
             with writing(full):
@@ -271,6 +278,11 @@ class LocalSource:
                 pieces.append(piece)
                 position += len(piece)
         return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+    def cool(self) -> None:
+        """Have the page cache keep nothing of the file."""
+        with reading(self._path):
+            os.posix_fadvise(self._file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
     def close(self) -> None:
         """Close the file. Closing twice does no harm."""
