@@ -52,8 +52,9 @@ class Checkpoint(NamedObjects):
 
         Raises CheckpointNotFoundError, DamagedError, ResizeError, and MismatchError, before anything is changed, for
         keys that do not fit and when objects and checkpoint have nothing in common; KeyError for a selector that no key
-        begins with. After a DamagedError the objects
-        hold a mixture: restore another checkpoint.
+        begins with. With ``partial`` all bytes are checked before anything is changed, which costs one more read of
+        them. Without, they are checked as they are read: after a DamagedError tensors of the objects hold anything, so
+        restore a checkpoint that has all their keys, or make them anew.
         """
         if path is None:
             return LoadStatus("no checkpoint", list(self.objects), ())

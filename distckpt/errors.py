@@ -3,6 +3,7 @@
 - DistckptError
   - StorageError                  a store refused or failed an operation on one object
     - AlreadyExistsError          put-if-absent lost: the name is taken
+    - BlockedError                a link, a pipe or a folder in a file's place, or a file in a folder's: in the way of a write
     - ObjectNotFoundError         also a FileNotFoundError
     - StorageFullError            no space left, or a quota
     - StoreOutcomeUnknownError    the store answered neither yes nor no; the write may have happened
@@ -10,6 +11,7 @@
   - DamagedError                  bytes on storage are not what was written: truncated, flipped, missing, forged
     - UnsupportedFormatError      a format version that this release does not read
     - LogMissingError             checkpoints in a directory that has no log: copied there, or the log was deleted
+    - StateFileError              also a ValueError: a state file that names no newest checkpoint
   - CheckpointNotFoundError       also a FileNotFoundError: no committed checkpoint answers to that name
   - SaveError                     one save failed on every rank; the previous checkpoint stands
     - EncodeError                 also a TypeError: a value that cannot be stored without pickle
@@ -79,6 +81,10 @@ class AlreadyExistsError(StorageError):
         super().__init__(path, message)
 
 
+class BlockedError(StorageError):
+    """What no store puts there is in the way of ``path``: a link, a pipe, a folder. Nothing was written, nor will be."""
+
+
 class ObjectNotFoundError(StorageError, FileNotFoundError):
     """There is no object at ``path``."""
 
@@ -125,6 +131,17 @@ class LogMissingError(DamagedError):
         )
         self.directory = directory
         self.folders = tuple(folders)
+
+
+class StateFileError(DamagedError, ValueError):
+    """The state file at ``path`` names no newest checkpoint: it is empty, say. No checkpoint is lost by that."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__(
+            path,
+            "names no newest checkpoint (model_checkpoint_path), as if it were empty. The checkpoints are in the log, which "
+            "latest_checkpoint reads: delete this file, and the next save writes it anew",
+        )
 
 
 class CheckpointNotFoundError(DistckptError, FileNotFoundError):
@@ -370,10 +387,18 @@ class ResizeError(RestoreError):
 
 
 class NoGoodCheckpointError(RestoreError):
-    """Every candidate in ``directory`` was refused; ``refused`` pairs each path with the reason."""
+    """Every candidate in ``directory`` was refused; ``refused`` pairs each path with the reason.
 
-    def __init__(self, directory: str, refused: Sequence[tuple[str, str]]) -> None:
+    ``spoiled``: tensors of the objects hold parts of a refused one. If not, nothing has been changed.
+    """
+
+    def __init__(self, directory: str, refused: Sequence[tuple[str, str]], spoiled: bool = False) -> None:
         listing = "; ".join(f"{path}: {reason}" for path, reason in refused)
-        super().__init__(f"{directory}: no checkpoint could be restored. {listing}")
+        left = (
+            ". Tensors of the objects now hold parts of what was refused: make the objects anew, or restore something "
+            "that has all their keys"
+        )
+        super().__init__(f"{directory}: no checkpoint could be restored. {listing}{left if spoiled else ''}")
         self.directory = directory
         self.refused = tuple(refused)
+        self.spoiled = spoiled

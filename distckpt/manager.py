@@ -312,8 +312,14 @@ class CheckpointManager:
         as they are, and named in the log and by ``restore_status``. ``select`` and ``rename``, on all ranks alike, are
         as in ``Checkpoint.restore``, which takes a checkpoint of any directory.
 
+        Nothing of a refused checkpoint stays in the objects: what it has touched, the one that is restored fills. Only
+        tensors are filled in their places while others may still refuse; everything else gets its state when all ranks
+        have read all of theirs. With ``partial`` an older checkpoint may leave out what a refused one had, so every
+        byte is checked on all ranks before anything is changed, which costs one more read of them.
+
         Raises MismatchError, the same one on every rank and before anything is changed on any, also with ``partial``
-        if nothing matches; CheckpointNotFoundError, NoGoodCheckpointError, ResizeError, MissingRanksError.
+        if nothing matches; CheckpointNotFoundError, ResizeError, MissingRanksError; NoGoodCheckpointError, whose
+        ``spoiled`` says whether tensors of the objects hold parts of what was refused.
         """
         path = self._restore(self._folder(which), partial, Selection.of(select, rename))
         if path is None:

@@ -68,7 +68,7 @@ def latest_checkpoint(
 
     It is what the log says. One that was deleted by hand is passed over with a warning. With a ``latest_filename``
     other than "checkpoint" it is what that state file says, as in TensorFlow. LogMissingError if the directory has
-    checkpoints but no log, DamagedError if there is a log of which no entry can be read.
+    checkpoints but no log, DamagedError if there is a log of which no entry can be read, or that state file is damaged.
     """
     if latest_filename not in (None, names.STATE_FILE):
         return _latest_of_state_file(checkpoint_dir, latest_filename, storage_options)

@@ -2,7 +2,7 @@
 
 A rank's life: OpenRun once, and after that everything in an envelope, FromRank. For each save Join, Describe if asked,
 AwaitPlan if it has no valid plan, Receipt once its shards have landed (or Fail); for each restore Restore until it is
-done: first all ranks match, then all fill. The answers to AwaitPlan, Receipt and Restore come when there is something to say; a rank that hears nothing
+done: first all ranks match, then all fill, then all finish. The answers to AwaitPlan, Receipt and Restore come when there is something to say; a rank that hears nothing
 simply asks again. Beside all that, a rank with a ``distckpt.Coordinator`` of the whole cluster sends AwaitStop again
 and again, to hear of stops of all ranks.
 """
@@ -193,7 +193,7 @@ def merged_matches(one: KeyMatch, other: KeyMatch) -> KeyMatch:
     )
 
 
-RestoreStage = Literal["match", "fill"]
+RestoreStage = Literal["match", "fill", "finish"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -231,7 +231,17 @@ class MatchWith:
 
 @dataclass(frozen=True, slots=True)
 class FillFrom:
-    """Every rank has matched this one: fill the objects from it and report. ``keys`` is how all ranks match."""
+    """Every rank has matched this one: read all of it, tensors into the memory that they have, and report."""
+
+    record: CheckpointRecord
+
+
+@dataclass(frozen=True, slots=True)
+class FinishWith:
+    """Every rank has read all of this one, and every byte was good: hand the objects what is not in its place, and report.
+
+    From here on nothing falls back. ``keys`` is how all ranks match.
+    """
 
     record: CheckpointRecord
     keys: KeyMatch
@@ -359,6 +369,7 @@ Reply = (
     | Prepared
     | MatchWith
     | FillFrom
+    | FinishWith
     | Mismatched
     | Restored
     | StopState

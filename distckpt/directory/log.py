@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from distckpt.errors import (
     AlreadyExistsError,
+    BlockedError,
     DamagedError,
     ObjectNotFoundError,
     StorageError,
@@ -16,7 +17,7 @@ from distckpt.errors import (
 from distckpt.format import names
 from distckpt.format.json.log import MAX_ENTRY_BYTES, Entry, State, check_entry
 from distckpt.format.json.sealed import seal, unseal
-from distckpt.storage import Store
+from distckpt.storage import MOST_NAMES, Store, at_most
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +55,8 @@ class AppendResult:
 
 def sequence_numbers(store: Store) -> list[int]:
     """Every number in the log, ascending."""
-    found = (names.entry_seq(info.path) for info in store.list(names.LOG))
+    listed = at_most(MOST_NAMES, store.list(names.LOG), f"{store.url}/{names.LOG}")
+    found = (names.entry_seq(info.path) for info in listed)
     return sorted(seq for seq in found if seq is not None)
 
 
@@ -99,11 +101,16 @@ def _newest_readable(store: Store, numbers: list[int]) -> Tail | None:
 
 
 def append(store: Store, entry: Entry) -> AppendResult:
-    """Put the entry at its number if absent, then look which number is the highest. Never overwrites."""
+    """Put the entry at its number if absent, then look which number is the highest. Never overwrites.
+
+    BlockedError if what is at that number, or in the place of the log's folder, is no object of a store.
+    """
     try:
         store.put_if_absent(names.entry_path(entry.seq), seal(entry))
     except AlreadyExistsError:
         return _taken(store, entry)
+    except BlockedError:
+        raise
     except StoreOutcomeUnknownError as error:
         return AppendResult("unknown", reason=str(error))
     except StorageError as error:

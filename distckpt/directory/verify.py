@@ -20,7 +20,7 @@ from distckpt.format.arrow.index import Index
 from distckpt.format.arrow.shard_rows import Payload, compare_rows, sparse_image
 from distckpt.format.json.manifest import ShardRecord
 from distckpt.sharding.match import Wanted, match
-from distckpt.storage import Source
+from distckpt.storage import Source, SupportsCooling
 from distckpt.transfer.reader import default_threads, pace_of
 
 Progress = Callable[[int, int], None]
@@ -155,6 +155,8 @@ class _Stretch(NamedTuple):
 def _shard_damage(where: Located, index: Index, record: ShardRecord, counter: _Counter) -> Iterator[Damage]:
     relative = where.shard_path(record.rank, record.shard)
     path = f"{where.store.url}/{relative}"
+    if isinstance(where.store, SupportsCooling):
+        where.store.cool(relative)  # what memory keeps of it is not what is stored
     try:
         source = where.store.open(relative)
     except StorageError as error:
@@ -186,7 +188,11 @@ class _ShardCheck:
         size = self._record.size
         if self._source.size != size:
             yield self._damage(None, f"has {self._source.size} bytes and should have {size}")
-        image = sparse_image(size if self._source.size == size else 0)
+        try:
+            image = sparse_image(size if self._source.size == size else 0)
+        except OSError:
+            yield self._damage(None, f"its {size} bytes are more than a process can have addresses for")
+            return
         at = 0
         try:
             for stretch in self._stretches():
@@ -226,7 +232,7 @@ class _ShardCheck:
             self._counter.add(view.nbytes)
             if stretch.row >= 0:
                 crc = crc32c.crc32c(view, crc)
-            elif image.nbytes:
+            elif image.nbytes and np.frombuffer(view, dtype=np.uint8).any():  # zeros it has, at no cost of memory
                 image[begin : begin + view.nbytes] = view
         if stretch.row >= 0 and crc != stretch.after:
             reason = f"bytes {stretch.begin} to {stretch.end}: CRC32C is {crc:08x} and should be {stretch.after:08x}"

@@ -8,6 +8,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+from distckpt.directory.contents import is_there
 from distckpt.directory.log import read_tail
 from distckpt.errors import ExportError
 from distckpt.export.places import Place
@@ -114,7 +115,7 @@ class Exporter:
             if attempt in self._settled or self._failures.get(attempt, 0) >= TRIES:
                 continue
             folder = names.attempt_folder(record.name, record.number, attempt)
-            if self._store.stat(f"{folder}/{names.EXPORT}") is None:
+            if not is_there(self._store, f"{folder}/{names.EXPORT}"):
                 return record
             self._settled.add(attempt)
         return None

@@ -113,12 +113,12 @@ class ExportCheckpointManager(CheckpointManager):
 
     @property
     def exports(self) -> list[str]:
-        """Paths of the exports of active and preserved checkpoints, by number, read from storage."""
+        """Paths of the exports of active and preserved checkpoints, in the order of saves, read from storage."""
         return self._exports.paths()
 
     @property
     def latest_export(self) -> str | None:
-        """The path of the export with the highest number, read from storage, or None."""
+        """The path of the export that ``latest_export`` finds: of the checkpoint saved last among those that have one."""
         return self._exports.latest()
 
     @property

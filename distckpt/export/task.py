@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import msgspec
 
+from distckpt.directory.contents import exports_of_attempt, objects_of_export
 from distckpt.directory.exports import read_export
 from distckpt.directory.lease import hold
 from distckpt.directory.locate import located
@@ -134,9 +135,9 @@ class _Work:
     def _discard(self, unwanted: Callable[[str], bool]) -> None:
         """Delete exports of this attempt that came to nothing and cannot be committed any more."""
         try:
-            for folder in list(self._store.folders(self._folder)):
-                if names.is_export(folder) and unwanted(folder):
-                    for info in list(self._store.list(f"{self._folder}/{folder}")):
+            for export in exports_of_attempt(self._store, self._folder):
+                if unwanted(export):
+                    for info in list(objects_of_export(self._store, f"{self._folder}/{export}")):
                         self._store.delete(info.path)
         except StorageError as error:
             logger.warning("leftovers of an export stay until their checkpoint is deleted: %s", error)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Callable
 from concurrent.futures import wait
 from dataclasses import dataclass, field
@@ -18,7 +19,7 @@ from distckpt.rank.dialogue import Dialogue
 from distckpt.rank.layout import Layout
 from distckpt.rank.options import SaverOptions
 from distckpt.rank.pending import Progress
-from distckpt.storage import Store
+from distckpt.storage import Store, SupportsCooling
 from distckpt.threads.coordinator import Coordinator
 from distckpt.threads.looper import LooperThread
 from distckpt.transfer.staging import Staging
@@ -51,6 +52,7 @@ class Background:
         self._options = options
         self._threads = threads
         self._tasks: SimpleQueue[SaveTask | None] = SimpleQueue()
+        self._newest = _Newest(store)
         for at in range(options.buffers):
             LooperThread.loop(threads, None, self._work, name=f"distckpt-save-{at}")
 
@@ -77,6 +79,7 @@ class Background:
             task.progress.ended.set_exception(error)
         else:
             task.progress.ended.set_result(record)
+            self._newest.is_now(record, [self._path(task, record.attempt, at) for at in self._shards(task)])
 
     def _drive(self, task: SaveTask) -> CheckpointRecord:
         """Join, write, report, until the coordinator says that it is committed. A new coordinator starts it over."""
@@ -113,17 +116,21 @@ class Background:
         if attempt not in task.written:
             try:
                 task.progress.staged.result()
-                task.written[attempt] = tuple(
-                    self._write_shard(task, attempt, shard) for shard in range(len(task.staging.shards))
-                )
+                task.written[attempt] = tuple(self._write_shard(task, attempt, at) for at in self._shards(task))
             except Exception as error:
                 self._report_failure(attempt, error)
                 raise
         return task.written[attempt]
 
-    def _write_shard(self, task: SaveTask, attempt: str, shard: int) -> ShardReceipt:
+    def _shards(self, task: SaveTask) -> range:
+        return range(len(task.staging.shards))
+
+    def _path(self, task: SaveTask, attempt: str, shard: int) -> str:
         folder = names.attempt_folder(self._options.name, task.number, attempt)
-        path = f"{folder}/{names.shard_name(self._options.rank, shard)}"
+        return f"{folder}/{names.shard_name(self._options.rank, shard)}"
+
+    def _write_shard(self, task: SaveTask, attempt: str, shard: int) -> ShardReceipt:
+        path = self._path(task, attempt, shard)
         receipt = write_shard(self._store, path, task.staging.shards[shard])
         if self._options.verify:
             read_back(self._store, path, receipt)
@@ -139,3 +146,27 @@ class Background:
     def _committed(self, attempt: str) -> CheckpointRecord | None:
         """Storage is the truth when the coordinator is gone: was our attempt committed before it went?"""
         return read_tail(self._store).state.find(attempt)
+
+
+class _Newest:
+    """Has the host's memory keep the files of the newest checkpoint alone, of those that this rank has written.
+
+    Whoever starts again after a crash restores that one.
+    """
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._lock = threading.Lock()
+        self._attempt = ""
+        self._paths: list[str] = []
+
+    def is_now(self, record: CheckpointRecord, paths: list[str]) -> None:
+        """It is committed, and this rank has written these files for it."""
+        with self._lock:
+            if names.attempt_age(record.attempt) < names.attempt_age(self._attempt or record.attempt):
+                before = paths
+            else:
+                before, self._paths, self._attempt = self._paths, paths, record.attempt
+        if isinstance(self._store, SupportsCooling):
+            for path in before:
+                self._store.cool(path)

@@ -1,6 +1,8 @@
 """One rank's side of a restore: all ranks restore the same checkpoint, and fall back to an older one together.
 
-Objects are filled only once all ranks have said how theirs match, and if that will do.
+Objects are filled only once all ranks have said how theirs match, and if that will do. What a refused checkpoint has
+touched is filled by the next one, or nothing was touched: a partial restore checks every byte before, since what an older
+checkpoint lacks stays as it was; and all but tensors in their own places is changed when no rank can refuse any more.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from typing import Protocol, TypeVar
 from distckpt.coordinator.messages import (
     LISTED_KEYS,
     FillFrom,
+    FinishWith,
     KeyMatch,
     MatchWith,
     Mismatched,
@@ -24,7 +27,14 @@ from distckpt.coordinator.messages import (
     Unknown,
 )
 from distckpt.directory.locate import located, read_index
-from distckpt.errors import DamagedError, DistckptError, MismatchError, RestoreError, StorageError
+from distckpt.errors import (
+    DamagedError,
+    DistckptError,
+    MismatchError,
+    NoGoodCheckpointError,
+    RestoreError,
+    StorageError,
+)
 from distckpt.format.json.log import CheckpointRecord
 from distckpt.state.filler import Filler
 from distckpt.state.objects import NamedObjects
@@ -63,6 +73,9 @@ class Restorer:
         self._asked = 0
         self._filler: tuple[str, Filler] | None = None
         self._selection = EVERYTHING
+        self._refused: tuple[tuple[str, str], ...] = ()
+        self._is_touched = False
+        self._kept = ""
 
     def restore(
         self, which: int | str | None, partial: bool, selection: Selection = EVERYTHING
@@ -75,6 +88,7 @@ class Restorer:
         """
         self._asked += 1
         self._selection = selection
+        self._refused, self._is_touched, self._kept = (), False, ""
         try:
             return self._restore(Restore(self._asked, which, partial=partial))
         finally:
@@ -86,7 +100,7 @@ class Restorer:
             # The coordinator itself answers at the deadline; twice that means that it does not answer at all.
             reply = self._table.ask(report, 2 * self._timeout + 60)
             match reply:
-                case MatchWith() | FillFrom():
+                case MatchWith() | FillFrom() | FinishWith():
                     try:
                         report = self._try(first, reply)
                     except Exception as error:
@@ -94,11 +108,14 @@ class Restorer:
                         self._give_up(dataclasses.replace(first, tried=reply.record.attempt, failed=failed))
                         raise
                 case Mismatched(record, keys):
-                    raise self._mismatch(self._matched(record), keys)
+                    mismatch = self._mismatch(self._matched(record), keys)
+                    if self._is_touched:
+                        raise self._spoiled(mismatch.path, mismatch) from mismatch
+                    raise mismatch
                 case Restored(record, refused):
                     if record is not None and (report.tried, report.stage, report.refused) != (
                         record.attempt,
-                        "fill",
+                        "finish",
                         "",
                     ):
                         raise _not_ours()
@@ -110,14 +127,21 @@ class Restorer:
                 case _:
                     raise RestoreError(f"unexpected answer from the coordinator: {reply!r}")
 
-    def _try(self, first: Restore, wanted: MatchWith | FillFrom) -> Restore:
+    def _try(self, first: Restore, wanted: MatchWith | FillFrom | FinishWith) -> Restore:
         """Do what is wanted with a checkpoint, and what is to be reported then."""
         record = wanted.record
         report = dataclasses.replace(first, tried=record.attempt)
+        if isinstance(wanted, FinishWith):
+            self._kept = record.attempt
+            self._finish(self._matched(record), wanted.keys)
+            return dataclasses.replace(report, stage="finish")
         try:
             if isinstance(wanted, FillFrom):
-                self._fill(self._matched(record), wanted.keys)
+                self._is_touched = True
+                self._kept = record.attempt if first.partial else self._kept
+                _patiently(self._matched(record).read)
                 return dataclasses.replace(report, stage="fill")
+            self._refused = wanted.refused
             return dataclasses.replace(report, keys=_patiently(lambda: self._match(record, first.partial)))
         except (DamagedError, StorageError) as error:
             logger.warning("checkpoint %d cannot be restored here: %s", record.number, error)
@@ -127,8 +151,18 @@ class Restorer:
 
     def _match(self, record: CheckpointRecord, partial: bool) -> KeyMatch:
         where = located(self._store, record)
+        if self._kept not in ("", record.attempt):
+            reason = "the objects hold something of another one, which it may lack"
+            raise self._spoiled(where.path, RestoreError(reason))
         rank, size = self._world.rank, self._world.size
-        filler = Filler(self._checkpoint, where, read_index(where), rank, size, partial, self._selection)
+        try:
+            filler = Filler(self._checkpoint, where, read_index(where), rank, size, partial, self._selection)
+        except (RestoreError, KeyError, ValueError) as error:
+            if self._is_touched:
+                raise self._spoiled(where.path, error) from error
+            raise
+        if partial and filler.matched:
+            filler.check()
         self._filler = record.attempt, filler
         missing, misfits = filler.missing, filler.misfits
         return KeyMatch(
@@ -146,8 +180,8 @@ class Restorer:
             raise _not_ours()
         return self._filler[1]
 
-    def _fill(self, filler: Filler, keys: KeyMatch) -> None:
-        mine = _patiently(filler.fill)
+    def _finish(self, filler: Filler, keys: KeyMatch) -> None:
+        mine = filler.finish()
         self.status = status = LoadStatus(
             mine.path,
             list(dict.fromkeys((*mine.missing, *keys.missing))),
@@ -162,6 +196,11 @@ class Restorer:
         unexpected = filler.keys_of(keys.unclaimed)
         counts = keys.missing_count, keys.misfit_count
         return MismatchError(filler.path, keys.missing, unexpected, dict(keys.misfits), *counts)
+
+    def _spoiled(self, path: str, error: Exception) -> NoGoodCheckpointError:
+        """What to raise for ``error`` when it is too late to say that nothing has been changed."""
+        refused = (*self._refused, (path, f"{type(error).__name__}: {error}"))
+        return NoGoodCheckpointError(self._store.url, refused, spoiled=True)
 
     def _give_up(self, question: Restore) -> None:
         """Tell the others, who would otherwise wait for this rank."""

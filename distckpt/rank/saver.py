@@ -124,7 +124,7 @@ class Saver:
         describe = functools.partial(holding.describe, compare=False)
         try:
             self._background.put(SaveTask(order, number, layout, staging, describe, joined, progress))
-            buffer.lend(pending)
+            buffer.lend(pending, order)
             sources = layout.tensors(holding)
             copied = staging.stage(sources, layout.values(holding))
             self._order.after(copied, sources)
@@ -137,7 +137,7 @@ class Saver:
     def _free_buffer(self) -> Buffer:
         free = next((buffer for buffer in self._buffers if buffer.is_free()), None)
         if free is None:
-            free = min(self._buffers, key=lambda buffer: buffer.number)
+            free = min(self._buffers, key=lambda buffer: buffer.order)  # numbers may go down
             free.settle()
         return free
 

@@ -1,7 +1,7 @@
 """Filling live objects from a checkpoint, whatever number of ranks wrote it: only what this rank holds is read.
 
-First it is found out how objects and checkpoint match, which changes nothing; then whoever asked decides; then the
-objects are filled.
+First it is found out how objects and checkpoint match, which changes nothing; then whoever asked decides; then all of
+it is read, tensors into the memory that they have, and when that has gone well the objects are handed the rest.
 """
 
 from __future__ import annotations
@@ -99,9 +99,20 @@ class Filler:
         unexpected = [key for key in unclaimed if not _of_other_rank(self._paths[key], self._rank)]
         return LoadStatus(self.path, self._match.missing, unexpected, self.matched, self._match.misfits)
 
-    def fill(self) -> LoadStatus:
-        """Fill the objects, every byte checked before it counts. After a DamagedError they hold a mixture."""
-        self._match.perform(self._values)
+    def check(self) -> None:
+        """Read and check every byte that ``read`` would read, and change nothing. DamagedError names shard and key."""
+        self._match.check_bytes()
+
+    def read(self) -> None:
+        """Read all of it, every byte checked: into tensors where they are, else into new memory.
+
+        After a DamagedError such tensors hold anything; nothing else of the objects has been changed.
+        """
+        self._match.read()
+
+    def finish(self) -> LoadStatus:
+        """Hand the objects what was read and is not in its place yet."""
+        self._match.finish(self._values)
         return self.status()
 
 
@@ -119,7 +130,10 @@ def restore_objects(
     filler.status().assert_nontrivial_match()
     if filler.misfits and not partial:
         raise MismatchError(where.path, (), (), filler.misfits)
-    return filler.fill()
+    if partial:
+        filler.check()
+    filler.read()
+    return filler.finish()
 
 
 def _with_whole_names(checkpoint: NamedObjects, path: Path, before: Path) -> Path:

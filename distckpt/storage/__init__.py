@@ -1,6 +1,7 @@
 """Stores: where objects are kept, and what is asked of the place."""
 
-from distckpt.storage.interface import ObjectInfo, Source, Store, SupportsSweep
+from distckpt.storage.bounds import MOST_NAMES, at_most
+from distckpt.storage.interface import ObjectInfo, Source, Store, SupportsCooling, SupportsSweep
 from distckpt.storage.local import LocalStore
 from distckpt.storage.location import canonical, join, open_store, split_path
 from distckpt.storage.memory import MemoryStore
@@ -10,6 +11,7 @@ from distckpt.storage.probe import probe
 from distckpt.storage.scratch import put_file, scratch_folder
 
 __all__ = [
+    "MOST_NAMES",
     "PROBES",
     "LocalStore",
     "MemoryStore",
@@ -17,7 +19,9 @@ __all__ = [
     "PathLike",
     "Source",
     "Store",
+    "SupportsCooling",
     "SupportsSweep",
+    "at_most",
     "canonical",
     "join",
     "open_store",

@@ -22,8 +22,9 @@ _ONE_SLASH = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/(?!/)")
 def open_store(directory: PathLike, storage_options: Mapping[str, Any] | None = None) -> Store:
     """The store whose root is ``directory``; opening it touches nothing there.
 
-    Options for local paths: ``direct_io`` (bool, default True). StoreUnsuitableError names a scheme that this release
-    cannot serve, ValueError an option it does not know.
+    Options for local paths: ``direct_io`` (bool), whether large files go around the page cache; by default those for
+    which memory has no room. StoreUnsuitableError names a scheme that this release cannot serve, ValueError an option
+    it does not know.
     """
     location = canonical(directory)
     scheme = location.partition("://")[0] if "://" in location else "file"
@@ -96,7 +97,8 @@ def _open_local(location: str, options: Mapping[str, Any]) -> Store:
     unknown = sorted(options.keys() - {"direct_io"})
     if unknown:
         raise ValueError(f"local directories have no storage option {', '.join(unknown)}; they have direct_io")
-    return LocalStore(location, direct_io=bool(options.get("direct_io", True)))
+    direct_io = options.get("direct_io")
+    return LocalStore(location, direct_io=None if direct_io is None else bool(direct_io))
 
 
 def _open_memory(location: str, options: Mapping[str, Any]) -> Store:

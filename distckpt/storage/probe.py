@@ -8,6 +8,7 @@ import uuid
 from collections.abc import Iterator
 
 from distckpt.errors import AlreadyExistsError, ObjectNotFoundError, StorageError, StoreUnsuitableError
+from distckpt.storage.bounds import MOST_NAMES, at_most
 from distckpt.storage.interface import Store
 
 FOLDER = "_probe"
@@ -42,7 +43,7 @@ def _check_single(store: Store, path: str) -> None:
     with _step(store, "a refused put-if-absent changes nothing"):
         _require(store, store.read(path, 1 << 20) == first, "put-if-absent was refused, yet it changed the object")
     with _step(store, "a new object is listed at once"):
-        _require(store, path in _listed(store), "a new object was missing from the listing")
+        _require(store, _is_listed(store, path), "a new object was missing from the listing")
         info = store.stat(path)
         _require(store, info is not None and info.size == len(first), "a new object had no stat or another size")
 
@@ -88,7 +89,7 @@ def _check_delete(store: Store, path: str) -> None:
         store.delete(path)
         _require(store, store.stat(path) is None, "a deleted object was still there")
         _require(store, not _can_be_read(store, path), "a deleted object could still be read")
-        _require(store, path not in _listed(store), "a deleted object was still listed")
+        _require(store, not _is_listed(store, path), "a deleted object was still listed")
     with _step(store, "deleting twice does no harm"):
         store.delete(path)
 
@@ -124,8 +125,8 @@ def _can_be_read(store: Store, path: str) -> bool:
     return True
 
 
-def _listed(store: Store) -> set[str]:
-    return {info.path for info in store.list(FOLDER)}
+def _is_listed(store: Store, path: str) -> bool:
+    return any(info.path == path for info in at_most(MOST_NAMES, store.list(FOLDER), f"{store.url}/{FOLDER}"))
 
 
 def _clean_up(store: Store, paths: list[str]) -> None:

@@ -127,7 +127,7 @@ class FaultyStore:
         return self._call("stat", path, lambda: self.inner.stat(path))
 
     def list(self, folder: str) -> Iterator[ObjectInfo]:
-        """Every object below ``folder`` at the time of the call, or fail on cue."""
+        """Every object directly below ``folder`` at the time of the call, or fail on cue."""
         return self._call("list", folder, lambda: iter(tuple(self.inner.list(folder))))
 
     def folders(self, folder: str) -> Iterator[str]:

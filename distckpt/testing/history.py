@@ -134,6 +134,27 @@ class Filled:
 
 
 @dataclass(frozen=True, slots=True)
+class ReadWhole:
+    """A rank reported that it has read all of a checkpoint and found it good, in restore ``order`` of it."""
+
+    run: int
+    order: int
+    rank: int
+    attempt: str
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """A rank of ``world_size`` began to hand its objects what it had read, in restore ``order`` of it."""
+
+    run: int
+    order: int
+    rank: int
+    attempt: str
+    world_size: int
+
+
+@dataclass(frozen=True, slots=True)
 class CameBack:
     """After all that, with nothing repaired by hand: what the next job restored and could save. ``lost`` says why not."""
 
@@ -142,7 +163,21 @@ class CameBack:
     lost: str = ""
 
 
-Happening = Logged | Wrote | Erased | Promised | Held | LetGo | Returned | Agreed | Matched | Filled | CameBack
+Happening = (
+    Logged
+    | Wrote
+    | Erased
+    | Promised
+    | Held
+    | LetGo
+    | Returned
+    | Agreed
+    | Matched
+    | Filled
+    | ReadWhole
+    | Finished
+    | CameBack
+)
 
 
 @dataclass(slots=True)
@@ -302,11 +337,13 @@ def _older_last(seq: int, saves: list[dict[int, tuple[int, int]]]) -> list[str]:
 
 
 def g6_readers_get_one_attempt(history: History) -> list[str]:
-    """No reader returns bytes of two attempts; all ranks restore the same, and fill only what all have matched."""
+    """No reader returns bytes of two attempts; all ranks restore the same; they fill only what all have matched, and hand
+    their objects only what all have read."""
     broken: list[str] = []
     objects: dict[str, dict[str, Content]] = {}
     agreed: dict[tuple[int, int], str | None] = {}
     matched: dict[tuple[int, int, str], set[int]] = {}
+    read: dict[tuple[int, int, str], set[int]] = {}
     for happening in history.happenings:
         if isinstance(happening, Wrote):
             objects.setdefault(happening.attempt, {})[happening.name] = happening.content
@@ -318,6 +355,12 @@ def g6_readers_get_one_attempt(history: History) -> list[str]:
             ready = matched.get((happening.run, happening.order, happening.attempt), set())
             if len(ready) < happening.world_size:
                 broken.append(f"rank {happening.rank} filled from {happening.attempt}, which only {ready} had matched")
+        elif isinstance(happening, ReadWhole):
+            read.setdefault((happening.run, happening.order, happening.attempt), set()).add(happening.rank)
+        elif isinstance(happening, Finished):
+            ready = read.get((happening.run, happening.order, happening.attempt), set())
+            if len(ready) < happening.world_size:
+                broken.append(f"rank {happening.rank} took over {happening.attempt}, which only {ready} had read")
         elif isinstance(happening, Agreed):
             attempt = happening.record.attempt if happening.record is not None else None
             if agreed.setdefault((happening.run, happening.order), attempt) != attempt:

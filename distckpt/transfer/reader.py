@@ -81,9 +81,27 @@ def read_transfers(
     shard is missing, too short or not what was written; StorageError if the store fails. After an error the targets
     hold anything. ValueError if a wanted rectangle is not covered, or its memory does not fit.
     """
+    return _carry_out(store, folder, index, transfers, _views(transfers, targets), threads, pace)
+
+
+def check_transfers(
+    store: Store, folder: str, index: Index, transfers: Transfers, threads: int | None = None, pace: Pace | None = None
+) -> ReadStats:
+    """Read the bytes that ``read_transfers`` would read and check them, and put them nowhere. Raises what that raises."""
+    return _carry_out(store, folder, index, transfers, None, threads, pace)
+
+
+def _carry_out(
+    store: Store,
+    folder: str,
+    index: Index,
+    transfers: Transfers,
+    views: list[memoryview] | None,
+    threads: int | None,
+    pace: Pace | None,
+) -> ReadStats:
     began = time.perf_counter()
     pace = pace or pace_of(store)
-    views = _views(transfers, targets)
     workers = max(threads, 1) if threads is not None else max(default_threads(), pace.threads)
     total = int(transfers.nbytes.sum())
     # Several batches for each thread, so that none waits long for the last; for one thread there is nothing to share.
@@ -110,11 +128,11 @@ def _views(transfers: Transfers, targets: Sequence[memoryview]) -> list[memoryvi
 
 @dataclass(frozen=True, slots=True)
 class _Job:
-    """What all threads share: they take batches from the left until there are none."""
+    """What all threads share: they take batches from the left until there are none. Without ``views`` they only check."""
 
     shards: _Shards
     index: Index
-    views: list[memoryview]
+    views: list[memoryview] | None
     pace: Pace
     batches: deque[Batch]
 
@@ -264,20 +282,26 @@ class _Reader:
             return
         for read in run:
             self._check(read, crc32c.crc32c(buffer[read.begin - begin : read.end - begin], read.before))
-            self._put(read, buffer, begin)
+            if self._job.views is not None:
+                self._put(read, self._job.views[read.wanted], buffer, begin)
 
     def _alone(self, read: Read) -> None:
         try:
-            view = self._job.views[read.wanted]
-            crc = self._pass_over(read.begin, read.keep, read.before)
-            if read.scatter is None:
-                crc = self._stream(read.keep, view[read.target : read.target + read.keep_end - read.keep], crc)
+            if self._job.views is None:
+                crc = self._pass_over(read.begin, read.end, read.before)
             else:
-                _, crc = self._scattered(read.scatter, read.keep, (view, read.target), read.keep, crc)
-            crc = self._pass_over(read.keep_end, read.end, crc)
+                crc = self._to_its_place(read, self._job.views[read.wanted])
         except DamagedError as error:
             raise DamagedError(self._path, error.reason, self._job.key(read)) from error
         self._check(read, crc)
+
+    def _to_its_place(self, read: Read, view: memoryview) -> int:
+        crc = self._pass_over(read.begin, read.keep, read.before)
+        if read.scatter is None:
+            crc = self._stream(read.keep, view[read.target : read.target + read.keep_end - read.keep], crc)
+        else:
+            _, crc = self._scattered(read.scatter, read.keep, (view, read.target), read.keep, crc)
+        return self._pass_over(read.keep_end, read.end, crc)
 
     def _check(self, read: Read, crc: int) -> None:
         if crc != read.after:
@@ -304,9 +328,8 @@ class _Reader:
             position += piece.nbytes
         return crc
 
-    def _put(self, read: Read, buffer: memoryview, begin: int) -> None:
+    def _put(self, read: Read, view: memoryview, buffer: memoryview, begin: int) -> None:
         """Copy what is wanted out of ``buffer``, which holds the shard from ``begin`` on."""
-        view = self._job.views[read.wanted]
         if read.scatter is None:
             size = read.keep_end - read.keep
             view[read.target : read.target + size] = buffer[read.keep - begin : read.keep_end - begin]

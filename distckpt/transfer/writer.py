@@ -10,7 +10,7 @@ import numpy as np
 
 from distckpt.errors import DamagedError
 from distckpt.format.arrow.receipt import ShardReceipt
-from distckpt.storage.interface import ObjectInfo, Store
+from distckpt.storage.interface import ObjectInfo, Store, SupportsCooling
 from distckpt.transfer.checksums import stored_size_and_crc
 from distckpt.transfer.staging import StagedShard
 
@@ -33,7 +33,9 @@ def write_shard(store: Store, path: str, shard: StagedShard, section_bytes: int 
 
 
 def read_back(store: Store, path: str, receipt: ShardReceipt) -> None:
-    """Read what was written once more. DamagedError if the store returns something else."""
+    """Read what was written once more, not what memory keeps of it. DamagedError if the store returns something else."""
+    if isinstance(store, SupportsCooling):
+        store.cool(path)
     if stored_size_and_crc(store, path) != (receipt.size, receipt.crc32c):
         raise DamagedError(f"{store.url}/{path}", "what the store returns is not what was written")
 

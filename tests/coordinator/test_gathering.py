@@ -14,7 +14,7 @@ from torch.distributed import HashStore
 
 import distckpt
 from distckpt.coordinator.client.gathering import Gathering
-from distckpt.coordinator.messages import FillFrom, KeyMatch, MatchWith, Mismatched, Restore, Restored
+from distckpt.coordinator.messages import FillFrom, FinishWith, KeyMatch, MatchWith, Mismatched, Restore, Restored
 from distckpt.directory.log import read_tail
 from distckpt.errors import AbsentRanksError, CheckpointNotFoundError, MissingRanksError, RestoreError
 from distckpt.format import names
@@ -73,9 +73,9 @@ def test_both_match_then_both_fill_and_the_end_is_the_same(directory: Path) -> N
     assert isinstance(first, MatchWith)
     assert first == other
     assert first.record.number == 2
-    fill, _ = ranks.ask(tried(first.record.attempt, keys=FITS))
-    assert fill == FillFrom(first.record, FITS)
-    assert ranks.ask(tried(first.record.attempt, stage="fill")) == [Restored(first.record), Restored(first.record)]
+    assert ranks.ask(tried(first.record.attempt, keys=FITS)) == [FillFrom(first.record)] * 2
+    assert ranks.ask(tried(first.record.attempt, stage="fill")) == [FinishWith(first.record, FITS)] * 2
+    assert ranks.ask(tried(first.record.attempt, stage="finish")) == [Restored(first.record), Restored(first.record)]
 
 
 def test_what_one_rank_finds_damaged_all_leave(directory: Path) -> None:
@@ -120,6 +120,7 @@ def test_what_is_being_restored_is_leased_until_it_is_over(directory: Path) -> N
     assert len(list(store.list(names.LEASES))) == 1
     ranks.ask(tried(older.attempt, keys=FITS))
     ranks.ask(tried(older.attempt, stage="fill"))
+    ranks.ask(tried(older.attempt, stage="finish"))
     assert not list(store.list(names.LEASES))
 
 
@@ -127,8 +128,9 @@ def test_a_checkpoint_that_is_committed_meanwhile_is_restored_instead(directory:
     ranks = Ranks(directory)
     record = ranks.ask(Restore(1, None))[0].record
     ranks.ask(tried(record.attempt, keys=FITS))
+    ranks.ask(tried(record.attempt, stage="fill"))
     save(directory, 3)
-    newer = ranks.ask(tried(record.attempt, stage="fill"))[0]
+    newer = ranks.ask(tried(record.attempt, stage="finish"))[0]
     assert isinstance(newer, MatchWith)
     assert newer.record.number == 3
 
@@ -140,6 +142,7 @@ def test_a_run_that_restored_before_an_earlier_one_committed_is_told(directory: 
     record = ranks.ask(Restore(1, None))[0].record
     ranks.ask(tried(record.attempt, keys=FITS))
     ranks.ask(tried(record.attempt, stage="fill"))
+    ranks.ask(tried(record.attempt, stage="finish"))
     gathering.check_newest()
     save(directory, 3)
     with pytest.raises(RestoreError, match="start it again"):

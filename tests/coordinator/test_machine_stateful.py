@@ -40,6 +40,7 @@ from distckpt.coordinator.messages import (
     Committed,
     Describe,
     FillFrom,
+    FinishWith,
     FromRank,
     Heartbeat,
     Join,
@@ -67,12 +68,14 @@ from distckpt.testing.history import (
     PROMISES,
     Agreed,
     Filled,
+    Finished,
     Held,
     History,
     LetGo,
     Matched,
     Piece,
     Promised,
+    ReadWhole,
     Whole,
 )
 from distckpt.testing.sim_store import SimulatedPlan, SimulatedStore, describe, make_plan, record_of
@@ -113,7 +116,7 @@ class Coordinators(RuleBasedStateMachine):
         self.late: list[tuple[str, Append]] = []
         self.joined: list[tuple[FromRank, Joined]] = []
         self.planned: list[tuple[FromRank, str, Planned]] = []
-        self.restoring: list[tuple[FromRank, MatchWith | FillFrom]] = []
+        self.restoring: list[tuple[FromRank, MatchWith | FillFrom | FinishWith]] = []
         self.written: set[tuple[str, int]] = set()
         self.started = 0
         self.joins: dict[tuple[int, int], dict[int, int | None]] = {}
@@ -307,6 +310,8 @@ class Coordinators(RuleBasedStateMachine):
         report = Restore(first.order, None, reply.record.attempt, refused, partial=first.partial)
         if isinstance(reply, FillFrom):
             report = replace(report, stage="fill")
+        elif isinstance(reply, FinishWith):
+            report = replace(report, stage="finish", refused="")
         else:
             report = replace(report, keys=OTHERS[which % len(OTHERS)])
         self._ask(to, FromRank(asked.run, asked.rank, report))
@@ -315,7 +320,7 @@ class Coordinators(RuleBasedStateMachine):
     @rule(to=PICK, which=PICK, refused=st.sampled_from(["", "", "", "bad"]))
     def restore_together(self, to: int, which: int, refused: str) -> None:
         """Both ranks go through one restore, doing what they were told last."""
-        for stage in ("ask", "match", "fill"):
+        for stage in ("ask", "match", "fill", "finish"):
             for rank in range(WORLD):
                 mine = [at for at, (said, _) in enumerate(self.restoring) if said.rank == rank]
                 if stage == "ask":
@@ -356,6 +361,10 @@ class Coordinators(RuleBasedStateMachine):
         if isinstance(request, FromRank) and isinstance(request.request, Restore) and request.request.keys is not None:
             place, tried = 2 * int(shell.name) + request.request.order, request.request.tried
             self.history.add(Matched(request.run, place, request.rank, tried))
+        elif isinstance(request, FromRank) and isinstance(request.request, Restore) and request.request.stage == "fill":
+            place, tried = 2 * int(shell.name) + request.request.order, request.request.tried
+            if not request.request.refused:
+                self.history.add(ReadWhole(request.run, place, request.rank, tried))
         self._feed(shell, Asked(ticket, request))
 
     def _feed(self, shell: Shell, event: Event) -> None:
@@ -384,11 +393,14 @@ class Coordinators(RuleBasedStateMachine):
                 join = next(old for old, joined in reversed(self.joined)
                             if joined.attempt == attempt and old.rank == said.rank)  # fmt: skip
                 self.planned.append((join, attempt, reply))
-            case Restore(), MatchWith() | FillFrom():
+            case Restore(), MatchWith() | FillFrom() | FinishWith():
                 self.restoring.append((said, reply))
                 if isinstance(reply, FillFrom):
                     place = 2 * int(shell.name) + said.request.order
                     self.history.add(Filled(said.run, place, said.rank, reply.record.attempt, WORLD))
+                elif isinstance(reply, FinishWith):
+                    place = 2 * int(shell.name) + said.request.order
+                    self.history.add(Finished(said.run, place, said.rank, reply.record.attempt, WORLD))
             case Restore(order), Restored(record):
                 # Another coordinator may let a round begin anew, so a round is one coordinator's.
                 self.history.add(Agreed(said.run, 2 * int(shell.name) + order, said.rank, record))

@@ -37,7 +37,21 @@ def open_descriptors() -> int:
     return len(os.listdir("/proc/self/fd"))
 
 
-SYSTEM_CALLS = ("open", "mkdir", "link", "replace", "unlink", "fsync", "pwrite", "preadv", "stat", "fstat", "scandir")
+SYSTEM_CALLS = (
+    "open",
+    "mkdir",
+    "link",
+    "replace",
+    "unlink",
+    "fsync",
+    "pwrite",
+    "pread",
+    "preadv",
+    "lseek",
+    "stat",
+    "fstat",
+    "scandir",
+)
 
 
 class FailingCalls:
@@ -127,6 +141,7 @@ def test_a_failed_sync_of_the_folder_leaves_the_outcome_unknown(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store = LocalStore(tmp_path)
+    store.replace("lease", b"0")
     fsync = os.fsync
 
     def failing(fd: int) -> None:

@@ -59,10 +59,10 @@ class TestLocalStore(StoreConformance):
         return Files(tmp_path / "run")
 
 
-class TestLocalStoreThroughThePageCache(TestLocalStore):
+class TestLocalStoreAroundThePageCache(TestLocalStore):
     @pytest.fixture
     def store(self, tmp_path: Path) -> Store:
-        return LocalStore(tmp_path / "run", direct_io=False)
+        return LocalStore(tmp_path / "run", direct_io=True)
 
 
 @pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="there is no file system in memory")

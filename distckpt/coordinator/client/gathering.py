@@ -16,6 +16,7 @@ from distckpt.coordinator.client.error_text import from_text, to_text
 from distckpt.coordinator.machine.restore_round import RestoreRound
 from distckpt.coordinator.messages import (
     FillFrom,
+    FinishWith,
     MatchWith,
     Mismatched,
     Refused,
@@ -75,7 +76,7 @@ class Gathering:
                 hosts = {rank: self._hosts[rank] for rank in error.ranks if rank in self._hosts}
                 raise MissingRanksError(None, list(error.ranks), hosts, error.timeout, "to restore") from None
             raise
-        if isinstance(answer.reply, MatchWith | FillFrom):
+        if isinstance(answer.reply, MatchWith | FillFrom | FinishWith):
             self._begin()
         else:
             self._end()
@@ -131,7 +132,7 @@ class _Host:
                 RestoreError(f"{self._store.url}: rank 0 could not decide: {type(error).__name__}: {error}")
             )
         newest = _newest(self._round.state) if self._round is not None else ""
-        if not isinstance(reply, MatchWith | FillFrom):
+        if not isinstance(reply, MatchWith | FillFrom | FinishWith):
             self.end()
         return _encoded(_Answer(reply, newest))
 
@@ -183,7 +184,7 @@ class _Answer(msgspec.Struct, frozen=True):
     newest: str
 
 
-_KINDS: dict[str, type[Any]] = {kind.__name__: kind for kind in (MatchWith, FillFrom, Mismatched, Restored)}
+_KINDS: dict[str, type[Any]] = {kind.__name__: kind for kind in (MatchWith, FillFrom, FinishWith, Mismatched, Restored)}
 
 
 def _encoded(answer: _Answer) -> str:

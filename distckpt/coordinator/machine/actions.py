@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from distckpt.coordinator.messages import Receipt, Reply, Request
-from distckpt.errors import DistckptError
+from distckpt.errors import BlockedError, DistckptError
 from distckpt.format.json.log import CheckpointRecord, Entry
 
 
@@ -79,10 +79,11 @@ class NameTaken:
 
 @dataclass(frozen=True, slots=True)
 class AppendUnknown:
-    """The store answered neither yes nor no to this append."""
+    """The store answered neither yes nor no to this append; or something is in the way (``blocked``) until it is moved."""
 
     entry: Entry
     reason: str
+    blocked: BlockedError | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -43,6 +43,7 @@ from distckpt.coordinator.machine.ledger import Ledger
 from distckpt.coordinator.machine.records import find_number
 from distckpt.coordinator.machine.restores import Restores
 from distckpt.coordinator.machine.roundbook import RoundBook
+from distckpt.coordinator.machine.rounds import Phase
 from distckpt.coordinator.machine.runs import Run, Runs
 from distckpt.coordinator.machine.saves import Saves
 from distckpt.coordinator.machine.stops import Stops
@@ -69,13 +70,16 @@ from distckpt.coordinator.messages import (
     StatusReply,
     Unknown,
 )
-from distckpt.errors import CheckpointNotFoundError, CoordinatorUnavailableError, DistckptError
+from distckpt.errors import CheckpointNotFoundError, CoordinatorUnavailableError, DistckptError, StorageError
 from distckpt.format.json.log import Entry, State
-from distckpt.format.names import checkpoint_folder
+from distckpt.format.names import checkpoint_folder, entry_path
 
 DEFAULT_NAME = "ckpt"
 DESERTED_SECONDS = 5.0
 """How long a coordinator waits, once every rank has left, for a next run that would spare itself a start."""
+
+TRIES = 5
+"""How often an entry is tried, within seconds, until those who wait to be let in hear why they are not."""
 
 
 class Machine:
@@ -163,6 +167,7 @@ class Machine:
                 self._ledger.name_taken(event)
             case AppendUnknown():
                 self._ledger.append_unknown(event)
+                self._say_why(event)
             case TailRead():
                 self._ledger.tail_read(event)
             case LeasesRead():
@@ -172,6 +177,22 @@ class Machine:
                 self._keeping.deleted(event)
             case Tick():
                 pass
+
+    def _say_why(self, event: AppendUnknown) -> None:
+        """Nobody waits for an entry that cannot be written: who can ask again is told. It is tried again all the same."""
+        if event.blocked is not None:
+            error: StorageError = event.blocked
+            for round in self._book:
+                if round.phase is Phase.COMMITTING:
+                    self._saves.overdue(round)
+        elif self._ledger.tries >= TRIES:
+            path = f"{self._desk.directory}/{entry_path(event.entry.seq)}"
+            error = StorageError(path, f"could not be written, {self._ledger.tries} times over: {event.reason}")
+        else:
+            return
+        self._runs.cannot_begin(error)
+        for waiting in (self._early, self._pinning):
+            self._desk.answer_shelf(waiting, Refused(error))
 
     def _pass_time(self) -> None:
         if self._ledger.ended is None:

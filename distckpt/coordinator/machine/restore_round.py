@@ -1,7 +1,9 @@
 """One restore of all ranks: which checkpoint is tried, what is wanted of the ranks, and what comes of it.
 
-Each candidate goes through two stages. First every rank says how its objects match it, which changes nothing; only if
-that will do for all of them, they fill. Knows neither time nor how ranks are reached: the coordinator has rounds, and
+Each candidate goes through three stages. First every rank says how its objects match it, which changes nothing; only if
+that will do for all of them, they read it, which fills tensors where they are; and only once all have read all of it,
+and every byte was good, they hand it to everything else. So what a refused candidate has touched, the next one fills.
+Knows neither time nor how ranks are reached: the coordinator has rounds, and
 ranks that can consult each other without one.
 """
 
@@ -12,6 +14,7 @@ from dataclasses import dataclass, field
 from distckpt.coordinator.machine.records import find_folder, find_number, record_path
 from distckpt.coordinator.messages import (
     FillFrom,
+    FinishWith,
     KeyMatch,
     MatchWith,
     Mismatched,
@@ -19,6 +22,7 @@ from distckpt.coordinator.messages import (
     Reply,
     Restore,
     Restored,
+    RestoreStage,
     merged_matches,
 )
 from distckpt.errors import CheckpointNotFoundError, NoGoodCheckpointError, RestoreError
@@ -29,8 +33,8 @@ from distckpt.format.json.log import CheckpointRecord, State
 class RestoreRound:
     """``candidates`` are what is left to try, best first; its first element is being tried. ``name`` is the run's own.
 
-    ``keys`` is how those ranks match it that have said so; ``filling`` that all have, and fill now. ``reported`` are
-    ranks that are through with this stage, ``refusal`` the first reason against the candidate.
+    ``keys`` is how those ranks match it that have said so. ``reported`` are ranks that are through with this ``stage``,
+    ``refusal`` the first reason against the candidate. ``spoiled`` says that a refused one has been read in part.
     """
 
     directory: str
@@ -41,7 +45,8 @@ class RestoreRound:
     state: State
     candidates: list[CheckpointRecord] = field(default_factory=list)
     keys: KeyMatch | None = None
-    filling: bool = False
+    stage: RestoreStage = "match"
+    spoiled: bool = False
     refused: tuple[tuple[str, str], ...] = ()
     reported: set[int] = field(default_factory=set)
     refusal: str = ""
@@ -60,8 +65,10 @@ class RestoreRound:
     @property
     def question(self) -> Reply:
         """What is wanted of ranks that have not reported yet."""
-        if self.filling and self.keys is not None:
-            return FillFrom(self.current, self.keys)
+        if self.stage == "finish" and self.keys is not None:
+            return FinishWith(self.current, self.keys)
+        if self.stage == "fill":
+            return FillFrom(self.current)
         return MatchWith(self.current, self.refused)
 
     @property
@@ -82,7 +89,7 @@ class RestoreRound:
         self.reported.add(rank)
         if message.refused and not self.refusal:
             self.refusal = f"rank {rank} ({host}): {message.refused}"
-        elif message.keys is not None and not self.filling:
+        elif message.keys is not None and self.stage == "match":
             self.keys = message.keys if self.keys is None else merged_matches(self.keys, message.keys)
         return True
 
@@ -90,12 +97,12 @@ class RestoreRound:
         """All ranks have reported: to the next stage, the next candidate, or the end. ``state`` is what there is now."""
         if self.refusal:
             self._fall_back(state)
-        elif self.filling:
+        elif self.stage == "finish":
             self.outcome = Restored(self.current, self.refused)
         elif self.keys is not None and (self.keys.in_vain or not (self.partial or self.keys.fits)):
             self.outcome = Mismatched(self.current, self.keys)
         else:
-            self._begin(filling=True)
+            self._begin("fill" if self.stage == "match" else "finish")
 
     def _wanted(self, state: State) -> list[CheckpointRecord]:
         if self.which is None:
@@ -114,13 +121,13 @@ class RestoreRound:
 
     def _is_answer(self, message: Restore) -> bool:
         """Whether a rank reports on what is wanted now, and not on an earlier candidate or stage."""
-        if message.tried != self.current.attempt or (message.stage == "fill") is not self.filling:
+        if message.tried != self.current.attempt or message.stage != self.stage:
             return False
-        return self.filling or bool(message.refused) or message.keys is not None
+        return self.stage != "match" or bool(message.refused) or message.keys is not None
 
-    def _begin(self, filling: bool) -> None:
+    def _begin(self, stage: RestoreStage) -> None:
         """Nobody has reported on what is wanted from now on."""
-        self.filling = filling
+        self.stage = stage
         self.reported = set()
 
     def _fall_back(self, state: State) -> None:
@@ -128,14 +135,17 @@ class RestoreRound:
         self.refused = (*self.refused, refused)
         self.refusal = ""
         self.keys = None
-        self._begin(filling=False)
+        self.spoiled |= self.stage != "match"
+        # What an older one lacks keeps what was there before: so it must not have been touched.
+        is_last = self.stage == "finish" or (self.partial and self.spoiled)
+        self._begin("match")
         # Retention may have taken older ones away meanwhile.
         alive = state.alive()
-        left = [record for record in self.candidates[1:] if record.attempt in alive]
+        left = [record for record in self.candidates[1:] if record.attempt in alive and not is_last]
         if left:
             self.candidates = left
         else:
-            self.outcome = Refused(NoGoodCheckpointError(self.directory, self.refused))
+            self.outcome = Refused(NoGoodCheckpointError(self.directory, self.refused, self.spoiled))
 
     def _disagreement(self, rank: int, message: Restore) -> str:
         if message.which != self.which:

@@ -8,7 +8,7 @@ from distckpt.coordinator.machine.desk import Desk
 from distckpt.coordinator.machine.intentions import BeginRun
 from distckpt.coordinator.machine.ledger import Ledger
 from distckpt.coordinator.messages import OpenRun, Refused, Reply, Retention, RunOpened, Unknown
-from distckpt.errors import CoordinatorError, StaleRunError
+from distckpt.errors import CoordinatorError, DistckptError, StaleRunError
 from distckpt.format.json.log import Entry, State
 
 REMEMBERED_TOKENS = 1024
@@ -80,6 +80,11 @@ class Runs:
         self._opening[message.token] = {}
         self._desk.hold(ticket, self._opening[message.token], message)
         self._ledger.intend(BeginRun(message))
+
+    def cannot_begin(self, error: DistckptError) -> None:
+        """Tell those who wait for a run to begin why it does not. It may begin all the same: they may ask again."""
+        for waiting in self._opening.values():
+            self._desk.answer_shelf(waiting, Refused(error))
 
     def superseded(self, entry: Entry) -> StaleRunError:
         """What everything of the run before ends with, now that ``entry`` has begun another."""

@@ -368,7 +368,7 @@ class Saves:
             return
         if round.phase is Phase.COMMITTING:
             round.deadline = self._later()
-            self._overdue(round)
+            self.overdue(round)
             return
         missing = round.missing()
         if not missing:
@@ -383,11 +383,10 @@ class Saves:
         error = MissingRanksError(round.number, missing, hosts, self._current.save_timeout, stage)
         self._fail(round, error, frozenset(missing))
 
-    def _overdue(self, round: SaveRound) -> None:
+    def overdue(self, round: SaveRound) -> None:
         """Tell who waits if the store does not say what became of the log entry. It is retried all the same."""
-        if self._ledger.unsure:
-            seconds = self._current.save_timeout
-            reason = f"the store has not said within {seconds:g} s whether its log entry was written; it is retried"
+        if self._ledger.tries:
+            reason = f"its log entry may or may not have been written, and is tried again: {self._ledger.doubt}"
             self._desk.answer_shelf(round.awaiting_end, Refused(CommitUnknownError(round.number, reason)))
 
     def _fail_rank(self, round: SaveRound, rank: int, reason: str) -> None:

@@ -49,27 +49,28 @@ class RayLine:
         """See Line.ask."""
         deadline = time.monotonic() + timeout
         silent_since: float | None = None
-        while True:
-            left = deadline - time.monotonic()
-            if left <= 0:
-                raise CoordinatorUnavailableError(
-                    f"{self._directory}: no answer to {kind_of(request)} within {timeout:g} s"
-                )
+        while (left := deadline - time.monotonic()) > 0:
             wait = min(POLL_SECONDS, left)
             try:
                 actor = self._find(wait)
-                reply = self._answer(actor.answer.remote(request, wait), wait + POLL_SECONDS)
+                patience = min(wait + POLL_SECONDS, deadline - time.monotonic())
+                reply = self._answer(actor.answer.remote(request, wait), patience)
             except (ray.exceptions.RayActorError, FutureTimeoutError) as error:
+                self._drop()
+                if time.monotonic() >= deadline:
+                    break  # it may be at work on the answer, or dead: this time is too short to tell
                 if silent_since is None:
                     silent_since = time.monotonic()
                     logger.warning(
                         "the coordinator of %s does not answer: %s; asking again", self._directory, _text(error)
                     )
-                self._lost(error, silent_since)
+                self._check_silence(error, silent_since)
+                time.sleep(0.2)
                 continue
             silent_since = None
             if reply is not None:
                 return reply
+        raise CoordinatorUnavailableError(f"{self._directory}: no answer to {kind_of(request)} within {timeout:g} s")
 
     def _answer(self, asked: ray.ObjectRef[Reply | None], timeout: float) -> Reply | None:
         """Not by ``ray.get``, from which a thread may never return when its process leaves the cluster meanwhile."""
@@ -133,14 +134,16 @@ class RayLine:
             "Close the manager first, or join the cluster again with ray.init"
         )
 
-    def _lost(self, error: Exception, since: float) -> None:
+    def _drop(self) -> None:
+        """Look the actor up again before the next question."""
+        with self._lock:
+            self._actor = None
+
+    def _check_silence(self, error: Exception, since: float) -> None:
         if time.monotonic() - since > GRACE_SECONDS:
             raise CoordinatorUnavailableError(
                 f"{self._directory}: the coordinator has not answered for {GRACE_SECONDS:g} s: {_text(error)}"
             ) from error
-        with self._lock:
-            self._actor = None
-        time.sleep(0.2)
 
 
 def _text(error: BaseException) -> str:

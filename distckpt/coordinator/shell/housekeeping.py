@@ -8,13 +8,14 @@ import time
 from collections.abc import Iterator
 
 from distckpt.coordinator.machine.actions import CollectGarbage, Deleted, LeasesRead
+from distckpt.directory.contents import attempts, checkpoint_folders, objects_of_attempt
 from distckpt.directory.log import read_entry, sequence_numbers
 from distckpt.errors import DamagedError, ObjectNotFoundError, StorageError
 from distckpt.format import names
 from distckpt.format.json.lease import MAX_LEASE_BYTES, Lease
 from distckpt.format.json.log import CheckpointRecord
 from distckpt.format.json.sealed import unseal
-from distckpt.storage import PROBES, ObjectInfo, Store, SupportsSweep
+from distckpt.storage import MOST_NAMES, PROBES, ObjectInfo, Store, SupportsSweep, at_most
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +39,7 @@ def delete_checkpoints(store: Store, records: tuple[CheckpointRecord, ...]) -> D
 
 def _delete_attempt(store: Store, folder: str) -> None:
     store.delete(f"{folder}/{names.MANIFEST}")
-    for info in list(store.list(folder)):
+    for info in list(objects_of_attempt(store, folder)):
         store.delete(info.path)
 
 
@@ -46,7 +47,7 @@ def read_leases(store: Store) -> LeasesRead:
     """Attempts that somebody is reading now. A lease that cannot be read or parsed counts against deleting anything."""
     attempts = set()
     now = time.time()
-    for info in store.list(names.LEASES):
+    for info in at_most(MOST_NAMES, store.list(names.LEASES), f"{store.url}/{names.LEASES}"):
         try:
             lease = unseal(store.read(info.path, MAX_LEASE_BYTES), Lease, info.path, MAX_LEASE_BYTES)
         except ObjectNotFoundError:
@@ -72,13 +73,12 @@ def collect_garbage(store: Store, action: CollectGarbage, min_age: float) -> int
     """
     gone = 0
     claims = set(_claims(store))
-    for folder in store.folders(""):
-        if names.parse_checkpoint(folder) is None:
-            continue
-        for attempt in store.folders(folder):
-            if not names.is_attempt(attempt) or not _is_garbage(attempt, action):
+    for folder in checkpoint_folders(store):
+        for attempt in attempts(store, folder):
+            gone += _sweep_folder(store, f"{folder}/{attempt}", min_age)
+            if not _is_garbage(attempt, action):
                 continue
-            objects = list(store.list(f"{folder}/{attempt}"))
+            objects = list(objects_of_attempt(store, f"{folder}/{attempt}"))
             whole = any(info.path.endswith(f"/{names.MANIFEST}") for info in objects)
             if whole and names.claim_of(attempt) not in claims:
                 logger.warning(
@@ -106,10 +106,15 @@ def _claims(store: Store) -> Iterator[str]:
 
 def _sweep(store: Store, min_age: float) -> int:
     """What killed processes left beside the attempts: probes, and temporary files."""
-    old = [info for info in list(store.list(PROBES)) if info.modified < time.time() - min_age]
+    probes = at_most(MOST_NAMES, store.list(PROBES), f"{store.url}/{PROBES}")
+    old = [info for info in probes if info.modified < time.time() - min_age]
     for info in old:
         store.delete(info.path)
-    return len(old) + (store.sweep(min_age) if isinstance(store, SupportsSweep) else 0)
+    return len(old) + sum(_sweep_folder(store, folder, min_age) for folder in ("", names.LOG, names.LEASES, PROBES))
+
+
+def _sweep_folder(store: Store, folder: str, min_age: float) -> int:
+    return store.sweep(folder, min_age) if isinstance(store, SupportsSweep) else 0
 
 
 def _is_garbage(attempt: str, action: CollectGarbage) -> bool:

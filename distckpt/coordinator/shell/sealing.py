@@ -11,6 +11,7 @@ import pyarrow as pa
 
 from distckpt.coordinator.machine.actions import Seal, Sealed, TailRead
 from distckpt.coordinator.messages import Receipt
+from distckpt.directory.contents import attempts, checkpoint_folders
 from distckpt.directory.locate import read_sealed
 from distckpt.directory.newest import has_manifest
 from distckpt.directory.strays import read_run
@@ -127,13 +128,10 @@ def _without_vanished(store: Store, state: State) -> State:
 
 def _complete(store: Store, entry: Entry) -> Iterator[CheckpointRecord]:
     known = entry.state.known()
-    for folder in store.folders(""):
-        if names.parse_checkpoint(folder) is None:
-            continue
-        for attempt in store.folders(folder):
+    for folder in checkpoint_folders(store):
+        for attempt in attempts(store, folder):
             # Of the same coordinator as the newest entry: a folder that was copied here from another run is not ours.
-            ours = names.is_attempt(attempt) and names.claim_of(attempt) == names.claim_of(entry.commit_id)
-            if ours and attempt not in known:
+            if names.claim_of(attempt) == names.claim_of(entry.commit_id) and attempt not in known:
                 record = _complete_record(store, f"{folder}/{attempt}")
                 if record is not None:
                     yield record
@@ -141,9 +139,13 @@ def _complete(store: Store, entry: Entry) -> Iterator[CheckpointRecord]:
 
 def _complete_record(store: Store, folder: str) -> CheckpointRecord | None:
     try:
-        manifest, record = read_sealed(store, folder)
+        return _record_if_whole(store, folder)
     except DamagedError:
-        return None  # no manifest, or half of one: an attempt that never came to its end
+        return None  # no manifest, half of one, or a link in a file's place: an attempt that never came to its end
+
+
+def _record_if_whole(store: Store, folder: str) -> CheckpointRecord | None:
+    manifest, record = read_sealed(store, folder)
     if names.attempt_folder(manifest.name, manifest.number, manifest.attempt) != folder:
         return None
     sizes = {names.shard_name(shard.rank, shard.shard): shard.size for shard in manifest.shards}

@@ -41,7 +41,7 @@ from distckpt.coordinator.shell.housekeeping import collect_garbage, delete_chec
 from distckpt.coordinator.shell.sealing import read_log_tail, seal_checkpoint
 from distckpt.directory.locate import foreign_advice
 from distckpt.directory.log import append, prune, read_tail
-from distckpt.errors import CheckpointNotFoundError, CoordinatorError, DistckptError, SaveError
+from distckpt.errors import BlockedError, CheckpointNotFoundError, CoordinatorError, DistckptError, SaveError
 from distckpt.format.json.log import Entry
 from distckpt.sharding.plan import ShardingPlan, make_plan
 from distckpt.state_file import publish
@@ -235,7 +235,8 @@ class Shell:
             known = error if isinstance(error, SaveError) else SaveError(action.number, f"{error}")
             return StepFailed(action.attempt, known)
         if isinstance(action, Append):
-            return AppendUnknown(action.entry, f"{type(error).__name__}: {error}")
+            blocked = error if isinstance(error, BlockedError) else None
+            return AppendUnknown(action.entry, f"{type(error).__name__}: {error}", blocked)
         if isinstance(action, ReadLeases):
             return LeasesRead(frozenset(), f"{error}")
         if isinstance(action, Delete):
