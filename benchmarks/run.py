@@ -24,6 +24,7 @@ from typing import Any
 import agreeing as agreed
 import coordination
 import planning
+import starting
 from figures import Figure, plain, ratio, table
 from machine import describe_machine
 from ranks import RankError, run_ranks
@@ -33,6 +34,7 @@ REPETITIONS = 5
 QUICK_REPETITIONS = 3
 SMALL_SAVES = 24
 RESTARTS = 3
+STARTS = 3
 MOST_GROWTH = 1.2
 FOLDER = Path("bench-output")
 MEMORY = Path("/dev/shm")
@@ -225,6 +227,31 @@ def _growth(
     return plain(name, "", samples, MOST_GROWTH)
 
 
+def starts(folder: Path, repetitions: int) -> list[Figure]:
+    """Ten steps and a save of a two-rank torchrun script; from the second start on it restores first."""
+    figures = []
+    for what in ("no Ray", "a cluster", "busy CPUs"):
+        runs: dict[str, list[starting.Start]] = {"distckpt": [], "dcp": [], "neither": []}
+        where = folder / what.replace(" ", "-")
+        where.mkdir(parents=True)
+        with starting.surroundings(what) as environment:
+            for number in range(1 + min(repetitions, STARTS)):
+                for kind, found in runs.items():
+                    once = starting.start(kind, where, environment)
+                    if number:  # the first one has nothing to restore
+                        found.append(once)
+        ours = runs["distckpt"]
+        most = 1.0 if what != "busy CPUs" else None
+        figures += [
+            plain(f"{what}: opening and restoring, distckpt", "s", [each.ready for each in ours], most),
+            plain(f"{what}: restoring, DCP", "s", [each.ready for each in runs["dcp"]]),
+            *(plain(f"{what}: all of it, {kind}", "s", [each.whole for each in found]) for kind, found in runs.items()),
+            plain(f"{what}: processes beside the ranks", "", [float(each.processes) for each in ours]),
+            plain(f"{what}: their memory", "MiB", [each.megabytes for each in ours]),
+        ]
+    return figures
+
+
 def agreeing(folder: Path, repetitions: int) -> list[Figure]:
     """What a training step pays for a CheckpointSaverHook in which no save is due; the slower rank of each round."""
     figures = []
@@ -265,6 +292,7 @@ PARTS: dict[str, Callable[[Path, int], list[Figure]]] = {
     "restarts": restarts,
     "landing": landing,
     "coordinator": coordinator,
+    "starts": starts,
     "agreeing": agreeing,
 }
 
