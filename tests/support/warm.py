@@ -39,6 +39,7 @@ SLOW_TO_IMPORT = (
     "distckpt.reader",
     "distckpt.testing.faulty",
     "tests.ranks.saves",
+    "tests.soak.subject",
     "tests.support.small_runs",
 )
 
