@@ -14,7 +14,7 @@ QUICK := $(addprefix tests/,format storage sharding transfer directory threads r
 
 SECONDS ?= 600
 
-.PHONY: help install demo test test-floors explore check bench clean
+.PHONY: help install demo test test-floors explore soak check bench clean
 
 help:           ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/'
@@ -43,6 +43,9 @@ test-floors: $(FLOORS_READY) ## the quick tests with the lowest versions that py
 
 explore: $(READY) ## look for what the tests have not met yet, for SECONDS=600
 	$(BIN)/python tests/explore.py $(SECONDS)
+
+soak: $(READY)  ## kill, fail, flip and cut the power for SECONDS=600; totals at the end
+	$(BIN)/python -m tests.soak $(SECONDS)
 
 check: $(READY) ## style and types
 	$(BIN)/ruff check .

@@ -91,8 +91,9 @@ def _newest_readable(store: Store, numbers: list[int]) -> Tail | None:
         except UnsupportedFormatError:
             raise  # a newer release wrote it: to go on from an older entry would undo what it says
         except DamagedError as error:
-            logger.warning("log entry passed over: %s", error)
-            damaged.append(error)
+            # Told anew, for an error that is kept keeps all that its traceback leads to: the 64 MiB of the entry.
+            damaged.append(DamagedError(error.path, error.reason, error.key))
+            logger.warning("log entry passed over: %s", damaged[-1])
         except ObjectNotFoundError:
             return None  # pruned since the listing: list again
     if damaged:

@@ -76,9 +76,9 @@ class Background:
         try:
             record = self._drive(task)
         except Exception as error:  # noqa: BLE001 - it belongs to whoever holds the PendingSave, whatever it is
-            task.progress.ended.set_exception(error)
+            task.progress.fail(error)
         else:
-            task.progress.ended.set_result(record)
+            task.progress.commit(record)
             self._newest.is_now(record, [self._path(task, record.attempt, at) for at in self._shards(task)])
 
     def _drive(self, task: SaveTask) -> CheckpointRecord:
@@ -117,6 +117,7 @@ class Background:
             try:
                 task.progress.staged.result()
                 task.written[attempt] = tuple(self._write_shard(task, attempt, at) for at in self._shards(task))
+                task.progress.written = task.progress.seconds()
             except Exception as error:
                 self._report_failure(attempt, error)
                 raise

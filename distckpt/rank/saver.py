@@ -66,10 +66,11 @@ class Saver:
         """
         order = self._turns.begin(number)
         pending = PendingSave(path, number)
-        progress_of(pending).ended.add_done_callback(lambda _: self._turns.end(order))
+        progress = progress_of(pending)
+        progress.ended.add_done_callback(lambda _: self._turns.end(order))
         try:
             holding = self._collect(order, number)
-            room = self._make_room(order, number, holding, progress_of(pending))
+            room = self._make_room(order, number, holding, progress)
         except BaseException:
             self._turns.end(order)
             raise
@@ -78,6 +79,7 @@ class Saver:
             return None
         if room is not None:
             self._copy(order, number, holding, pending, room)
+        progress.stall = progress.seconds()
         return pending
 
     def close(self) -> None:
@@ -104,7 +106,7 @@ class Saver:
             buffer = self._free_buffer()
             return joined, buffer, buffer.fit(self._layout, holding)
         except DistckptError as error:
-            progress.ended.set_exception(error)
+            progress.fail(error)
             return None
         except Exception as error:  # no memory, say
             self._dialogue.give_up(order, number, f"{type(error).__name__}: {error}")

@@ -253,7 +253,8 @@ def g2_log_is_contiguous(history: History) -> list[str]:
         # The same entry again is a repeat after an answer that never came.
         if happening.heard and below.get(happening.who, happening.entry.commit_id) != happening.entry.commit_id:
             broken.append(f"{happening.who} went on after it had written below the newest number")
-        if happening.heard and logged is None:
+        # Whoever has claimed nothing yet, and finds its number taken and pruned, claims again.
+        if happening.heard and logged is None and happening.entry.kind != "claim":
             below.setdefault(happening.who, happening.entry.commit_id)
     return broken
 

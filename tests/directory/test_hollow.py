@@ -1,4 +1,4 @@
-"""Files that are large in name only, with every checksum right: refused without memory for what is not there."""
+"""Files that are large in name only, with every checksum right, and large ones that are not right: little memory is taken."""
 
 from __future__ import annotations
 
@@ -92,6 +92,15 @@ def test_log_entries_without_a_byte_on_the_disk(tmp_path: Path) -> None:
     with little_memory():
         tail = read_tail(LocalStore(tmp_path))
     assert (tail.seq, tail.entry.seq if tail.entry else 0, len(tail.damaged)) == (19, 1, 18)
+
+
+def test_damaged_log_entries_are_held_one_at_a_time(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, 1, {"state": 1})
+    for seq in range(2, 12):
+        (tmp_path / names.entry_path(seq)).write_bytes(b"x" * (16 * MIB))
+    with little_memory(64 * MIB):
+        tail = read_tail(LocalStore(tmp_path))
+    assert (tail.entry.seq if tail.entry else 0, len(tail.damaged)) == (1, 10)
 
 
 def test_a_value_without_a_byte_on_the_disk(copy: Path) -> None:

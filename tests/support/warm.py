@@ -24,16 +24,22 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any, NoReturn
 
+from distckpt.testing.system_calls import preloading
+
 ROOT = Path(__file__).parents[2]
 MAX_REQUEST_BYTES = 1 << 20
 SLOW_TO_IMPORT = (
+    "numpy.ma",
     "ray",
     "torch._dynamo",
     "torch.distributed.fsdp",
     "distckpt.coordinator.ray.actor",
+    "distckpt.directory.verify",
     "distckpt.manager",
+    "distckpt.reader",
     "distckpt.testing.faulty",
     "tests.ranks.saves",
+    "tests.soak.subject",
     "tests.support.small_runs",
 )
 
@@ -84,15 +90,16 @@ class WarmProcess:
 
 
 class Warm:
-    """The process that forks."""
+    """The process that forks. ``env`` is for it and its children alone, as far as it works when a program is loaded."""
 
-    def __init__(self) -> None:
+    def __init__(self, env: Mapping[str, str] = {}) -> None:
+        self._lock = threading.Lock()
         self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "tests.support.warm", str(theirs.fileno())],
                 cwd=ROOT,
-                env={**os.environ, "OMP_NUM_THREADS": "1"},
+                env={**os.environ, "OMP_NUM_THREADS": "1", **env},
                 pass_fds=[theirs.fileno()],
             )
 
@@ -113,14 +120,15 @@ class Warm:
 
     def ask(self, request: dict[str, Any], files: list[int] | None = None) -> int:
         """The answer to one request."""
-        socket.send_fds(self._socket, [json.dumps(request).encode()], files or [])
-        return int(self._socket.recv(64))
+        with self._lock:
+            socket.send_fds(self._socket, [json.dumps(request).encode()], files or [])
+            return int(self._socket.recv(64))
 
 
 @functools.cache
-def warm() -> Warm:
-    """The one that all tests of this process share. It ends with this process."""
-    return Warm()
+def warm(preload: str = "") -> Warm:
+    """The one that all tests of this process share, for each library to preload. It ends with this process."""
+    return Warm(preloading(preload) if preload else {})
 
 
 def run_script(
