@@ -133,14 +133,14 @@ class CheckpointManager:
         options = dict(storage_options) if storage_options is not None else None
         meeting = meet(self._store, self._world)
         self._gathering: Gathering | None = None
-        if meeting.council is not None:
-            self._gathering = Gathering(
-                meeting.council, self._store, checkpoint_name, meeting.hosts, save_timeout, lambda: self._client.open()
-            )
         settings = Settings(idle_timeout=IDLE_SECONDS)
         self._client: Client = client_of(
             self._store, options, self._world, meeting, opening, settings, self._check_restored
         )
+        if meeting.council is not None:
+            self._gathering = Gathering(
+                meeting.council, self._store, checkpoint_name, meeting.hosts, save_timeout, self._client
+            )
         self._cluster = RankCluster(self._client, self._world)
         self._background = Coordinator([])
         saving = SaverOptions(

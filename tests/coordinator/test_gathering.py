@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,18 @@ from torch.distributed import HashStore
 
 import distckpt
 from distckpt.coordinator.client.gathering import Gathering
-from distckpt.coordinator.messages import FillFrom, FinishWith, KeyMatch, MatchWith, Mismatched, Restore, Restored
+from distckpt.coordinator.messages import (
+    FillFrom,
+    FinishWith,
+    KeyMatch,
+    MatchWith,
+    Mismatched,
+    Restore,
+    Restored,
+    RunOpened,
+)
 from distckpt.directory.log import read_tail
-from distckpt.errors import AbsentRanksError, CheckpointNotFoundError, MissingRanksError, RestoreError
+from distckpt.errors import AbsentRanksError, CheckpointNotFoundError, MissingRanksError, RestoreError, StaleRunError
 from distckpt.format import names
 from distckpt.storage import open_store
 from distckpt.world import Council, StoreCouncil
@@ -25,15 +35,29 @@ FITS = KeyMatch(bytes(1), matched=1)
 NOTHING_FITS = KeyMatch(b"\x80", matched=0, missing=("b",), missing_count=1)
 
 
+@dataclass
+class NotYet:
+    """A run that is open or not; ``wait`` is what opening it does."""
+
+    wait: Callable[[], object] = lambda: None
+    opened: RunOpened | None = None
+
+    def open(self) -> object:
+        """Wait."""
+        return self.wait()
+
+
 class Ranks:
     """Two threads that consult each other, each with a gathering of its own."""
 
-    def __init__(self, directory: Path, timeout: float = 20.0, wait: Callable[[], object] = lambda: None) -> None:
+    def __init__(self, directory: Path, timeout: float = 20.0, opening: NotYet | None = None) -> None:
         torch_store = HashStore()
         self.councils = [StoreCouncil(torch_store, rank, 2, timeout) for rank in range(2)]
         store = open_store(directory)
         hosts = {0: "left", 1: "right"}
-        self.gatherings = [Gathering(council, store, "ckpt", hosts, timeout, wait) for council in self.councils]
+        self.gatherings = [
+            Gathering(council, store, "ckpt", hosts, timeout, opening or NotYet()) for council in self.councils
+        ]
         self._pool = ThreadPoolExecutor(2)
 
     def ask(self, *requests: Restore) -> list[Any]:
@@ -149,12 +173,24 @@ def test_a_run_that_restored_before_an_earlier_one_committed_is_told(directory: 
         gathering.check_newest()
 
 
+def test_a_run_that_was_superseded_while_it_restored_is_told_at_once(directory: Path) -> None:
+    state = read_tail(open_store(directory)).state
+    ranks = Ranks(directory, opening=NotYet(opened=RunOpened(state.run, 1, ())))
+    record = ranks.ask(Restore(1, None))[0].record
+    ranks.ask(tried(record.attempt, keys=FITS))
+    ranks.ask(tried(record.attempt, stage="fill"))
+    save(directory)  # a newer run begins
+    answers = ranks.ask(tried(record.attempt, stage="finish"))
+    assert [type(answer) for answer in answers] == [StaleRunError] * 2
+    assert (answers[1].run, answers[1].newer) == (state.run, state.run + 1)
+
+
 def test_what_lacks_nothing_but_its_commit_waits_for_a_coordinator(directory: Path) -> None:
     entry = max((directory / "_log").iterdir())
     text = entry.read_bytes()
     entry.unlink()
     assert read_tail(open_store(directory)).state.newest().number == 1  # type: ignore[union-attr]
-    ranks = Ranks(directory, wait=lambda: entry.write_bytes(text))  # a coordinator would roll it forward
+    ranks = Ranks(directory, opening=NotYet(lambda: entry.write_bytes(text)))  # a coordinator would roll it forward
     assert ranks.ask(Restore(1, None))[0].record.number == 2
 
 

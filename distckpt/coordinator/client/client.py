@@ -57,6 +57,12 @@ class Client:
         if self._first.done():
             self.open()
 
+    @property
+    def opened(self) -> RunOpened | None:
+        """The run, if it is open by now."""
+        is_open = self._first.done() and self._first.exception() is None
+        return self._line_and_run(None)[1] if is_open else None
+
     def open(self, timeout: float | None = None) -> RunOpened:
         """The opened run. Raises what the coordinator refuses with: StaleRunError, FencedError, StorageError ..."""
         return self._opened or self._line_and_run(timeout)[1]

@@ -6,8 +6,8 @@ So training begins while the coordinator is still starting. Rank 0 holds a lease
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
 
 import msgspec
 
@@ -23,6 +23,7 @@ from distckpt.coordinator.messages import (
     Reply,
     Restore,
     Restored,
+    RunOpened,
 )
 from distckpt.coordinator.shell.sealing import read_log_tail
 from distckpt.directory.lease import hold
@@ -33,6 +34,7 @@ from distckpt.errors import (
     DistckptError,
     MissingRanksError,
     RestoreError,
+    StaleRunError,
 )
 from distckpt.format.json.log import State
 from distckpt.storage import Store
@@ -43,26 +45,35 @@ from distckpt.world import Council
 SIGNS = 8
 """How many signs of life a rank gives, while it is at work, in the time after which its silence counts as death."""
 
-Wait = Callable[[], object]
+
+class Opening(Protocol):
+    """The run of these ranks, which may not be open yet."""
+
+    @property
+    def opened(self) -> RunOpened | None:
+        """The run, if it is open by now."""
+
+    def open(self) -> object:
+        """Wait until it is. Raises what keeps it from that."""
 
 
 class Gathering:
     """Answers Restore as a coordinator would, by a consultation of all ranks. Used from one thread.
 
-    ``wait`` returns once the run is open: rank 0 calls it if an attempt on storage lacks nothing but its commit, which
-    only a coordinator can give it. ``newest`` is the newest checkpoint (its attempt, '' for none) when the first restore
+    Rank 0 waits for the ``opening`` if an attempt on storage lacks nothing but its commit, which only a coordinator can
+    give it. ``newest`` is the newest checkpoint (its attempt, '' for none) when the first restore
     came to its end, None before.
     """
 
     def __init__(
-        self, council: Council, store: Store, name: str, hosts: Mapping[int, str], save_timeout: float, wait: Wait
+        self, council: Council, store: Store, name: str, hosts: Mapping[int, str], save_timeout: float, opening: Opening
     ) -> None:
         self.newest: str | None = None
         self._council = council
         self._store = store
         self._hosts = hosts
         self._timeout = save_timeout
-        self._host = _Host(store, name, hosts, wait)
+        self._host = _Host(store, name, hosts, opening)
         self._signs: Coordinator | None = None
 
     def ask(self, request: Restore, timeout: float) -> Reply:
@@ -110,11 +121,11 @@ class Gathering:
 class _Host:
     """Rank 0's part: the round, and the lease on its candidate."""
 
-    def __init__(self, store: Store, name: str, hosts: Mapping[int, str], wait: Wait) -> None:
+    def __init__(self, store: Store, name: str, hosts: Mapping[int, str], opening: Opening) -> None:
         self._store = store
         self._name = name
         self._hosts = hosts
-        self._wait = wait
+        self._opening = opening
         self._round: RestoreRound | None = None
         self._order = 0
         self._held = ""
@@ -151,9 +162,11 @@ class _Host:
                 round.hear(rank, self._hosts.get(rank, ""), message)
         if round.is_complete:
             round.advance(read_tail(self._store).state)
-        if isinstance(round.outcome, Restored) and first.which is None:
-            state = read_tail(self._store).state
-            if _newest(state) != _newest(round.state):  # another run has committed meanwhile: that is the newest
+        if isinstance(round.outcome, Restored):
+            state, opened = read_tail(self._store).state, self._opening.opened
+            if opened is not None and opened.run < state.run:
+                raise StaleRunError(self._store.url, opened.run, state.run)
+            if first.which is None and _newest(state) != _newest(round.state):  # another run has committed meanwhile
                 round = self._round = self._new_round(first, state)
         return round.outcome or self._asked(round, first)
 
@@ -174,7 +187,7 @@ class _Host:
     def _first_state(self) -> State:
         tail = read_log_tail(self._store)
         if tail.complete:
-            self._wait()
+            self._opening.open()
             return read_tail(self._store).state
         return tail.entry.state if tail.entry is not None else State()
 
