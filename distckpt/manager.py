@@ -32,6 +32,7 @@ from distckpt.rank.saver import Saver
 from distckpt.state.selection import EVERYTHING, Rename, Selection
 from distckpt.state.status import LoadStatus
 from distckpt.storage import canonical, join, open_store
+from distckpt.terminal.sizes import counted
 from distckpt.threads.coordinator import Coordinator
 from distckpt.threads.looper import LooperThread
 from distckpt.world import find_world
@@ -75,6 +76,7 @@ class CheckpointManager:
         verify: read every shard back and compare before it is reported as landed.
         check_copies: compare at every save, not only when the layout is new, the tensors of which several ranks hold
             copies; to find out where ranks drift apart. Every save then plans, and reads all of them.
+        progress: rank 0 shows on its terminal how far restores and a long first save have come.
 
     Raises:
         ValueError: wrong arguments.
@@ -109,6 +111,7 @@ class CheckpointManager:
         run_id: str | None = None,
         verify: bool = False,
         check_copies: bool = False,
+        progress: bool = False,
     ) -> None:
         check_arguments(max_to_keep, checkpoint_name, step_counter, checkpoint_interval, save_timeout, buffers, on_busy)
         self._checkpoint = checkpoint
@@ -143,10 +146,15 @@ class CheckpointManager:
             skip_if_busy=on_busy == "skip",
             verify=verify,
             check_copies=check_copies,
+            shown=progress,
         )
         self._saver = Saver(self._client, self._store, checkpoint, saving, self._background)
-        self._restorer = Restorer(self._client, self._store, checkpoint, self._world, save_timeout)
+        self._restorer = Restorer(self._client, self._store, checkpoint, self._world, save_timeout, progress)
         self._found = self._client.open()
+        if self._world.rank == 0:
+            logger.info(
+                "%s opened for run %d, of %s", self._store.url, self._found.run, counted(self._world.size, "rank")
+            )
         self._pending = PendingSaves()
         self._alone = Alone(self._store.url)
         self._closed = False

@@ -57,7 +57,13 @@ class Restorer:
     """
 
     def __init__(
-        self, client: Client, store: Store, checkpoint: NamedObjects, world: World, save_timeout: float
+        self,
+        client: Client,
+        store: Store,
+        checkpoint: NamedObjects,
+        world: World,
+        save_timeout: float,
+        shown: bool = False,
     ) -> None:
         self.status: LoadStatus | None = None
         self._client = client
@@ -65,6 +71,7 @@ class Restorer:
         self._checkpoint = checkpoint
         self._world = world
         self._timeout = save_timeout
+        self._shown = shown
         self._asked = 0
         self._filler: tuple[str, Filler] | None = None
         self._selection = EVERYTHING
@@ -151,7 +158,9 @@ class Restorer:
             raise self._spoiled(where.path, RestoreError(reason))
         rank, size = self._world.rank, self._world.size
         try:
-            filler = Filler(self._checkpoint, where, read_index(where), rank, size, partial, self._selection)
+            filler = Filler(
+                self._checkpoint, where, read_index(where), rank, size, partial, self._selection, self._shown
+            )
         except (RestoreError, KeyError, ValueError) as error:
             if self._is_touched:
                 raise self._spoiled(where.path, error) from error
