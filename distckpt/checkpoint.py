@@ -38,6 +38,7 @@ class Checkpoint(NamedObjects):
         *,
         select: str | Sequence[str] | None = None,
         rename: Rename | None = None,
+        progress: bool = False,
     ) -> LoadStatus:
         """Fill the objects in place from the checkpoint at ``path``, every byte checked before it counts.
 
@@ -49,6 +50,7 @@ class Checkpoint(NamedObjects):
         ``select`` restores only what these keys of the checkpoint begin with, ``"model"`` say, and leaves all else as it
         is. ``rename`` maps what keys of the checkpoint begin with to what they are called here, or is a function from key
         to key; None leaves a key out: ``restore(other_run, select="model.encoder", rename={"model.encoder": "encoder"})``.
+        ``progress`` has rank 0 show on its terminal how far it has come.
 
         Raises CheckpointNotFoundError, DamagedError, ResizeError, and MismatchError, before anything is changed, for
         keys that do not fit and when objects and checkpoint have nothing in common; KeyError for a selector that no key
@@ -61,7 +63,7 @@ class Checkpoint(NamedObjects):
         where = locate(path, storage_options)
         world = find_world()
         selection = Selection.of(select, rename)
-        status = restore_objects(self, where, read_index(where), world.rank, world.size, partial, selection)
+        status = restore_objects(self, where, read_index(where), world.rank, world.size, partial, selection, progress)
         if not partial and (status.missing or status.unexpected):
             logger.warning("%s", describe(status))
         return status

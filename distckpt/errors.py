@@ -46,7 +46,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 
-def _ranks_at_hosts(ranks: Sequence[int], hosts: Mapping[int, str]) -> str:
+def ranks_at_hosts(ranks: Sequence[int], hosts: Mapping[int, str]) -> str:
+    """``rank 3 (host-1), rank 7 (host-2)``: the first 16 of them, with their hosts as far as they are known."""
     shown = [f"rank {rank} ({hosts[rank]})" if hosts.get(rank) else f"rank {rank}" for rank in list(ranks)[:16]]
     more = len(ranks) - len(shown)
     return ", ".join(shown) + (f" and {more} more" if more > 0 else "")
@@ -188,7 +189,7 @@ class MissingRanksError(SaveError):
     ) -> None:
         super().__init__(
             number,
-            f"waited {timeout:g} s for {_ranks_at_hosts(ranks, hosts)} {stage}. "
+            f"waited {timeout:g} s for {ranks_at_hosts(ranks, hosts)} {stage}. "
             "Nothing was committed; training may go on and the next save starts afresh",
         )
         self.ranks = tuple(ranks)
@@ -201,7 +202,7 @@ class RankFailedError(SaveError):
     """``rank`` on ``host`` reported that its own part of the save failed; ``reason`` is its own error's text."""
 
     def __init__(self, number: int | None, rank: int, host: str, reason: str) -> None:
-        super().__init__(number, f"{_ranks_at_hosts([rank], {rank: host})} failed: {reason}")
+        super().__init__(number, f"{ranks_at_hosts([rank], {rank: host})} failed: {reason}")
         self.rank = rank
         self.host = host
         self.reason = reason
@@ -213,7 +214,7 @@ class NotSharedError(SaveError):
     def __init__(self, number: int | None, directory: str, ranks: Sequence[int], hosts: Mapping[int, str]) -> None:
         super().__init__(
             number,
-            f"shards of {_ranks_at_hosts(ranks, hosts)} are not to be seen in {directory} from the coordinator. "
+            f"shards of {ranks_at_hosts(ranks, hosts)} are not to be seen in {directory} from the coordinator. "
             "Use a directory that all hosts share",
         )
         self.directory = directory
@@ -228,7 +229,7 @@ class NumberMismatchError(SaveError):
         self, number: int | None, numbers: Mapping[int, int | None], hosts: Mapping[int, str] | None = None
     ) -> None:
         shown = ", ".join(
-            f"{_ranks_at_hosts([rank], hosts or {})} {f'saves {value}' if value is not None else 'only prepares'}"
+            f"{ranks_at_hosts([rank], hosts or {})} {f'saves {value}' if value is not None else 'only prepares'}"
             for rank, value in sorted(numbers.items())[:16]
         )
         super().__init__(number, f"all ranks must save the same number, but {shown}. The next save starts afresh")
@@ -279,7 +280,7 @@ class AbsentRanksError(CoordinatorError):
 
     def __init__(self, ranks: Sequence[int], timeout: float) -> None:
         super().__init__(
-            f"waited {timeout:g} s for {_ranks_at_hosts(ranks, {})} to come. Every rank must make the manager, and all of "
+            f"waited {timeout:g} s for {ranks_at_hosts(ranks, {})} to come. Every rank must make the manager, and all of "
             "them alike; nothing was changed, and they may try again together"
         )
         self.ranks = tuple(ranks)
@@ -294,7 +295,7 @@ class PeerFailedError(CoordinatorError):
     """
 
     def __init__(self, rank: int, host: str, kind: str, reason: str, traceback_text: str) -> None:
-        super().__init__(f"{_ranks_at_hosts([rank], {rank: host})} failed with {kind}: {reason}")
+        super().__init__(f"{ranks_at_hosts([rank], {rank: host})} failed with {kind}: {reason}")
         self.rank = rank
         self.host = host
         self.kind = kind
@@ -309,7 +310,7 @@ class RankSilentError(PeerFailedError):
 
     def __init__(self, rank: int, host: str, seconds: float) -> None:
         super().__init__(rank, host, type(self).__name__, f"no sign of life for {seconds:.3g} s", "")
-        self.args = (f"{_ranks_at_hosts([rank], {rank: host})} gave {self.reason}",)
+        self.args = (f"{ranks_at_hosts([rank], {rank: host})} gave {self.reason}",)
         self.seconds = seconds
 
 

@@ -77,6 +77,7 @@ class CheckpointManager:
         verify: read every shard back and compare before it is reported as landed.
         check_copies: compare at every save, not only when the layout is new, the tensors of which several ranks hold
             copies; to find out where ranks drift apart. Every save then plans, and reads all of them.
+        progress: rank 0 shows on its terminal how far restores and a long first save have come.
 
     Raises:
         ValueError: wrong arguments.
@@ -111,6 +112,7 @@ class CheckpointManager:
         run_id: str | None = None,
         verify: bool = False,
         check_copies: bool = False,
+        progress: bool = False,
     ) -> None:
         check_arguments(max_to_keep, checkpoint_name, step_counter, checkpoint_interval, save_timeout, buffers, on_busy)
         self._checkpoint = checkpoint
@@ -134,9 +136,9 @@ class CheckpointManager:
         meeting = meet(self._store, self._world)
         self._gathering: Gathering | None = None
         settings = Settings(idle_timeout=IDLE_SECONDS)
-        self._client: Client = client_of(
-            self._store, options, self._world, meeting, opening, settings, self._check_restored
-        )
+        # Once the run is open nobody else commits any more: what was restored before must still be the newest.
+        check = lambda: self._gathering and self._gathering.check_newest()
+        self._client: Client = client_of(self._store, options, self._world, meeting, opening, settings, check)
         if meeting.council is not None:
             self._gathering = Gathering(
                 meeting.council, self._store, checkpoint_name, meeting.hosts, save_timeout, self._client
@@ -152,9 +154,11 @@ class CheckpointManager:
             skip_if_busy=on_busy == "skip",
             verify=verify,
             check_copies=check_copies,
+            shown=progress,
         )
         self._saver = Saver(self._client, self._store, checkpoint, saving, self._background)
-        self._restorer = Restorer(self._gathering or self._client, self._store, checkpoint, self._world, save_timeout)
+        table = self._gathering or self._client
+        self._restorer = Restorer(table, self._store, checkpoint, self._world, save_timeout, progress)
         self._pending = PendingSaves()
         self._alone = Alone(self._store.url)
         self._closed = False
@@ -373,11 +377,6 @@ class CheckpointManager:
         if self._closed:
             raise CoordinatorError(f"{self.directory}: this manager has been closed; make another one to go on")
         self._client.check()
-
-    def _check_restored(self) -> None:
-        """Now that the run is open, and nobody else commits any more: what was restored before is still the newest."""
-        if self._gathering is not None:
-            self._gathering.check_newest()
 
     def _leave(self) -> None:
         self._left = True

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from distckpt.directory.locate import Located, locate, read_index
 from distckpt.directory.newest import newest_committed
-from distckpt.directory.verify import Damage, Progress, VerifyReport, verify
+from distckpt.directory.verify import Damage, VerifyReport, verify
 from distckpt.errors import CheckpointNotFoundError, DamagedError
 from distckpt.format import names
 from distckpt.format.arrow.dtypes import VALUE
@@ -19,6 +19,7 @@ from distckpt.format.tree.select import select_paths, unknown_key
 from distckpt.format.tree.tree import Path, decode_path, unflatten
 from distckpt.state_file import get_checkpoint_state
 from distckpt.storage import PathLike, join, open_store
+from distckpt.transfer.progress import Progress
 
 if TYPE_CHECKING:
     import torch  # imported late where it is needed: opening a checkpoint and verifying it do without

@@ -128,10 +128,38 @@ class Receipt:
 
 
 @dataclass(frozen=True, slots=True)
+class Late:
+    """A save waits for ``ranks`` on ``hosts``, for ``seconds`` of ``timeout`` by now: ask again.
+
+    It is told once, long before the deadline, to one of the ranks that wait.
+    """
+
+    ranks: tuple[int, ...]
+    hosts: Mapping[int, str]
+    seconds: float
+    timeout: float
+    stage: str
+
+
+@dataclass(frozen=True, slots=True)
+class Landing:
+    """The shards of ``rank`` on ``host`` were the last to land, so many ``seconds`` after those of the first rank."""
+
+    rank: int
+    host: str
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
 class Committed:
-    """The checkpoint is in the log, durable and visible."""
+    """The checkpoint is in the log, durable and visible. ``retired`` are folders of those that no longer are.
+
+    The one that was ``last``, and what retired, are told once, when it happens.
+    """
 
     record: CheckpointRecord
+    last: Landing | None = None
+    retired: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -365,6 +393,7 @@ Reply = (
     | Skipped
     | Accepted
     | Planned
+    | Late
     | Committed
     | Prepared
     | MatchWith

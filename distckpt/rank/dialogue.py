@@ -11,6 +11,7 @@ from distckpt.coordinator.messages import (
     Fail,
     Join,
     Joined,
+    Late,
     Planned,
     RankRequest,
     Receipt,
@@ -18,7 +19,7 @@ from distckpt.coordinator.messages import (
     Skipped,
     Unknown,
 )
-from distckpt.errors import DistckptError, SaveError
+from distckpt.errors import DistckptError, SaveError, ranks_at_hosts
 from distckpt.format.arrow.receipt import ShardReceipt
 from distckpt.rank.layout import Layout, layout_of
 from distckpt.rank.options import SaverOptions
@@ -96,4 +97,13 @@ class Dialogue:
 
     def _ask(self, request: RankRequest) -> Reply:
         # The coordinator itself answers at the save's deadline; twice that means that it does not answer at all.
-        return self._client.ask(request, 2 * self._timeout + 60)
+        while isinstance(reply := self._client.ask(request, 2 * self._timeout + 60), Late):
+            _warn(reply)
+        return reply
+
+
+def _warn(late: Late) -> None:
+    who = ranks_at_hosts(late.ranks, late.hosts)
+    logger.warning(
+        "waiting for %s %s, for %.1f s by now; after %g s the save fails", who, late.stage, late.seconds, late.timeout
+    )

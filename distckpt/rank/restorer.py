@@ -63,13 +63,22 @@ class Restorer:
     ``status`` is how keys matched in the last restore of a checkpoint, None before.
     """
 
-    def __init__(self, table: Table, store: Store, checkpoint: NamedObjects, world: World, save_timeout: float) -> None:
+    def __init__(
+        self,
+        table: Table,
+        store: Store,
+        checkpoint: NamedObjects,
+        world: World,
+        save_timeout: float,
+        shown: bool = False,
+    ) -> None:
         self.status: LoadStatus | None = None
         self._table = table
         self._store = store
         self._checkpoint = checkpoint
         self._world = world
         self._timeout = save_timeout
+        self._shown = shown
         self._asked = 0
         self._filler: tuple[str, Filler] | None = None
         self._selection = EVERYTHING
@@ -156,7 +165,9 @@ class Restorer:
             raise self._spoiled(where.path, RestoreError(reason))
         rank, size = self._world.rank, self._world.size
         try:
-            filler = Filler(self._checkpoint, where, read_index(where), rank, size, partial, self._selection)
+            filler = Filler(
+                self._checkpoint, where, read_index(where), rank, size, partial, self._selection, self._shown
+            )
         except (RestoreError, KeyError, ValueError) as error:
             if self._is_touched:
                 raise self._spoiled(where.path, error) from error

@@ -31,6 +31,8 @@ from distckpt.sharding.chunks import dtype_from_name, global_shape, local_tensor
 from distckpt.state.memory import PLAIN, is_freed, is_same_bits, storage_of, writable
 from distckpt.state.pouring import Poured
 from distckpt.state.tensors import check_tensors, read_tensors, read_values
+from distckpt.transfer.progress import Progress
+from distckpt.transfer.reader import ReadStats
 
 Values = Mapping[str, Any]
 """Plain values that have been read, by key."""
@@ -284,14 +286,14 @@ class Match:
             check(values)
         return values
 
-    def check_bytes(self) -> None:
+    def check_bytes(self, progress: Progress | None) -> None:
         """Read and check what ``read`` would read; nothing is changed. DamagedError names shard and key."""
-        check_tensors(self.where, self.index, self._tensors)
+        check_tensors(self.where, self.index, self._tensors, progress)
 
-    def read(self) -> None:
+    def read(self, progress: Progress | None) -> ReadStats:
         """Read every tensor. DamagedError names shard and key; those that are read in their places then hold anything."""
         with torch.no_grad():
-            read_tensors(self.where, self.index, self._tensors)
+            return read_tensors(self.where, self.index, self._tensors, progress)
 
     def finish(self, values: Values) -> None:
         """Do all that is to be done once everything has been read."""

@@ -16,13 +16,16 @@ from distckpt.format.tree.values import decode_value
 from distckpt.sharding.chunks import Piece, dtype_from_name, pieces
 from distckpt.sharding.match import Transfers, Wanted, match
 from distckpt.transfer.checksums import PIECE_BYTES
+from distckpt.transfer.progress import Progress
 from distckpt.transfer.reader import ReadStats, check_transfers, read_transfers
 
 LARGE_VALUE = 16 << 20
 """One that is larger is looked at before there is memory for it."""
 
 
-def read_tensors(where: Located, index: Index, targets: Mapping[str, Sequence[torch.Tensor]]) -> ReadStats:
+def read_tensors(
+    where: Located, index: Index, targets: Mapping[str, Sequence[torch.Tensor]], progress: Progress | None = None
+) -> ReadStats:
     """Fill every target with its part of the saved tensor of that key; all bytes checked before the return.
 
     Targets have the saved global shape; a DTensor takes what this rank holds of it. Another dtype is converted as
@@ -41,18 +44,21 @@ def read_tensors(where: Located, index: Index, targets: Mapping[str, Sequence[to
                 finish.append(lambda piece=piece, landing=landing: piece.local.copy_(landing))  # type: ignore[misc]
             wanted.append(Wanted(key, piece.offset, piece.length))
             memory.append(_bytes_of(landing))
-    stats = _read(where, index, wanted, memory)
+    stats = _read(where, index, wanted, memory, progress)
     for step in finish:
         step()
     return stats
 
 
-def check_tensors(where: Located, index: Index, targets: Mapping[str, Sequence[torch.Tensor]]) -> ReadStats:
+def check_tensors(
+    where: Located, index: Index, targets: Mapping[str, Sequence[torch.Tensor]], progress: Progress | None = None
+) -> ReadStats:
     """Read and check the bytes that ``read_tensors`` would read, and put them nowhere. DamagedError names shard and key."""
     wanted = (
         Wanted(key, piece.offset, piece.length) for key, tensors in targets.items() for piece in _distinct(tensors)
     )
-    return check_transfers(where.store, where.folder, index, _transfers(where, index, list(dict.fromkeys(wanted))))
+    transfers = _transfers(where, index, list(dict.fromkeys(wanted)))
+    return check_transfers(where.store, where.folder, index, transfers, progress)
 
 
 def read_values(where: Located, index: Index, keys: Iterable[str]) -> dict[str, Any]:
@@ -82,8 +88,15 @@ def _check_text(where: Located, index: Index, key: str) -> None:
                     raise DamagedError(f"{where.store.url}/{path}", "not a value: it holds zero bytes", key)
 
 
-def _read(where: Located, index: Index, wanted: Sequence[Wanted], memory: Sequence[memoryview]) -> ReadStats:
-    return read_transfers(where.store, where.folder, index, _transfers(where, index, wanted), memory)
+def _read(
+    where: Located,
+    index: Index,
+    wanted: Sequence[Wanted],
+    memory: Sequence[memoryview],
+    progress: Progress | None = None,
+) -> ReadStats:
+    transfers = _transfers(where, index, wanted)
+    return read_transfers(where.store, where.folder, index, transfers, memory, progress=progress)
 
 
 def _transfers(where: Located, index: Index, wanted: Sequence[Wanted]) -> Transfers:

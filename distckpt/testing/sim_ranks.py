@@ -17,6 +17,7 @@ from distckpt.coordinator.messages import (
     Join,
     Joined,
     KeyMatch,
+    Late,
     Leave,
     MatchWith,
     OpenRun,
@@ -192,6 +193,8 @@ class Rank(Process):
             if isinstance(reply, Unknown):
                 yield from self._open()
                 return reply
+            if isinstance(reply, Late):
+                continue
             if not isinstance(reply, Refused):
                 return reply
             if not isinstance(reply.error, FencedError | CoordinatorUnavailableError):

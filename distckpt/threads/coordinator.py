@@ -142,7 +142,10 @@ class Coordinator:
             first = self._record(cause := _Cause(error, getattr(error, "__traceback__", None)))
             membership = self._membership
         if first is cause:
-            logger.info("stopping because of %s", "a request" if error is None else _line(error))
+            if error is None:
+                logger.debug("asked to stop")
+            else:
+                logger.info("stopping because of %s", _line(error))
             if membership is not None:
                 membership.report(error)
         elif error is not None and error is not first.error:

@@ -19,6 +19,7 @@ from distckpt.format.arrow.index import Index
 from distckpt.format.names import shard_name
 from distckpt.sharding.match import Transfers
 from distckpt.storage.interface import Source, Store
+from distckpt.transfer.progress import Meter, Progress
 from distckpt.transfer.read_plan import Batch, Read, Scatter, plan_reads
 
 
@@ -73,22 +74,23 @@ def read_transfers(
     targets: Sequence[memoryview],
     threads: int | None = None,
     pace: Pace | None = None,
+    progress: Progress | None = None,
 ) -> ReadStats:
     """Carry out the transfers: on return every byte of them is in place, and has been checked against its CRC32C.
 
     ``folder`` is that of the attempt, relative to the root of ``store``. ``targets`` has for each wanted rectangle its
-    memory: writable, contiguous, exactly as many bytes as it takes. Raises DamagedError, naming shard and key, if a
+    memory: writable, contiguous, exactly as many bytes as it takes. ``progress`` is told of the bytes read. Raises DamagedError, naming shard and key, if a
     shard is missing, too short or not what was written; StorageError if the store fails. After an error the targets
     hold anything. ValueError if a wanted rectangle is not covered, or its memory does not fit.
     """
-    return _carry_out(store, folder, index, transfers, _views(transfers, targets), threads, pace)
+    return _carry_out(store, folder, index, transfers, _views(transfers, targets), threads, pace, progress)
 
 
 def check_transfers(
-    store: Store, folder: str, index: Index, transfers: Transfers, threads: int | None = None, pace: Pace | None = None
+    store: Store, folder: str, index: Index, transfers: Transfers, progress: Progress | None = None
 ) -> ReadStats:
     """Read the bytes that ``read_transfers`` would read and check them, and put them nowhere. Raises what that raises."""
-    return _carry_out(store, folder, index, transfers, None, threads, pace)
+    return _carry_out(store, folder, index, transfers, None, None, None, progress)
 
 
 def _carry_out(
@@ -99,6 +101,7 @@ def _carry_out(
     views: list[memoryview] | None,
     threads: int | None,
     pace: Pace | None,
+    progress: Progress | None,
 ) -> ReadStats:
     began = time.perf_counter()
     pace = pace or pace_of(store)
@@ -107,7 +110,8 @@ def _carry_out(
     # Several batches for each thread, so that none waits long for the last; for one thread there is nothing to share.
     batch_bytes = max(pace.piece, min(pace.batch, total // (4 * workers))) if workers > 1 else 1 << 62
     batches = plan_reads(index, transfers, batch_bytes)
-    job = _Job(_Shards(store, folder, batches), index, views, pace, deque(batches))
+    planned = sum(read.end - read.begin for batch in batches for read in batch.reads) if progress is not None else 0
+    job = _Job(_Shards(store, folder, batches), index, views, pace, deque(batches), Meter(planned, progress))
     try:
         bytes_read = _run(job, min(workers, len(batches)))
     finally:
@@ -135,6 +139,7 @@ class _Job:
     views: list[memoryview] | None
     pace: Pace
     batches: deque[Batch]
+    meter: Meter
 
     def work(self) -> int:
         """Do batches until none is left; bytes read. An error leaves none for the other threads."""
@@ -311,6 +316,7 @@ class _Reader:
     def _fill(self, position: int, target: memoryview) -> None:
         self._source.read_into(position, target)
         self.bytes_read += target.nbytes
+        self._job.meter.add(target.nbytes)
 
     def _stream(self, position: int, target: memoryview, crc: int) -> int:
         """Fill ``target``, a piece at a time, and carry the CRC on while the piece is still in the cache."""

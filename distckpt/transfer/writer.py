@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import crc32c
 import numpy as np
@@ -17,16 +17,22 @@ from distckpt.transfer.staging import StagedShard
 SECTION_BYTES = 32 << 20
 
 
-def write_shard(store: Store, path: str, shard: StagedShard, section_bytes: int = SECTION_BYTES) -> ShardReceipt:
+def write_shard(
+    store: Store,
+    path: str,
+    shard: StagedShard,
+    section_bytes: int = SECTION_BYTES,
+    wrote: Callable[[int], object] = bool,
+) -> ShardReceipt:
     """Write what was last staged, once it has all arrived; durable on return.
 
-    ``section_bytes`` is a multiple of 1 MiB. Raises StorageError, or DamagedError if the store took in something else.
+    ``section_bytes`` is a multiple of 1 MiB. ``wrote`` is called with the bytes of each section on its way. Raises StorageError, or DamagedError if the store took in something else.
     """
     if shard.copied is None:
         raise ValueError("nothing has been staged")
     shard.copied.wait()
     sums = _Sums(shard)
-    info = store.put_unique(path, shard.image.size, sums.sections(section_bytes))
+    info = store.put_unique(path, shard.image.size, sums.sections(section_bytes, wrote))
     receipt = sums.receipt()
     _check(info, receipt, f"{store.url}/{path}")
     return receipt
@@ -56,13 +62,14 @@ class _Sums:
         self._blocks: list[int] = []
         self._rows: list[int] = []
 
-    def sections(self, nbytes: int) -> Iterator[memoryview]:
+    def sections(self, nbytes: int, wrote: Callable[[int], object]) -> Iterator[memoryview]:
         """The shard's bytes in order."""
         image = self._shard.image
         last_rows = np.searchsorted(image.crc_positions, np.arange(nbytes, image.size + nbytes, nbytes)).tolist()
         for number, last_row in enumerate(last_rows):
             self._fill_in(last_row)
-            yield self._content[number * nbytes : (number + 1) * nbytes]
+            yield (section := self._content[number * nbytes : (number + 1) * nbytes])
+            wrote(section.nbytes)
 
     def receipt(self) -> ShardReceipt:
         """What the pass has found. To be asked for when every section has been taken."""

@@ -11,7 +11,7 @@ from tests.house.source import PACKAGE, file_of, imports, imports_when_imported,
 FLOORS = (
     ("errors",),
     ("world",),
-    ("storage", "format", "threads"),
+    ("storage", "format", "threads", "terminal"),
     ("sharding", "state_file"),
     ("transfer",),
     ("directory",),

@@ -28,7 +28,7 @@ class Client:
     """
 
     def __init__(
-        self, connect: Callable[[], Line], opening: OpenRun, opened: Callable[[], None] = lambda: None
+        self, connect: Callable[[], Line], opening: OpenRun, opened: Callable[[RunOpened], None] = lambda run: None
     ) -> None:
         self._connect = connect
         self._opening = opening
@@ -43,7 +43,7 @@ class Client:
             line = self._connect()
             try:
                 opened = self._first_open(line)
-                self._check()
+                self._check(opened)
             except BaseException:
                 line.close()  # or it would go on claiming the directory that its maker has given up
                 raise

@@ -20,11 +20,12 @@ from typing import Any
 from distckpt.coordinator.client.client import Client
 from distckpt.coordinator.client.error_text import from_text, to_text
 from distckpt.coordinator.client.line import Line, LocalLine
-from distckpt.coordinator.messages import OpenRun
+from distckpt.coordinator.messages import OpenRun, RunOpened
 from distckpt.coordinator.shell.shell import Settings, Shell
 from distckpt.directory.strays import read_run
 from distckpt.errors import CoordinatorError, DistckptError
 from distckpt.storage import Store, probe
+from distckpt.terminal.sizes import counted
 from distckpt.world import Council, World, new_token
 
 logger = logging.getLogger(__name__)
@@ -92,15 +93,22 @@ def client_of(
     meeting: Meeting,
     opening: OpenRun,
     settings: Settings,
-    opened: Callable[[], None],
+    check: Callable[[], object],
 ) -> Client:
     """The client of the directory's coordinator, which is found or started.
 
     A world of one has its coordinator in the process; more ranks meet at a Ray actor, for which rank 0 joins the
     running Ray cluster or starts one on its host. Where the ranks can consult each other, all that happens in another
-    thread, and the client's users wait for it; else the run is open on return.
+    thread, and the client's users wait for it; else the run is open on return. What ``check`` raises then keeps the run
+    from being used.
     """
     opening = dataclasses.replace(opening, token=meeting.token)
+
+    def opened(run: RunOpened) -> None:
+        check()
+        if world.rank == 0:
+            logger.info("%s opened for run %d, of %s", store.url, run.run, counted(world.size, "rank"))
+
     if world.size == 1:
         client = Client(lambda: _local_line(store, settings), opening, opened)
         client.connect()
