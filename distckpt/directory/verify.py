@@ -153,11 +153,17 @@ class _Stretch(NamedTuple):
 
 
 def _shard_damage(where: Located, index: Index, record: ShardRecord, counter: _Counter) -> Iterator[Damage]:
+    """What is wrong with a shard when it is read a second time too, if anything was the first time."""
+    if list(_shard_damage_once(where, index, record, counter)):
+        yield from _shard_damage_once(where, index, record, _Counter(0, None))
+
+
+def _shard_damage_once(where: Located, index: Index, record: ShardRecord, counter: _Counter) -> Iterator[Damage]:
     relative = where.shard_path(record.rank, record.shard)
     path = f"{where.store.url}/{relative}"
     try:
         source = where.store.open(relative)
-    except StorageError as error:
+    except (DamagedError, StorageError) as error:
         counter.add(record.size)
         yield Damage(path, None, f"cannot be opened: {_reason(error)}")
         return

@@ -11,6 +11,7 @@ import numpy as np
 from distckpt.errors import DamagedError
 from distckpt.format.arrow.receipt import ShardReceipt
 from distckpt.storage.interface import ObjectInfo, Store
+from distckpt.storage.patience import twice
 from distckpt.transfer.checksums import stored_size_and_crc
 from distckpt.transfer.staging import StagedShard
 
@@ -34,8 +35,12 @@ def write_shard(store: Store, path: str, shard: StagedShard, section_bytes: int 
 
 def read_back(store: Store, path: str, receipt: ShardReceipt) -> None:
     """Read what was written once more. DamagedError if the store returns something else."""
-    if stored_size_and_crc(store, path) != (receipt.size, receipt.crc32c):
-        raise DamagedError(f"{store.url}/{path}", "what the store returns is not what was written")
+
+    def compare() -> None:
+        if stored_size_and_crc(store, path) != (receipt.size, receipt.crc32c):
+            raise DamagedError(f"{store.url}/{path}", "what the store returns is not what was written")
+
+    twice(compare)
 
 
 def _check(info: ObjectInfo, receipt: ShardReceipt, path: str) -> None:
