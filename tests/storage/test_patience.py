@@ -71,7 +71,9 @@ def test_a_read_that_fails_is_tried_again(operation: Operation, count: int, paus
     assert sum(pauses) <= sum(patience.PAUSES)
 
 
-@pytest.mark.parametrize("operation", READS.keys() - {"read_into"})  # before which the store answers: it was opened
+@pytest.mark.parametrize(
+    "operation", sorted(READS.keys() - {"read_into"})
+)  # before which the store answers: it was opened
 def test_a_store_that_is_lost_is_asked_once_a_call_until_it_answers(operation: Operation, pauses: list[float]) -> None:
     store, faulty = stores(operation, 1000)
     with pytest.raises(StorageError, match="scripted"):
