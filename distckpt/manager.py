@@ -136,8 +136,11 @@ class CheckpointManager:
         meeting = meet(self._store, self._world)
         self._gathering: Gathering | None = None
         settings = Settings(idle_timeout=IDLE_SECONDS)
-        # Once the run is open nobody else commits any more: what was restored before must still be the newest.
-        check = lambda: self._gathering and self._gathering.check_newest()
+
+        def check() -> None:  # nobody else commits any more: what was restored before must still be the newest
+            if self._gathering is not None:
+                self._gathering.check_newest()
+
         self._client: Client = client_of(self._store, options, self._world, meeting, opening, settings, check)
         if meeting.council is not None:
             self._gathering = Gathering(

@@ -19,7 +19,7 @@ from distckpt.format.arrow.index import Index, decode_index
 from distckpt.format.json.log import CheckpointRecord
 from distckpt.format.json.manifest import MAX_MANIFEST_BYTES, Manifest, check_manifest
 from distckpt.format.json.sealed import unseal
-from distckpt.storage import PathLike, Store, open_store
+from distckpt.storage import PathLike, Store, open_store, twice
 from distckpt.transfer.checksums import stored_size_and_crc
 
 LARGE_INDEX = 64 << 20
@@ -88,6 +88,10 @@ def foreign_advice(store: Store, folder: str, known: Collection[str]) -> str:
 
 def located(store: Store, record: CheckpointRecord) -> Located:
     """The attempt of a record of this directory, its manifest checked against the log."""
+    return twice(lambda: _located(store, record))
+
+
+def _located(store: Store, record: CheckpointRecord) -> Located:
     folder = names.attempt_folder(record.name, record.number, record.attempt)
     path = f"{store.url}/{names.checkpoint_folder(record.name, record.number)}"
     data = _read(store, f"{folder}/{names.MANIFEST}", MAX_MANIFEST_BYTES)
@@ -101,6 +105,10 @@ def located(store: Store, record: CheckpointRecord) -> Located:
 
 def read_index(where: Located) -> Index:
     """The checkpoint's index, checked against its manifest."""
+    return twice(lambda: _index(where))
+
+
+def _index(where: Located) -> Index:
     path, manifest = where.object_path(names.INDEX), where.manifest
     shown = f"{where.store.url}/{path}"
     told = manifest.index_size, manifest.index_crc32c
@@ -116,13 +124,12 @@ def read_index(where: Located) -> Index:
 
 def read_manifest(store: Store, folder: str) -> Manifest:
     """The manifest of an attempt, known to be whole by its own checksum."""
-    return _manifest(store, folder, _read(store, f"{folder}/{names.MANIFEST}", MAX_MANIFEST_BYTES))
+    return _read_manifest(store, folder)[0]
 
 
 def read_sealed(store: Store, folder: str) -> tuple[Manifest, CheckpointRecord]:
     """The manifest of an attempt, and the record that a log entry has of it. DamagedError if it is not whole."""
-    data = _read(store, f"{folder}/{names.MANIFEST}", MAX_MANIFEST_BYTES)
-    manifest = _manifest(store, folder, data)
+    manifest, data = _read_manifest(store, folder)
     record = CheckpointRecord(
         name=manifest.name,
         number=manifest.number,
@@ -134,6 +141,14 @@ def read_sealed(store: Store, folder: str) -> tuple[Manifest, CheckpointRecord]:
         nbytes=sum(shard.size for shard in manifest.shards),
     )
     return manifest, record
+
+
+def _read_manifest(store: Store, folder: str) -> tuple[Manifest, bytes]:
+    def read() -> tuple[Manifest, bytes]:
+        data = _read(store, f"{folder}/{names.MANIFEST}", MAX_MANIFEST_BYTES)
+        return _manifest(store, folder, data), data
+
+    return twice(read)
 
 
 def _manifest(store: Store, folder: str, data: bytes) -> Manifest:

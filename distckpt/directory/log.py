@@ -17,7 +17,7 @@ from distckpt.errors import (
 from distckpt.format import names
 from distckpt.format.json.log import MAX_ENTRY_BYTES, Entry, State, check_entry
 from distckpt.format.json.sealed import seal, unseal
-from distckpt.storage import MOST_NAMES, Store, at_most
+from distckpt.storage import MOST_NAMES, Store, at_most, twice
 
 logger = logging.getLogger(__name__)
 
@@ -62,6 +62,10 @@ def sequence_numbers(store: Store) -> list[int]:
 
 def read_entry(store: Store, seq: int) -> Entry:
     """The entry with that number. DamagedError if it is not what was written; ObjectNotFoundError if it is gone."""
+    return twice(lambda: _read_once(store, seq))
+
+
+def _read_once(store: Store, seq: int) -> Entry:
     path = names.entry_path(seq)
     entry = unseal(store.read(path, MAX_ENTRY_BYTES), Entry, path, MAX_ENTRY_BYTES)
     check_entry(entry, path)

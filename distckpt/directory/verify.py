@@ -137,13 +137,19 @@ class _Stretch(NamedTuple):
 
 
 def _shard_damage(where: Located, index: Index, record: ShardRecord, meter: Meter) -> Iterator[Damage]:
+    """What is wrong with a shard when it is read a second time too, if anything was the first time."""
+    if list(_shard_damage_once(where, index, record, meter)):
+        yield from _shard_damage_once(where, index, record, Meter(0, None))
+
+
+def _shard_damage_once(where: Located, index: Index, record: ShardRecord, meter: Meter) -> Iterator[Damage]:
     relative = where.shard_path(record.rank, record.shard)
     path = f"{where.store.url}/{relative}"
     if isinstance(where.store, SupportsCooling):
         where.store.cool(relative)  # what memory keeps of it is not what is stored
     try:
         source = where.store.open(relative)
-    except StorageError as error:
+    except (DamagedError, StorageError) as error:
         meter.add(record.size)
         yield Damage(path, None, f"cannot be opened: {_reason(error)}")
         return

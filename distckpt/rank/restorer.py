@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import time
-from collections.abc import Callable
-from typing import Protocol, TypeVar
+from typing import Protocol
 
 from distckpt.coordinator.messages import (
     LISTED_KEYS,
@@ -44,10 +42,6 @@ from distckpt.storage import Store
 from distckpt.world import World
 
 logger = logging.getLogger(__name__)
-
-READ_PAUSES = (0.2, 1.0)
-
-Answer = TypeVar("Answer")
 
 
 class Table(Protocol):
@@ -148,10 +142,10 @@ class Restorer:
             if isinstance(wanted, FillFrom):
                 self._is_touched = True
                 self._kept = record.attempt if first.partial else self._kept
-                _patiently(self._matched(record).read)
+                self._matched(record).read()
                 return dataclasses.replace(report, stage="fill")
             self._refused = wanted.refused
-            return dataclasses.replace(report, keys=_patiently(lambda: self._match(record, first.partial)))
+            return dataclasses.replace(report, keys=self._match(record, first.partial))
         except (DamagedError, StorageError) as error:
             logger.warning("checkpoint %d cannot be restored here: %s", record.number, error)
             refused = str(error) or type(error).__name__
@@ -220,17 +214,6 @@ class Restorer:
         except DistckptError as answer:
             # It is this very failure, sent back; or the coordinator cannot be told, which is not why this rank fails.
             logger.debug("giving up a restore was answered with: %s", answer)
-
-
-def _patiently(read: Callable[[], Answer]) -> Answer:
-    """A store that fails to answer is asked again before an older checkpoint is considered."""
-    for pause in READ_PAUSES:
-        try:
-            return read()
-        except StorageError as error:
-            logger.warning("reading failed and is tried again in %g s: %s", pause, error)
-            time.sleep(pause)
-    return read()
 
 
 def _not_ours() -> RestoreError:

@@ -6,6 +6,7 @@ from distckpt.storage.local import LocalStore
 from distckpt.storage.location import canonical, join, open_store, split_path
 from distckpt.storage.memory import MemoryStore
 from distckpt.storage.paths import PathLike
+from distckpt.storage.patience import PatientStore, twice
 from distckpt.storage.probe import FOLDER as PROBES
 from distckpt.storage.probe import probe
 from distckpt.storage.scratch import put_file, scratch_folder
@@ -17,6 +18,7 @@ __all__ = [
     "MemoryStore",
     "ObjectInfo",
     "PathLike",
+    "PatientStore",
     "Source",
     "Store",
     "SupportsCooling",
@@ -29,4 +31,5 @@ __all__ = [
     "put_file",
     "scratch_folder",
     "split_path",
+    "twice",
 ]

@@ -48,7 +48,8 @@ class Folders:
     def close(self) -> None:
         """Close all of them."""
         while self._fds:
-            os.close(self._fds.pop())
+            with contextlib.suppress(OSError):  # what counts was synced before, so there is nothing left to lose
+                os.close(self._fds.pop())
 
 
 def visiting(root: str, parts: tuple[str, ...]) -> contextlib.closing[Folders]:

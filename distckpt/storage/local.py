@@ -286,7 +286,8 @@ class LocalSource:
 
     def close(self) -> None:
         """Close the file. Closing twice does no harm."""
-        self._file.close()
+        with contextlib.suppress(OSError):  # what was read has been read, and nothing was written
+            self._file.close()
 
 
 @dataclass(frozen=True, slots=True)

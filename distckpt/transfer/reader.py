@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 import time
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 
 import crc32c
@@ -21,6 +22,8 @@ from distckpt.sharding.match import Transfers
 from distckpt.storage.interface import Source, Store
 from distckpt.transfer.progress import Meter, Progress
 from distckpt.transfer.read_plan import Batch, Read, Scatter, plan_reads
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,9 +168,23 @@ class _Job:
             with self.shards.open(batch) as source:
                 reader = _Reader(self, source, path, scratch)
                 for run in _runs(batch.reads, self.pace):
-                    reader.read(run)
+                    try:
+                        reader.read(run)
+                    except DamagedError:
+                        reader.bytes_read += self._again(batch, run, scratch)
         except ObjectNotFoundError as error:
             raise DamagedError(path, "the shard is missing", self.key(batch.reads[0])) from error
+        except DamagedError as error:
+            raise DamagedError(path, error.reason, error.key or self.key(batch.reads[0])) from error
+        return reader.bytes_read
+
+    def _again(self, batch: Batch, run: list[Read], scratch: _Scratch) -> int:
+        """Read once more what seems to be damaged, from the shard opened anew: one reading proves nothing."""
+        with closing(self.shards.anew(batch)) as source:
+            reader = _Reader(self, source, self.shards.path(batch), scratch)
+            for read in run:
+                reader.alone(read)
+        logger.warning("%s: one reading was damaged and the next was not, which counts", self.shards.path(batch))
         return reader.bytes_read
 
     def key(self, read: Read) -> str:
@@ -217,6 +234,10 @@ class _Shards:
                 self._left[shard] -= 1
                 if not self._left[shard]:
                     self._open.pop(shard).close()
+
+    def anew(self, batch: Batch) -> Source:
+        """The batch's shard, opened once more, for the caller to close."""
+        return self._store.open(self._relative(batch))
 
     def close(self) -> None:
         """Close what an error left open. Only when no thread is at work."""
@@ -274,7 +295,7 @@ class _Reader:
     def read(self, run: list[Read]) -> None:
         """Read, check and put in place. DamagedError with the key."""
         if len(run) == 1:
-            self._alone(run[0])
+            self.alone(run[0])
             return
         begin, end = run[0].begin, max(read.end for read in run)
         buffer = self._scratch.take(end - begin)
@@ -283,14 +304,15 @@ class _Reader:
         except DamagedError:
             # The shard ends too early: one at a time, to find the key that is hurt.
             for read in run:
-                self._alone(read)
+                self.alone(read)
             return
         for read in run:
             self._check(read, crc32c.crc32c(buffer[read.begin - begin : read.end - begin], read.before))
             if self._job.views is not None:
                 self._put(read, self._job.views[read.wanted], buffer, begin)
 
-    def _alone(self, read: Read) -> None:
+    def alone(self, read: Read) -> None:
+        """As ``read``, for one that is not put together with others."""
         try:
             if self._job.views is None:
                 crc = self._pass_over(read.begin, read.end, read.before)

@@ -11,6 +11,7 @@ import numpy as np
 from distckpt.errors import DamagedError
 from distckpt.format.arrow.receipt import ShardReceipt
 from distckpt.storage.interface import ObjectInfo, Store, SupportsCooling
+from distckpt.storage.patience import twice
 from distckpt.transfer.checksums import stored_size_and_crc
 from distckpt.transfer.staging import StagedShard
 
@@ -40,10 +41,14 @@ def write_shard(
 
 def read_back(store: Store, path: str, receipt: ShardReceipt) -> None:
     """Read what was written once more, not what memory keeps of it. DamagedError if the store returns something else."""
-    if isinstance(store, SupportsCooling):
-        store.cool(path)
-    if stored_size_and_crc(store, path) != (receipt.size, receipt.crc32c):
-        raise DamagedError(f"{store.url}/{path}", "what the store returns is not what was written")
+
+    def compare() -> None:
+        if isinstance(store, SupportsCooling):
+            store.cool(path)
+        if stored_size_and_crc(store, path) != (receipt.size, receipt.crc32c):
+            raise DamagedError(f"{store.url}/{path}", "what the store returns is not what was written")
+
+    twice(compare)
 
 
 def _check(info: ObjectInfo, receipt: ShardReceipt, path: str) -> None:

@@ -1,4 +1,4 @@
-"""Files that are large in name only, with every checksum right, and large ones that are not right: little memory is taken."""
+"""Files that are large in name only, and large ones that are damaged: they take little memory, whatever they claim."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ import pytest
 from distckpt.coordinator.client import client
 from distckpt.coordinator.machine import ledger
 from distckpt.errors import CommitUnknownError, DistckptError, StorageError
-from distckpt.storage import LocalStore
+from distckpt.storage import LocalStore, patience
 from distckpt.testing.faulty import Call, Fault, FaultyStore, Operation, faults_of, rewritten
 from tests.support import crashing
 from tests.support.crashing import Ended, save_and_die
@@ -49,6 +49,7 @@ def impatience() -> Iterator[None]:
     with mounting(), pytest.MonkeyPatch.context() as patch:
         patch.setattr(ledger, "FIRST_RETRY", 0.02)
         patch.setattr(client, "OPEN_SECONDS", 1.0)
+        patch.setattr(patience, "PAUSES", (0.0, 0.01))
         yield
 
 

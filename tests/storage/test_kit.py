@@ -12,7 +12,7 @@ import crc32c
 import pytest
 
 from distckpt.errors import ObjectNotFoundError, StorageError, StoreUnsuitableError
-from distckpt.storage import LocalStore, MemoryStore, ObjectInfo, Store, probe
+from distckpt.storage import LocalStore, MemoryStore, ObjectInfo, PatientStore, Store, probe
 from distckpt.storage.memory import StoredObject
 from distckpt.testing.conformance import StoreConformance
 from distckpt.testing.faulty import FaultyStore
@@ -57,6 +57,12 @@ class TestLocalStore(StoreConformance):
     @pytest.fixture
     def outside(self, tmp_path: Path) -> Outside:
         return Files(tmp_path / "run")
+
+
+class TestPatientStore(TestLocalStore):
+    @pytest.fixture
+    def store(self, tmp_path: Path) -> Store:
+        return PatientStore(LocalStore(tmp_path / "run"))
 
 
 class TestLocalStoreAroundThePageCache(TestLocalStore):
