@@ -7,6 +7,7 @@ directory before, so that what cannot be used is said where the manager is made.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import logging
 import os
@@ -117,7 +118,8 @@ def client_of(
     council = meeting.council
     if council is not None:
         behind = council.apart("opening", behind=True)
-        world = dataclasses.replace(world, share=lambda text, timeout=None: _share(behind, text, timeout))
+        share = functools.partial(_share, behind)
+        world = dataclasses.replace(world, share=share, council=behind)
     client = Client(lambda: _ray_line(meeting.directory, storage_options, world, settings), opening, opened)
     _in_turn(client.connect)
     if council is None:
@@ -125,7 +127,7 @@ def client_of(
     return client
 
 
-def _share(council: Council, text: str, timeout: float | None) -> str:
+def _share(council: Council, text: str, timeout: float | None = None) -> str:
     return council.consult(text or "-", lambda _: text, timeout)
 
 
