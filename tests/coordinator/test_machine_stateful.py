@@ -65,7 +65,6 @@ from distckpt.format.names import attempt_epoch
 from distckpt.testing.history import (
     INDEX,
     MANIFEST,
-    PROMISES,
     Agreed,
     Filled,
     Finished,
@@ -78,6 +77,7 @@ from distckpt.testing.history import (
     ReadWhole,
     Whole,
 )
+from distckpt.testing.promises import PROMISES
 from distckpt.testing.sim_store import SimulatedPlan, SimulatedStore, describe, make_plan, record_of
 
 WORLD = 2
