@@ -99,7 +99,8 @@ def adopt(store: Store, what: Survey, now: float) -> Entry:
 
     The entry claims a new epoch, so a coordinator that still runs is fenced, and it holds the whole state, so that
     nothing is half done if this process is killed. ``now`` is in epoch seconds. Raises CoordinatorError if somebody
-    else has written to the log since the survey, StoreUnsuitableError or StorageError if the store fails.
+    else has written to the log since the survey, or if no reader would take the entry, StoreUnsuitableError or
+    StorageError if the store fails.
     """
     probe(store)
     tail = what.tail
@@ -108,6 +109,8 @@ def adopt(store: Store, what: Survey, now: float) -> Entry:
     entry = Entry(FORMAT, tail.seq + 1, max(epochs) + 1, "claim", now, uuid.uuid4().hex, what.state)
     path = join(store.url, names.entry_path(entry.seq))
     result = append(store, entry)
+    if result.outcome == "refused":
+        raise CoordinatorError(f"{store.url}: nothing was adopted: {result.reason}")
     if result.outcome == "unknown" or 0 < result.newest < entry.seq:
         reason = result.reason or "a listing does not show it"
         raise StoreOutcomeUnknownError(path, f"may or may not have been written ({reason}). Adopt again, which looks")

@@ -15,7 +15,7 @@ from distckpt.errors import CheckpointNotFoundError, DamagedError, ObjectNotFoun
 from distckpt.format import names
 from distckpt.format.arrow.index import Index, decode_index
 from distckpt.format.json.log import CheckpointRecord
-from distckpt.format.json.manifest import MAX_MANIFEST_BYTES, Manifest, check_manifest
+from distckpt.format.json.manifest import MAX_MANIFEST_BYTES, Manifest
 from distckpt.format.json.sealed import unseal
 from distckpt.storage import PathLike, Store, open_store
 
@@ -127,10 +127,7 @@ def read_sealed(store: Store, folder: str) -> tuple[Manifest, CheckpointRecord]:
 
 
 def _manifest(store: Store, folder: str, data: bytes) -> Manifest:
-    shown = f"{store.url}/{folder}/{names.MANIFEST}"
-    manifest = unseal(data, Manifest, shown, MAX_MANIFEST_BYTES)
-    check_manifest(manifest, shown)
-    return manifest
+    return unseal(data, Manifest, f"{store.url}/{folder}/{names.MANIFEST}", MAX_MANIFEST_BYTES)
 
 
 def _read(store: Store, path: str, max_bytes: int) -> bytes:

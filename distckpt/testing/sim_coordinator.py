@@ -10,6 +10,7 @@ from distckpt.coordinator.machine.actions import (
     Answer,
     Append,
     Appended,
+    AppendRefused,
     AppendUnknown,
     Asked,
     CollectGarbage,
@@ -56,6 +57,7 @@ class SimulatedCoordinator:
         self._backlog: list[Callable[[], None]] = []
         self._callers: dict[int, tuple[Request, Callable[[Reply], None]]] = {}
         self._tick_at: float | None = None
+        self._tried: set[str] = set()
         self.feed(Tick())
 
     # ---- life ------------------------------------------------------------------------------------------------------
@@ -160,6 +162,11 @@ class SimulatedCoordinator:
 
     def _append(self, entry: Entry) -> None:
         world = self._world
+        if entry.commit_id not in self._tried and entry.kind == "commit":
+            self._tried.add(entry.commit_id)  # whether a reader would take it does not change
+            if world.random.random() < world.faults.refused_commit:
+                self._later(lambda: self.feed(AppendRefused(entry, "too long to be read")))
+                return
         fault = world.pick(
             lost=world.faults.lost_acknowledgement, late=world.faults.late_write, never=world.faults.failed_write
         )

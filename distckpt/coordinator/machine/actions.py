@@ -86,6 +86,14 @@ class AppendUnknown:
 
 
 @dataclass(frozen=True, slots=True)
+class AppendRefused:
+    """No reader would take this entry, so it was not written and never will be: ``reason``."""
+
+    entry: Entry
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class PlanMade:
     """The plan of ``attempt``."""
 
@@ -138,6 +146,7 @@ Event = (
     | Appended
     | NameTaken
     | AppendUnknown
+    | AppendRefused
     | PlanMade
     | Sealed
     | StepFailed
@@ -165,7 +174,7 @@ class ReadTail:
 
 @dataclass(frozen=True, slots=True)
 class Append:
-    """Put the entry if absent, then list; Appended, NameTaken or AppendUnknown follows."""
+    """Put the entry if absent, then list; Appended, NameTaken, AppendUnknown or AppendRefused follows."""
 
     entry: Entry
 

@@ -12,6 +12,7 @@ from itertools import chain
 from distckpt.coordinator.machine.actions import (
     Action,
     Appended,
+    AppendRefused,
     AppendUnknown,
     Asked,
     Deleted,
@@ -69,7 +70,7 @@ from distckpt.coordinator.messages import (
     StatusReply,
     Unknown,
 )
-from distckpt.errors import CheckpointNotFoundError, CoordinatorUnavailableError, DistckptError
+from distckpt.errors import CheckpointNotFoundError, CoordinatorError, CoordinatorUnavailableError, DistckptError
 from distckpt.format.json.log import Entry, State
 from distckpt.format.names import checkpoint_folder
 
@@ -96,7 +97,7 @@ class Machine:
         self._early: dict[int, Request] = {}
         self._pinning: dict[int, None] = {}
         self._book = RoundBook()
-        self._ledger = Ledger(self._desk, identities, self._follow_up)
+        self._ledger = Ledger(self._desk, identities, self._follow_up, self._give_up)
         self._runs = Runs(self._desk, self._ledger)
         self._restores = Restores(self._desk, self._ledger, self._runs)
         self._stops = Stops(self._desk, self._runs)
@@ -163,6 +164,8 @@ class Machine:
                 self._ledger.name_taken(event)
             case AppendUnknown():
                 self._ledger.append_unknown(event)
+            case AppendRefused():
+                self._ledger.append_refused(event)
             case TailRead():
                 self._ledger.tail_read(event)
             case LeasesRead():
@@ -317,6 +320,19 @@ class Machine:
             case SetPin(pinned=False):
                 self._keeping.look()
             case SetPin() | Forget():
+                pass
+
+    def _give_up(self, intention: Intention, reason: str) -> None:
+        """No reader would take the entry of an intention, so there is none, and whoever has asked for it is told."""
+        match intention:
+            case BeginRun():
+                self._runs.refused(intention, reason)
+            case Commit(record):
+                self._saves.commit_refused(record, reason)
+            case SetPin(ticket):
+                if ticket in self._pinning:
+                    self._desk.answer(ticket, Refused(CoordinatorError(f"{self._desk.directory}: {reason}")))
+            case Claim() | Discard() | Retire() | Forget():
                 pass
 
     def _lead(self, entry: Entry) -> None:

@@ -16,6 +16,7 @@ from distckpt.coordinator.machine.actions import (
     Answer,
     Append,
     Appended,
+    AppendRefused,
     AppendUnknown,
     Asked,
     CollectGarbage,
@@ -42,6 +43,7 @@ from distckpt.coordinator.shell.sealing import read_log_tail, seal_checkpoint
 from distckpt.directory.locate import foreign_advice
 from distckpt.directory.log import append, prune, read_tail
 from distckpt.errors import CheckpointNotFoundError, CoordinatorError, DistckptError, SaveError
+from distckpt.format.json.entry_sealer import EntrySealer
 from distckpt.format.json.log import Entry
 from distckpt.sharding.plan import ShardingPlan, make_plan
 from distckpt.state_file import publish
@@ -76,6 +78,7 @@ class Shell:
         self._changed = threading.Condition(self._lock)
         self._tickets: dict[int, Future[Reply]] = {}
         self._next_ticket = 0
+        self._sealer = EntrySealer()  # used in the log's thread alone
         self._closed = False
         self._in_flight = 0
         # One thread each, so that appends, and later the things derived from them, happen in the order of the log.
@@ -220,12 +223,15 @@ class Shell:
         return None
 
     def _append(self, action: Append) -> Event:
-        result = append(self._store, action.entry)
+        result = append(self._store, action.entry, self._sealer)
         if result.outcome == "appended":
             _warn_of_clock(self._store, action.entry)
             return Appended(action.entry, result.newest)
         if result.outcome == "taken":
             return NameTaken(action.entry, result.found, result.newest)
+        if result.outcome == "refused":
+            logger.error("%s: the entry %s is not written: %s", self._store.url, action.entry.kind, result.reason)
+            return AppendRefused(action.entry, result.reason)
         return AppendUnknown(action.entry, result.reason)
 
     def _failed(self, action: Action, error: Exception) -> Event | None:
