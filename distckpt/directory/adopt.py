@@ -12,6 +12,7 @@ import msgspec
 
 from distckpt.directory.locate import Located, read_sealed
 from distckpt.directory.log import Tail, append, read_tail
+from distckpt.directory.published import PublishedState
 from distckpt.directory.strays import Stray, strays
 from distckpt.directory.verify import Damage, VerifyReport
 from distckpt.errors import (
@@ -24,7 +25,7 @@ from distckpt.errors import (
 )
 from distckpt.format import names
 from distckpt.format.json.log import FORMAT, CheckpointRecord, Entry, State
-from distckpt.state_file import MAX_STATE_BYTES, CheckpointState, parse, publish
+from distckpt.state_file import MAX_STATE_BYTES, CheckpointState, parse
 from distckpt.storage import Store, join, probe
 
 logger = logging.getLogger(__name__)
@@ -245,6 +246,6 @@ def _state_file(store: Store) -> CheckpointState:
 def _publish(store: Store, state: State) -> None:
     """Refresh the state file, which is derived: the next manager does it again."""
     try:
-        publish(store, state)
-    except StorageError as error:
+        PublishedState(store).publish(state)
+    except (StorageError, DamagedError) as error:
         logger.warning("%s/%s was not refreshed: %s", store.url, names.STATE_FILE, error)

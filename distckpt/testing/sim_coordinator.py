@@ -23,6 +23,7 @@ from distckpt.coordinator.machine.actions import (
     NameTaken,
     PlanMade,
     Publish,
+    Published,
     ReadLeases,
     ReadTail,
     Seal,
@@ -134,8 +135,7 @@ class SimulatedCoordinator:
             case CollectGarbage():
                 self._later(lambda: self._collect(action))
             case Publish(entry):
-                keep = self._world.random.choice([0, 0, 1, 3])
-                self._later(lambda: self._world.store.prune(entry.seq - keep))
+                self._later(lambda: self._publish(entry))
             case Exit():
                 self._world.later(0.0, self.die)
 
@@ -225,6 +225,10 @@ class SimulatedCoordinator:
             return
         attempts = self._world.store.leased(self._world.time)
         self._later(lambda: self.feed(LeasesRead(attempts)))
+
+    def _publish(self, entry: Entry) -> None:
+        self._world.store.prune(entry.seq - self._world.random.choice([0, 0, 1, 3]))
+        self._later(lambda: self.feed(Published(entry)))
 
     def _erase(self, attempts: list[str], done: list[str]) -> None:
         """One object after the other, manifests first; sometimes an attempt cannot be deleted today."""

@@ -27,6 +27,7 @@ from distckpt.coordinator.machine.actions import (
     NameTaken,
     PlanMade,
     Publish,
+    Published,
     ReadLeases,
     ReadTail,
     Seal,
@@ -422,6 +423,7 @@ class Coordinators(RuleBasedStateMachine):
                         self._erase(shell, attempt)
             case Publish(entry):
                 self.store.prune(entry.seq)
+                self._feed(shell, Published(entry))
             case Exit():
                 self.shells.remove(shell)
                 if not self.shells:

@@ -135,6 +135,13 @@ class Deleted:
 
 
 @dataclass(frozen=True, slots=True)
+class Published:
+    """The ``checkpoint`` file says what the entry says; or it could not be made to, and the next one may."""
+
+    entry: Entry
+
+
+@dataclass(frozen=True, slots=True)
 class Tick:
     """Time has passed."""
 
@@ -152,6 +159,7 @@ Event = (
     | StepFailed
     | LeasesRead
     | Deleted
+    | Published
     | Tick
 )
 
@@ -238,7 +246,10 @@ class CollectGarbage:
 
 @dataclass(frozen=True, slots=True)
 class Publish:
-    """Refresh the derived ``checkpoint`` file from the entry's state and prune log entries that nobody needs."""
+    """Refresh the derived ``checkpoint`` file from the entry's state and prune log entries that nobody needs.
+
+    Published follows.
+    """
 
     entry: Entry
 

@@ -22,7 +22,7 @@ from distckpt.coordinator.machine.actions import (
     LeasesRead,
     NameTaken,
     PlanMade,
-    Publish,
+    Published,
     Sealed,
     StepFailed,
     TailRead,
@@ -41,6 +41,7 @@ from distckpt.coordinator.machine.intentions import (
 )
 from distckpt.coordinator.machine.keeping import Keeping
 from distckpt.coordinator.machine.ledger import Ledger
+from distckpt.coordinator.machine.publishing import Publishing
 from distckpt.coordinator.machine.records import find_number
 from distckpt.coordinator.machine.restores import Restores
 from distckpt.coordinator.machine.roundbook import RoundBook
@@ -50,6 +51,7 @@ from distckpt.coordinator.machine.stops import Stops
 from distckpt.coordinator.messages import (
     Accepted,
     AwaitPlan,
+    AwaitPublished,
     AwaitStop,
     Committed,
     Describe,
@@ -101,6 +103,7 @@ class Machine:
         self._runs = Runs(self._desk, self._ledger)
         self._restores = Restores(self._desk, self._ledger, self._runs)
         self._stops = Stops(self._desk, self._runs)
+        self._publishing = Publishing(self._desk)
         self._keeping = Keeping(self._desk, self._ledger, self._runs, self._restores, self._book)
         self._saves = Saves(self._desk, self._ledger, identities, self._runs, self._book, self._keeping)
 
@@ -173,6 +176,8 @@ class Machine:
                 self._saves.readers_known()
             case Deleted():
                 self._keeping.deleted(event)
+            case Published():
+                self._publishing.published(event)
             case Tick():
                 pass
 
@@ -202,7 +207,7 @@ class Machine:
 
     def _idle_at(self) -> float | None:
         """When it will have been idle for too long; None while there is work."""
-        parts = (self._ledger, self._restores, self._keeping)
+        parts = (self._ledger, self._restores, self._keeping, self._publishing)
         if self._idle_timeout is None or not self._ledger.leading:
             return None
         if self._book or self._early or any(part.busy for part in parts):
@@ -257,6 +262,8 @@ class Machine:
             case Heartbeat():
                 self._restores.alive(rank)
                 self._desk.answer(ticket, Accepted())
+            case AwaitPublished():
+                self._publishing.await_published(ticket)
             case Leave():
                 self._leave(ticket, rank, run)
 
@@ -311,9 +318,9 @@ class Machine:
                 self._run_begun(intention, entry)
             case Commit(record):
                 self._saves.committed(record)
-                self._desk.emit(Publish(entry))
+                self._publishing.publish(entry)
             case Retire():
-                self._desk.emit(Publish(entry))
+                self._publishing.publish(entry)
                 self._keeping.look()
             case Discard():
                 self._keeping.look()
@@ -336,7 +343,7 @@ class Machine:
                 pass
 
     def _lead(self, entry: Entry) -> None:
-        self._desk.emit(Publish(entry))
+        self._publishing.publish(entry)
         if entry.state.retiring:
             self._keeping.look()
         early, self._early = self._early, {}

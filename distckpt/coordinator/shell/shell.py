@@ -30,6 +30,7 @@ from distckpt.coordinator.machine.actions import (
     NameTaken,
     PlanMade,
     Publish,
+    Published,
     ReadLeases,
     ReadTail,
     Seal,
@@ -42,11 +43,11 @@ from distckpt.coordinator.shell.housekeeping import collect_garbage, delete_chec
 from distckpt.coordinator.shell.sealing import read_log_tail, seal_checkpoint
 from distckpt.directory.locate import foreign_advice
 from distckpt.directory.log import append, prune, read_tail
+from distckpt.directory.published import PublishedState
 from distckpt.errors import CheckpointNotFoundError, CoordinatorError, DistckptError, SaveError
 from distckpt.format.json.entry_sealer import EntrySealer
 from distckpt.format.json.log import Entry
 from distckpt.sharding.plan import ShardingPlan, make_plan
-from distckpt.state_file import publish
 from distckpt.storage import Store, probe
 
 logger = logging.getLogger(__name__)
@@ -79,6 +80,7 @@ class Shell:
         self._tickets: dict[int, Future[Reply]] = {}
         self._next_ticket = 0
         self._sealer = EntrySealer()  # used in the log's thread alone
+        self._state_file = PublishedState(store)
         self._closed = False
         self._in_flight = 0
         # One thread each, so that appends, and later the things derived from them, happen in the order of the log.
@@ -215,8 +217,9 @@ class Shell:
                 collect_garbage(self._store, action, self._settings.garbage_age)
             case Publish():
                 if action.entry.state.active:
-                    publish(self._store, action.entry.state)
+                    self._state_file.publish(action.entry.state)
                 prune(self._store, action.entry.seq)
+                return Published(action.entry)
             case Exit():
                 if self._on_exit is not None:
                     self._on_exit(action.reason)
@@ -252,7 +255,7 @@ class Shell:
             return None
         # Publish and garbage are derived or optional: nothing depends on them, and the next commit does them again.
         logger.warning("%s in %s failed: %s", type(action).__name__, self._store.url, error)
-        return None
+        return Published(action.entry) if isinstance(action, Publish) else None
 
     def _refuse_all(self, error: Exception) -> None:
         """Without the log nothing can be served: tell everyone who waits, and read it again when asked again."""
