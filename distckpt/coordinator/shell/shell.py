@@ -39,7 +39,8 @@ from distckpt.coordinator.machine.actions import (
 )
 from distckpt.coordinator.machine.machine import Machine
 from distckpt.coordinator.messages import Refused, Reply, Request
-from distckpt.coordinator.shell.housekeeping import collect_garbage, delete_checkpoints, read_leases
+from distckpt.coordinator.shell.housekeeping import collect_garbage, delete_checkpoints
+from distckpt.coordinator.shell.leases import Leases
 from distckpt.coordinator.shell.sealing import read_log_tail, seal_checkpoint
 from distckpt.directory.locate import foreign_advice
 from distckpt.directory.log import append, prune, read_tail
@@ -81,6 +82,7 @@ class Shell:
         self._next_ticket = 0
         self._sealer = EntrySealer()  # used in the log's thread alone
         self._state_file = PublishedState(store)
+        self._leases = Leases(store)  # the machine reads them once at a time
         self._closed = False
         self._in_flight = 0
         # One thread each, so that appends, and later the things derived from them, happen in the order of the log.
@@ -210,7 +212,7 @@ class Shell:
             case Seal():
                 return seal_checkpoint(self._store, action, cast(ShardingPlan, action.plan).table)
             case ReadLeases():
-                return read_leases(self._store)
+                return self._leases.read()
             case Delete():
                 return delete_checkpoints(self._store, action.records)
             case CollectGarbage():
