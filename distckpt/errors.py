@@ -21,6 +21,7 @@
     - NotSharedError              shards that the coordinator cannot see: the directory is not shared
     - NumberMismatchError         ranks that save different numbers
     - CommitUnknownError          the log entry may or may not be on storage; it is being retried
+    - UnreadableError             what it would write, the log entry say, no reader would take: too large, or impossible
   - CoordinatorError
     - FencedError                 a newer coordinator owns the directory; this one has stopped for ever
     - StaleRunError               a newer incarnation of the job has started
@@ -239,6 +240,14 @@ class NumberMismatchError(SaveError):
 
 class CommitUnknownError(SaveError):
     """The store has not said whether the log entry was written. The coordinator goes on asking; delete nothing."""
+
+
+class UnreadableError(SaveError):
+    """What the save would have written, no reader would take: ``reason`` says why not, and what to do."""
+
+    def __init__(self, number: int | None, reason: str) -> None:
+        super().__init__(number, f"{reason}. Nothing was committed, and training may go on")
+        self.reason = reason
 
 
 class CoordinatorError(DistckptError):

@@ -234,12 +234,16 @@ class CheckpointManager:
             return pending
 
     def wait(self) -> None:
-        """Return once no save is under way. Raises the first failure that nobody has collected."""
+        """Return once no save is under way, and the text file ``checkpoint`` shows every one that was committed.
+
+        Raises the first failure that nobody has collected.
+        """
         with self._alone("wait"):
             self._finish()
 
     def _finish(self) -> None:
         self._pending.settle()
+        self._saver.await_published()
         self._pending.raise_failure(list(self._pending))
 
     def sync(self) -> None:

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 from distckpt.errors import AbsentRanksError
 
 SHARE_SECONDS = 300.0
+MOST_OF_RUN_ID = 200
 ANSWER_SECONDS = 1.0
 """How much longer than rank 0 the others wait, so that they hear from it who has not come."""
 
@@ -56,9 +57,12 @@ def find_world(
     """The world that was given, else torch.distributed's, Ray Train's, torchrun's variables', or a world of one.
 
     With ``rank`` and ``world_size`` given for more than one rank and no torch.distributed, ``run_id`` must name the
-    incarnation of the job: the same text on every rank, another one after every restart. ValueError otherwise.
+    incarnation of the job: the same text on every rank, another one after every restart. ValueError otherwise, and for
+    a text that the log has no room for.
     ``timeout`` is how many seconds ranks wait for each other when they share something.
     """
+    if run_id is not None and not 0 < len(run_id) <= MOST_OF_RUN_ID:
+        raise ValueError(f"run_id must be a text of 1 to {MOST_OF_RUN_ID} characters, not {run_id!r:.80}")
     if (rank is None) != (world_size is None):
         raise ValueError("give both rank and world_size, or neither")
     if rank is not None and world_size is not None:

@@ -7,6 +7,7 @@ import logging
 from distckpt.coordinator.client.client import Client
 from distckpt.coordinator.messages import (
     AwaitPlan,
+    AwaitPublished,
     Describe,
     Fail,
     Join,
@@ -27,6 +28,9 @@ from distckpt.rank.turns import Turns
 from distckpt.state.collector import Holding
 
 logger = logging.getLogger(__name__)
+
+PUBLISH_SECONDS = 10.0
+"""How long a rank waits for the ``checkpoint`` file, which is derived, at most."""
 
 
 class Dialogue:
@@ -94,6 +98,17 @@ class Dialogue:
                 self.fail(reply.attempt, reason)
         except DistckptError as error:
             logger.warning("the other ranks could not be told that this save fails: %s", error)
+
+    def await_published(self) -> None:
+        """Return once the ``checkpoint`` file says what has been committed so far, or it is plain that it may not soon.
+
+        Raises nothing: the file is derived, and what was committed is committed.
+        """
+        try:
+            if isinstance(self._client.ask(AwaitPublished(), PUBLISH_SECONDS), Unknown):
+                self._client.ask(AwaitPublished(), PUBLISH_SECONDS)  # the coordinator was replaced
+        except DistckptError as error:
+            logger.warning("the `checkpoint` file may lag behind what was committed: %s", error)
 
     def _ask(self, request: RankRequest) -> Reply:
         # The coordinator itself answers at the save's deadline; twice that means that it does not answer at all.

@@ -96,7 +96,8 @@ class PendingSave(str):
     def result(self, timeout: float | None = None) -> str:
         """The path, once the checkpoint is committed: durable and visible to everyone.
 
-        Raises what went wrong, naming ranks: a SaveError, StorageError, CoordinatorError ...; TimeoutError if it is
+        The text file ``checkpoint``, which is derived, follows a few milliseconds later; ``CheckpointManager.wait`` waits
+        for it. Raises what went wrong, naming ranks: a SaveError, StorageError, CoordinatorError ...; TimeoutError if it is
         not decided within ``timeout`` seconds, which does not count as having been told of a failure.
         """
         error = self.exception(timeout)

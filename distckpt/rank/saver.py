@@ -40,6 +40,8 @@ class Saver:
         self._buffers = [Buffer() for _ in range(options.buffers)]
         self._skip_if_busy = options.skip_if_busy
         self._layout: Layout | None = None
+        self._recent: list[PendingSave] = []
+        self._committed = False
 
     def prepare(self) -> None:
         """Make the plan with all ranks and touch the memory of every buffer, so that the first save is like the rest.
@@ -77,10 +79,28 @@ class Saver:
         if isinstance(room, Skipped):
             self._turns.end(order)
             return None
+        self._look_at_recent()
+        self._recent.append(pending)
         if room is not None:
             self._copy(order, number, holding, pending, room)
         progress.stall = progress.seconds()
         return pending
+
+    def await_published(self) -> None:
+        """Return once the ``checkpoint`` file shows every save that has been committed. Asks nobody if there is none."""
+        self._look_at_recent()
+        if self._committed:
+            self._committed = False
+            self._dialogue.await_published()
+
+    def _look_at_recent(self) -> None:
+        """Forget saves that have ended, but not whether one of them was committed since the file was waited for."""
+        recent, self._recent = self._recent, []
+        for pending in recent:
+            if not pending.done():
+                self._recent.append(pending)
+            elif progress_of(pending).ended.exception() is None:
+                self._committed = True
 
     def close(self) -> None:
         """Wait for what is under way, stop the threads and let the memory go."""

@@ -33,6 +33,7 @@ EXAMPLES: list[errors.DistckptError] = [
     errors.NotSharedError(3, "/x", [1], {1: "host-1"}),
     errors.NumberMismatchError(None, {0: 1, 1: 2}),
     errors.CommitUnknownError(3, "no answer"),
+    errors.UnreadableError(3, "a log entry would be too long to be read"),
     errors.CoordinatorError("refused"),
     errors.FencedError("/x", 3, 4),
     errors.StaleRunError("/x", 1, 2),

@@ -7,14 +7,12 @@ import logging
 import time
 from collections.abc import Iterator
 
-from distckpt.coordinator.machine.actions import CollectGarbage, Deleted, LeasesRead
+from distckpt.coordinator.machine.actions import CollectGarbage, Deleted
 from distckpt.directory.contents import attempts, checkpoint_folders, objects_of_attempt
 from distckpt.directory.log import read_entry, sequence_numbers
-from distckpt.errors import DamagedError, ObjectNotFoundError, StorageError
+from distckpt.errors import DamagedError, ObjectNotFoundError
 from distckpt.format import names
-from distckpt.format.json.lease import MAX_LEASE_BYTES, Lease
 from distckpt.format.json.log import CheckpointRecord
-from distckpt.format.json.sealed import unseal
 from distckpt.storage import MOST_NAMES, PROBES, ObjectInfo, Store, SupportsSweep, at_most
 
 logger = logging.getLogger(__name__)
@@ -30,7 +28,7 @@ def delete_checkpoints(store: Store, records: tuple[CheckpointRecord, ...]) -> D
         folder = names.attempt_folder(record.name, record.number, record.attempt)
         try:
             _delete_attempt(store, folder)
-        except StorageError as error:
+        except Exception as error:  # noqa: BLE001 - one that cannot be deleted must not keep the others
             logger.warning("%s could not be deleted and stays in the log as retiring: %s", folder, error)
         else:
             done.append(record.attempt)
@@ -41,25 +39,6 @@ def _delete_attempt(store: Store, folder: str) -> None:
     store.delete(f"{folder}/{names.MANIFEST}")
     for info in list(objects_of_attempt(store, folder)):
         store.delete(info.path)
-
-
-def read_leases(store: Store) -> LeasesRead:
-    """Attempts that somebody is reading now. A lease that cannot be read or parsed counts against deleting anything."""
-    attempts = set()
-    now = time.time()
-    for info in at_most(MOST_NAMES, store.list(names.LEASES), f"{store.url}/{names.LEASES}"):
-        try:
-            lease = unseal(store.read(info.path, MAX_LEASE_BYTES), Lease, info.path, MAX_LEASE_BYTES)
-        except ObjectNotFoundError:
-            continue  # released between listing and reading
-        except (DamagedError, StorageError) as error:
-            logger.warning("nothing is deleted while the lease %s cannot be read: %s", info.path, error)
-            return LeasesRead(frozenset(), f"lease {info.path}: {error}")
-        if lease.expires > now:
-            attempts.add(lease.attempt)
-        else:
-            store.delete(info.path)
-    return LeasesRead(frozenset(attempts))
 
 
 def collect_garbage(store: Store, action: CollectGarbage, min_age: float) -> int:

@@ -16,6 +16,7 @@ from distckpt.coordinator.machine.actions import (
     Answer,
     Append,
     Appended,
+    AppendRefused,
     AppendUnknown,
     Asked,
     CollectGarbage,
@@ -29,6 +30,7 @@ from distckpt.coordinator.machine.actions import (
     NameTaken,
     PlanMade,
     Publish,
+    Published,
     ReadLeases,
     ReadTail,
     Seal,
@@ -37,14 +39,16 @@ from distckpt.coordinator.machine.actions import (
 )
 from distckpt.coordinator.machine.machine import Machine
 from distckpt.coordinator.messages import Refused, Reply, Request
-from distckpt.coordinator.shell.housekeeping import collect_garbage, delete_checkpoints, read_leases
+from distckpt.coordinator.shell.housekeeping import collect_garbage, delete_checkpoints
+from distckpt.coordinator.shell.leases import Leases
 from distckpt.coordinator.shell.sealing import read_log_tail, seal_checkpoint
 from distckpt.directory.locate import foreign_advice
 from distckpt.directory.log import append, prune, read_tail
+from distckpt.directory.published import PublishedState
 from distckpt.errors import BlockedError, CheckpointNotFoundError, CoordinatorError, DistckptError, SaveError
+from distckpt.format.json.entry_sealer import EntrySealer
 from distckpt.format.json.log import Entry
 from distckpt.sharding.plan import ShardingPlan, make_plan
-from distckpt.state_file import publish
 from distckpt.storage import Store, probe
 
 logger = logging.getLogger(__name__)
@@ -76,6 +80,9 @@ class Shell:
         self._changed = threading.Condition(self._lock)
         self._tickets: dict[int, Future[Reply]] = {}
         self._next_ticket = 0
+        self._sealer = EntrySealer()  # used in the log's thread alone
+        self._state_file = PublishedState(store)
+        self._leases = Leases(store)  # the machine reads them once at a time
         self._closed = False
         self._in_flight = 0
         # One thread each, so that appends, and later the things derived from them, happen in the order of the log.
@@ -205,27 +212,31 @@ class Shell:
             case Seal():
                 return seal_checkpoint(self._store, action, cast(ShardingPlan, action.plan).table)
             case ReadLeases():
-                return read_leases(self._store)
+                return self._leases.read()
             case Delete():
                 return delete_checkpoints(self._store, action.records)
             case CollectGarbage():
                 collect_garbage(self._store, action, self._settings.garbage_age)
             case Publish():
                 if action.entry.state.active:
-                    publish(self._store, action.entry.state)
+                    self._state_file.publish(action.entry.state)
                 prune(self._store, action.entry.seq)
+                return Published(action.entry)
             case Exit():
                 if self._on_exit is not None:
                     self._on_exit(action.reason)
         return None
 
     def _append(self, action: Append) -> Event:
-        result = append(self._store, action.entry)
+        result = append(self._store, action.entry, self._sealer)
         if result.outcome == "appended":
             _warn_of_clock(self._store, action.entry)
             return Appended(action.entry, result.newest)
         if result.outcome == "taken":
             return NameTaken(action.entry, result.found, result.newest)
+        if result.outcome == "refused":
+            logger.error("%s: the entry %s is not written: %s", self._store.url, action.entry.kind, result.reason)
+            return AppendRefused(action.entry, result.reason)
         return AppendUnknown(action.entry, result.reason)
 
     def _failed(self, action: Action, error: Exception) -> Event | None:
@@ -247,7 +258,7 @@ class Shell:
             return None
         # Publish and garbage are derived or optional: nothing depends on them, and the next commit does them again.
         logger.warning("%s in %s failed: %s", type(action).__name__, self._store.url, error)
-        return None
+        return Published(action.entry) if isinstance(action, Publish) else None
 
     def _refuse_all(self, error: Exception) -> None:
         """Without the log nothing can be served: tell everyone who waits, and read it again when asked again."""
