@@ -19,7 +19,7 @@ from distckpt.cli import main
 from distckpt.coordinator.machine.actions import CollectGarbage
 from distckpt.coordinator.shell.housekeeping import collect_garbage
 from distckpt.coordinator.shell.leases import Leases
-from distckpt.errors import DistckptError, StorageError
+from distckpt.errors import DistckptError
 from distckpt.format import names
 from distckpt.storage import LocalStore, ObjectInfo
 from tests.support.checkpoints import new_attempt
