@@ -17,7 +17,7 @@ from distckpt.errors import (
 from distckpt.format import names
 from distckpt.format.json.entry_sealer import EntrySealer
 from distckpt.format.json.log import Entry, State
-from distckpt.format.json.sealed import unseal
+from distckpt.format.json.sealed import Sealed, unseal
 from distckpt.storage import MOST_NAMES, Store, at_most, twice
 
 logger = logging.getLogger(__name__)
@@ -73,6 +73,18 @@ def _read_once(store: Store, seq: int) -> Entry:
     if entry.seq != seq:
         raise DamagedError(path, f"the entry says that it is number {entry.seq}")
     return entry
+
+
+def read_commit_id(store: Store, seq: int) -> str:
+    """The commit id of the entry with that number, without the state. Raises what ``read_entry`` raises."""
+    path = names.entry_path(seq)
+    return unseal(store.read(path, Entry.MAX_BYTES), _CommitId, path, Entry.MAX_BYTES).commit_id
+
+
+class _CommitId(Sealed, frozen=True, forbid_unknown_fields=False):
+    """What of an entry says who wrote it."""
+
+    commit_id: str
 
 
 def read_tail(store: Store) -> Tail:

@@ -39,7 +39,7 @@ from distckpt.coordinator.machine.actions import (
 )
 from distckpt.coordinator.machine.machine import Machine
 from distckpt.coordinator.messages import Refused, Reply, Request
-from distckpt.coordinator.shell.housekeeping import collect_garbage, delete_checkpoints
+from distckpt.coordinator.shell.housekeeping import Predecessors, collect_garbage, delete_checkpoints
 from distckpt.coordinator.shell.leases import Leases
 from distckpt.coordinator.shell.sealing import read_log_tail, seal_checkpoint
 from distckpt.directory.locate import foreign_advice
@@ -82,6 +82,7 @@ class Shell:
         self._next_ticket = 0
         self._sealer = EntrySealer()  # used in the log's thread alone
         self._state_file = PublishedState(store)
+        self._predecessors = Predecessors(store)
         self._leases = Leases(store)  # the machine reads them once at a time
         self._closed = False
         self._in_flight = 0
@@ -216,7 +217,7 @@ class Shell:
             case Delete():
                 return delete_checkpoints(self._store, action.records)
             case CollectGarbage():
-                collect_garbage(self._store, action, self._settings.garbage_age)
+                collect_garbage(self._store, action, self._settings.garbage_age, self._predecessors)
             case Publish():
                 if action.entry.state.active:
                     self._state_file.publish(action.entry.state)
