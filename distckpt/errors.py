@@ -26,6 +26,7 @@
     - FencedError                 a newer coordinator owns the directory; this one has stopped for ever
     - StaleRunError               a newer incarnation of the job has started
     - CoordinatorUnavailableError no answer from the coordinator in time
+    - CoordinatorFailedError      an exception inside the coordinator, which starts again from the log
     - AbsentRanksError            ranks that did not come when all make a manager together
     - PeerFailedError             another rank reported an error, so all ranks stop
       - RankSilentError           a rank gave no sign of life for too long, so all ranks stop
@@ -282,6 +283,18 @@ class StaleRunError(CoordinatorError):
 
 class CoordinatorUnavailableError(CoordinatorError):
     """No answer from the coordinator in time. What it had committed is on storage; nothing is lost."""
+
+
+class CoordinatorFailedError(CoordinatorError):
+    """An exception inside the coordinator of ``directory``, for ``reason``. What it had committed is on storage."""
+
+    def __init__(self, directory: str, reason: str) -> None:
+        super().__init__(
+            f"{directory}: the coordinator failed with {reason}. It starts again from the log: what was committed stands, "
+            "what was under way has failed unless it comes up as committed, and the next save starts afresh"
+        )
+        self.directory = directory
+        self.reason = reason
 
 
 class AbsentRanksError(CoordinatorError):

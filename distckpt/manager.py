@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -18,7 +19,7 @@ from distckpt.coordinator.messages import Heartbeat, Leave, OpenRun, Retention
 from distckpt.coordinator.shell.shell import Settings
 from distckpt.directory.log import read_tail
 from distckpt.directory.newest import newest_committed
-from distckpt.errors import CheckpointNotFoundError, CoordinatorError, DistckptError
+from distckpt.errors import CheckpointNotFoundError, CommitUnknownError, CoordinatorError, DistckptError
 from distckpt.format import names
 from distckpt.format.limits import MAX_NUMBER
 from distckpt.rank.alone import Alone
@@ -159,6 +160,7 @@ class CheckpointManager:
         self._alone = Alone(self._store.url)
         self._closed = False
         self._left = False
+        self._patience = 2 * save_timeout + CLOSE_SECONDS
         LooperThread.loop(self._background, HEARTBEAT_SECONDS, self._beat, name="distckpt-heartbeat", skip_missed=True)
         close_at_exit(self)
 
@@ -241,10 +243,13 @@ class CheckpointManager:
         with self._alone("wait"):
             self._finish()
 
-    def _finish(self) -> None:
-        self._pending.settle()
-        self._saver.await_published()
+    def _finish(self, timeout: float | None = None) -> None:
+        late = self._pending.settle(timeout)
+        if not late:
+            self._saver.await_published()
         self._pending.raise_failure(list(self._pending))
+        if late:
+            raise CommitUnknownError(late[0].number, f"it is not decided after {timeout:g} s: does the store answer?")
 
     def sync(self) -> None:
         """TensorFlow's name for ``wait``."""
@@ -362,27 +367,33 @@ class CheckpointManager:
     # ---- life --------------------------------------------------------------------------------------------------
 
     def close(self) -> None:
-        """Wait for saves under way and leave the run. Raises the first failure that nobody has collected."""
+        """Wait for saves under way and leave the run. Raises the first failure that nobody has collected.
+
+        A store that hangs is waited for as long as a save may take, twice ``save_timeout`` and a minute, and then another
+        minute for what retention does; what is left undone then is raised, if it is a save, or logged.
+        """
         if self._left:
             return
         with self._alone("close"):
             self._closed = True
+            deadline = time.monotonic() + self._patience
             try:
-                self._finish()
+                self._finish(self._patience)
             finally:
-                self._leave()
+                self._leave(deadline)
 
     def _check_open(self) -> None:
         if self._closed:
             raise CoordinatorError(f"{self.directory}: this manager has been closed; make another one to go on")
 
-    def _leave(self) -> None:
+    def _leave(self, deadline: float = math.inf) -> None:
         self._left = True
         forget_at_exit(self)
         self._cluster.close()
-        self._saver.close()
+        self._saver.close(deadline)
         self._background.request_stop()
-        self._background.join(stop_grace_period_secs=CLOSE_SECONDS, ignore_live_threads=True)
+        grace = min(CLOSE_SECONDS, max(1.0, deadline - time.monotonic()))
+        self._background.join(stop_grace_period_secs=grace, ignore_live_threads=True)
         with contextlib.suppress(DistckptError):  # the coordinator notices by itself that we are gone
             self._client.ask(Leave(), 5.0)
         self._client.close()

@@ -38,6 +38,7 @@ EXAMPLES: list[errors.DistckptError] = [
     errors.FencedError("/x", 3, 4),
     errors.StaleRunError("/x", 1, 2),
     errors.CoordinatorUnavailableError("no answer"),
+    errors.CoordinatorFailedError("/x", "MemoryError: "),
     errors.AbsentRanksError([1, 2], 30.0),
     errors.PeerFailedError(1, "host-1", "ValueError", "bad record", "Traceback ..."),
     errors.RankSilentError(1, "host-1", 60.5),

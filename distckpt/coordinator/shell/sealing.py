@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 
 import crc32c
 import msgspec
@@ -11,6 +10,7 @@ import pyarrow as pa
 
 from distckpt.coordinator.machine.actions import Seal, Sealed, TailRead
 from distckpt.coordinator.messages import Receipt
+from distckpt.coordinator.shell.workers import each
 from distckpt.directory.contents import attempts, checkpoint_folders
 from distckpt.directory.locate import read_sealed
 from distckpt.directory.newest import has_manifest
@@ -81,11 +81,7 @@ def _shards(receipts: Mapping[int, Receipt]) -> Iterator[tuple[int, ShardReceipt
 def _check_shards(store: Store, action: Seal, folder: str) -> None:
     expected = list(_shards(action.receipts))
     paths = [f"{folder}/{names.shard_name(rank, shard.shard)}" for rank, shard in expected]
-    if len(paths) < STAT_THREADS:
-        found = [store.stat(path) for path in paths]
-    else:
-        with ThreadPoolExecutor(STAT_THREADS) as pool:
-            found = list(pool.map(store.stat, paths))
+    found = each(store.stat, paths, STAT_THREADS) if len(paths) >= STAT_THREADS else list(map(store.stat, paths))
     unseen = sorted({rank for (rank, _), info in zip(expected, found, strict=True) if info is None})
     if unseen:
         hosts = {rank: action.hosts.get(rank, "") for rank in unseen}
