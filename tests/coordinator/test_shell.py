@@ -15,6 +15,7 @@ from distckpt.coordinator.messages import (
     FromRank,
     Join,
     Joined,
+    Late,
     OpenRun,
     Receipt,
     Refused,
@@ -45,13 +46,13 @@ class Once:
 
 
 class Count(int):
-    """A number that may be short of memory when it is compared: ``max_to_keep`` is, in the machine, at a commit."""
+    """A number that may be short of memory when it is subtracted: ``max_to_keep`` is, in the machine, at a commit."""
 
     once: Once
 
-    def __lt__(self, other: int) -> bool:
+    def __rsub__(self, other: int) -> int:
         self.once.pass_by()
-        return int(self) < other
+        return other - int(self)
 
 
 class Seconds(float):
@@ -112,8 +113,10 @@ class Ranks:
         return opened[0].run
 
     def say(self, run: int, rank: int, request: Any) -> Reply:
-        """What a rank is told."""
-        return self.shell.submit(FromRank(run, rank, request)).result(20)
+        """What a rank is told, in the end."""
+        while isinstance(reply := self.shell.submit(FromRank(run, rank, request)).result(20), Late):
+            pass
+        return reply
 
     def close(self) -> None:
         """End the coordinator."""

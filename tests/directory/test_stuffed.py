@@ -17,7 +17,7 @@ from click.testing import CliRunner
 import distckpt
 from distckpt.cli import main
 from distckpt.coordinator.machine.actions import CollectGarbage
-from distckpt.coordinator.shell.housekeeping import collect_garbage
+from distckpt.coordinator.shell.housekeeping import Predecessors, collect_garbage
 from distckpt.coordinator.shell.leases import Leases
 from distckpt.errors import DistckptError
 from distckpt.format import names
@@ -79,7 +79,7 @@ def test_garbage_is_collected_beside_folders_in_folders(nested: Path) -> None:
     old.write_bytes(b"half an entry")
     for path in (old, nested / f"ckpt-2/{attempt}/00000-0.arrow"):
         os.utime(path, (1, 1))
-    collect_garbage(store, CollectGarbage("ckpt", frozenset(), frozenset(), 1 << 40), 60.0)
+    collect_garbage(store, CollectGarbage("ckpt", frozenset(), frozenset(), 1 << 40), 60.0, Predecessors(store))
     assert not old.exists()
     assert not (nested / "ckpt-2" / attempt).exists()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import threading
@@ -78,7 +79,8 @@ def test_closing_a_store_that_answers_leaves_no_thread(tmp_path: Path) -> None:
 def test_a_program_ends_although_its_store_hangs(tmp_path: Path, operation: str, path: str) -> None:
     script = str(ROOT / "tests" / "ranks" / "programs" / "hangs.py")
     command = [sys.executable, script, str(tmp_path), operation, path]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=50, check=False)
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=50, check=False)
     assert done.returncode == 0, done.stderr
     assert "checkpoint 2 was not saved: it is not decided after" in done.stderr
     assert_loads(tmp_path / "ckpt-1", 1)
