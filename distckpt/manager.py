@@ -11,7 +11,6 @@ from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Literal
 
-from distckpt.checkpoint import Checkpoint
 from distckpt.coordinator.client.client import Client
 from distckpt.coordinator.client.membership import RankCluster
 from distckpt.coordinator.client.opening import open_client
@@ -30,6 +29,7 @@ from distckpt.rank.pending import PendingSave, PendingSaves
 from distckpt.rank.restorer import Restorer
 from distckpt.rank.saved_steps import SavedSteps
 from distckpt.rank.saver import Saver
+from distckpt.state.objects import NamedObjects
 from distckpt.state.selection import EVERYTHING, Rename, Selection
 from distckpt.state.status import LoadStatus
 from distckpt.storage import canonical, join, open_store
@@ -56,7 +56,7 @@ class CheckpointManager:
     the older is told so and can do no harm.
 
     Args:
-        checkpoint: what to save.
+        checkpoint: what to save, a Checkpoint.
         directory: a path that all hosts share.
         max_to_keep: how many checkpoints stay, oldest deleted first; None keeps all. Nothing is deleted before the
             first save.
@@ -93,7 +93,7 @@ class CheckpointManager:
 
     def __init__(
         self,
-        checkpoint: Checkpoint,
+        checkpoint: NamedObjects,
         directory: str | os.PathLike[str],
         max_to_keep: int | None = 5,
         keep_checkpoint_every_n_hours: float | None = None,
@@ -172,8 +172,8 @@ class CheckpointManager:
         return self._store.url
 
     @property
-    def checkpoint(self) -> Checkpoint:
-        """What is saved."""
+    def checkpoint(self) -> NamedObjects:
+        """What is saved: the Checkpoint that was given."""
         return self._checkpoint
 
     @property

@@ -16,8 +16,9 @@ FLOORS = (
     ("transfer",),
     ("directory",),
     ("state", "coordinator", "watch", "cli"),
-    ("rank", "checkpoint", "reader", "testing"),
+    ("rank", "reader", "testing"),
     ("manager",),
+    ("checkpoint",),
     ("training", "export"),
     ("integrations",),
 )
