@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -208,6 +209,7 @@ def test_lightning_goes_on_where_it_was_stopped(tmp_path: Path, arguments: dict[
     assert {**result, "restores": 0} == whole
     last = f"ckpt-{whole['step']}"
     assert digests(tmp_path / "parts" / last, *FINAL) == digests(tmp_path / "whole" / last, *FINAL)
+    filters = list(warnings.filters)
 
 
 @lightning
@@ -217,6 +219,7 @@ def test_lightning_fails_and_resumes(tmp_path: Path, caplog: pytest.LogCaptureFi
     assert len(told) == 1, "told once, though there were four saves"
     assert "Odd is not saved" in told[0]
     failed = scenarios.lightning(str(tmp_path / "parts"), max_epochs=2, fail_at=8)
+    assert list(warnings.filters) == filters
     assert failed["error"] == "step 8"
     assert numbers(tmp_path / "parts") == [3, 6]
     resumed = scenarios.lightning(str(tmp_path / "parts"), max_epochs=2)
