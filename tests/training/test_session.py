@@ -445,6 +445,15 @@ def test_a_stop_that_comes_after_the_loop_has_asked_loses_nothing(tmp_path: Path
     assert small_runs.numbers(tmp_path)[-1] == training.at == 1
 
 
+def test_a_session_that_is_closed_is_to_stop_whoever_has_its_coordinator(training: Training) -> None:
+    coord = distckpt.Coordinator()
+    with distckpt.TrainingSession([], lambda: training.at, coord=coord) as session:
+        session.run(training.step)
+        assert not session.should_stop()
+    assert session.should_stop()
+    assert not coord.should_stop(), "that one is its maker's"
+
+
 def test_a_saver_that_skips_while_it_is_busy_saves_the_last_step(tmp_path: Path, training: Training) -> None:
     big = torch.zeros(30_000_000)
     checkpoint = distckpt.Checkpoint(progress=training.progress, big=big)
@@ -561,6 +570,11 @@ def test_ranks_at_different_steps_are_told(gang2: Gang, how: str) -> None:
     for result in gang2.run("ranks.hooks:one_is_elsewhere", how=how):
         assert "the ranks do not run the same steps" in result["error"]
         assert result["steps"] <= 3
+
+
+def test_a_session_of_many_ranks_that_is_closed_is_to_stop(gang2: Gang) -> None:
+    for own_coord in (False, True):
+        assert gang2.run("ranks.hooks:stops_when_closed", own_coord=own_coord) == [[False, True]] * 2
 
 
 def test_recovery_is_a_decision_of_all_ranks(gang2: Gang, tmp_path: Path) -> None:
