@@ -252,6 +252,18 @@ def starts(folder: Path, repetitions: int) -> list[Figure]:
     return figures
 
 
+def keeping(folder: Path, repetitions: int) -> list[Figure]:
+    """From a save of a few bytes to its commit, one rank, in memory, by how many checkpoints the directory keeps."""
+    with tempfile.TemporaryDirectory(dir=MEMORY, prefix="distckpt-bench-") as memory:
+        measured = _measured(run_ranks(1, "keeping:commits", folder, folder=memory, repetitions=2 * repetitions))
+    commit = {name: longest(measured, name, "commit") for name in measured[0]}
+    few, *_, many = commit
+    return [
+        *(plain(f"{count} kept: a commit", "ms", _ms(seconds)) for count, seconds in commit.items()),
+        ratio(f"a commit with {many} kept, compared with {few}", commit[many], commit[few], 1.5),
+    ]
+
+
 def agreeing(folder: Path, repetitions: int) -> list[Figure]:
     """What a training step pays for a CheckpointSaverHook in which no save is due; the slower rank of each round."""
     figures = []
@@ -293,6 +305,7 @@ PARTS: dict[str, Callable[[Path, int], list[Figure]]] = {
     "landing": landing,
     "coordinator": coordinator,
     "starts": starts,
+    "keeping": keeping,
     "agreeing": agreeing,
 }
 

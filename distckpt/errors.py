@@ -21,10 +21,12 @@
     - NotSharedError              shards that the coordinator cannot see: the directory is not shared
     - NumberMismatchError         ranks that save different numbers
     - CommitUnknownError          the log entry may or may not be on storage; it is being retried
+    - UnreadableError             what it would write, the log entry say, no reader would take: too large, or impossible
   - CoordinatorError
     - FencedError                 a newer coordinator owns the directory; this one has stopped for ever
     - StaleRunError               a newer incarnation of the job has started
     - CoordinatorUnavailableError no answer from the coordinator in time
+    - CoordinatorFailedError      an exception inside the coordinator, which starts again from the log
     - AbsentRanksError            ranks that did not come when all make a manager together
     - PeerFailedError             another rank reported an error, so all ranks stop
       - RankSilentError           a rank gave no sign of life for too long, so all ranks stop
@@ -241,6 +243,14 @@ class CommitUnknownError(SaveError):
     """The store has not said whether the log entry was written. The coordinator goes on asking; delete nothing."""
 
 
+class UnreadableError(SaveError):
+    """What the save would have written, no reader would take: ``reason`` says why not, and what to do."""
+
+    def __init__(self, number: int | None, reason: str) -> None:
+        super().__init__(number, f"{reason}. Nothing was committed, and training may go on")
+        self.reason = reason
+
+
 class CoordinatorError(DistckptError):
     """The coordinator of a directory cannot serve this rank."""
 
@@ -273,6 +283,18 @@ class StaleRunError(CoordinatorError):
 
 class CoordinatorUnavailableError(CoordinatorError):
     """No answer from the coordinator in time. What it had committed is on storage; nothing is lost."""
+
+
+class CoordinatorFailedError(CoordinatorError):
+    """An exception inside the coordinator of ``directory``, for ``reason``. What it had committed is on storage."""
+
+    def __init__(self, directory: str, reason: str) -> None:
+        super().__init__(
+            f"{directory}: the coordinator failed with {reason}. It starts again from the log: what was committed stands, "
+            "what was under way has failed unless it comes up as committed, and the next save starts afresh"
+        )
+        self.directory = directory
+        self.reason = reason
 
 
 class AbsentRanksError(CoordinatorError):

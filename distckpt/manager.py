@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Literal
 
-from distckpt.checkpoint import Checkpoint
 from distckpt.coordinator.client.client import Client
 from distckpt.coordinator.client.gathering import Gathering
 from distckpt.coordinator.client.membership import RankCluster
@@ -19,20 +19,21 @@ from distckpt.coordinator.messages import Heartbeat, Leave, OpenRun, Retention
 from distckpt.coordinator.shell.shell import Settings
 from distckpt.directory.log import read_tail
 from distckpt.directory.newest import newest_committed
-from distckpt.errors import CheckpointNotFoundError, CoordinatorError, DistckptError
+from distckpt.errors import CheckpointNotFoundError, CommitUnknownError, CoordinatorError, DistckptError
 from distckpt.format import names
 from distckpt.format.limits import MAX_NUMBER
 from distckpt.rank.alone import Alone
-from distckpt.rank.arguments import check_arguments, whole
+from distckpt.rank.arguments import check_arguments, wanted_folder, whole
 from distckpt.rank.exit import close_at_exit, forget_at_exit
 from distckpt.rank.options import SaverOptions
 from distckpt.rank.pending import PendingSave, PendingSaves
 from distckpt.rank.restorer import Restorer
 from distckpt.rank.saved_steps import SavedSteps
 from distckpt.rank.saver import Saver
+from distckpt.state.objects import NamedObjects
 from distckpt.state.selection import EVERYTHING, Rename, Selection
 from distckpt.state.status import LoadStatus
-from distckpt.storage import canonical, join, open_store
+from distckpt.storage import join, open_store
 from distckpt.threads.coordinator import Coordinator
 from distckpt.threads.looper import LooperThread
 from distckpt.world import find_world
@@ -56,7 +57,7 @@ class CheckpointManager:
     comes up in the background: restores do not need it, the first save waits for it, and raises what keeps it away.
 
     Args:
-        checkpoint: what to save.
+        checkpoint: what to save, a Checkpoint.
         directory: a path that all hosts share.
         max_to_keep: how many checkpoints stay, oldest deleted first; None keeps all. Nothing is deleted before the
             first save.
@@ -93,7 +94,7 @@ class CheckpointManager:
 
     def __init__(
         self,
-        checkpoint: Checkpoint,
+        checkpoint: NamedObjects,
         directory: str | os.PathLike[str],
         max_to_keep: int | None = 5,
         keep_checkpoint_every_n_hours: float | None = None,
@@ -166,6 +167,7 @@ class CheckpointManager:
         self._alone = Alone(self._store.url)
         self._closed = False
         self._left = False
+        self._patience = 2 * save_timeout + CLOSE_SECONDS
         LooperThread.loop(self._background, HEARTBEAT_SECONDS, self._beat, name="distckpt-heartbeat", skip_missed=True)
         close_at_exit(self)
 
@@ -177,8 +179,8 @@ class CheckpointManager:
         return self._store.url
 
     @property
-    def checkpoint(self) -> Checkpoint:
-        """What is saved."""
+    def checkpoint(self) -> NamedObjects:
+        """What is saved: the Checkpoint that was given."""
         return self._checkpoint
 
     @property
@@ -242,13 +244,20 @@ class CheckpointManager:
             return pending
 
     def wait(self) -> None:
-        """Return once no save is under way. Raises the first failure that nobody has collected."""
+        """Return once no save is under way, and the text file ``checkpoint`` shows every one that was committed.
+
+        Raises the first failure that nobody has collected.
+        """
         with self._alone("wait"):
             self._finish()
 
-    def _finish(self) -> None:
-        self._pending.settle()
+    def _finish(self, timeout: float | None = None) -> None:
+        late = self._pending.settle(timeout)
+        if not late:
+            self._saver.await_published()
         self._pending.raise_failure(list(self._pending))
+        if late:
+            raise CommitUnknownError(late[0].number, f"it is not decided after {timeout:g} s: does the store answer?")
 
     def sync(self) -> None:
         """TensorFlow's name for ``wait``."""
@@ -328,7 +337,7 @@ class CheckpointManager:
         if nothing matches; CheckpointNotFoundError, ResizeError, MissingRanksError; NoGoodCheckpointError, whose
         ``spoiled`` says whether tensors of the objects hold parts of what was refused.
         """
-        path = self._restore(self._folder(which), partial, Selection.of(select, rename))
+        path = self._restore(wanted_folder(which, self._store.url), partial, Selection.of(select, rename))
         if path is None:
             raise CheckpointNotFoundError(self._store.url, "no checkpoint has been committed here")
         return path
@@ -349,48 +358,39 @@ class CheckpointManager:
         self._saved_steps.restart(self._step())
         return self._path(record.name, record.number)
 
-    def _folder(self, which: int | str | os.PathLike[str] | None) -> int | str | None:
-        """A number, the folder that a path means, or None for the newest."""
-        if which is None:
-            return None
-        if not isinstance(which, str | os.PathLike):
-            return whole(which, "a checkpoint's number")
-        path = canonical(which)
-        if path == self._store.url:
-            return None
-        folder = path.rpartition("/")[2]
-        if names.parse_checkpoint(folder) is None or path != join(self._store.url, folder):
-            raise CheckpointNotFoundError(path, f"not a checkpoint of {self._store.url}")
-        return folder
-
     # ---- life --------------------------------------------------------------------------------------------------
 
     def close(self) -> None:
-        """Wait for saves under way and leave the run. Raises the first failure that nobody has collected."""
+        """Wait for saves under way and leave the run. Raises the first failure that nobody has collected.
+
+        A store that hangs is waited for as long as a save may take, twice ``save_timeout`` and a minute, and then another
+        minute for what retention does; what is left undone then is raised, if it is a save, or logged.
+        """
         if self._left:
             return
         with self._alone("close"):
             self._closed = True
+            deadline = time.monotonic() + self._patience
             try:
-                self._finish()
+                self._finish(self._patience)
             finally:
-                self._leave()
+                self._leave(deadline)
 
     def _check_open(self) -> None:
         if self._closed:
             raise CoordinatorError(f"{self.directory}: this manager has been closed; make another one to go on")
         self._client.check()
 
-    def _leave(self) -> None:
+    def _leave(self, deadline: float = math.inf) -> None:
         self._left = True
         forget_at_exit(self)
-        with contextlib.suppress(DistckptError):  # then there is nothing to leave
-            self._client.open(CLOSE_SECONDS)
         self._cluster.close()
-        self._saver.close()
+        self._saver.close(deadline)
         self._background.request_stop()
-        self._background.join(stop_grace_period_secs=CLOSE_SECONDS, ignore_live_threads=True)
+        grace = min(CLOSE_SECONDS, max(1.0, deadline - time.monotonic()))
+        self._background.join(stop_grace_period_secs=grace, ignore_live_threads=True)
         with contextlib.suppress(DistckptError):  # the coordinator notices by itself that we are gone
+            self._client.open(CLOSE_SECONDS)
             self._client.ask(Leave(), 5.0)
         self._client.close()
 

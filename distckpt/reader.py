@@ -32,7 +32,9 @@ __all__ = [
     "checkpoint_exists",
     "get_checkpoint_mtimes",
     "latest_checkpoint",
+    "list_variables",
     "load",
+    "load_variable",
     "open",
 ]
 
@@ -88,6 +90,26 @@ def _latest_of_state_file(
         logger.error("%s names a checkpoint that cannot be opened: %s", latest_filename, state.model_checkpoint_path)
         return None
     return state.model_checkpoint_path
+
+
+def list_variables(
+    ckpt_dir_or_file: PathLike, *, storage_options: Mapping[str, Any] | None = None
+) -> list[tuple[str, list[int]]]:
+    """The keys of a checkpoint, sorted, each with its shape; of a plain value that is ``[]``. Raises what ``open`` raises.
+
+    As in TensorFlow a directory means its newest checkpoint.
+    """
+    with open(ckpt_dir_or_file, storage_options) as reader:
+        return [(key, list(reader.info(key).shape)) for key in sorted(reader.keys())]
+
+
+def load_variable(ckpt_dir_or_file: PathLike, name: str, *, storage_options: Mapping[str, Any] | None = None) -> Any:
+    """One tensor, whole and on the CPU, or plain value of a checkpoint. KeyError, naming similar keys, for an unknown one.
+
+    TensorFlow's is a NumPy array: ``load_variable(...).numpy()``, for dtypes that NumPy has.
+    """
+    with open(ckpt_dir_or_file, storage_options) as reader:
+        return reader.value(name) if reader.info(name).dtype == VALUE else reader.tensor(name)
 
 
 def checkpoint_exists(checkpoint_prefix: PathLike, *, storage_options: Mapping[str, Any] | None = None) -> bool:

@@ -6,19 +6,21 @@ The file is derived from the log. Nothing in distckpt takes it for the truth.
 from __future__ import annotations
 
 import logging
+import math
 import os
 import posixpath
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from google.protobuf import descriptor_pb2, descriptor_pool, message_factory, text_format
+from google.protobuf import descriptor_pb2, descriptor_pool, message_factory, text_encoding, text_format
 from google.protobuf.message import Message
 
 from distckpt.errors import DamagedError, ObjectNotFoundError, StateFileError
 from distckpt.format import names
-from distckpt.format.json.log import State
-from distckpt.storage import PathLike, Store, open_store
+from distckpt.format.json.log import CheckpointRecord, State
+from distckpt.storage import PathLike, open_store
 
 logger = logging.getLogger(__name__)
 
@@ -45,14 +47,34 @@ class CheckpointState:
 
 
 def render(state: CheckpointState) -> str:
-    """The text of a state file, byte for byte as TensorFlow writes it: one ``key: value`` a line."""
-    message = _MESSAGE(
-        model_checkpoint_path=state.model_checkpoint_path,
-        all_model_checkpoint_paths=state.all_model_checkpoint_paths,
-        all_model_checkpoint_timestamps=state.all_model_checkpoint_timestamps,
-        last_preserved_timestamp=state.last_preserved_timestamp,
-    )
-    return str(text_format.MessageToString(message, as_utf8=True))
+    """The text of a state file, byte for byte as TensorFlow writes it: one ``key: value`` a line.
+
+    ValueError if it is too long for any reader. Written by hand: protobuf takes 50 ms for 3,000 checkpoints.
+    """
+    paths = b"".join(map(line_of_path, state.all_model_checkpoint_paths))
+    times = b"".join(map(line_of_time, state.all_model_checkpoint_timestamps))
+    return encoded(state.model_checkpoint_path, paths, times, state.last_preserved_timestamp).decode()
+
+
+def encoded(newest: str, path_lines: bytes, time_lines: bytes, last_preserved: float) -> bytes:
+    """A state file whose lines in the middle are these. ValueError if it is too long for any reader."""
+    last = float(last_preserved)
+    head = f'model_checkpoint_path: "{_escaped(newest)}"\n' if newest else ""
+    foot = f"last_preserved_timestamp: {last}\n" if last or math.copysign(1.0, last) < 0 else ""
+    data = b"".join((head.encode(), path_lines, time_lines, foot.encode()))
+    if len(data) > MAX_STATE_BYTES:
+        raise ValueError(f"a state file of {len(data)} bytes is too long to be read: {MAX_STATE_BYTES} are the most")
+    return data
+
+
+def line_of_path(path: str) -> bytes:
+    """The line for one of all paths."""
+    return f'all_model_checkpoint_paths: "{_escaped(path)}"\n'.encode()
+
+
+def line_of_time(time: float) -> bytes:
+    """The line for one of all timestamps."""
+    return f"all_model_checkpoint_timestamps: {float(time)}\n".encode()
 
 
 def parse(text: str) -> CheckpointState:
@@ -75,7 +97,7 @@ def from_log_state(state: State) -> CheckpointState:
 
     Preserved checkpoints are left out, as TensorFlow leaves them out, unless there is no other.
     """
-    records = state.active or state.newest_first()[:1]
+    records = listed(state)
     paths = [names.checkpoint_folder(record.name, record.number) for record in records]
     return CheckpointState(
         model_checkpoint_path=paths[-1] if paths else "",
@@ -85,9 +107,9 @@ def from_log_state(state: State) -> CheckpointState:
     )
 
 
-def publish(store: Store, state: State) -> None:
-    """Make the state file of a directory say what its log knows. StorageError if the store fails."""
-    store.replace(names.STATE_FILE, render(from_log_state(state)).encode())
+def listed(state: State) -> tuple[CheckpointRecord, ...]:
+    """The checkpoints that a state file has, in its order."""
+    return state.active or state.newest_first()[:1]
 
 
 def generate_checkpoint_state_proto(
@@ -135,10 +157,12 @@ def update_checkpoint_state(
 
     Arguments are those of ``generate_checkpoint_state_proto``. The checkpoints need not exist, and this commits none:
     managers follow the log. RuntimeError if ``model_checkpoint_path`` is the state file itself, however it is spelled;
-    ValueError if ``latest_filename`` has a path in it.
+    ValueError if it is empty, if ``latest_filename`` has a path in it, or for more than a reader would take.
     """
     directory = os.fspath(save_dir)
     filename = _filename(latest_filename)
+    if not os.fspath(model_checkpoint_path):
+        raise ValueError("model_checkpoint_path is empty: nobody could read a state file that names no checkpoint")
     state = generate_checkpoint_state_proto(
         directory,
         model_checkpoint_path,
@@ -223,6 +247,10 @@ def _canonical(path: str) -> str:
     return path.rstrip("/") if _is_url(path) else os.path.abspath(path)
 
 
+def _escaped(path: str) -> str:
+    return path if _PLAIN.fullmatch(path) else text_encoding.CEscape(path, as_utf8=True)
+
+
 def _message_type() -> type[Message]:
     """CheckpointState with TensorFlow's field names and numbers, in a pool of its own: TensorFlow may be loaded too."""
     file = descriptor_pb2.FileDescriptorProto(
@@ -249,3 +277,4 @@ def _message_type() -> type[Message]:
 
 
 _MESSAGE = _message_type()
+_PLAIN = re.compile(r"[A-Za-z0-9._/-]*")

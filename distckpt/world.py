@@ -17,6 +17,7 @@ from typing import Any, Protocol
 from distckpt.errors import AbsentRanksError
 
 SHARE_SECONDS = 300.0
+MOST_OF_RUN_ID = 200
 ANSWER_SECONDS = 1.0
 """How much longer than rank 0 the others wait, so that they hear from it who has not come."""
 PAUSES = (0.001, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05)
@@ -84,9 +85,12 @@ def find_world(
     """The world that was given, else torch.distributed's, Ray Train's, torchrun's variables', or a world of one.
 
     With ``rank`` and ``world_size`` given for more than one rank and no torch.distributed, ``run_id`` must name the
-    incarnation of the job: the same text on every rank, another one after every restart. ValueError otherwise.
+    incarnation of the job: the same text on every rank, another one after every restart. ValueError otherwise, and for
+    a text that the log has no room for.
     ``timeout`` is how many seconds ranks wait for each other when they share something.
     """
+    if run_id is not None and not 0 < len(run_id) <= MOST_OF_RUN_ID:
+        raise ValueError(f"run_id must be a text of 1 to {MOST_OF_RUN_ID} characters, not {run_id!r:.80}")
     if (rank is None) != (world_size is None):
         raise ValueError("give both rank and world_size, or neither")
     if rank is not None and world_size is not None:
@@ -240,8 +244,13 @@ class StoreCouncil:
         call = self._store.add(f"calls/{self.rank}", 1)
         mine = f"{self.rank}/{call}"
         self._store.set(f"call/{mine}", text)
-        if not self._comes(f"answer/{mine}", 0, _Patience(self._store, seconds + ANSWER_SECONDS)):
-            self._store.set(f"gone/{mine}", "")
+        answered = False
+        try:
+            answered = self._comes(f"answer/{mine}", 0, _Patience(self._store, seconds + ANSWER_SECONDS))
+        finally:  # Ctrl-C too
+            if not answered:
+                self._store.set(f"gone/{mine}", "")
+        if not answered:
             raise AbsentRanksError([0], seconds)
         answer = json.loads(self._taken(f"answer/{mine}"))
         if answer["absent"]:

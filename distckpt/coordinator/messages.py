@@ -340,6 +340,11 @@ class Heartbeat:
 
 
 @dataclass(frozen=True, slots=True)
+class AwaitPublished:
+    """The rank wants to hear when the ``checkpoint`` file says what has been committed so far, or could not."""
+
+
+@dataclass(frozen=True, slots=True)
 class Leave:
     """The rank is done with the run."""
 
@@ -374,7 +379,7 @@ class Unknown:
     """The coordinator does not know that run or attempt (it was replaced): OpenRun and Join again."""
 
 
-RankRequest = Join | Describe | AwaitPlan | Receipt | Fail | Restore | AwaitStop | Heartbeat | Leave
+RankRequest = Join | Describe | AwaitPlan | Receipt | Fail | Restore | AwaitStop | Heartbeat | AwaitPublished | Leave
 
 
 @dataclass(frozen=True, slots=True)

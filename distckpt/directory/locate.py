@@ -17,7 +17,7 @@ from distckpt.errors import CheckpointNotFoundError, DamagedError, ObjectNotFoun
 from distckpt.format import names
 from distckpt.format.arrow.index import Index, decode_index
 from distckpt.format.json.log import CheckpointRecord
-from distckpt.format.json.manifest import MAX_MANIFEST_BYTES, Manifest, check_manifest
+from distckpt.format.json.manifest import MAX_MANIFEST_BYTES, Manifest
 from distckpt.format.json.sealed import unseal
 from distckpt.storage import PathLike, Store, open_store, twice
 from distckpt.transfer.checksums import stored_size_and_crc
@@ -152,10 +152,7 @@ def _read_manifest(store: Store, folder: str) -> tuple[Manifest, bytes]:
 
 
 def _manifest(store: Store, folder: str, data: bytes) -> Manifest:
-    shown = f"{store.url}/{folder}/{names.MANIFEST}"
-    manifest = unseal(data, Manifest, shown, MAX_MANIFEST_BYTES)
-    check_manifest(manifest, shown)
-    return manifest
+    return unseal(data, Manifest, f"{store.url}/{folder}/{names.MANIFEST}", MAX_MANIFEST_BYTES)
 
 
 def _read(store: Store, path: str, max_bytes: int) -> bytes:

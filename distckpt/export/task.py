@@ -106,16 +106,18 @@ class _Work:
             with CheckpointReader(located(self._store, self._record)) as reader:
                 modules = tuple(self._module(reader, recipe) for recipe in recipes)
             self.module = ""
+            manifest = ExportManifest(FORMAT, self._export, self._record.attempt, time.time(), modules)
+            data = seal(manifest)
             self._check_committed()
         except Exception:
             self._discard(lambda folder: folder == names.export_folder(self._export))
             self._check_committed()
             raise
-        return self._commit(ExportManifest(FORMAT, self._export, self._record.attempt, time.time(), modules))
+        return self._commit(manifest, data)
 
-    def _commit(self, manifest: ExportManifest) -> Outcome:
+    def _commit(self, manifest: ExportManifest, data: bytes) -> Outcome:
         try:
-            self._store.put_if_absent(f"{self._folder}/{names.EXPORT}", seal(manifest))
+            self._store.put_if_absent(f"{self._folder}/{names.EXPORT}", data)
         except StorageError as error:
             # It may be there all the same, or come to be there: so the files stay where they are.
             found = read_export(self._store, self._folder)

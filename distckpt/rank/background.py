@@ -5,13 +5,18 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable
-from concurrent.futures import wait
 from dataclasses import dataclass, field
 from queue import SimpleQueue
 
 from distckpt.coordinator.messages import Committed, Joined, Reply, Unknown
 from distckpt.directory.log import read_tail
-from distckpt.errors import CoordinatorUnavailableError, DistckptError, SaveError, ranks_at_hosts
+from distckpt.errors import (
+    CoordinatorFailedError,
+    CoordinatorUnavailableError,
+    DistckptError,
+    SaveError,
+    ranks_at_hosts,
+)
 from distckpt.format import names
 from distckpt.format.arrow.receipt import ShardReceipt
 from distckpt.format.json.log import CheckpointRecord
@@ -61,7 +66,9 @@ class Background:
             LooperThread.loop(threads, None, self._work, name=f"distckpt-save-{at}")
 
     def put(self, task: SaveTask) -> None:
-        """Have ``task`` brought to its end, as soon as its state has been copied."""
+        """Have ``task``, whose state has been copied, brought to its end."""
+        if self._threads.should_stop():  # they have ended: by an error, for nobody saves after ``stop``
+            self._threads.raise_requested_exception()
         self._tasks.put(task)
 
     def stop(self) -> None:
@@ -72,20 +79,26 @@ class Background:
 
     def _work(self) -> None:
         """Bring one save to its end, or wake up to see that there will be no more."""
-        task = self._tasks.get()
-        if task is not None:
-            self._run(task)
-
-    def _run(self, task: SaveTask) -> None:
+        task = None
         try:
-            committed = self._drive(task)
-        except Exception as error:  # noqa: BLE001 - it belongs to whoever holds the PendingSave, whatever it is
-            task.progress.fail(error)
-        else:
-            self._tell(task, committed)
-            task.progress.commit(committed.record)
-            attempt = committed.record.attempt
-            self._newest.is_now(attempt, [self._path(task, attempt, at) for at in self._shards(task)])
+            task = self._tasks.get()
+            # The call that began it may have given it up.
+            if task is not None and task.progress.turn.acquire(blocking=False):
+                self._bring(task)
+        except BaseException as error:  # it belongs to whoever holds the PendingSave, and must not end the thread
+            logger.debug("a save has failed", exc_info=error)
+            if task is not None:
+                task.progress.fail(error)
+                self._dialogue.over(
+                    task.order
+                )  # as ``ended`` has it said too, which tells nobody what goes wrong there
+
+    def _bring(self, task: SaveTask) -> None:
+        committed = self._drive(task)
+        self._tell(task, committed)
+        task.progress.commit(committed.record)
+        attempt = committed.record.attempt
+        self._newest.is_now(attempt, [self._path(task, attempt, at) for at in self._shards(task)])
 
     def _tell(self, task: SaveTask, committed: Committed) -> None:
         """What has come of the save, in the log of rank 0."""
@@ -99,11 +112,10 @@ class Background:
 
     def _drive(self, task: SaveTask) -> Committed:
         """Join, write, report, until the coordinator says that it is committed. A new coordinator starts it over."""
-        wait([task.progress.staged])  # training waits for the copy, which needs the processors more than the joining
         while True:
             try:
                 reply = self._once(task)
-            except CoordinatorUnavailableError:
+            except (CoordinatorUnavailableError, CoordinatorFailedError):
                 record = self._committed(task.attempt)
                 if record is None:
                     raise
@@ -131,7 +143,6 @@ class Background:
     def _write(self, task: SaveTask, attempt: str) -> tuple[ShardReceipt, ...]:
         if attempt not in task.written:
             try:
-                task.progress.staged.result()
                 task.written[attempt] = self._write_shards(task, attempt)
                 task.progress.written = task.progress.seconds()
             except Exception as error:
@@ -168,7 +179,11 @@ class Background:
 
     def _committed(self, attempt: str) -> CheckpointRecord | None:
         """Storage is the truth when the coordinator is gone: was our attempt committed before it went?"""
-        return read_tail(self._store).state.find(attempt)
+        try:
+            return read_tail(self._store).state.find(attempt) if attempt else None
+        except DistckptError as error:
+            logger.warning("whether %s was committed cannot be found out: %s", attempt, error)
+            return None
 
 
 def _summary(path: str, progress: Progress, committed: Committed) -> str:

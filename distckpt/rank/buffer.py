@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import wait
+
 from distckpt.rank.layout import Layout
 from distckpt.rank.pending import PendingSave, progress_of
 from distckpt.state.collector import Holding
@@ -30,10 +32,11 @@ class Buffer:
         """It belongs to ``pending``, the rank's save of that ``order``, until that has ended."""
         self._pending, self._order = pending, order
 
-    def settle(self) -> None:
-        """Return once it is free, however its save ended."""
+    def settle(self, timeout: float | None = None) -> bool:
+        """Return once it is free, however its save ended, or after so many seconds; whether it is."""
         if self._pending is not None:
-            progress_of(self._pending).ended.exception()
+            wait([progress_of(self._pending).ended], timeout)
+        return self.is_free()
 
     def fit(self, layout: Layout, holding: Holding) -> Staging:
         """The memory, made anew if the layout is another one or a value has outgrown its slot. Only when it is free."""

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from dataclasses import dataclass, field
 
@@ -19,13 +20,15 @@ logger = logging.getLogger(__name__)
 class Progress:
     """How far a save has come, as the rank that makes it tells: ``staged`` comes first, ``ended`` always comes.
 
-    ``began`` is when ``save`` was called, by a clock of this process; for ``stall`` seconds training stood still, and
-    ``written`` seconds after its begin this rank's shards were on storage. ``collected`` says that the caller has been
-    told how it ended.
+    ``turn`` belongs to whoever brings it to its end and takes it first: the background, or the call that began it and
+    gives it up, whatever interrupts that call. ``began`` is when ``save`` was called, by a clock of this process; for
+    ``stall`` seconds training stood still, and ``written`` seconds after its begin this rank's shards were on storage.
+    ``collected`` says that the caller has been told how it ended.
     """
 
     staged: Future[StagedCopy] = field(default_factory=Future)
     ended: Future[CheckpointRecord] = field(default_factory=Future)
+    turn: threading.Lock = field(default_factory=threading.Lock)
     collected: bool = False
     began: float = field(default_factory=time.monotonic)
     stall: float = 0.0
@@ -42,9 +45,10 @@ class Progress:
         self.ended.set_result(record)
 
     def fail(self, error: BaseException) -> None:
-        """It has failed."""
-        self.over = self.seconds()
-        self.ended.set_exception(error)
+        """It has failed, unless it had ended before."""
+        if not self.ended.done():
+            self.over = self.seconds()
+            self.ended.set_exception(error)
 
 
 class PendingSave(str):
@@ -96,7 +100,8 @@ class PendingSave(str):
     def result(self, timeout: float | None = None) -> str:
         """The path, once the checkpoint is committed: durable and visible to everyone.
 
-        Raises what went wrong, naming ranks: a SaveError, StorageError, CoordinatorError ...; TimeoutError if it is
+        The text file ``checkpoint``, which is derived, follows a few milliseconds later; ``CheckpointManager.wait`` waits
+        for it. Raises what went wrong, naming ranks: a SaveError, StorageError, CoordinatorError ...; TimeoutError if it is
         not decided within ``timeout`` seconds, which does not count as having been told of a failure.
         """
         error = self.exception(timeout)
@@ -148,10 +153,11 @@ class PendingSaves:
         """One more."""
         self._saves.append(pending)
 
-    def settle(self) -> None:
-        """Return once none is under way. A failure stays to be told."""
-        for pending in self:
-            progress_of(pending).ended.exception()
+    def settle(self, timeout: float | None = None) -> list[PendingSave]:
+        """Return once none is under way, or after so many seconds, with those that are. A failure stays to be told."""
+        ends = {progress_of(pending).ended: pending for pending in self}
+        late = wait(ends, timeout).not_done
+        return [pending for end, pending in ends.items() if end in late]
 
     def raise_failure(self, among: Sequence[PendingSave]) -> None:
         """Raise the first failure ``among`` these of which nobody has been told; log the others."""

@@ -43,6 +43,9 @@ from distckpt.world import World
 
 logger = logging.getLogger(__name__)
 
+TELL_SECONDS = 10.0
+"""How long a rank that gives a restore up tries to tell the others."""
+
 
 class Table(Protocol):
     """Where the ranks meet that restore together: the coordinator, or a consultation of their own."""
@@ -92,8 +95,14 @@ class Restorer:
         self._asked += 1
         self._selection = selection
         self._refused, self._is_touched, self._kept = (), False, ""
+        question = Restore(self._asked, which, partial=partial)
         try:
-            return self._restore(Restore(self._asked, which, partial=partial))
+            return self._restore(question)
+        except DistckptError:
+            raise  # all ranks have been told it, or this one has told them
+        except BaseException as error:  # Ctrl-C too
+            self._give_up(question, error)
+            raise
         finally:
             self._filler = None
 
@@ -106,9 +115,8 @@ class Restorer:
                 case MatchWith() | FillFrom() | FinishWith():
                     try:
                         report = self._try(first, reply)
-                    except Exception as error:
-                        failed = f"{type(error).__name__}: {error}"
-                        self._give_up(dataclasses.replace(first, tried=reply.record.attempt, failed=failed))
+                    except DistckptError as error:
+                        self._give_up(first, error)
                         raise
                 case Mismatched(record, keys):
                     mismatch = self._mismatch(self._matched(record), keys)
@@ -207,11 +215,12 @@ class Restorer:
         refused = (*self._refused, (path, f"{type(error).__name__}: {error}"))
         return NoGoodCheckpointError(self._store.url, refused, spoiled=True)
 
-    def _give_up(self, question: Restore) -> None:
+    def _give_up(self, question: Restore, error: BaseException) -> None:
         """Tell the others, who would otherwise wait for this rank."""
+        failed = f"{type(error).__name__}: {error}".removesuffix(": ")
         try:
-            self._table.ask(question, self._timeout)
-        except DistckptError as answer:
+            self._table.ask(dataclasses.replace(question, failed=failed), min(self._timeout, TELL_SECONDS))
+        except Exception as answer:  # noqa: BLE001 - what is being raised comes first
             # It is this very failure, sent back; or the coordinator cannot be told, which is not why this rank fails.
             logger.debug("giving up a restore was answered with: %s", answer)
 

@@ -51,14 +51,14 @@ def _check_single(store: Store, path: str) -> None:
 def _check_race(store: Store, path: str) -> None:
     contents = [f"racer {number} {path}".encode() for number in range(_RACERS)]
     start = threading.Barrier(_RACERS)
-    errors: dict[bytes, StorageError] = {}
+    errors: dict[bytes, Exception] = {}
     won: list[bytes] = []
 
     def race(content: bytes) -> None:
         start.wait()
         try:
             store.put_if_absent(path, content)
-        except StorageError as error:
+        except Exception as error:  # noqa: BLE001 - raised where the race is judged, if it is no refusal
             errors[content] = error
         else:
             won.append(content)
@@ -73,7 +73,7 @@ def _check_race(store: Store, path: str) -> None:
 
 
 def _judge_race(
-    store: Store, path: str, contents: list[bytes], won: list[bytes], errors: dict[bytes, StorageError]
+    store: Store, path: str, contents: list[bytes], won: list[bytes], errors: dict[bytes, Exception]
 ) -> None:
     for error in errors.values():
         if not isinstance(error, AlreadyExistsError):

@@ -245,10 +245,12 @@ class Coordinator:
         ended = threading.Event()
 
         def watch() -> None:
-            while (alive := next((thread for thread in threads if thread.is_alive()), None)) is not None:
-                alive.join()
-            ended.set()
-            _wake(waker)
+            try:
+                while (alive := next((thread for thread in threads if thread.is_alive()), None)) is not None:
+                    alive.join()
+            finally:  # whatever happens to this thread, ``join`` looks for itself then who still runs
+                ended.set()
+                _wake(waker)
 
         if any(thread.is_alive() for thread in threads):
             threading.Thread(target=watch, name="distckpt-join", daemon=True).start()

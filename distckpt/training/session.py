@@ -116,8 +116,8 @@ class HookedLoop:
         return self._checkpoint
 
     def should_stop(self) -> bool:
-        """Whether the loop is to end now; the same answer on all ranks."""
-        self._stop = self._stop or (self.world_size == 1 and self._wants_stop())
+        """Whether the loop is to end now; the same answer on all ranks. Always once it is closed."""
+        self._stop = self._stop or self._closed or (self.world_size == 1 and self._wants_stop())
         return self._stop
 
     def request_stop(self) -> None:

@@ -14,6 +14,7 @@ from distckpt.coordinator.machine.actions import (
     Answer,
     Append,
     Appended,
+    AppendRefused,
     AppendUnknown,
     Asked,
     CollectGarbage,
@@ -26,6 +27,7 @@ from distckpt.coordinator.machine.actions import (
     NameTaken,
     PlanMade,
     Publish,
+    Published,
     ReadLeases,
     ReadTail,
     Seal,
@@ -65,7 +67,6 @@ from distckpt.format.names import attempt_epoch
 from distckpt.testing.history import (
     INDEX,
     MANIFEST,
-    PROMISES,
     Agreed,
     Filled,
     Finished,
@@ -78,10 +79,11 @@ from distckpt.testing.history import (
     ReadWhole,
     Whole,
 )
+from distckpt.testing.promises import PROMISES
 from distckpt.testing.sim_store import SimulatedPlan, SimulatedStore, describe, make_plan, record_of
 
 WORLD = 2
-FAULTS = st.sampled_from(["", "", "", "", "lost", "unknown", "late"])
+FAULTS = st.sampled_from(["", "", "", "", "lost", "unknown", "late", "refused"])
 PICK = st.integers(0, 1 << 20)
 TO = st.sampled_from([-1, -1, -1, 0, 1])
 
@@ -114,6 +116,7 @@ class Coordinators(RuleBasedStateMachine):
         self.tickets: dict[int, Request] = {}
         self.runs: dict[str, int] = {}
         self.late: list[tuple[str, Append]] = []
+        self.tried: set[str] = set()
         self.joined: list[tuple[FromRank, Joined]] = []
         self.planned: list[tuple[FromRank, str, Planned]] = []
         self.restoring: list[tuple[FromRank, MatchWith | FillFrom | FinishWith]] = []
@@ -432,6 +435,7 @@ class Coordinators(RuleBasedStateMachine):
                         self._erase(shell, attempt)
             case Publish(entry):
                 self.store.prune(entry.seq)
+                self._feed(shell, Published(entry))
             case Exit():
                 self.shells.remove(shell)
                 if not self.shells:
@@ -451,7 +455,11 @@ class Coordinators(RuleBasedStateMachine):
 
     def _append(self, shell: Shell, action: Append, fault: str) -> None:
         entry = action.entry
-        if fault in ("unknown", "late"):
+        is_first = entry.commit_id not in self.tried
+        self.tried.add(entry.commit_id)
+        if fault == "refused" and entry.kind == "commit" and is_first:  # whether a reader would take it does not change
+            self._feed(shell, AppendRefused(entry, "too long to be read"))
+        elif fault in ("unknown", "late"):
             self.late += [(shell.name, action)] if fault == "late" else []
             self._feed(shell, AppendUnknown(entry, "no answer"))
         elif self.store.put_entry(shell.name, entry) and fault != "lost":

@@ -182,6 +182,16 @@ def one_is_elsewhere(how: str) -> dict[str, Any]:
     return {"error": _error(run), "steps": training.steps}
 
 
+def stops_when_closed(own_coord: bool) -> list[bool]:
+    """Leave a session after a step that nobody took for the last; whether it is to stop before and after that."""
+    training, coord = Training(), distckpt.Coordinator()
+    given = {"coord": coord} if own_coord else {}
+    with distckpt.TrainingSession([], lambda: training.at, **given) as session:  # type: ignore[arg-type]
+        session.run(training.step)
+        before = session.should_stop()
+    return [before, session.should_stop()]
+
+
 def recover(directory: str, rank: int, at: int) -> dict[str, Any]:
     """One rank's step fails once, with its weight spoiled; the others have done the step."""
     training, hook, found = Training(), distckpt.CheckpointSaverHook(directory, save_steps=2), []

@@ -447,6 +447,14 @@ def test_text_that_names_no_checkpoint_is_an_error(content: str, tmp_path: Path)
     assert str(caught.value).startswith(f"{tmp_path}/checkpoint: ")
 
 
+def test_what_no_reader_would_take_is_not_written(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="names no checkpoint"):
+        update_checkpoint_state(tmp_path, "")
+    with pytest.raises(ValueError, match="too long to be read"):
+        update_checkpoint_state(tmp_path, "m", ["m" * (1 << 20)] * 65)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_the_file_is_read_from_the_store_that_the_url_means(tmp_path: Path) -> None:
     update_checkpoint_state(tmp_path.as_uri(), "m")
     assert open_store(tmp_path).read("checkpoint", 1 << 20) == render(CheckpointState("m", ("m",))).encode()

@@ -61,7 +61,9 @@ def table(attacked: list[Attacked]) -> Table:
         for at, (kind, count) in enumerate(sorted(one.outcome.tried.items())):
             shown.add_row("" if at else one.title, kind, f"{count:,}", f"{broken[kind]:,}")
         total, lost = one.outcome.tried.total(), len(one.outcome.broken)
-        shown.add_row("", "all", f"{total:,}", f"{lost:,}", style="bold", end_section=True)
+        shown.add_row("", "all", f"{total:,}", f"{lost:,}", style="bold", end_section=not one.outcome.seen)
+        for kind, count in one.outcome.seen.items():
+            shown.add_row("", kind, f"{count:,}", "", style="dim", end_section=True)
     return shown
 
 
@@ -75,6 +77,7 @@ def main(arguments: list[str]) -> int:
     attacked: list[Attacked] = []
     try:
         for attack in chosen:
+            console.print(f"{attack.name} ...")
             siege = Siege(attack, folder / attack.name)
             if given.play is None:
                 attacked.append(siege.run(random.Random(f"{seed} {attack.name}"), given.seconds / len(chosen), tell))

@@ -31,15 +31,17 @@ class Broken:
 
 @dataclass
 class Outcome:
-    """What was tried, by kind, and what of it broke a promise."""
+    """What was tried, by kind, and what of it broke a promise; ``seen`` counts what else there was to tell."""
 
     tried: Counter[str] = field(default_factory=Counter)
     broken: list[Broken] = field(default_factory=list)
+    seen: Counter[str] = field(default_factory=Counter)
 
     def add(self, other: Outcome) -> None:
         """Count another one in."""
         self.tried += other.tried
         self.broken += other.broken
+        self.seen += other.seen
 
 
 class Attack(Protocol):

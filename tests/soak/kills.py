@@ -66,11 +66,11 @@ class Kills:
             time.sleep(self.longest * dice.random())
             process.kill()
             broken += [f"life {life}: {what}" for what in witness.hear(process.end(HANGS).said)]
-            outcome.tried["lives"] += 1
-        outcome.tried["acknowledged saves"] = len(witness.acknowledged)
+            outcome.tried["killed"] += 1
+        outcome.seen["saves acknowledged"] = len(witness.acknowledged)
         told = sorted(witness.acknowledged)
         broken += run(judge, directory=directory, acknowledged=told, keep=keep, elements=elements).said
-        outcome.broken += [Broken(self.name, case, "lives", f"{what}\n(in {folder})") for what in broken]
+        outcome.broken += [Broken(self.name, case, "killed", f"{what}\n(in {folder})") for what in broken]
         return outcome
 
 

@@ -78,10 +78,10 @@ class Ranks:
             kind = f"{victim} killed"
             outcome.tried[kind] += 1
             outcome.broken += [Broken(self.name, case, kind, f"life {life}: {what}\n(in {folder})") for what in broken]
-        outcome.tried["acknowledged saves"] = len(witness.acknowledged)
+        outcome.seen["saves acknowledged"] = len(witness.acknowledged)
         stamps = sorted(witness.acknowledged)
         last = run(judge, directory=directory, acknowledged=stamps, keep=keep, elements=ELEMENTS).said
-        outcome.broken += [Broken(self.name, case, "acknowledged saves", f"{what}\n(in {folder})") for what in last]
+        outcome.broken += [Broken(self.name, case, kind, f"{what}\n(in {folder})") for what in last]
         return outcome
 
 

@@ -56,7 +56,7 @@ def told(outcome: Outcome) -> str:
 def test_a_process_that_is_killed_at_any_moment_loses_nothing(tmp_path: Path) -> None:
     outcome = besiege(Kills(lives=5), tmp_path / "soak", 2)
     assert not outcome.broken, told(outcome)
-    assert outcome.tried["lives"] == 10
+    assert outcome.tried["killed"] == 10
 
 
 def test_a_run_whose_calls_fail_refuses_or_succeeds(tmp_path: Path) -> None:
@@ -205,14 +205,15 @@ def test_the_command_plays_a_case_and_cleans_up(tmp_path: Path, capsys: pytest.C
 
 def test_the_table_counts_what_broke() -> None:
     outcome = Outcome()
-    outcome.tried.update(lives=1234, saves=5)
-    outcome.broken.append(Broken("kills", "7", "lives", "3 was acknowledged"))
+    outcome.tried.update(killed=1234, frightened=5)
+    outcome.seen["saves acknowledged"] = 77
+    outcome.broken.append(Broken("kills", "7", "killed", "3 was acknowledged"))
     shown = table([Attacked("kills", outcome, 61.2)])
     assert [list(column.cells) for column in shown.columns] == [
-        ["kills, 61 s", "", ""],
-        ["lives", "saves", "all"],
-        ["1,234", "5", "1,239"],
-        ["1", "0", "1"],
+        ["kills, 61 s", "", "", ""],
+        ["frightened", "killed", "all", "saves acknowledged"],
+        ["5", "1,234", "1,239", "77"],
+        ["0", "1", "1", ""],
     ]
 
 

@@ -22,6 +22,7 @@ from distckpt.coordinator.machine.actions import (
     MakePlan,
     PlanMade,
     Publish,
+    Published,
     ReadLeases,
     ReadTail,
     Seal,
@@ -148,7 +149,9 @@ class Driver:
                 self.feed(LeasesRead(self.leased))
             case Delete(records):
                 self.feed(Deleted(tuple(record.attempt for record in records)))
-            case CollectGarbage() | Publish() | Exit():
+            case Publish(entry):
+                self.feed(Published(entry))
+            case CollectGarbage() | Exit():
                 pass
 
     def lead(self) -> Driver:

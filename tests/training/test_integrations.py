@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -134,6 +135,17 @@ def test_transformers_fails_and_resumes_with_what_its_callbacks_knew(hugging: Hu
     assert digests(hugging.folder / "failing/ckpt-9", *FINAL) == digests(hugging.folder / "patient/ckpt-9", *FINAL)
 
 
+def test_transformers_resumes_a_run_whose_trainer_saves_too(hugging: Hugging) -> None:
+    arguments = {"save_strategy": "epoch"}
+    assert hugging.run("both", stop_at=4, **arguments)["error"] == ""
+    resumed = hugging.run("both", patience=2, eval_strategy="steps", eval_steps=3, metric_for_best_model="eval_loss",
+                          **arguments)  # fmt: skip
+    assert (resumed["error"], resumed["step"]) == ("", 12)
+    assert resumed["losses"] == hugging.whole["losses"]
+    kept = json.loads((hugging.folder / "unused/checkpoint-12/trainer_state.json").read_text())
+    assert kept["stateful_callbacks"].keys() == {"EarlyStoppingCallback", "TrainerControl"}
+
+
 def test_transformers_begins_at_the_newest_good_checkpoint(hugging: Hugging) -> None:
     hugging.run("damaged", stop_at=7)
     folder = hugging.folder / "damaged/ckpt-8"
@@ -208,6 +220,7 @@ def test_lightning_goes_on_where_it_was_stopped(tmp_path: Path, arguments: dict[
     assert {**result, "restores": 0} == whole
     last = f"ckpt-{whole['step']}"
     assert digests(tmp_path / "parts" / last, *FINAL) == digests(tmp_path / "whole" / last, *FINAL)
+    filters = list(warnings.filters)
 
 
 @lightning
@@ -217,6 +230,7 @@ def test_lightning_fails_and_resumes(tmp_path: Path, caplog: pytest.LogCaptureFi
     assert len(told) == 1, "told once, though there were four saves"
     assert "Odd is not saved" in told[0]
     failed = scenarios.lightning(str(tmp_path / "parts"), max_epochs=2, fail_at=8)
+    assert list(warnings.filters) == filters
     assert failed["error"] == "step 8"
     assert numbers(tmp_path / "parts") == [3, 6]
     resumed = scenarios.lightning(str(tmp_path / "parts"), max_epochs=2)

@@ -445,6 +445,15 @@ def test_a_stop_that_comes_after_the_loop_has_asked_loses_nothing(tmp_path: Path
     assert small_runs.numbers(tmp_path)[-1] == training.at == 1
 
 
+def test_a_session_that_is_closed_is_to_stop_whoever_has_its_coordinator(training: Training) -> None:
+    coord = distckpt.Coordinator()
+    with distckpt.TrainingSession([], lambda: training.at, coord=coord) as session:
+        session.run(training.step)
+        assert not session.should_stop()
+    assert session.should_stop()
+    assert not coord.should_stop(), "that one is its maker's"
+
+
 def test_a_saver_that_skips_while_it_is_busy_saves_the_last_step(tmp_path: Path, training: Training) -> None:
     big = torch.zeros(30_000_000)
     checkpoint = distckpt.Checkpoint(progress=training.progress, big=big)
@@ -563,6 +572,11 @@ def test_ranks_at_different_steps_are_told(gang2: Gang, how: str) -> None:
         assert result["steps"] <= 3
 
 
+def test_a_session_of_many_ranks_that_is_closed_is_to_stop(gang2: Gang) -> None:
+    for own_coord in (False, True):
+        assert gang2.run("ranks.hooks:stops_when_closed", own_coord=own_coord) == [[False, True]] * 2
+
+
 def test_recovery_is_a_decision_of_all_ranks(gang2: Gang, tmp_path: Path) -> None:
     results = gang2.run("ranks.hooks:recover", directory=str(tmp_path), rank=1, at=4)
     assert [result["at"] for result in results] == [[1, 2, 3, 3, 4]] * 2
@@ -651,3 +665,41 @@ def test_the_example_on_two_ranks(gang2: Gang, tmp_path: Path) -> None:
     assert small_runs.numbers(tmp_path) == [0, 5, 7]
     gang2.run("ranks.hooks:example", directory=str(tmp_path), steps=100, save_steps=5, loss=1e9)
     assert small_runs.numbers(tmp_path)[-2:] == [7, 12], "it went on at 7, and a listener stopped it"
+
+
+# ---- stopping at a step ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [{"num_steps": 3}, {"last_step": 5}])
+def test_a_session_stops_after_so_many_steps_or_at_a_step(training: Training, options: dict[str, int]) -> None:
+    training.progress["step"] = 2
+    run_to_the_end(session_of(training, distckpt.StopAtStepHook(**options)), training.step)
+    assert training.at == 5
+
+
+def test_a_session_that_begins_beyond_the_last_step_makes_one_more(training: Training) -> None:
+    training.progress["step"] = 7
+    run_to_the_end(session_of(training, distckpt.StopAtStepHook(last_step=5)), training.step)
+    assert training.at == 8
+
+
+def test_the_steps_to_stop_after_are_counted_once(training: Training) -> None:
+    hook = distckpt.StopAtStepHook(num_steps=4)
+    loop = distckpt.HookedLoop([hook], lambda: training.at)
+    loop.begin()
+    while not loop.should_stop():
+        loop.before_step()
+        training.step()
+        loop.after_step()
+        if training.at == 2:
+            loop.recreated()
+    loop.close()
+    assert training.at == 4
+
+
+def test_when_to_stop_must_be_said_in_one_way() -> None:
+    for options in ({}, {"num_steps": 1, "last_step": 1}):
+        with pytest.raises(ValueError, match="num_steps or last_step"):
+            distckpt.StopAtStepHook(**options)
+    with pytest.raises(RuntimeError, match="no global step"):
+        distckpt.HookedLoop([distckpt.StopAtStepHook(last_step=1)], None).begin()

@@ -80,7 +80,7 @@ class Gathering:
         """The answer, the same on all ranks. MissingRanksError names those that do not come, or die on the way."""
         text = msgspec.json.encode(request).decode()
         try:
-            answer = _decoded(self._council.consult(text, self._host.decide, self._timeout))
+            answer = _decoded(self._council.consult(text, self._host.decide, min(timeout, self._timeout)))
         except BaseException as error:
             self._end()
             if isinstance(error, AbsentRanksError):

@@ -39,6 +39,9 @@ class LocalLine:
             raise CoordinatorUnavailableError(
                 f"no answer to {kind_of(request)} within {timeout:g} s: the store may be slow or unreachable"
             ) from None
+        except BaseException:  # Ctrl-C: nobody waits for this answer any more
+            future.cancel()
+            raise
 
     def replace(self) -> None:
         """See Line.replace. This one is as fresh as the process."""

@@ -87,6 +87,14 @@ class AppendUnknown:
 
 
 @dataclass(frozen=True, slots=True)
+class AppendRefused:
+    """No reader would take this entry, so it was not written and never will be: ``reason``."""
+
+    entry: Entry
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class PlanMade:
     """The plan of ``attempt``."""
 
@@ -128,6 +136,13 @@ class Deleted:
 
 
 @dataclass(frozen=True, slots=True)
+class Published:
+    """The ``checkpoint`` file says what the entry says; or it could not be made to, and the next one may."""
+
+    entry: Entry
+
+
+@dataclass(frozen=True, slots=True)
 class Tick:
     """Time has passed."""
 
@@ -139,11 +154,13 @@ Event = (
     | Appended
     | NameTaken
     | AppendUnknown
+    | AppendRefused
     | PlanMade
     | Sealed
     | StepFailed
     | LeasesRead
     | Deleted
+    | Published
     | Tick
 )
 
@@ -166,7 +183,7 @@ class ReadTail:
 
 @dataclass(frozen=True, slots=True)
 class Append:
-    """Put the entry if absent, then list; Appended, NameTaken or AppendUnknown follows."""
+    """Put the entry if absent, then list; Appended, NameTaken, AppendUnknown or AppendRefused follows."""
 
     entry: Entry
 
@@ -230,7 +247,10 @@ class CollectGarbage:
 
 @dataclass(frozen=True, slots=True)
 class Publish:
-    """Refresh the derived ``checkpoint`` file from the entry's state and prune log entries that nobody needs."""
+    """Refresh the derived ``checkpoint`` file from the entry's state and prune log entries that nobody needs.
+
+    Published follows.
+    """
 
     entry: Entry
 

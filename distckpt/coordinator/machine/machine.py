@@ -12,6 +12,7 @@ from itertools import chain
 from distckpt.coordinator.machine.actions import (
     Action,
     Appended,
+    AppendRefused,
     AppendUnknown,
     Asked,
     Deleted,
@@ -21,7 +22,7 @@ from distckpt.coordinator.machine.actions import (
     LeasesRead,
     NameTaken,
     PlanMade,
-    Publish,
+    Published,
     Sealed,
     StepFailed,
     TailRead,
@@ -40,6 +41,7 @@ from distckpt.coordinator.machine.intentions import (
 )
 from distckpt.coordinator.machine.keeping import Keeping
 from distckpt.coordinator.machine.ledger import Ledger
+from distckpt.coordinator.machine.publishing import Publishing
 from distckpt.coordinator.machine.records import find_number
 from distckpt.coordinator.machine.restores import Restores
 from distckpt.coordinator.machine.roundbook import RoundBook
@@ -50,6 +52,7 @@ from distckpt.coordinator.machine.stops import Stops
 from distckpt.coordinator.messages import (
     Accepted,
     AwaitPlan,
+    AwaitPublished,
     AwaitStop,
     Committed,
     Describe,
@@ -70,7 +73,13 @@ from distckpt.coordinator.messages import (
     StatusReply,
     Unknown,
 )
-from distckpt.errors import CheckpointNotFoundError, CoordinatorUnavailableError, DistckptError, StorageError
+from distckpt.errors import (
+    CheckpointNotFoundError,
+    CoordinatorError,
+    CoordinatorUnavailableError,
+    DistckptError,
+    StorageError,
+)
 from distckpt.format.json.log import Entry, State
 from distckpt.format.names import checkpoint_folder, entry_path
 
@@ -100,10 +109,11 @@ class Machine:
         self._early: dict[int, Request] = {}
         self._pinning: dict[int, None] = {}
         self._book = RoundBook()
-        self._ledger = Ledger(self._desk, identities, self._follow_up)
+        self._ledger = Ledger(self._desk, identities, self._follow_up, self._give_up)
         self._runs = Runs(self._desk, self._ledger)
         self._restores = Restores(self._desk, self._ledger, self._runs)
         self._stops = Stops(self._desk, self._runs)
+        self._publishing = Publishing(self._desk)
         self._keeping = Keeping(self._desk, self._ledger, self._runs, self._restores, self._book)
         self._saves = Saves(self._desk, self._ledger, identities, self._runs, self._book, self._keeping)
 
@@ -168,6 +178,8 @@ class Machine:
             case AppendUnknown():
                 self._ledger.append_unknown(event)
                 self._say_why(event)
+            case AppendRefused():
+                self._ledger.append_refused(event)
             case TailRead():
                 self._ledger.tail_read(event)
             case LeasesRead():
@@ -175,6 +187,8 @@ class Machine:
                 self._saves.readers_known()
             case Deleted():
                 self._keeping.deleted(event)
+            case Published():
+                self._publishing.published(event)
             case Tick():
                 pass
 
@@ -220,7 +234,7 @@ class Machine:
 
     def _idle_at(self) -> float | None:
         """When it will have been idle for too long; None while there is work."""
-        parts = (self._ledger, self._restores, self._keeping)
+        parts = (self._ledger, self._restores, self._keeping, self._publishing)
         if self._idle_timeout is None or not self._ledger.leading:
             return None
         if self._book or self._early or any(part.busy for part in parts):
@@ -275,6 +289,8 @@ class Machine:
             case Heartbeat():
                 self._restores.alive(rank)
                 self._desk.answer(ticket, Accepted())
+            case AwaitPublished():
+                self._publishing.await_published(ticket)
             case Leave():
                 self._leave(ticket, rank, run)
 
@@ -329,9 +345,9 @@ class Machine:
                 self._run_begun(intention, entry)
             case Commit(record):
                 self._saves.committed(record)
-                self._desk.emit(Publish(entry))
+                self._publishing.publish(entry)
             case Retire():
-                self._desk.emit(Publish(entry))
+                self._publishing.publish(entry)
                 self._keeping.look()
             case Discard():
                 self._keeping.look()
@@ -340,8 +356,21 @@ class Machine:
             case SetPin() | Forget():
                 pass
 
+    def _give_up(self, intention: Intention, reason: str) -> None:
+        """No reader would take the entry of an intention, so there is none, and whoever has asked for it is told."""
+        match intention:
+            case BeginRun():
+                self._runs.refused(intention, reason)
+            case Commit(record):
+                self._saves.commit_refused(record, reason)
+            case SetPin(ticket):
+                if ticket in self._pinning:
+                    self._desk.answer(ticket, Refused(CoordinatorError(f"{self._desk.directory}: {reason}")))
+            case Claim() | Discard() | Retire() | Forget():
+                pass
+
     def _lead(self, entry: Entry) -> None:
-        self._desk.emit(Publish(entry))
+        self._publishing.publish(entry)
         if entry.state.retiring:
             self._keeping.look()
         early, self._early = self._early, {}

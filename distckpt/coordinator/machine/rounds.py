@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import IntEnum
 
-from distckpt.coordinator.machine.actions import Plan
+from distckpt.coordinator.machine.actions import Plan, Sealed
 from distckpt.coordinator.machine.plans import HeldPlan, Plans
 from distckpt.coordinator.messages import Describe, Join, Receipt, Reply
 from distckpt.format.json.log import CheckpointRecord
@@ -157,11 +157,21 @@ class SaveRound:
         self.time = time
         self.deadline = None
 
-    def sealed(self, record: CheckpointRecord, deadline: float) -> None:
-        """All of it is durable. By the deadline it is committed, whoever reads what."""
+    def sealed(self, name: str, event: Sealed, deadline: float) -> None:
+        """All of it is durable. By the deadline it is committed, whoever reads what, as a checkpoint of that name."""
         assert self.phase is Phase.SEALING
+        assert self.number is not None
         self.phase = Phase.SEALED
-        self.record = record
+        self.record = CheckpointRecord(
+            name=name,
+            number=self.number,
+            attempt=self.attempt,
+            manifest_size=event.manifest_size,
+            manifest_crc32c=event.manifest_crc32c,
+            time=self.time,
+            world_size=self.world_size,
+            nbytes=event.nbytes,
+        )
         self.deadline = deadline
 
     def commit_begins(self, deadline: float) -> None:

@@ -98,6 +98,11 @@ class Runs:
         for ticket, message in list(self._opening.pop(begin.first.token).items()):
             self._register(ticket, message)
 
+    def refused(self, begin: BeginRun, reason: str) -> None:
+        """No reader would take an entry that begins this run: its processes are told."""
+        error = CoordinatorError(f"{self._desk.directory}: the run cannot begin: {reason}")
+        self._desk.answer_shelf(self._opening.pop(begin.first.token), Refused(error))
+
     def _remember(self, state: State) -> None:
         """Whoever comes with this token once another run is the current one belongs to an older one."""
         if state.run:

@@ -40,6 +40,7 @@ from distckpt.errors import (
     NumberMismatchError,
     RankFailedError,
     SaveError,
+    UnreadableError,
 )
 from distckpt.format.json.log import CheckpointRecord
 
@@ -337,7 +338,7 @@ class Saves:
         round = self._book.of(event.attempt)
         if round is None or round.phase is not Phase.SEALING:
             return
-        round.sealed(_record(round, self._current.name, event), self._desk.mono + PATIENCE)
+        round.sealed(self._current.name, event, self._desk.mono + PATIENCE)
         if not self._keeping.looking:
             self._commit(round)
 
@@ -364,6 +365,12 @@ class Saves:
                 self._fail(other, SaveError(other.number, reason))
             self._end(round, Committed(record, answers.landing(round, self._current), retired))
         self._keeping.look()
+
+    def commit_refused(self, record: CheckpointRecord, reason: str) -> None:
+        """No reader would take a log entry with it, so it does not become a checkpoint."""
+        round = self._book.of(record.attempt)
+        if round is not None and not round.over:
+            self._fail(round, UnreadableError(record.number, reason))
 
     # ---- ends that nobody wanted -----------------------------------------------------------------------------------
 
@@ -429,17 +436,3 @@ class Saves:
         self._desk.answer_shelf(round.awaiting_end, outcome)
         for other in self._book:
             self._advance(other)
-
-
-def _record(round: SaveRound, name: str, sealed: Sealed) -> CheckpointRecord:
-    assert round.number is not None
-    return CheckpointRecord(
-        name=name,
-        number=round.number,
-        attempt=round.attempt,
-        manifest_size=sealed.manifest_size,
-        manifest_crc32c=sealed.manifest_crc32c,
-        time=round.time,
-        world_size=round.world_size,
-        nbytes=sealed.nbytes,
-    )

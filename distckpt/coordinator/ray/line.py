@@ -15,7 +15,7 @@ import ray.exceptions
 from distckpt.coordinator.messages import Reply, Request, kind_of
 from distckpt.coordinator.ray.actor import CoordinatorActor, find_or_start
 from distckpt.coordinator.shell.shell import Settings
-from distckpt.errors import CoordinatorUnavailableError
+from distckpt.errors import CoordinatorFailedError, CoordinatorUnavailableError, DistckptError
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +55,11 @@ class RayLine:
                 actor = self._find(wait)
                 patience = min(wait + POLL_SECONDS, deadline - time.monotonic())
                 reply = self._answer(actor.answer.remote(request, wait), patience)
-            except (ray.exceptions.RayActorError, FutureTimeoutError) as error:
+            except DistckptError:
+                raise
+            except ray.exceptions.RayTaskError as error:  # the actor lives; what was asked of it could not be read, say
+                raise CoordinatorFailedError(self._directory, _text(error).strip().rpartition("\n")[2]) from error
+            except Exception as error:  # noqa: BLE001 - Ray has no list of what it raises; silence ends it
                 self._drop()
                 if time.monotonic() >= deadline:
                     break  # it may be at work on the answer, or dead: this time is too short to tell
@@ -108,20 +112,21 @@ class RayLine:
             if self._job != job:  # the process has left the cluster and come back, and what it held is of no use
                 self._job, self._search = job, None
             if self._search is None:
-                self._search = Future()
-                threading.Thread(target=self._look, args=(self._search,), name="distckpt-search", daemon=True).start()
+                search: Future[_Actor] = Future()
+                threading.Thread(target=self._look, args=(search,), name="distckpt-search", daemon=True).start()
+                self._search = search
             search = self._search
         return search.result(timeout)
 
     def _look(self, search: Future[_Actor]) -> None:
         try:
             actor = find_or_start(self._directory, self._storage_options, self._settings, self._home)
-        except BaseException as error:  # noqa: BLE001 - it belongs to those who wait for the search
-            self._found(search, None)
-            search.set_exception(error)
-        else:
             self._found(search, actor)
             search.set_result(actor)
+        except BaseException as error:  # noqa: BLE001 - it belongs to those who wait for the search
+            self._found(search, None)
+            if not search.done():
+                search.set_exception(error)
 
     def _found(self, search: Future[_Actor], actor: _Actor | None) -> None:
         with self._lock:
