@@ -212,8 +212,20 @@ class _Place:
         for _ in range(batches):
             next(fetcher)
         fetcher.fetched -= batches  # Lightning adds those seen itself
-        # Lightning warns that the loader was not told its place, which is made up for.
-        warnings.filterwarnings("ignore", ".*your dataloader is not resumable")
+        _reset_quietly(self._trainer.fit_loop.epoch_loop)
+
+
+def _reset_quietly(loop: Any) -> None:
+    """Lightning's next reset of ``loop`` does not warn that a loader was not told its place, which was made up for."""
+    reset = loop.reset
+
+    def quietly() -> None:
+        del loop.reset
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*your dataloader is not resumable")
+            reset()
+
+    loop.reset = quietly
 
 
 def _resized(values: list[Any], rank: int, world_size: int) -> Any:

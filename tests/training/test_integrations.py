@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -197,6 +198,7 @@ lightning = pytest.mark.filterwarnings(*OF_LIGHTNING)
 )  # fmt: skip
 def test_lightning_goes_on_where_it_was_stopped(tmp_path: Path, arguments: dict[str, Any], stops: list[int]) -> None:
     whole = scenarios.lightning(str(tmp_path / "whole"), **arguments)
+    filters = list(warnings.filters)
     seen: list[list[int]] = []
     result = {}
     for restores, stop in enumerate([*stops, None]):
@@ -206,6 +208,7 @@ def test_lightning_goes_on_where_it_was_stopped(tmp_path: Path, arguments: dict[
         seen += result.pop("seen")
     assert seen == whole.pop("seen")
     assert {**result, "restores": 0} == whole
+    assert list(warnings.filters) == filters
     last = f"ckpt-{whole['step']}"
     assert digests(tmp_path / "parts" / last, *FINAL) == digests(tmp_path / "whole" / last, *FINAL)
 
