@@ -12,7 +12,7 @@ import json
 import logging
 import os
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -210,9 +210,15 @@ class _KeptState:
 
     def _text(self) -> str:
         # One text, not a tree: the log history grows, and a tree that changes would be planned anew at every save.
-        exporting: list[Any] = [each for each in self._callbacks if isinstance(each, ExportableState)]
-        states = TrainerState(stateful_callbacks=exporting).stateful_callbacks
+        states = {**self._state.stateful_callbacks, **_exported(self._callbacks)}
         return json.dumps({**dataclasses.asdict(self._state), "stateful_callbacks": states}, default=_number)
+
+
+def _exported(objects: Iterable[Any]) -> dict[str, Any]:
+    """The states of those that export one, as Trainer has them in its own."""
+    exporting: list[Any] = [each for each in objects if isinstance(each, ExportableState)]
+    states: Any = TrainerState(stateful_callbacks=exporting).stateful_callbacks
+    return dict(states)
 
 
 class _Rewind:
@@ -251,7 +257,9 @@ def _train_from(trainer: Any, state: dict[str, Any] | None, arguments: dict[str,
     if state is None:
         return trainer.train(**arguments)
     with scratch_folder() as folder, _weights_elsewhere(trainer):
-        saved = TrainerState(**state)
+        # Trainer's own saves want all that export a state to be there, and some may be new.
+        known = {**_exported([*trainer.callback_handler.callbacks, trainer.control]), **state["stateful_callbacks"]}
+        saved = TrainerState(**{**state, "stateful_callbacks": known})
         saved.train_batch_size = trainer.args.train_batch_size  # of this run, whose number of ranks may be another
         saved.save_to_json(f"{folder}/trainer_state.json")
         return trainer.train(resume_from_checkpoint=folder, **arguments)

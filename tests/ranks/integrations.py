@@ -85,7 +85,8 @@ def transformers(
 
     class Interrupt(TrainerCallback):
         def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            state.log_history.append({"step": 0, "odd": np.float32(1.5), "odder": object()})
+            if args.save_strategy == "no":  # Trainer's own saves cannot store such
+                state.log_history.append({"step": 0, "odd": np.float32(1.5), "odder": object()})
 
         def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             interruption.before_step(state.global_step)
@@ -99,8 +100,8 @@ def transformers(
 
     model.register_forward_pre_hook(look, with_kwargs=True)
     settings = TrainingArguments(
-        output_dir=scratch, save_strategy="no", report_to=[], use_cpu=True, disable_tqdm=True, seed=3, num_train_epochs=2,
-        learning_rate=1e-2, logging_steps=1, per_device_train_batch_size=batch, **arguments,
+        output_dir=scratch, report_to=[], use_cpu=True, disable_tqdm=True, seed=3, num_train_epochs=2,
+        learning_rate=1e-2, logging_steps=1, per_device_train_batch_size=batch, **{"save_strategy": "no", **arguments},
     )  # fmt: skip
     callback = DistckptCallback(directory, save_steps, max_to_keep=None, save_timeout=30)
     callbacks = [Interrupt(), callback, *([EarlyStoppingCallback(patience)] if patience else [])]

@@ -135,6 +135,17 @@ def test_transformers_fails_and_resumes_with_what_its_callbacks_knew(hugging: Hu
     assert digests(hugging.folder / "failing/ckpt-9", *FINAL) == digests(hugging.folder / "patient/ckpt-9", *FINAL)
 
 
+def test_transformers_resumes_a_run_whose_trainer_saves_too(hugging: Hugging) -> None:
+    arguments = {"save_strategy": "epoch"}
+    assert hugging.run("both", stop_at=4, **arguments)["error"] == ""
+    resumed = hugging.run("both", patience=2, eval_strategy="steps", eval_steps=3, metric_for_best_model="eval_loss",
+                          **arguments)  # fmt: skip
+    assert (resumed["error"], resumed["step"]) == ("", 12)
+    assert resumed["losses"] == hugging.whole["losses"]
+    kept = json.loads((hugging.folder / "unused/checkpoint-12/trainer_state.json").read_text())
+    assert kept["stateful_callbacks"].keys() == {"EarlyStoppingCallback", "TrainerControl"}
+
+
 def test_transformers_begins_at_the_newest_good_checkpoint(hugging: Hugging) -> None:
     hugging.run("damaged", stop_at=7)
     folder = hugging.folder / "damaged/ckpt-8"
