@@ -85,5 +85,14 @@ def test_a_store_of_torch_that_has_gone_is_told_as_what_it_is(monkeypatch: pytes
         find_world(timeout=1)
 
 
+@pytest.mark.parametrize("how", ["by number", "by torch"])
+def test_ranks_with_no_ray_to_join_are_told_what_to_do(tmp_path: Path, how: str) -> None:
+    with Gang(2, {"RAY_ADDRESS": "127.0.0.1:9"}) as gang:
+        for said in gang.run("ranks.manager:without_ray", directory=str(tmp_path), by_number=how == "by number"):
+            assert said["kind"] == "CoordinatorUnavailableError"
+            assert "127.0.0.1:9" in said["text"]
+            assert ("`ray start --head`" if how == "by number" else "a cluster is started for this run") in said["text"]
+
+
 def test_of_ranks_that_decide_together_rank_0_hears_all(gang2: Gang) -> None:
     assert gang2.run("ranks.manager:consult") == ["0 1", "0 1"]

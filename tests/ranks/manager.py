@@ -85,6 +85,23 @@ def one_cannot_restore(directory: str) -> str:
     return ""
 
 
+def without_ray(directory: str, by_number: bool) -> dict[str, str]:
+    """How making a manager fails where there is no Ray at the address that the environment names."""
+    import ray
+
+    ray._private.ray_constants.NUM_REDIS_GET_RETRIES = 1  # else it tries for 20 s
+    world: dict[str, Any] = {}
+    if by_number:
+        world = {"rank": dist.get_rank(), "world_size": dist.get_world_size(), "run_id": "job-1"}
+        dist.destroy_process_group()
+    try:
+        with distckpt.CheckpointManager(distckpt.Checkpoint(a=1), directory, **world) as manager:
+            manager.save(1).result(60)
+    except Exception as error:  # noqa: BLE001 - the test says which it is to be
+        return {"kind": type(error).__name__, "text": str(error)}
+    return {}
+
+
 def consult() -> str:
     """What rank 0 answers, when each rank says its number, to all."""
     council = find_world().council

@@ -27,10 +27,9 @@ from typing import IO, Any, NoReturn
 ROOT = Path(__file__).parents[2]
 MAX_REQUEST_BYTES = 1 << 20
 SLOW_TO_IMPORT = (
-    "ray",
+    "distckpt.coordinator.ray.cluster",  # before anything else that imports Ray: it leaves the process as it was
     "torch._dynamo",
     "torch.distributed.fsdp",
-    "distckpt.coordinator.ray.actor",
     "distckpt.manager",
     "distckpt.testing.faulty",
     "tests.ranks.saves",

@@ -296,6 +296,7 @@ def test_ray_train_goes_on_after_a_worker_was_killed(tmp_path: Path, ray_address
     for rank in (0, 1):
         steps = [int(line) for line in (notes / f"rank-{rank}").read_text().split()]
         assert steps == [0, 1, 2, 3, 4, 4, 5, 6, 7], "each step once, but for the one in which a worker died"
+    assert (notes / "changed").read_text() == "", "the workers' processes stay as Ray Train has made them"
     reports = [json.loads(line) for line in (notes / "reports").read_text().splitlines()]
     assert reports[-1] == [{"global_step": 8, "rank": rank} for rank in (0, 1)]
     assert numbers(directory) == [2, 4, 6, 8]
