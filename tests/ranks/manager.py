@@ -10,6 +10,7 @@ import torch.distributed as dist
 
 import distckpt
 from distckpt.errors import DistckptError
+from distckpt.world import find_world
 
 
 def save_on_after_a_failure(directory: str, fails_at: int, steps: int, interval: int | None, heard: bool) -> list[str]:
@@ -82,3 +83,10 @@ def one_cannot_restore(directory: str) -> str:
         except (DistckptError, ValueError) as error:
             return f"{type(error).__name__}: {error}"
     return ""
+
+
+def consult() -> str:
+    """What rank 0 answers, when each rank says its number, to all."""
+    council = find_world().council
+    assert council is not None
+    return council.consult(str(dist.get_rank()), " ".join, 30)

@@ -176,7 +176,7 @@ def _follow(access: dict[str, Any], world: World) -> None:
     address = access["address"]
     deadline = time.monotonic() + FOLLOW_SECONDS
     # ray.init itself looks for a node on this host for a minute before it says that there is none.
-    started = world.local_rank == 0 and not any(_is_here(node) for node in access["nodes"])
+    started = int(os.environ.get("LOCAL_RANK", "0")) == 0 and not any(_is_here(node) for node in access["nodes"])
     if started:
         _start_node(address)
     while True:
@@ -185,7 +185,7 @@ def _follow(access: dict[str, Any], world: World) -> None:
         except (ConnectionError, RuntimeError, ValueError) as error:
             if time.monotonic() > deadline:
                 raise CoordinatorUnavailableError(f"rank {world.rank} cannot join Ray at {address}: {error}") from error
-            if world.local_rank == 0 and not started:
+            if int(os.environ.get("LOCAL_RANK", "0")) == 0 and not started:
                 _start_node(address)
                 started = True
             time.sleep(1.0)
