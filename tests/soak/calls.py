@@ -22,6 +22,7 @@ from pathlib import Path
 
 import distckpt
 from distckpt.errors import DistckptError
+from distckpt.storage import room
 from distckpt.testing.system_calls import Failure, How, Kind, SystemCalls
 from tests.soak.attack import Broken, Outcome
 from tests.soak.subject import Subject, found_later, impatience, judge, read, save
@@ -36,7 +37,7 @@ SAVES = (3, 4)
 """What it saves, so that it deletes what it has found."""
 
 ELEMENTS = 3000
-"""Of 8 bytes, so that some of it is written with O_DIRECT."""
+"""Of 8 bytes, so that some of it is written round the page cache."""
 
 PATIENT, IMPATIENT = 30.0, 4.0
 """Seconds until a save gives up: when one call fails, which no save waits for, and when all do from one on."""
@@ -178,6 +179,7 @@ def suffer(say: Say, directory: str, failure: str | None) -> None:
     """Open, restore, save, read and close, with a failure among the calls; say what came of each, and which call it was."""
     faulthandler.dump_traceback_later(HANGS - 5)
     threading.excepthook = lambda args: say([f"{args.thread}", "foreign", _text(args.exc_value)])
+    room.SHARE = 1 << 60  # as on a host that has no memory to spare: files go round the page cache, by more calls
     with impatience():
         calls = SystemCalls(directory)
         failing = None if failure is None else Failure.parse(failure)
