@@ -22,7 +22,7 @@ from distckpt.errors import CheckpointNotFoundError, CommitUnknownError, Coordin
 from distckpt.format import names
 from distckpt.format.limits import MAX_NUMBER
 from distckpt.rank.alone import Alone
-from distckpt.rank.arguments import check_arguments, whole
+from distckpt.rank.arguments import check_arguments, wanted_folder, whole
 from distckpt.rank.exit import close_at_exit, forget_at_exit
 from distckpt.rank.options import SaverOptions
 from distckpt.rank.pending import PendingSave, PendingSaves
@@ -32,7 +32,7 @@ from distckpt.rank.saver import Saver
 from distckpt.state.objects import NamedObjects
 from distckpt.state.selection import EVERYTHING, Rename, Selection
 from distckpt.state.status import LoadStatus
-from distckpt.storage import canonical, join, open_store
+from distckpt.storage import join, open_store
 from distckpt.terminal.sizes import counted
 from distckpt.threads.coordinator import Coordinator
 from distckpt.threads.looper import LooperThread
@@ -329,7 +329,7 @@ class CheckpointManager:
         if nothing matches; CheckpointNotFoundError, ResizeError, MissingRanksError; NoGoodCheckpointError, whose
         ``spoiled`` says whether tensors of the objects hold parts of what was refused.
         """
-        path = self._restore(self._folder(which), partial, Selection.of(select, rename))
+        path = self._restore(wanted_folder(which, self._store.url), partial, Selection.of(select, rename))
         if path is None:
             raise CheckpointNotFoundError(self._store.url, "no checkpoint has been committed here")
         return path
@@ -349,20 +349,6 @@ class CheckpointManager:
             return None
         self._saved_steps.restart(self._step())
         return self._path(record.name, record.number)
-
-    def _folder(self, which: int | str | os.PathLike[str] | None) -> int | str | None:
-        """A number, the folder that a path means, or None for the newest."""
-        if which is None:
-            return None
-        if not isinstance(which, str | os.PathLike):
-            return whole(which, "a checkpoint's number")
-        path = canonical(which)
-        if path == self._store.url:
-            return None
-        folder = path.rpartition("/")[2]
-        if names.parse_checkpoint(folder) is None or path != join(self._store.url, folder):
-            raise CheckpointNotFoundError(path, f"not a checkpoint of {self._store.url}")
-        return folder
 
     # ---- life --------------------------------------------------------------------------------------------------
 
