@@ -14,7 +14,7 @@ QUICK := $(addprefix tests/,format storage sharding transfer directory threads r
 
 SECONDS ?= 600
 
-.PHONY: help install demo test test-floors explore check bench clean
+.PHONY: help install demo test test-floors explore soak check bench clean
 
 help:           ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/'
@@ -29,8 +29,8 @@ install: $(READY)   ## a virtual environment with everything in it
 demo: $(READY)  ## the main job: train on two ranks, kill one, resume on three
 	$(BIN)/python demo/demo.py
 
-test: $(READY)  ## the whole test suite, two files at a time
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+test: $(READY)  ## the whole test suite, three files at a time
+	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 $(FLOORS_READY): pyproject.toml constraints.txt tests/floors.py
 	$(PYTHON) -m venv --clear $(FLOORS)
@@ -43,6 +43,9 @@ test-floors: $(FLOORS_READY) ## the quick tests with the lowest versions that py
 
 explore: $(READY) ## look for what the tests have not met yet, for SECONDS=600
 	$(BIN)/python tests/explore.py $(SECONDS)
+
+soak: $(READY)  ## kill, fail, flip and cut the power for SECONDS=600; totals at the end
+	$(BIN)/python -m tests.soak $(SECONDS)
 
 check: $(READY) ## style and types
 	$(BIN)/ruff check .

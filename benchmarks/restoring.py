@@ -1,10 +1,12 @@
-"""Restores measured: the same number of ranks as wrote, more, and fewer; files in the page cache, and not."""
+"""Restores measured: the same number of ranks as wrote, more, and fewer; files in the page cache, and not, and as a save
+has left them."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +22,12 @@ import distckpt
 READ_BYTES = 16 << 20
 
 
-def write(folder: str) -> None:
+SMALL: dict[str, Any] = {"layers": 2, "shape": (64, 64)}
+
+
+def write(folder: str, small: bool = False) -> None:
     """Save the state once by everyone, each into a folder of its own."""
-    root, tree = Path(folder), sharded_state()
+    root, tree = Path(folder), sharded_state(**(SMALL if small else {}))
     with distckpt.CheckpointManager(distckpt.Checkpoint(train=tree), root / "distckpt") as manager:
         pending = manager.save(1)
         assert pending is not None
@@ -46,6 +51,24 @@ def load(folder: str, repetitions: int, cold: bool, torch_load: bool) -> dict[st
             _read(file)
     restores = [Restore(name, way, tree["train"], root, cold) for name, way in ways.items()]
     return {"bytes": nbytes(tree), "measured": alternate(restores, repetitions)}
+
+
+def restart(folder: str, small: str, number: int) -> dict[str, Any]:
+    """What a new process does after a crash: everyone fills once what a save has just left, and nobody has read.
+
+    ``small`` is a folder of small files, which each has read before, so that what it imports is there.
+    """
+    measured: dict[str, dict[str, list[tuple[float, float]]]] = {}
+    for root, tree in ((small, sharded_state(**SMALL)), (folder, sharded_state())):
+        held, where = {"train": tree}, Path(root)
+        ways = {
+            "distckpt": partial(distckpt.Checkpoint(**held).restore, where / "distckpt" / "ckpt-1"),
+            "dcp": partial(dcp.load, held, checkpoint_id=where / "dcp"),
+        }
+        for name in sorted(ways, reverse=number % 2 == 1):
+            spans = Restore(name, ways[name], tree, where, cold=False).run(1)
+            measured[name] = {what: [span] for what, span in spans.items()}
+    return {"bytes": nbytes(tree), "measured": measured}
 
 
 @dataclass(frozen=True)

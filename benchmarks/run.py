@@ -32,6 +32,7 @@ from rounds import in_all, longest, together
 REPETITIONS = 5
 QUICK_REPETITIONS = 3
 SMALL_SAVES = 24
+RESTARTS = 3
 MOST_GROWTH = 1.2
 FOLDER = Path("bench-output")
 MEMORY = Path("/dev/shm")
@@ -144,6 +145,28 @@ def _restores(how: str, results: Results, least: float | None) -> list[Figure]:
     ]
 
 
+def restarts(folder: Path, repetitions: int) -> list[Figure]:
+    """Restoring 1.2 GB that two ranks have just saved, in new processes on the same host, as after a crash."""
+    small, files, figures = folder / "small", folder / "files", []
+    run_ranks(2, "restoring:write", folder, folder=str(small.resolve()), small=True)
+    for ranks in (2, 4):
+        seconds: dict[str, list[float]] = {"distckpt": [], "dcp": []}
+        for number in range(min(repetitions, RESTARTS)):
+            shutil.rmtree(files, ignore_errors=True)
+            run_ranks(2, "restoring:write", folder, folder=str(files.resolve()))
+            where = {"folder": str(files.resolve()), "small": str(small.resolve())}
+            measured = _measured(run_ranks(ranks, "restoring:restart", folder, **where, number=number))
+            for name, found in seconds.items():
+                found += together(measured, name, "restore")
+        how = f"2 to {ranks}, right after the save"
+        figures += [
+            plain(f"{how}: distckpt", "s", seconds["distckpt"]),
+            plain(f"{how}: dcp.load", "s", seconds["dcp"]),
+            ratio(f"{how}: speed, compared with dcp.load", seconds["dcp"], seconds["distckpt"], 3.0, "at least"),
+        ]
+    return figures
+
+
 def landing(folder: Path, repetitions: int) -> list[Figure]:
     """From the last write of the last shard to all ranks being told; small saves, two ranks."""
     results = run_ranks(
@@ -202,6 +225,18 @@ def _growth(
     return plain(name, "", samples, MOST_GROWTH)
 
 
+def keeping(folder: Path, repetitions: int) -> list[Figure]:
+    """From a save of a few bytes to its commit, one rank, in memory, by how many checkpoints the directory keeps."""
+    with tempfile.TemporaryDirectory(dir=MEMORY, prefix="distckpt-bench-") as memory:
+        measured = _measured(run_ranks(1, "keeping:commits", folder, folder=memory, repetitions=2 * repetitions))
+    commit = {name: longest(measured, name, "commit") for name in measured[0]}
+    few, *_, many = commit
+    return [
+        *(plain(f"{count} kept: a commit", "ms", _ms(seconds)) for count, seconds in commit.items()),
+        ratio(f"a commit with {many} kept, compared with {few}", commit[many], commit[few], 1.5),
+    ]
+
+
 def agreeing(folder: Path, repetitions: int) -> list[Figure]:
     """What a training step pays for a CheckpointSaverHook in which no save is due; the slower rank of each round."""
     figures = []
@@ -239,8 +274,10 @@ PARTS: dict[str, Callable[[Path, int], list[Figure]]] = {
     "stalls": stalls,
     "training": training,
     "restores": restores,
+    "restarts": restarts,
     "landing": landing,
     "coordinator": coordinator,
+    "keeping": keeping,
     "agreeing": agreeing,
 }
 

@@ -188,7 +188,7 @@ def newest_commit(record: Record, child: Child) -> Commit:
 def retained(directory: str) -> tuple[str, ...]:
     """What retention has left."""
     state = distckpt.get_checkpoint_state(directory)
-    return state.all_model_checkpoint_paths if state is not None else ()
+    return tuple(state.all_model_checkpoint_paths) if state is not None else ()
 
 
 def wait_for_evaluation(demo: Demo) -> None:

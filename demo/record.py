@@ -106,7 +106,7 @@ class Record:
 
     def _retained(self) -> tuple[str, ...]:
         state = distckpt.get_checkpoint_state(self.directory)
-        return state.all_model_checkpoint_paths if state is not None else ()
+        return tuple(state.all_model_checkpoint_paths) if state is not None else ()
 
     def _commit(self, path: str) -> Commit | None:
         """None as long as its ranks have not told all of it."""

@@ -23,7 +23,9 @@ if TYPE_CHECKING:
     from distckpt.reader import checkpoint_exists as checkpoint_exists
     from distckpt.reader import get_checkpoint_mtimes as get_checkpoint_mtimes
     from distckpt.reader import latest_checkpoint as latest_checkpoint
+    from distckpt.reader import list_variables as list_variables
     from distckpt.reader import load as load
+    from distckpt.reader import load_variable as load_variable
     from distckpt.reader import open as open
     from distckpt.state_file import CheckpointState as CheckpointState
     from distckpt.state_file import generate_checkpoint_state_proto as generate_checkpoint_state_proto
@@ -42,8 +44,10 @@ if TYPE_CHECKING:
     from distckpt.training.hooks import SessionRunValues as SessionRunValues
     from distckpt.training.hooks import current_session as current_session
     from distckpt.training.quantization import do_quantize_training as do_quantize_training
+    from distckpt.training.quantization import do_quantize_training_on_graphdef as do_quantize_training_on_graphdef
     from distckpt.training.session import HookedLoop as HookedLoop
     from distckpt.training.session import TrainingSession as TrainingSession
+    from distckpt.training.stop_at_step import StopAtStepHook as StopAtStepHook
     from distckpt.watch import checkpoints_iterator as checkpoints_iterator
     from distckpt.watch import wait_for_new_checkpoint as wait_for_new_checkpoint
 
@@ -71,11 +75,13 @@ _HOMES = {
     "SessionRunContext": "training.hooks",
     "SessionRunHook": "training.hooks",
     "SessionRunValues": "training.hooks",
+    "StopAtStepHook": "training.stop_at_step",
     "TrainingSession": "training.session",
     "checkpoint_exists": "reader",
     "checkpoints_iterator": "watch",
     "current_session": "training.hooks",
     "do_quantize_training": "training.quantization",
+    "do_quantize_training_on_graphdef": "training.quantization",
     "export_number": "export.listing",
     "exports_iterator": "export.listing",
     "generate_checkpoint_state_proto": "state_file",
@@ -84,7 +90,9 @@ _HOMES = {
     "latest_checkpoint": "reader",
     "latest_export": "export.listing",
     "list_exports": "export.listing",
+    "list_variables": "reader",
     "load": "reader",
+    "load_variable": "reader",
     "open": "reader",
     "update_checkpoint_state": "state_file",
     "wait_for_new_checkpoint": "watch",

@@ -8,15 +8,22 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from distckpt.directory.locate import locate, read_index
+from distckpt.directory.log import read_tail
+from distckpt.format import names
+from distckpt.manager import CheckpointManager
 from distckpt.state.filler import restore_objects
 from distckpt.state.objects import NamedObjects, PerRank, RandomState
 from distckpt.state.selection import Rename, Selection
 from distckpt.state.status import LoadStatus, describe
+from distckpt.storage import open_store
 from distckpt.world import find_rank
 
 __all__ = ["Checkpoint", "LoadStatus", "PerRank", "RandomState"]
 
 logger = logging.getLogger(__name__)
+
+ONE_OFF = "saved"
+"""The name of a checkpoint that has a directory of its own."""
 
 
 class Checkpoint(NamedObjects):
@@ -38,6 +45,7 @@ class Checkpoint(NamedObjects):
         *,
         select: str | Sequence[str] | None = None,
         rename: Rename | None = None,
+        progress: bool = False,
     ) -> LoadStatus:
         """Fill the objects in place from the checkpoint at ``path``, every byte checked before it counts.
 
@@ -49,18 +57,86 @@ class Checkpoint(NamedObjects):
         ``select`` restores only what these keys of the checkpoint begin with, ``"model"`` say, and leaves all else as it
         is. ``rename`` maps what keys of the checkpoint begin with to what they are called here, or is a function from key
         to key; None leaves a key out: ``restore(other_run, select="model.encoder", rename={"model.encoder": "encoder"})``.
+        ``progress`` has rank 0 show on its terminal how far it has come.
 
         Raises CheckpointNotFoundError, DamagedError, ResizeError, and MismatchError, before anything is changed, for
         keys that do not fit and when objects and checkpoint have nothing in common; KeyError for a selector that no key
-        begins with. After a DamagedError the objects
-        hold a mixture: restore another checkpoint.
+        begins with. With ``partial`` all bytes are checked before anything is changed, which costs one more read of
+        them. Without, they are checked as they are read: after a DamagedError tensors of the objects hold anything, so
+        restore a checkpoint that has all their keys, or make them anew.
         """
         if path is None:
             return LoadStatus("no checkpoint", list(self.objects), ())
         where = locate(path, storage_options)
         rank, world_size = find_rank()
         selection = Selection.of(select, rename)
-        status = restore_objects(self, where, read_index(where), rank, world_size, partial, selection)
+        status = restore_objects(self, where, read_index(where), rank, world_size, partial, selection, progress)
         if not partial and (status.missing or status.unexpected):
             logger.warning("%s", describe(status))
         return status
+
+    def save(
+        self,
+        file_prefix: str | os.PathLike[str],
+        options: object = None,
+        *,
+        storage_options: Mapping[str, Any] | None = None,
+    ) -> str:
+        """Save once, without a manager: all ranks call it alike. Returns ``<file_prefix>-<save_counter>`` once it is
+        committed there.
+
+        That is a directory of its own, which ``restore``, ``read``, ``load`` and ``open`` take. ``save_counter`` counts
+        up. ``options`` are taken so that calls written for TensorFlow work.
+
+        Raises what a save raises, and ValueError for a place that belongs to something else. Whoever saves again and
+        again has a CheckpointManager, whose ``save`` does not wait, and which makes room.
+        """
+        number = self.save_counter + 1
+        return self._commit(f"{os.fspath(file_prefix)}-{number}", number, storage_options)
+
+    def write(
+        self,
+        file_prefix: str | os.PathLike[str],
+        options: object = None,
+        *,
+        storage_options: Mapping[str, Any] | None = None,
+    ) -> str:
+        """As ``save``, but under ``file_prefix`` itself, and ``save_counter`` stays. What was written there before makes
+        room once this is committed."""
+        counter = self.save_counter
+        try:
+            self.save_counter = counter - 1  # which a save counts up, and is saved with
+            return self._commit(os.fspath(file_prefix), 0, storage_options)
+        finally:
+            self.save_counter = counter
+
+    def read(
+        self,
+        save_path: str | os.PathLike[str],
+        options: object = None,
+        *,
+        storage_options: Mapping[str, Any] | None = None,
+    ) -> LoadStatus:
+        """TensorFlow's name for ``restore`` of what ``write`` has written. It takes any checkpoint."""
+        return self.restore(save_path, storage_options)
+
+    def _commit(self, directory: str, number: int, storage_options: Mapping[str, Any] | None) -> str:
+        _check_ours(directory, storage_options)
+        with CheckpointManager(self, directory, 1, checkpoint_name=ONE_OFF, storage_options=storage_options) as manager:
+            pending = manager.save(number)
+            assert pending is not None
+            pending.result()
+            return manager.directory
+
+
+def _check_ours(directory: str, storage_options: Mapping[str, Any] | None) -> None:
+    """ValueError if a run saves to this directory, or it is inside of one: there a manager has its say."""
+    store = open_store(directory, storage_options)
+    above, _, name = store.url.rpartition("/")
+    others = [record for record in read_tail(store).state.newest_first() if record.name != ONE_OFF]
+    inside = names.parse_checkpoint(name) and above and read_tail(open_store(above, storage_options)).entry is not None
+    if others or inside:
+        raise ValueError(
+            f"{store.url} {'has checkpoints of a run' if others else 'is inside of the directory of a run'}, whose "
+            "manager alone saves there. Give another place"
+        )

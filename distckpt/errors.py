@@ -3,6 +3,7 @@
 - DistckptError
   - StorageError                  a store refused or failed an operation on one object
     - AlreadyExistsError          put-if-absent lost: the name is taken
+    - BlockedError                a link, a pipe or a folder in a file's place, or a file in a folder's: in the way of a write
     - ObjectNotFoundError         also a FileNotFoundError
     - StorageFullError            no space left, or a quota
     - StoreOutcomeUnknownError    the store answered neither yes nor no; the write may have happened
@@ -10,6 +11,7 @@
   - DamagedError                  bytes on storage are not what was written: truncated, flipped, missing, forged
     - UnsupportedFormatError      a format version that this release does not read
     - LogMissingError             checkpoints in a directory that has no log: copied there, or the log was deleted
+    - StateFileError              also a ValueError: a state file that names no newest checkpoint
   - CheckpointNotFoundError       also a FileNotFoundError: no committed checkpoint answers to that name
   - SaveError                     one save failed on every rank; the previous checkpoint stands
     - EncodeError                 also a TypeError: a value that cannot be stored without pickle
@@ -19,10 +21,12 @@
     - NotSharedError              shards that the coordinator cannot see: the directory is not shared
     - NumberMismatchError         ranks that save different numbers
     - CommitUnknownError          the log entry may or may not be on storage; it is being retried
+    - UnreadableError             what it would write, the log entry say, no reader would take: too large, or impossible
   - CoordinatorError
     - FencedError                 a newer coordinator owns the directory; this one has stopped for ever
     - StaleRunError               a newer incarnation of the job has started
     - CoordinatorUnavailableError no answer from the coordinator in time
+    - CoordinatorFailedError      an exception inside the coordinator, which starts again from the log
     - AbsentRanksError            ranks that did not come when all make a manager together
     - PeerFailedError             another rank reported an error, so all ranks stop
       - RankSilentError           a rank gave no sign of life for too long, so all ranks stop
@@ -45,7 +49,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 
-def _ranks_at_hosts(ranks: Sequence[int], hosts: Mapping[int, str]) -> str:
+def ranks_at_hosts(ranks: Sequence[int], hosts: Mapping[int, str]) -> str:
+    """``rank 3 (host-1), rank 7 (host-2)``: the first 16 of them, with their hosts as far as they are known."""
     shown = [f"rank {rank} ({hosts[rank]})" if hosts.get(rank) else f"rank {rank}" for rank in list(ranks)[:16]]
     more = len(ranks) - len(shown)
     return ", ".join(shown) + (f" and {more} more" if more > 0 else "")
@@ -78,6 +83,10 @@ class AlreadyExistsError(StorageError):
 
     def __init__(self, path: str, message: str = "exists already; nothing was written") -> None:
         super().__init__(path, message)
+
+
+class BlockedError(StorageError):
+    """What no store puts there is in the way of ``path``: a link, a pipe, a folder. Nothing was written, nor will be."""
 
 
 class ObjectNotFoundError(StorageError, FileNotFoundError):
@@ -128,6 +137,17 @@ class LogMissingError(DamagedError):
         self.folders = tuple(folders)
 
 
+class StateFileError(DamagedError, ValueError):
+    """The state file at ``path`` names no newest checkpoint: it is empty, say. No checkpoint is lost by that."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__(
+            path,
+            "names no newest checkpoint (model_checkpoint_path), as if it were empty. The checkpoints are in the log, which "
+            "latest_checkpoint reads: delete this file, and the next save writes it anew",
+        )
+
+
 class CheckpointNotFoundError(DistckptError, FileNotFoundError):
     """No committed checkpoint answers to ``path``."""
 
@@ -172,7 +192,7 @@ class MissingRanksError(SaveError):
     ) -> None:
         super().__init__(
             number,
-            f"waited {timeout:g} s for {_ranks_at_hosts(ranks, hosts)} {stage}. "
+            f"waited {timeout:g} s for {ranks_at_hosts(ranks, hosts)} {stage}. "
             "Nothing was committed; training may go on and the next save starts afresh",
         )
         self.ranks = tuple(ranks)
@@ -185,7 +205,7 @@ class RankFailedError(SaveError):
     """``rank`` on ``host`` reported that its own part of the save failed; ``reason`` is its own error's text."""
 
     def __init__(self, number: int | None, rank: int, host: str, reason: str) -> None:
-        super().__init__(number, f"{_ranks_at_hosts([rank], {rank: host})} failed: {reason}")
+        super().__init__(number, f"{ranks_at_hosts([rank], {rank: host})} failed: {reason}")
         self.rank = rank
         self.host = host
         self.reason = reason
@@ -197,7 +217,7 @@ class NotSharedError(SaveError):
     def __init__(self, number: int | None, directory: str, ranks: Sequence[int], hosts: Mapping[int, str]) -> None:
         super().__init__(
             number,
-            f"shards of {_ranks_at_hosts(ranks, hosts)} are not to be seen in {directory} from the coordinator. "
+            f"shards of {ranks_at_hosts(ranks, hosts)} are not to be seen in {directory} from the coordinator. "
             "Use a directory that all hosts share",
         )
         self.directory = directory
@@ -212,7 +232,7 @@ class NumberMismatchError(SaveError):
         self, number: int | None, numbers: Mapping[int, int | None], hosts: Mapping[int, str] | None = None
     ) -> None:
         shown = ", ".join(
-            f"{_ranks_at_hosts([rank], hosts or {})} {f'saves {value}' if value is not None else 'only prepares'}"
+            f"{ranks_at_hosts([rank], hosts or {})} {f'saves {value}' if value is not None else 'only prepares'}"
             for rank, value in sorted(numbers.items())[:16]
         )
         super().__init__(number, f"all ranks must save the same number, but {shown}. The next save starts afresh")
@@ -222,6 +242,14 @@ class NumberMismatchError(SaveError):
 
 class CommitUnknownError(SaveError):
     """The store has not said whether the log entry was written. The coordinator goes on asking; delete nothing."""
+
+
+class UnreadableError(SaveError):
+    """What the save would have written, no reader would take: ``reason`` says why not, and what to do."""
+
+    def __init__(self, number: int | None, reason: str) -> None:
+        super().__init__(number, f"{reason}. Nothing was committed, and training may go on")
+        self.reason = reason
 
 
 class CoordinatorError(DistckptError):
@@ -258,12 +286,24 @@ class CoordinatorUnavailableError(CoordinatorError):
     """No answer from the coordinator in time. What it had committed is on storage; nothing is lost."""
 
 
+class CoordinatorFailedError(CoordinatorError):
+    """An exception inside the coordinator of ``directory``, for ``reason``. What it had committed is on storage."""
+
+    def __init__(self, directory: str, reason: str) -> None:
+        super().__init__(
+            f"{directory}: the coordinator failed with {reason}. It starts again from the log: what was committed stands, "
+            "what was under way has failed unless it comes up as committed, and the next save starts afresh"
+        )
+        self.directory = directory
+        self.reason = reason
+
+
 class AbsentRanksError(CoordinatorError):
     """``ranks`` did not come within ``timeout`` seconds where all ranks must make a manager together."""
 
     def __init__(self, ranks: Sequence[int], timeout: float) -> None:
         super().__init__(
-            f"waited {timeout:g} s for {_ranks_at_hosts(ranks, {})} to come. Every rank must make the manager, and all of "
+            f"waited {timeout:g} s for {ranks_at_hosts(ranks, {})} to come. Every rank must make the manager, and all of "
             "them alike; nothing was changed, and they may try again together"
         )
         self.ranks = tuple(ranks)
@@ -278,7 +318,7 @@ class PeerFailedError(CoordinatorError):
     """
 
     def __init__(self, rank: int, host: str, kind: str, reason: str, traceback_text: str) -> None:
-        super().__init__(f"{_ranks_at_hosts([rank], {rank: host})} failed with {kind}: {reason}")
+        super().__init__(f"{ranks_at_hosts([rank], {rank: host})} failed with {kind}: {reason}")
         self.rank = rank
         self.host = host
         self.kind = kind
@@ -293,7 +333,7 @@ class RankSilentError(PeerFailedError):
 
     def __init__(self, rank: int, host: str, seconds: float) -> None:
         super().__init__(rank, host, type(self).__name__, f"no sign of life for {seconds:.3g} s", "")
-        self.args = (f"{_ranks_at_hosts([rank], {rank: host})} gave {self.reason}",)
+        self.args = (f"{ranks_at_hosts([rank], {rank: host})} gave {self.reason}",)
         self.seconds = seconds
 
 
@@ -375,10 +415,18 @@ class ResizeError(RestoreError):
 
 
 class NoGoodCheckpointError(RestoreError):
-    """Every candidate in ``directory`` was refused; ``refused`` pairs each path with the reason."""
+    """Every candidate in ``directory`` was refused; ``refused`` pairs each path with the reason.
 
-    def __init__(self, directory: str, refused: Sequence[tuple[str, str]]) -> None:
+    ``spoiled``: tensors of the objects hold parts of a refused one. If not, nothing has been changed.
+    """
+
+    def __init__(self, directory: str, refused: Sequence[tuple[str, str]], spoiled: bool = False) -> None:
         listing = "; ".join(f"{path}: {reason}" for path, reason in refused)
-        super().__init__(f"{directory}: no checkpoint could be restored. {listing}")
+        left = (
+            ". Tensors of the objects now hold parts of what was refused: make the objects anew, or restore something "
+            "that has all their keys"
+        )
+        super().__init__(f"{directory}: no checkpoint could be restored. {listing}{left if spoiled else ''}")
         self.directory = directory
         self.refused = tuple(refused)
+        self.spoiled = spoiled

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Literal
 
-from distckpt.checkpoint import Checkpoint
 from distckpt.coordinator.client.client import Client
 from distckpt.coordinator.client.membership import RankCluster
 from distckpt.coordinator.client.opening import open_client
@@ -18,20 +18,22 @@ from distckpt.coordinator.messages import Heartbeat, Leave, OpenRun, Retention
 from distckpt.coordinator.shell.shell import Settings
 from distckpt.directory.log import read_tail
 from distckpt.directory.newest import newest_committed
-from distckpt.errors import CheckpointNotFoundError, CoordinatorError, DistckptError
+from distckpt.errors import CheckpointNotFoundError, CommitUnknownError, CoordinatorError, DistckptError
 from distckpt.format import names
 from distckpt.format.limits import MAX_NUMBER
 from distckpt.rank.alone import Alone
-from distckpt.rank.arguments import check_arguments, whole
+from distckpt.rank.arguments import check_arguments, wanted_folder, whole
 from distckpt.rank.exit import close_at_exit, forget_at_exit
 from distckpt.rank.options import SaverOptions
 from distckpt.rank.pending import PendingSave, PendingSaves
 from distckpt.rank.restorer import Restorer
 from distckpt.rank.saved_steps import SavedSteps
 from distckpt.rank.saver import Saver
+from distckpt.state.objects import NamedObjects
 from distckpt.state.selection import EVERYTHING, Rename, Selection
 from distckpt.state.status import LoadStatus
-from distckpt.storage import canonical, join, open_store
+from distckpt.storage import join, open_store
+from distckpt.terminal.sizes import counted
 from distckpt.threads.coordinator import Coordinator
 from distckpt.threads.looper import LooperThread
 from distckpt.world import find_world
@@ -54,7 +56,7 @@ class CheckpointManager:
     the older is told so and can do no harm.
 
     Args:
-        checkpoint: what to save.
+        checkpoint: what to save, a Checkpoint.
         directory: a path that all hosts share.
         max_to_keep: how many checkpoints stay, oldest deleted first; None keeps all. Nothing is deleted before the
             first save.
@@ -75,6 +77,7 @@ class CheckpointManager:
         verify: read every shard back and compare before it is reported as landed.
         check_copies: compare at every save, not only when the layout is new, the tensors of which several ranks hold
             copies; to find out where ranks drift apart. Every save then plans, and reads all of them.
+        progress: rank 0 shows on its terminal how far restores and a long first save have come.
 
     Raises:
         ValueError: wrong arguments.
@@ -90,7 +93,7 @@ class CheckpointManager:
 
     def __init__(
         self,
-        checkpoint: Checkpoint,
+        checkpoint: NamedObjects,
         directory: str | os.PathLike[str],
         max_to_keep: int | None = 5,
         keep_checkpoint_every_n_hours: float | None = None,
@@ -109,6 +112,7 @@ class CheckpointManager:
         run_id: str | None = None,
         verify: bool = False,
         check_copies: bool = False,
+        progress: bool = False,
     ) -> None:
         check_arguments(max_to_keep, checkpoint_name, step_counter, checkpoint_interval, save_timeout, buffers, on_busy)
         self._checkpoint = checkpoint
@@ -143,14 +147,20 @@ class CheckpointManager:
             skip_if_busy=on_busy == "skip",
             verify=verify,
             check_copies=check_copies,
+            shown=progress,
         )
         self._saver = Saver(self._client, self._store, checkpoint, saving, self._background)
-        self._restorer = Restorer(self._client, self._store, checkpoint, self._world, save_timeout)
+        self._restorer = Restorer(self._client, self._store, checkpoint, self._world, save_timeout, progress)
         self._found = self._client.open()
+        if self._world.rank == 0:
+            logger.info(
+                "%s opened for run %d, of %s", self._store.url, self._found.run, counted(self._world.size, "rank")
+            )
         self._pending = PendingSaves()
         self._alone = Alone(self._store.url)
         self._closed = False
         self._left = False
+        self._patience = 2 * save_timeout + CLOSE_SECONDS
         LooperThread.loop(self._background, HEARTBEAT_SECONDS, self._beat, name="distckpt-heartbeat", skip_missed=True)
         close_at_exit(self)
 
@@ -162,8 +172,8 @@ class CheckpointManager:
         return self._store.url
 
     @property
-    def checkpoint(self) -> Checkpoint:
-        """What is saved."""
+    def checkpoint(self) -> NamedObjects:
+        """What is saved: the Checkpoint that was given."""
         return self._checkpoint
 
     @property
@@ -226,13 +236,20 @@ class CheckpointManager:
             return pending
 
     def wait(self) -> None:
-        """Return once no save is under way. Raises the first failure that nobody has collected."""
+        """Return once no save is under way, and the text file ``checkpoint`` shows every one that was committed.
+
+        Raises the first failure that nobody has collected.
+        """
         with self._alone("wait"):
             self._finish()
 
-    def _finish(self) -> None:
-        self._pending.settle()
+    def _finish(self, timeout: float | None = None) -> None:
+        late = self._pending.settle(timeout)
+        if not late:
+            self._saver.await_published()
         self._pending.raise_failure(list(self._pending))
+        if late:
+            raise CommitUnknownError(late[0].number, f"it is not decided after {timeout:g} s: does the store answer?")
 
     def sync(self) -> None:
         """TensorFlow's name for ``wait``."""
@@ -303,10 +320,16 @@ class CheckpointManager:
         as they are, and named in the log and by ``restore_status``. ``select`` and ``rename``, on all ranks alike, are
         as in ``Checkpoint.restore``, which takes a checkpoint of any directory.
 
+        Nothing of a refused checkpoint stays in the objects: what it has touched, the one that is restored fills. Only
+        tensors are filled in their places while others may still refuse; everything else gets its state when all ranks
+        have read all of theirs. With ``partial`` an older checkpoint may leave out what a refused one had, so every
+        byte is checked on all ranks before anything is changed, which costs one more read of them.
+
         Raises MismatchError, the same one on every rank and before anything is changed on any, also with ``partial``
-        if nothing matches; CheckpointNotFoundError, NoGoodCheckpointError, ResizeError, MissingRanksError.
+        if nothing matches; CheckpointNotFoundError, ResizeError, MissingRanksError; NoGoodCheckpointError, whose
+        ``spoiled`` says whether tensors of the objects hold parts of what was refused.
         """
-        path = self._restore(self._folder(which), partial, Selection.of(select, rename))
+        path = self._restore(wanted_folder(which, self._store.url), partial, Selection.of(select, rename))
         if path is None:
             raise CheckpointNotFoundError(self._store.url, "no checkpoint has been committed here")
         return path
@@ -327,44 +350,36 @@ class CheckpointManager:
         self._saved_steps.restart(self._step())
         return self._path(record.name, record.number)
 
-    def _folder(self, which: int | str | os.PathLike[str] | None) -> int | str | None:
-        """A number, the folder that a path means, or None for the newest."""
-        if which is None:
-            return None
-        if not isinstance(which, str | os.PathLike):
-            return whole(which, "a checkpoint's number")
-        path = canonical(which)
-        if path == self._store.url:
-            return None
-        folder = path.rpartition("/")[2]
-        if names.parse_checkpoint(folder) is None or path != join(self._store.url, folder):
-            raise CheckpointNotFoundError(path, f"not a checkpoint of {self._store.url}")
-        return folder
-
     # ---- life --------------------------------------------------------------------------------------------------
 
     def close(self) -> None:
-        """Wait for saves under way and leave the run. Raises the first failure that nobody has collected."""
+        """Wait for saves under way and leave the run. Raises the first failure that nobody has collected.
+
+        A store that hangs is waited for as long as a save may take, twice ``save_timeout`` and a minute, and then another
+        minute for what retention does; what is left undone then is raised, if it is a save, or logged.
+        """
         if self._left:
             return
         with self._alone("close"):
             self._closed = True
+            deadline = time.monotonic() + self._patience
             try:
-                self._finish()
+                self._finish(self._patience)
             finally:
-                self._leave()
+                self._leave(deadline)
 
     def _check_open(self) -> None:
         if self._closed:
             raise CoordinatorError(f"{self.directory}: this manager has been closed; make another one to go on")
 
-    def _leave(self) -> None:
+    def _leave(self, deadline: float = math.inf) -> None:
         self._left = True
         forget_at_exit(self)
         self._cluster.close()
-        self._saver.close()
+        self._saver.close(deadline)
         self._background.request_stop()
-        self._background.join(stop_grace_period_secs=CLOSE_SECONDS, ignore_live_threads=True)
+        grace = min(CLOSE_SECONDS, max(1.0, deadline - time.monotonic()))
+        self._background.join(stop_grace_period_secs=grace, ignore_live_threads=True)
         with contextlib.suppress(DistckptError):  # the coordinator notices by itself that we are gone
             self._client.ask(Leave(), 5.0)
         self._client.close()

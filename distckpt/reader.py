@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from distckpt.directory.locate import Located, locate, read_index
 from distckpt.directory.newest import newest_committed
-from distckpt.directory.verify import Damage, Progress, VerifyReport, verify
+from distckpt.directory.verify import Damage, VerifyReport, verify
 from distckpt.errors import CheckpointNotFoundError, DamagedError
 from distckpt.format import names
 from distckpt.format.arrow.dtypes import VALUE
@@ -19,6 +19,7 @@ from distckpt.format.tree.select import select_paths, unknown_key
 from distckpt.format.tree.tree import Path, decode_path, unflatten
 from distckpt.state_file import get_checkpoint_state
 from distckpt.storage import PathLike, join, open_store
+from distckpt.transfer.progress import Progress
 
 if TYPE_CHECKING:
     import torch  # imported late where it is needed: opening a checkpoint and verifying it do without
@@ -31,7 +32,9 @@ __all__ = [
     "checkpoint_exists",
     "get_checkpoint_mtimes",
     "latest_checkpoint",
+    "list_variables",
     "load",
+    "load_variable",
     "open",
 ]
 
@@ -68,7 +71,7 @@ def latest_checkpoint(
 
     It is what the log says. One that was deleted by hand is passed over with a warning. With a ``latest_filename``
     other than "checkpoint" it is what that state file says, as in TensorFlow. LogMissingError if the directory has
-    checkpoints but no log, DamagedError if there is a log of which no entry can be read.
+    checkpoints but no log, DamagedError if there is a log of which no entry can be read, or that state file is damaged.
     """
     if latest_filename not in (None, names.STATE_FILE):
         return _latest_of_state_file(checkpoint_dir, latest_filename, storage_options)
@@ -87,6 +90,26 @@ def _latest_of_state_file(
         logger.error("%s names a checkpoint that cannot be opened: %s", latest_filename, state.model_checkpoint_path)
         return None
     return state.model_checkpoint_path
+
+
+def list_variables(
+    ckpt_dir_or_file: PathLike, *, storage_options: Mapping[str, Any] | None = None
+) -> list[tuple[str, list[int]]]:
+    """The keys of a checkpoint, sorted, each with its shape; of a plain value that is ``[]``. Raises what ``open`` raises.
+
+    As in TensorFlow a directory means its newest checkpoint.
+    """
+    with open(ckpt_dir_or_file, storage_options) as reader:
+        return [(key, list(reader.info(key).shape)) for key in sorted(reader.keys())]
+
+
+def load_variable(ckpt_dir_or_file: PathLike, name: str, *, storage_options: Mapping[str, Any] | None = None) -> Any:
+    """One tensor, whole and on the CPU, or plain value of a checkpoint. KeyError, naming similar keys, for an unknown one.
+
+    TensorFlow's is a NumPy array: ``load_variable(...).numpy()``, for dtypes that NumPy has.
+    """
+    with open(ckpt_dir_or_file, storage_options) as reader:
+        return reader.value(name) if reader.info(name).dtype == VALUE else reader.tensor(name)
 
 
 def checkpoint_exists(checkpoint_prefix: PathLike, *, storage_options: Mapping[str, Any] | None = None) -> bool:

@@ -18,6 +18,7 @@ from distckpt.directory.log import Tail, read_tail
 from distckpt.errors import CoordinatorError
 from distckpt.format import names
 from distckpt.storage import Store, open_store
+from distckpt.terminal.sizes import human_bytes
 
 _STYLES = {"active": "green", "preserved": "cyan", "damaged": "bold red", "passed over": "yellow"}
 
@@ -101,4 +102,4 @@ def _print(what: Survey, entry: str | None, dry_run: bool) -> None:
 
 
 def _known(time: float, nbytes: int, world_size: int) -> tuple[str, str, str]:
-    return text.local_time(time), text.human_bytes(nbytes), str(world_size)
+    return text.local_time(time), human_bytes(nbytes), str(world_size)

@@ -17,6 +17,7 @@ from distckpt.errors import CheckpointNotFoundError
 from distckpt.format import names
 from distckpt.format.json.log import CheckpointRecord, State
 from distckpt.storage import Store, open_store
+from distckpt.terminal.sizes import human_bytes
 
 _STYLES = {"newest": "bold green", "preserved": "cyan", "retiring": "dim", "missing": "bold red"}
 
@@ -99,7 +100,7 @@ def _print(listed: Iterable[Listed]) -> None:
             one.name,
             Text(", ".join(one.marks), style=_STYLES.get(one.marks[0], "")),
             text.local_time(record.time),
-            text.human_bytes(record.nbytes),
+            human_bytes(record.nbytes),
             str(record.world_size),
             record.attempt[: record.attempt.index("-") + 9],
         ]

@@ -15,6 +15,7 @@ from distckpt.directory.locate import Located, locate, read_index
 from distckpt.format import names
 from distckpt.format.arrow.dtypes import VALUE
 from distckpt.format.tree.tree import RankStep, Step, decode_path
+from distckpt.terminal.sizes import counted, human_bytes
 
 if TYPE_CHECKING:
     from distckpt.format.arrow.index import Index, KeyInfo
@@ -59,18 +60,17 @@ def _print(where: Located, index: Index, export: ExportManifest | None) -> None:
     stored = sum(shard.size for shard in manifest.shards)
     console.print(where.path, style="bold")
     console.print(
-        f"saved {text.local_time(manifest.time)} by {text.counted(manifest.world_size, 'rank')}, "
-        f"attempt {manifest.attempt}"
+        f"saved {text.local_time(manifest.time)} by {counted(manifest.world_size, 'rank')}, attempt {manifest.attempt}"
     )
     console.print(
-        f"{text.counted(tensors, 'tensor')} and {text.counted(len(index.names) - tensors, 'value')} "
-        f"in {text.counted(len(index), 'chunk')}, {text.counted(len(manifest.shards), 'shard')}, "
-        f"{text.human_bytes(stored)}"
+        f"{counted(tensors, 'tensor')} and {counted(len(index.names) - tensors, 'value')} "
+        f"in {counted(len(index), 'chunk')}, {counted(len(manifest.shards), 'shard')}, "
+        f"{human_bytes(stored)}"
     )
     if export is not None:
         exported = ", ".join(module.name for module in export.modules)
         nbytes = sum(file.size for _, file in export.files())
-        console.print(f"exported {text.local_time(export.time)}: {exported}, {text.human_bytes(nbytes)}")
+        console.print(f"exported {text.local_time(export.time)}: {exported}, {human_bytes(nbytes)}")
     console.print()
     table = text.table(["key", "shape", "type", "size", "written by"], right=["size"])
     for guide, branch in _lines(_tree(where, index)):
@@ -82,7 +82,7 @@ def _print(where: Located, index: Index, export: ExportManifest | None) -> None:
             guide + branch.label,
             shape,
             dtype,
-            text.human_bytes(branch.nbytes),
+            human_bytes(branch.nbytes),
             ranks,
             style=None if info is not None else "bold",
         )
@@ -141,9 +141,9 @@ def _print_ranks(where: Located, index: Index) -> None:
     for shard in where.manifest.shards:
         sizes[shard.rank] = sizes.get(shard.rank, 0) + shard.size
     for rank in list(shards)[:MOST_RANKS]:
-        table.add_row(f"{rank}", f"{shards[rank]}", f"{chunks.get(rank, 0):,}", text.human_bytes(sizes[rank]))
+        table.add_row(f"{rank}", f"{shards[rank]}", f"{chunks.get(rank, 0):,}", human_bytes(sizes[rank]))
     if len(shards) > MOST_RANKS:
-        table.caption = f"and {text.counted(len(shards) - MOST_RANKS, 'more rank')}; --json shows them all"
+        table.caption = f"and {counted(len(shards) - MOST_RANKS, 'more rank')}; --json shows them all"
     text.console().print(table)
 
 

@@ -17,18 +17,6 @@ from rich.table import Table
 PIPED_COLUMNS = 100
 """Columns where the terminal does not say: enough for every table, and for most pagers."""
 
-_UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB")
-
-
-def human_bytes(nbytes: int) -> str:
-    """``1.3 GiB``: three or four digits, in powers of 1024."""
-    power = 0
-    amount = float(nbytes)
-    while amount >= 1023.5 and power < len(_UNITS) - 1:
-        amount, power = amount / 1024, power + 1
-    digits = 1 if power and amount < 99.95 else 0
-    return f"{amount:.{digits}f} {_UNITS[power]}"
-
 
 def local_time(seconds: float) -> str:
     """A moment, given in epoch seconds, on the clock of this machine: ``2026-11-21 05:41:49``."""
@@ -36,11 +24,6 @@ def local_time(seconds: float) -> str:
         return f"{datetime.fromtimestamp(seconds).astimezone():%Y-%m-%d %H:%M:%S}"
     except (ValueError, OverflowError, OSError):
         return f"{seconds:g}"
-
-
-def counted(number: int, noun: str) -> str:
-    """``1 shard``, ``3 shards``."""
-    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
 
 
 def number_ranges(numbers: Iterable[int]) -> str:
@@ -59,11 +42,6 @@ def console() -> Console:
     columns = os.environ.get("COLUMNS", "")
     wide = None if sys.stdout.isatty() or columns.isdigit() else PIPED_COLUMNS
     return Console(file=sys.stdout, width=wide, highlight=False, emoji=False, markup=False)
-
-
-def progress_console() -> Console:
-    """Where progress goes: stderr."""
-    return Console(file=sys.stderr)
 
 
 def table(columns: Sequence[str], right: Sequence[str] = ()) -> Table:

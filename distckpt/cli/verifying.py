@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from typing import Any
 
 import click
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from rich.text import Text
 
 from distckpt.cli import options, text
@@ -19,6 +17,8 @@ from distckpt.directory.verify import Damage, VerifyReport, verify
 from distckpt.errors import CheckpointNotFoundError, DamagedError
 from distckpt.format.json.log import CheckpointRecord
 from distckpt.storage import Store, join, open_store
+from distckpt.terminal.bar import bar
+from distckpt.terminal.sizes import counted, human_bytes
 
 MOST_DAMAGES = 20
 
@@ -82,17 +82,8 @@ def check(where: Located) -> VerifyReport:
         index = read_index(where)
     except DamagedError as error:
         return _unreadable(where.path, error)
-    console = text.progress_console()
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        DownloadColumn(binary_units=True),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console, transient=True, disable=not sys.stderr.isatty()) as bar:
-        task = bar.add_task(where.path.rpartition("/")[2], total=None)
-        return verify(where, index, lambda done, total: bar.update(task, completed=done, total=total))
+    with bar(where.path.rpartition("/")[2]) as update:
+        return verify(where, index, update)
 
 
 def _unreadable(path: str, error: DamagedError) -> VerifyReport:
@@ -104,17 +95,13 @@ def _print(report: VerifyReport) -> None:
     console = text.console()
     name = report.path.rpartition("/")[2]
     if report.good:
-        shards, keys = text.counted(report.shards, "shard"), text.counted(report.keys, "key")
+        shards, keys = counted(report.shards, "shard"), counted(report.keys, "key")
         console.print(
-            Text.assemble(f"{name}  ", ("good", "green"), f"  {text.human_bytes(report.nbytes)}, {shards}, {keys}")
+            Text.assemble(f"{name}  ", ("good", "green"), f"  {human_bytes(report.nbytes)}, {shards}, {keys}")
         )
         return
-    console.print(
-        Text.assemble(f"{name}  ", ("DAMAGED", "bold red"), f"  {text.counted(len(report.damages), 'finding')}")
-    )
+    console.print(Text.assemble(f"{name}  ", ("DAMAGED", "bold red"), f"  {counted(len(report.damages), 'finding')}"))
     for damage in report.damages[:MOST_DAMAGES]:
         console.print(Text(f"  {damage}"), overflow="fold")
     if len(report.damages) > MOST_DAMAGES:
-        console.print(
-            f"  and {text.counted(len(report.damages) - MOST_DAMAGES, 'more finding')}; --json shows them all"
-        )
+        console.print(f"  and {counted(len(report.damages) - MOST_DAMAGES, 'more finding')}; --json shows them all")

@@ -2,7 +2,7 @@
 
 A rank's life: OpenRun once, and after that everything in an envelope, FromRank. For each save Join, Describe if asked,
 AwaitPlan if it has no valid plan, Receipt once its shards have landed (or Fail); for each restore Restore until it is
-done: first all ranks match, then all fill. The answers to AwaitPlan, Receipt and Restore come when there is something to say; a rank that hears nothing
+done: first all ranks match, then all fill, then all finish. The answers to AwaitPlan, Receipt and Restore come when there is something to say; a rank that hears nothing
 simply asks again. Beside all that, a rank with a ``distckpt.Coordinator`` of the whole cluster sends AwaitStop again
 and again, to hear of stops of all ranks.
 """
@@ -128,10 +128,38 @@ class Receipt:
 
 
 @dataclass(frozen=True, slots=True)
+class Late:
+    """A save waits for ``ranks`` on ``hosts``, for ``seconds`` of ``timeout`` by now: ask again.
+
+    It is told once, long before the deadline, to one of the ranks that wait.
+    """
+
+    ranks: tuple[int, ...]
+    hosts: Mapping[int, str]
+    seconds: float
+    timeout: float
+    stage: str
+
+
+@dataclass(frozen=True, slots=True)
+class Landing:
+    """The shards of ``rank`` on ``host`` were the last to land, so many ``seconds`` after those of the first rank."""
+
+    rank: int
+    host: str
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
 class Committed:
-    """The checkpoint is in the log, durable and visible."""
+    """The checkpoint is in the log, durable and visible. ``retired`` are folders of those that no longer are.
+
+    The one that was ``last``, and what retired, are told once, when it happens.
+    """
 
     record: CheckpointRecord
+    last: Landing | None = None
+    retired: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,7 +221,7 @@ def merged_matches(one: KeyMatch, other: KeyMatch) -> KeyMatch:
     )
 
 
-RestoreStage = Literal["match", "fill"]
+RestoreStage = Literal["match", "fill", "finish"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -231,7 +259,17 @@ class MatchWith:
 
 @dataclass(frozen=True, slots=True)
 class FillFrom:
-    """Every rank has matched this one: fill the objects from it and report. ``keys`` is how all ranks match."""
+    """Every rank has matched this one: read all of it, tensors into the memory that they have, and report."""
+
+    record: CheckpointRecord
+
+
+@dataclass(frozen=True, slots=True)
+class FinishWith:
+    """Every rank has read all of this one, and every byte was good: hand the objects what is not in its place, and report.
+
+    From here on nothing falls back. ``keys`` is how all ranks match.
+    """
 
     record: CheckpointRecord
     keys: KeyMatch
@@ -302,6 +340,11 @@ class Heartbeat:
 
 
 @dataclass(frozen=True, slots=True)
+class AwaitPublished:
+    """The rank wants to hear when the ``checkpoint`` file says what has been committed so far, or could not."""
+
+
+@dataclass(frozen=True, slots=True)
 class Leave:
     """The rank is done with the run."""
 
@@ -336,7 +379,7 @@ class Unknown:
     """The coordinator does not know that run or attempt (it was replaced): OpenRun and Join again."""
 
 
-RankRequest = Join | Describe | AwaitPlan | Receipt | Fail | Restore | AwaitStop | Heartbeat | Leave
+RankRequest = Join | Describe | AwaitPlan | Receipt | Fail | Restore | AwaitStop | Heartbeat | AwaitPublished | Leave
 
 
 @dataclass(frozen=True, slots=True)
@@ -355,10 +398,12 @@ Reply = (
     | Skipped
     | Accepted
     | Planned
+    | Late
     | Committed
     | Prepared
     | MatchWith
     | FillFrom
+    | FinishWith
     | Mismatched
     | Restored
     | StopState

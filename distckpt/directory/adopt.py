@@ -12,6 +12,7 @@ import msgspec
 
 from distckpt.directory.locate import Located, read_sealed
 from distckpt.directory.log import Tail, append, read_tail
+from distckpt.directory.published import PublishedState
 from distckpt.directory.strays import Stray, strays
 from distckpt.directory.verify import Damage, VerifyReport
 from distckpt.errors import (
@@ -24,7 +25,7 @@ from distckpt.errors import (
 )
 from distckpt.format import names
 from distckpt.format.json.log import FORMAT, CheckpointRecord, Entry, State
-from distckpt.state_file import MAX_STATE_BYTES, CheckpointState, parse, publish
+from distckpt.state_file import MAX_STATE_BYTES, CheckpointState, parse
 from distckpt.storage import Store, join, probe
 
 logger = logging.getLogger(__name__)
@@ -99,7 +100,8 @@ def adopt(store: Store, what: Survey, now: float) -> Entry:
 
     The entry claims a new epoch, so a coordinator that still runs is fenced, and it holds the whole state, so that
     nothing is half done if this process is killed. ``now`` is in epoch seconds. Raises CoordinatorError if somebody
-    else has written to the log since the survey, StoreUnsuitableError or StorageError if the store fails.
+    else has written to the log since the survey, or if no reader would take the entry, StoreUnsuitableError or
+    StorageError if the store fails.
     """
     probe(store)
     tail = what.tail
@@ -108,6 +110,8 @@ def adopt(store: Store, what: Survey, now: float) -> Entry:
     entry = Entry(FORMAT, tail.seq + 1, max(epochs) + 1, "claim", now, uuid.uuid4().hex, what.state)
     path = join(store.url, names.entry_path(entry.seq))
     result = append(store, entry)
+    if result.outcome == "refused":
+        raise CoordinatorError(f"{store.url}: nothing was adopted: {result.reason}")
     if result.outcome == "unknown" or 0 < result.newest < entry.seq:
         reason = result.reason or "a listing does not show it"
         raise StoreOutcomeUnknownError(path, f"may or may not have been written ({reason}). Adopt again, which looks")
@@ -242,6 +246,6 @@ def _state_file(store: Store) -> CheckpointState:
 def _publish(store: Store, state: State) -> None:
     """Refresh the state file, which is derived: the next manager does it again."""
     try:
-        publish(store, state)
-    except StorageError as error:
+        PublishedState(store).publish(state)
+    except (StorageError, DamagedError) as error:
         logger.warning("%s/%s was not refreshed: %s", store.url, names.STATE_FILE, error)

@@ -29,7 +29,7 @@ def hold(store: Store, attempt: str, holder: str, seconds: float = LEASE_SECONDS
 
     ``holder`` says who reads, for people. A reader that is killed leaves its lease behind, which counts until it is
     ``seconds`` old by the clock of whoever wants to delete. Raises CheckpointNotFoundError if the log does not list
-    the attempt as active or preserved, StorageError if the lease cannot be written.
+    the attempt as active or preserved, StorageError if the lease cannot be written, ValueError if it would be too long.
     """
     path = names.lease_path(uuid.uuid4().hex)
 

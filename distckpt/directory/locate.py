@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+import contextlib
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import crc32c
 
+from distckpt.directory.contents import attempts, is_there
 from distckpt.directory.log import read_tail
 from distckpt.directory.newest import newest_there
 from distckpt.directory.strays import read_run, strays_in
@@ -15,9 +17,13 @@ from distckpt.errors import CheckpointNotFoundError, DamagedError, ObjectNotFoun
 from distckpt.format import names
 from distckpt.format.arrow.index import Index, decode_index
 from distckpt.format.json.log import CheckpointRecord
-from distckpt.format.json.manifest import MAX_MANIFEST_BYTES, Manifest, check_manifest
+from distckpt.format.json.manifest import MAX_MANIFEST_BYTES, Manifest
 from distckpt.format.json.sealed import unseal
-from distckpt.storage import PathLike, Store, open_store
+from distckpt.storage import PathLike, Store, open_store, twice
+from distckpt.transfer.checksums import stored_size_and_crc
+
+LARGE_INDEX = 64 << 20
+WRONG_INDEX = "size or CRC32C is not what the manifest says"
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +88,10 @@ def foreign_advice(store: Store, folder: str, known: Collection[str]) -> str:
 
 def located(store: Store, record: CheckpointRecord) -> Located:
     """The attempt of a record of this directory, its manifest checked against the log."""
+    return twice(lambda: _located(store, record))
+
+
+def _located(store: Store, record: CheckpointRecord) -> Located:
     folder = names.attempt_folder(record.name, record.number, record.attempt)
     path = f"{store.url}/{names.checkpoint_folder(record.name, record.number)}"
     data = _read(store, f"{folder}/{names.MANIFEST}", MAX_MANIFEST_BYTES)
@@ -95,24 +105,31 @@ def located(store: Store, record: CheckpointRecord) -> Located:
 
 def read_index(where: Located) -> Index:
     """The checkpoint's index, checked against its manifest."""
-    path = where.object_path(names.INDEX)
+    return twice(lambda: _index(where))
+
+
+def _index(where: Located) -> Index:
+    path, manifest = where.object_path(names.INDEX), where.manifest
     shown = f"{where.store.url}/{path}"
-    data = _read(where.store, path, where.manifest.index_size)
-    if len(data) != where.manifest.index_size or crc32c.crc32c(data) != where.manifest.index_crc32c:
-        raise DamagedError(shown, "size or CRC32C is not what the manifest says")
+    told = manifest.index_size, manifest.index_crc32c
+    # A large one is looked at piece by piece before there is memory for all of it.
+    if manifest.index_size > LARGE_INDEX and _size_and_crc(where.store, path) != told:
+        raise DamagedError(shown, WRONG_INDEX)
+    data = _read(where.store, path, manifest.index_size)
+    if (len(data), crc32c.crc32c(data)) != told:
+        raise DamagedError(shown, WRONG_INDEX)
     sizes = {(shard.rank, shard.shard): shard.size for shard in where.manifest.shards}
     return decode_index(data, shown, sizes)
 
 
 def read_manifest(store: Store, folder: str) -> Manifest:
     """The manifest of an attempt, known to be whole by its own checksum."""
-    return _manifest(store, folder, _read(store, f"{folder}/{names.MANIFEST}", MAX_MANIFEST_BYTES))
+    return _read_manifest(store, folder)[0]
 
 
 def read_sealed(store: Store, folder: str) -> tuple[Manifest, CheckpointRecord]:
     """The manifest of an attempt, and the record that a log entry has of it. DamagedError if it is not whole."""
-    data = _read(store, f"{folder}/{names.MANIFEST}", MAX_MANIFEST_BYTES)
-    manifest = _manifest(store, folder, data)
+    manifest, data = _read_manifest(store, folder)
     record = CheckpointRecord(
         name=manifest.name,
         number=manifest.number,
@@ -126,16 +143,32 @@ def read_sealed(store: Store, folder: str) -> tuple[Manifest, CheckpointRecord]:
     return manifest, record
 
 
+def _read_manifest(store: Store, folder: str) -> tuple[Manifest, bytes]:
+    def read() -> tuple[Manifest, bytes]:
+        data = _read(store, f"{folder}/{names.MANIFEST}", MAX_MANIFEST_BYTES)
+        return _manifest(store, folder, data), data
+
+    return twice(read)
+
+
 def _manifest(store: Store, folder: str, data: bytes) -> Manifest:
-    shown = f"{store.url}/{folder}/{names.MANIFEST}"
-    manifest = unseal(data, Manifest, shown, MAX_MANIFEST_BYTES)
-    check_manifest(manifest, shown)
-    return manifest
+    return unseal(data, Manifest, f"{store.url}/{folder}/{names.MANIFEST}", MAX_MANIFEST_BYTES)
 
 
 def _read(store: Store, path: str, max_bytes: int) -> bytes:
-    try:
+    with _there(store, path):
         return store.read(path, max_bytes)
+
+
+def _size_and_crc(store: Store, path: str) -> tuple[int, int]:
+    with _there(store, path):
+        return stored_size_and_crc(store, path)
+
+
+@contextlib.contextmanager
+def _there(store: Store, path: str) -> Iterator[None]:
+    try:
+        yield
     except ObjectNotFoundError as error:
         raise DamagedError(f"{store.url}/{path}", "missing: it was deleted, or retired while it was read") from error
 
@@ -148,11 +181,10 @@ def _own_manifest(store: Store, attempt: str) -> Manifest:
 
 
 def _lone_copy(store: Store) -> Located:
-    attempts = [folder for folder in store.folders("") if names.is_attempt(folder)]
     found = [
         Located(store, attempt, store.url, _own_manifest(store, attempt))
-        for attempt in attempts
-        if store.stat(f"{attempt}/{names.MANIFEST}") is not None
+        for attempt in attempts(store, "")
+        if is_there(store, f"{attempt}/{names.MANIFEST}")
     ]
     if not found:
         read_run(store)

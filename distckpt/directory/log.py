@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from distckpt.errors import (
     AlreadyExistsError,
+    BlockedError,
     DamagedError,
     ObjectNotFoundError,
     StorageError,
@@ -14,9 +15,10 @@ from distckpt.errors import (
     UnsupportedFormatError,
 )
 from distckpt.format import names
-from distckpt.format.json.log import MAX_ENTRY_BYTES, Entry, State, check_entry
-from distckpt.format.json.sealed import seal, unseal
-from distckpt.storage import Store
+from distckpt.format.json.entry_sealer import EntrySealer
+from distckpt.format.json.log import Entry, State
+from distckpt.format.json.sealed import Sealed, unseal
+from distckpt.storage import MOST_NAMES, Store, at_most, twice
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +44,8 @@ class Tail:
 class AppendResult:
     """What became of an append.
 
-    ``outcome``: "appended", "taken" (``found`` is the other entry, None if unreadable) or "unknown" (``reason``).
+    ``outcome``: "appended", "taken" (``found`` is the other entry, None if unreadable), "unknown" (``reason``), or
+    "refused" (``reason``): nothing was written, since no reader would take it, and nothing ever will be.
     ``newest`` is the highest number that a listing made after it shows; 0 when unknown.
     """
 
@@ -54,18 +57,34 @@ class AppendResult:
 
 def sequence_numbers(store: Store) -> list[int]:
     """Every number in the log, ascending."""
-    found = (names.entry_seq(info.path) for info in store.list(names.LOG))
+    listed = at_most(MOST_NAMES, store.list(names.LOG), f"{store.url}/{names.LOG}")
+    found = (names.entry_seq(info.path) for info in listed)
     return sorted(seq for seq in found if seq is not None)
 
 
 def read_entry(store: Store, seq: int) -> Entry:
     """The entry with that number. DamagedError if it is not what was written; ObjectNotFoundError if it is gone."""
+    return twice(lambda: _read_once(store, seq))
+
+
+def _read_once(store: Store, seq: int) -> Entry:
     path = names.entry_path(seq)
-    entry = unseal(store.read(path, MAX_ENTRY_BYTES), Entry, path, MAX_ENTRY_BYTES)
-    check_entry(entry, path)
+    entry = unseal(store.read(path, Entry.MAX_BYTES), Entry, path, Entry.MAX_BYTES)
     if entry.seq != seq:
         raise DamagedError(path, f"the entry says that it is number {entry.seq}")
     return entry
+
+
+def read_commit_id(store: Store, seq: int) -> str:
+    """The commit id of the entry with that number, without the state. Raises what ``read_entry`` raises."""
+    path = names.entry_path(seq)
+    return unseal(store.read(path, Entry.MAX_BYTES), _CommitId, path, Entry.MAX_BYTES).commit_id
+
+
+class _CommitId(Sealed, frozen=True, forbid_unknown_fields=False):
+    """What of an entry says who wrote it."""
+
+    commit_id: str
 
 
 def read_tail(store: Store) -> Tail:
@@ -89,8 +108,9 @@ def _newest_readable(store: Store, numbers: list[int]) -> Tail | None:
         except UnsupportedFormatError:
             raise  # a newer release wrote it: to go on from an older entry would undo what it says
         except DamagedError as error:
-            logger.warning("log entry passed over: %s", error)
-            damaged.append(error)
+            # Told anew, for an error that is kept keeps all that its traceback leads to: the 64 MiB of the entry.
+            damaged.append(DamagedError(error.path, error.reason, error.key))
+            logger.warning("log entry passed over: %s", damaged[-1])
         except ObjectNotFoundError:
             return None  # pruned since the listing: list again
     if damaged:
@@ -98,12 +118,22 @@ def _newest_readable(store: Store, numbers: list[int]) -> Tail | None:
     return Tail(0, None)
 
 
-def append(store: Store, entry: Entry) -> AppendResult:
-    """Put the entry at its number if absent, then look which number is the highest. Never overwrites."""
+def append(store: Store, entry: Entry, sealer: EntrySealer | None = None) -> AppendResult:
+    """Put the entry at its number if absent, then look which number is the highest. Never overwrites.
+
+    ``sealer`` is that of the entries before, if there is one: it makes this one cheap.
+    BlockedError if what is at that number, or in the place of the log's folder, is no object of a store.
+    """
     try:
-        store.put_if_absent(names.entry_path(entry.seq), seal(entry))
+        data = (sealer or EntrySealer()).seal(entry)
+    except ValueError as error:
+        return AppendResult("refused", reason=str(error))
+    try:
+        store.put_if_absent(names.entry_path(entry.seq), data)
     except AlreadyExistsError:
         return _taken(store, entry)
+    except BlockedError:
+        raise
     except StoreOutcomeUnknownError as error:
         return AppendResult("unknown", reason=str(error))
     except StorageError as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 
+from distckpt.directory.contents import is_there
 from distckpt.directory.log import read_tail
 from distckpt.directory.strays import read_run
 from distckpt.format import names
@@ -36,8 +37,7 @@ def newest_there(store: Store, state: State) -> CheckpointRecord | None:
 
 def has_manifest(store: Store, record: CheckpointRecord) -> bool:
     """Whether the manifest of a checkpoint is there, whatever is in it."""
-    folder = names.attempt_folder(record.name, record.number, record.attempt)
-    return store.stat(f"{folder}/{names.MANIFEST}") is not None
+    return is_there(store, f"{names.attempt_folder(record.name, record.number, record.attempt)}/{names.MANIFEST}")
 
 
 def _search(store: Store, state: State) -> tuple[CheckpointRecord | None, list[CheckpointRecord]]:

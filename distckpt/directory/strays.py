@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
+from distckpt.directory.contents import attempts, checkpoint_folders, is_there
 from distckpt.directory.log import Tail, read_tail
 from distckpt.errors import LogMissingError
 from distckpt.format import names
@@ -26,17 +27,16 @@ class Stray:
 
 def strays(store: Store, known: Collection[str]) -> Iterator[Stray]:
     """Every attempt with a manifest that is not among ``known``. What never came to a manifest is none."""
-    for folder in sorted(store.folders("")):
-        if names.parse_checkpoint(folder) is not None:
-            yield from strays_in(store, folder, known)
+    for folder in sorted(checkpoint_folders(store)):
+        yield from strays_in(store, folder, known)
 
 
 def strays_in(store: Store, folder: str, known: Collection[str]) -> Iterator[Stray]:
     """Those of one checkpoint folder."""
-    for attempt in sorted(store.folders(folder)):
-        if names.is_attempt(attempt) and attempt not in known:
+    for attempt in sorted(attempts(store, folder)):
+        if attempt not in known:
             stray = Stray(folder, attempt)
-            if store.stat(f"{stray.path}/{names.MANIFEST}") is not None:
+            if is_there(store, f"{stray.path}/{names.MANIFEST}"):
                 yield stray
 
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -20,10 +19,9 @@ from distckpt.format.arrow.index import Index
 from distckpt.format.arrow.shard_rows import Payload, compare_rows, sparse_image
 from distckpt.format.json.manifest import ShardRecord
 from distckpt.sharding.match import Wanted, match
-from distckpt.storage import Source
+from distckpt.storage import Source, SupportsCooling
+from distckpt.transfer.progress import Meter, Progress
 from distckpt.transfer.reader import default_threads, pace_of
-
-Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,32 +60,18 @@ def verify(where: Located, index: Index, progress: Progress | None = None) -> Ve
     at a time, with the bytes done and the bytes there are. Nothing is raised for what cannot be read: it is damage.
     """
     shards = where.manifest.shards
-    counter = _Counter(sum(shard.size for shard in shards) + where.manifest.index_size, progress)
+    meter = Meter(sum(shard.size for shard in shards) + where.manifest.index_size, progress)
     damages = [*_manifest_damage(where), *_index_damage(where, index)]
-    counter.add(where.manifest.index_size)
+    meter.add(where.manifest.index_size)
     with ThreadPoolExecutor(max(default_threads(), pace_of(where.store).threads)) as pool:
-        for found in pool.map(lambda record: list(_shard_damage(where, index, record, counter)), shards):
+        for found in pool.map(lambda record: list(_shard_damage(where, index, record, meter)), shards):
             damages.extend(found)
     damages.extend(_export_damage(where))
-    return VerifyReport(where.path, len(index.names), len(shards), counter.total, tuple(damages))
+    return VerifyReport(where.path, len(index.names), len(shards), meter.total, tuple(damages))
 
 
 def _reason(error: DamagedError | StorageError) -> str:
     return error.reason if isinstance(error, DamagedError) else str(error).removeprefix(f"{error.path}: ")
-
-
-class _Counter:
-    def __init__(self, total: int, progress: Progress | None) -> None:
-        self.total = total
-        self._done = 0
-        self._progress = progress
-        self._lock = threading.Lock()
-
-    def add(self, nbytes: int) -> None:
-        with self._lock:
-            self._done += nbytes
-            if self._progress is not None:
-                self._progress(self._done, self.total)
 
 
 # ---- manifest and index -------------------------------------------------------------------------------------------
@@ -152,33 +136,39 @@ class _Stretch(NamedTuple):
     after: int
 
 
-def _shard_damage(where: Located, index: Index, record: ShardRecord, counter: _Counter) -> Iterator[Damage]:
+def _shard_damage(where: Located, index: Index, record: ShardRecord, meter: Meter) -> Iterator[Damage]:
+    """What is wrong with a shard when it is read a second time too, if anything was the first time."""
+    if list(_shard_damage_once(where, index, record, meter)):
+        yield from _shard_damage_once(where, index, record, Meter(0, None))
+
+
+def _shard_damage_once(where: Located, index: Index, record: ShardRecord, meter: Meter) -> Iterator[Damage]:
     relative = where.shard_path(record.rank, record.shard)
     path = f"{where.store.url}/{relative}"
+    if isinstance(where.store, SupportsCooling):
+        where.store.cool(relative)  # what memory keeps of it is not what is stored
     try:
         source = where.store.open(relative)
-    except StorageError as error:
-        counter.add(record.size)
+    except (DamagedError, StorageError) as error:
+        meter.add(record.size)
         yield Damage(path, None, f"cannot be opened: {_reason(error)}")
         return
     with contextlib.closing(source):
-        check = _ShardCheck(source, path, index, record, pace_of(where.store).piece, counter)
+        check = _ShardCheck(source, path, index, record, pace_of(where.store).piece, meter)
         yield from check.run()
 
 
 class _ShardCheck:
     """Goes over one shard from its first byte to its last."""
 
-    def __init__(
-        self, source: Source, path: str, index: Index, record: ShardRecord, piece: int, counter: _Counter
-    ) -> None:
+    def __init__(self, source: Source, path: str, index: Index, record: ShardRecord, piece: int, meter: Meter) -> None:
         self._source = source
         self._path = path
         self._index = index
         self._record = record
         self._rows = np.flatnonzero((index.rank == record.rank) & (index.shard == record.shard))
         self._buffer = memoryview(bytearray(min(piece, max(1, record.size))))
-        self._counter = counter
+        self._meter = meter
         self._crc = 0
 
     def run(self) -> Iterator[Damage]:
@@ -186,7 +176,11 @@ class _ShardCheck:
         size = self._record.size
         if self._source.size != size:
             yield self._damage(None, f"has {self._source.size} bytes and should have {size}")
-        image = sparse_image(size if self._source.size == size else 0)
+        try:
+            image = sparse_image(size if self._source.size == size else 0)
+        except OSError:
+            yield self._damage(None, f"its {size} bytes are more than a process can have addresses for")
+            return
         at = 0
         try:
             for stretch in self._stretches():
@@ -223,10 +217,10 @@ class _ShardCheck:
             view = self._buffer[: min(self._buffer.nbytes, stretch.end - begin)]
             self._source.read_into(begin, view)
             self._crc = crc32c.crc32c(view, self._crc)
-            self._counter.add(view.nbytes)
+            self._meter.add(view.nbytes)
             if stretch.row >= 0:
                 crc = crc32c.crc32c(view, crc)
-            elif image.nbytes:
+            elif image.nbytes and np.frombuffer(view, dtype=np.uint8).any():  # zeros it has, at no cost of memory
                 image[begin : begin + view.nbytes] = view
         if stretch.row >= 0 and crc != stretch.after:
             reason = f"bytes {stretch.begin} to {stretch.end}: CRC32C is {crc:08x} and should be {stretch.after:08x}"

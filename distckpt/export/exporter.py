@@ -8,6 +8,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+from distckpt.directory.contents import is_there
 from distckpt.directory.log import read_tail
 from distckpt.errors import ExportError
 from distckpt.export.places import Place
@@ -16,6 +17,7 @@ from distckpt.export.task import Order, Outcome
 from distckpt.format import names
 from distckpt.format.json.log import CheckpointRecord
 from distckpt.storage import Store
+from distckpt.terminal.bar import pulse
 
 logger = logging.getLogger(__name__)
 
@@ -41,12 +43,14 @@ class Exporter:
         storage_options: Mapping[str, Any] | None,
         recipes: tuple[Recipe, ...],
         place: Place,
+        shown: bool = False,
     ) -> None:
         self._store = store
         self._name = name
         self._storage_options = storage_options
         self._recipes = recipes
         self._place = place
+        self._shown = shown
         self._changed = threading.Condition()
         self._asked = 0
         self._looked = 0
@@ -114,14 +118,16 @@ class Exporter:
             if attempt in self._settled or self._failures.get(attempt, 0) >= TRIES:
                 continue
             folder = names.attempt_folder(record.name, record.number, attempt)
-            if self._store.stat(f"{folder}/{names.EXPORT}") is None:
+            if not is_there(self._store, f"{folder}/{names.EXPORT}"):
                 return record
             self._settled.add(attempt)
         return None
 
     def _export(self, record: CheckpointRecord) -> None:
         started = time.monotonic()
-        outcome = self._place.run(Order(self._store.url, self._storage_options, record, self._recipes))
+        order = Order(self._store.url, self._storage_options, record, self._recipes)
+        with pulse(f"exporting {names.checkpoint_folder(record.name, record.number)}", self._shown):
+            outcome = self._place.run(order)
         if outcome.kind == "failed":
             self._failed(record, outcome)
             return

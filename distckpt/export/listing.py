@@ -1,4 +1,4 @@
-"""Which exports there are, in the order of their numbers, and waiting for new ones. Needs no Ray and no torch."""
+"""Which exports there are, in the order of their saves, and waiting for new ones. Needs no Ray and no torch."""
 
 from __future__ import annotations
 
@@ -31,10 +31,11 @@ class _Position:
 def list_exports(
     directory: PathLike, checkpoint_name: str = "ckpt", *, storage_options: Mapping[str, Any] | None = None
 ) -> list[str]:
-    """Paths of all exports of committed checkpoints, preserved ones too, in the order of their numbers.
+    """Paths of all exports of committed checkpoints, preserved ones too, in the order of their saves, oldest first.
 
-    An export whose description is damaged is left out, with an error in the log. StorageError if the store cannot be
-    read, DamagedError if no log entry can; a directory that does not exist has no exports.
+    After a rollback that is not the order of their numbers. An export whose description is damaged is left out, with an
+    error in the log. StorageError if the store cannot be read, DamagedError if no log entry can; a directory that does
+    not exist has no exports.
     """
     return Exports(open_store(directory, storage_options), checkpoint_name).paths()
 
@@ -42,7 +43,10 @@ def list_exports(
 def latest_export(
     directory: PathLike, checkpoint_name: str = "ckpt", *, storage_options: Mapping[str, Any] | None = None
 ) -> str | None:
-    """The path of the export with the highest number, or None. Raises what ``list_exports`` raises."""
+    """The path of the export of the checkpoint that was saved last among those that have one, or None.
+
+    That may have a lower number than others, after a rollback. Raises what ``list_exports`` raises.
+    """
     return Exports(open_store(directory, storage_options), checkpoint_name).latest()
 
 
@@ -105,17 +109,18 @@ class Exports:
         self._known: dict[str, str | None] = {}
 
     def paths(self) -> list[str]:
-        """All of them, in the order of numbers."""
+        """All of them, in the order of saves, oldest first."""
         return [path for record in self._look() if (path := self._path(record)) is not None]
 
     def latest(self) -> str | None:
-        """The one with the highest number."""
+        """The one that was saved last."""
         return next((path for record in reversed(self._look()) if (path := self._path(record)) is not None), None)
 
     def after(self, last: str | None) -> str | None:
         """The one that follows the export at ``last``, or the first one."""
         position = None if last is None else _position(last, self._name)
-        younger = (record for record in self._look() if position is None or _position_of(record) > position)
+        by_number = sorted(self._look(), key=_position_of)
+        younger = (record for record in by_number if position is None or _position_of(record) > position)
         return next((path for record in younger if (path := self._path(record)) is not None), None)
 
     def wait(self, last: PathLike | None, seconds_to_sleep: float, timeout: float | None) -> str | None:
@@ -132,13 +137,14 @@ class Exports:
         return follow(self.after, min_interval_secs, timeout, timeout_fn)
 
     def _look(self) -> list[CheckpointRecord]:
-        """The committed checkpoints of this name, one a number, in the order of numbers."""
+        """The committed checkpoints of this name, one a number, in the order of saves."""
         seq = max(sequence_numbers(self._store), default=0)
         if seq != self._seq:
-            alive = read_tail(self._store).state.alive().values()
-            ours = [record for record in alive if record.name == self._name]
-            newest = {record.number: record for record in sorted(ours, key=_position_of)}
-            self._records, self._seq = list(newest.values()), seq
+            newest: dict[int, CheckpointRecord] = {}
+            for record in read_tail(self._store).state.newest_first():
+                if record.name == self._name:
+                    newest.setdefault(record.number, record)
+            self._records, self._seq = list(reversed(newest.values())), seq
         return self._records
 
     def _path(self, record: CheckpointRecord) -> str | None:

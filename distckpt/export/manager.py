@@ -45,7 +45,8 @@ class ExportCheckpointManager(CheckpointManager):
             there is no program. From a sharded module no program can be traced: give an Export with ``build``.
         task_options: for ``ray.remote``, such as ``{"num_cpus": 4, "memory": 16 << 30}``. By default the task claims
             nothing, so that it never waits for CPUs that the training holds.
-        options: CheckpointManager's other keyword options, ``last_checkpoint_step`` among them.
+        options: CheckpointManager's other keyword options, ``last_checkpoint_step`` among them. ``progress`` shows
+            exports too.
 
     Raises what CheckpointManager raises; ValueError or TypeError for modules that cannot be exported as they were
     given; ImportError without safetensors.
@@ -91,17 +92,17 @@ class ExportCheckpointManager(CheckpointManager):
         )
         self._exports = Exports(self._store, checkpoint_name)
         if recipes and self.cluster.rank == 0:
-            self._start(recipes, options.get("storage_options"), task_options or {})
+            self._start(recipes, options, task_options or {})
 
-    def _start(
-        self, recipes: tuple[Recipe, ...], storage_options: Mapping[str, Any] | None, task_options: Mapping[str, Any]
-    ) -> None:
+    def _start(self, recipes: tuple[Recipe, ...], options: Mapping[str, Any], task_options: Mapping[str, Any]) -> None:
         try:
             place = find_place(task_options)
         except BaseException:
             super().close()
             raise
-        self._exporter = Exporter(self._store, self._name, storage_options, recipes, place)
+        self._exporter = Exporter(
+            self._store, self._name, options.get("storage_options"), recipes, place, options.get("progress", False)
+        )
         self._exporter.wake()
 
     # ---- what there is -----------------------------------------------------------------------------------------
@@ -113,12 +114,12 @@ class ExportCheckpointManager(CheckpointManager):
 
     @property
     def exports(self) -> list[str]:
-        """Paths of the exports of active and preserved checkpoints, by number, read from storage."""
+        """Paths of the exports of active and preserved checkpoints, in the order of saves, read from storage."""
         return self._exports.paths()
 
     @property
     def latest_export(self) -> str | None:
-        """The path of the export with the highest number, read from storage, or None."""
+        """The path of the export that ``latest_export`` finds: of the checkpoint saved last among those that have one."""
         return self._exports.latest()
 
     @property

@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import msgspec
 
+from distckpt.directory.contents import exports_of_attempt, objects_of_export
 from distckpt.directory.exports import read_export
 from distckpt.directory.lease import hold
 from distckpt.directory.locate import located
@@ -105,16 +106,18 @@ class _Work:
             with CheckpointReader(located(self._store, self._record)) as reader:
                 modules = tuple(self._module(reader, recipe) for recipe in recipes)
             self.module = ""
+            manifest = ExportManifest(FORMAT, self._export, self._record.attempt, time.time(), modules)
+            data = seal(manifest)
             self._check_committed()
         except Exception:
             self._discard(lambda folder: folder == names.export_folder(self._export))
             self._check_committed()
             raise
-        return self._commit(ExportManifest(FORMAT, self._export, self._record.attempt, time.time(), modules))
+        return self._commit(manifest, data)
 
-    def _commit(self, manifest: ExportManifest) -> Outcome:
+    def _commit(self, manifest: ExportManifest, data: bytes) -> Outcome:
         try:
-            self._store.put_if_absent(f"{self._folder}/{names.EXPORT}", seal(manifest))
+            self._store.put_if_absent(f"{self._folder}/{names.EXPORT}", data)
         except StorageError as error:
             # It may be there all the same, or come to be there: so the files stay where they are.
             found = read_export(self._store, self._folder)
@@ -134,9 +137,9 @@ class _Work:
     def _discard(self, unwanted: Callable[[str], bool]) -> None:
         """Delete exports of this attempt that came to nothing and cannot be committed any more."""
         try:
-            for folder in list(self._store.folders(self._folder)):
-                if names.is_export(folder) and unwanted(folder):
-                    for info in list(self._store.list(f"{self._folder}/{folder}")):
+            for export in exports_of_attempt(self._store, self._folder):
+                if unwanted(export):
+                    for info in list(objects_of_export(self._store, f"{self._folder}/{export}")):
                         self._store.delete(info.path)
         except StorageError as error:
             logger.warning("leftovers of an export stay until their checkpoint is deleted: %s", error)

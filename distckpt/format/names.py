@@ -85,6 +85,11 @@ def shard_name(rank: int, shard: int) -> str:
     return f"{rank:05d}-{shard}.arrow"
 
 
+def kept_state_file(digest: str) -> str:
+    """Where a ``checkpoint`` file of others is kept, by the SHA-256 of its content."""
+    return f"{STATE_FILE}.kept-{digest[:16]}"
+
+
 def lease_path(lease: str) -> str:
     """The lease with that id."""
     return f"{LEASES}/{lease}.json"

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from typing import Any
 
+from distckpt.errors import CheckpointNotFoundError
 from distckpt.format import names
+from distckpt.storage import canonical, join
 
 
 def whole(value: Any, what: str) -> int:
@@ -38,3 +41,18 @@ def check_arguments(
         raise ValueError(f"buffers must be at least 1, not {buffers!r}")
     if on_busy not in ("wait", "skip"):
         raise ValueError(f'on_busy must be "wait" or "skip", not {on_busy!r}')
+
+
+def wanted_folder(which: int | str | os.PathLike[str] | None, directory: str) -> int | str | None:
+    """A number, the folder that a path means, or None for the newest. CheckpointNotFoundError for a path elsewhere."""
+    if which is None:
+        return None
+    if not isinstance(which, str | os.PathLike):
+        return whole(which, "a checkpoint's number")
+    path = canonical(which)
+    if path == directory:
+        return None
+    folder = path.rpartition("/")[2]
+    if names.parse_checkpoint(folder) is None or path != join(directory, folder):
+        raise CheckpointNotFoundError(path, f"not a checkpoint of {directory}")
+    return folder

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Callable
-from concurrent.futures import wait
 from dataclasses import dataclass, field
 from queue import SimpleQueue
 
 from distckpt.coordinator.messages import Committed, Joined, Reply, Unknown
 from distckpt.directory.log import read_tail
-from distckpt.errors import CoordinatorUnavailableError, DistckptError, SaveError
+from distckpt.errors import (
+    CoordinatorFailedError,
+    CoordinatorUnavailableError,
+    DistckptError,
+    SaveError,
+    ranks_at_hosts,
+)
 from distckpt.format import names
 from distckpt.format.arrow.receipt import ShardReceipt
 from distckpt.format.json.log import CheckpointRecord
@@ -18,9 +24,12 @@ from distckpt.rank.dialogue import Dialogue
 from distckpt.rank.layout import Layout
 from distckpt.rank.options import SaverOptions
 from distckpt.rank.pending import Progress
-from distckpt.storage import Store
+from distckpt.storage import Store, SupportsCooling, join
+from distckpt.terminal.bar import bar
+from distckpt.terminal.sizes import counted, human_bytes
 from distckpt.threads.coordinator import Coordinator
 from distckpt.threads.looper import LooperThread
+from distckpt.transfer.progress import Meter
 from distckpt.transfer.staging import Staging
 from distckpt.transfer.writer import read_back, write_shard
 
@@ -51,11 +60,15 @@ class Background:
         self._options = options
         self._threads = threads
         self._tasks: SimpleQueue[SaveTask | None] = SimpleQueue()
+        self._newest = _Newest(store)
+        self._shown = options.shown and options.rank == 0
         for at in range(options.buffers):
             LooperThread.loop(threads, None, self._work, name=f"distckpt-save-{at}")
 
     def put(self, task: SaveTask) -> None:
-        """Have ``task`` brought to its end, as soon as its state has been copied."""
+        """Have ``task``, whose state has been copied, brought to its end."""
+        if self._threads.should_stop():  # they have ended: by an error, for nobody saves after ``stop``
+            self._threads.raise_requested_exception()
         self._tasks.put(task)
 
     def stop(self) -> None:
@@ -66,31 +79,49 @@ class Background:
 
     def _work(self) -> None:
         """Bring one save to its end, or wake up to see that there will be no more."""
-        task = self._tasks.get()
-        if task is not None:
-            self._run(task)
-
-    def _run(self, task: SaveTask) -> None:
+        task = None
         try:
-            record = self._drive(task)
-        except Exception as error:  # noqa: BLE001 - it belongs to whoever holds the PendingSave, whatever it is
-            task.progress.ended.set_exception(error)
-        else:
-            task.progress.ended.set_result(record)
+            task = self._tasks.get()
+            # The call that began it may have given it up.
+            if task is not None and task.progress.turn.acquire(blocking=False):
+                self._bring(task)
+        except BaseException as error:  # it belongs to whoever holds the PendingSave, and must not end the thread
+            logger.debug("a save has failed", exc_info=error)
+            if task is not None:
+                task.progress.fail(error)
+                self._dialogue.over(
+                    task.order
+                )  # as ``ended`` has it said too, which tells nobody what goes wrong there
 
-    def _drive(self, task: SaveTask) -> CheckpointRecord:
+    def _bring(self, task: SaveTask) -> None:
+        committed = self._drive(task)
+        self._tell(task, committed)
+        task.progress.commit(committed.record)
+        attempt = committed.record.attempt
+        self._newest.is_now(attempt, [self._path(task, attempt, at) for at in self._shards(task)])
+
+    def _tell(self, task: SaveTask, committed: Committed) -> None:
+        """What has come of the save, in the log of rank 0."""
+        if self._options.rank == 0:
+            logger.info("%s", _summary(self._shown_path(task), task.progress, committed))
+            for folder in committed.retired:
+                logger.info("%s retired, to make room", join(self._store.url, folder))
+
+    def _shown_path(self, task: SaveTask) -> str:
+        return join(self._store.url, names.checkpoint_folder(self._options.name, task.number))
+
+    def _drive(self, task: SaveTask) -> Committed:
         """Join, write, report, until the coordinator says that it is committed. A new coordinator starts it over."""
-        wait([task.progress.staged])  # training waits for the copy, which needs the processors more than the joining
         while True:
             try:
                 reply = self._once(task)
-            except CoordinatorUnavailableError:
+            except (CoordinatorUnavailableError, CoordinatorFailedError):
                 record = self._committed(task.attempt)
                 if record is None:
                     raise
-                return record
+                return Committed(record)
             if isinstance(reply, Committed):
-                return reply.record
+                return reply
             if not isinstance(reply, Unknown):
                 raise SaveError(task.number, f"unexpected answer from the coordinator: {reply!r}")
             task.joined = None
@@ -112,19 +143,29 @@ class Background:
     def _write(self, task: SaveTask, attempt: str) -> tuple[ShardReceipt, ...]:
         if attempt not in task.written:
             try:
-                task.progress.staged.result()
-                task.written[attempt] = tuple(
-                    self._write_shard(task, attempt, shard) for shard in range(len(task.staging.shards))
-                )
+                task.written[attempt] = self._write_shards(task, attempt)
+                task.progress.written = task.progress.seconds()
             except Exception as error:
                 self._report_failure(attempt, error)
                 raise
         return task.written[attempt]
 
-    def _write_shard(self, task: SaveTask, attempt: str, shard: int) -> ShardReceipt:
+    def _write_shards(self, task: SaveTask, attempt: str) -> tuple[ShardReceipt, ...]:
+        shown, self._shown = self._shown, False
+        with bar(f"saving {names.checkpoint_folder(self._options.name, task.number)}", shown) as update:
+            meter = Meter(sum(shard.image.size for shard in task.staging.shards), update)
+            return tuple(self._write_shard(task, attempt, at, meter) for at in self._shards(task))
+
+    def _shards(self, task: SaveTask) -> range:
+        return range(len(task.staging.shards))
+
+    def _path(self, task: SaveTask, attempt: str, shard: int) -> str:
         folder = names.attempt_folder(self._options.name, task.number, attempt)
-        path = f"{folder}/{names.shard_name(self._options.rank, shard)}"
-        receipt = write_shard(self._store, path, task.staging.shards[shard])
+        return f"{folder}/{names.shard_name(self._options.rank, shard)}"
+
+    def _write_shard(self, task: SaveTask, attempt: str, shard: int, meter: Meter) -> ShardReceipt:
+        path = self._path(task, attempt, shard)
+        receipt = write_shard(self._store, path, task.staging.shards[shard], wrote=meter.add)
         if self._options.verify:
             read_back(self._store, path, receipt)
         return receipt
@@ -138,4 +179,46 @@ class Background:
 
     def _committed(self, attempt: str) -> CheckpointRecord | None:
         """Storage is the truth when the coordinator is gone: was our attempt committed before it went?"""
-        return read_tail(self._store).state.find(attempt)
+        try:
+            return read_tail(self._store).state.find(attempt) if attempt else None
+        except DistckptError as error:
+            logger.warning("whether %s was committed cannot be found out: %s", attempt, error)
+            return None
+
+
+def _summary(path: str, progress: Progress, committed: Committed) -> str:
+    record, last = committed.record, committed.last
+    parts = [
+        f"{human_bytes(record.nbytes)} of {counted(record.world_size, 'rank')}",
+        f"training stood still for {progress.stall:.3f} s",
+        f"written after {progress.written or 0.0:.2f} s and committed after {progress.seconds():.2f} s",
+    ]
+    if last is not None and record.world_size > 1:
+        parts.append(
+            f"last was {ranks_at_hosts([last.rank], {last.rank: last.host})}, {last.seconds:.2f} s behind the first"
+        )
+    return f"{path} saved: {'; '.join(parts)}"
+
+
+class _Newest:
+    """Has the host's memory keep the files of the newest checkpoint alone, of those that this rank has written.
+
+    Whoever starts again after a crash restores that one.
+    """
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._lock = threading.Lock()
+        self._attempt = ""
+        self._paths: list[str] = []
+
+    def is_now(self, attempt: str, paths: list[str]) -> None:
+        """It is committed, and this rank has written these files for it."""
+        with self._lock:
+            if names.attempt_age(attempt) < names.attempt_age(self._attempt or attempt):
+                before = paths
+            else:
+                before, self._paths, self._attempt = self._paths, paths, attempt
+        if isinstance(self._store, SupportsCooling):
+            for path in before:
+                self._store.cool(path)

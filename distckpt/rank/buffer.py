@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import wait
+
 from distckpt.rank.layout import Layout
 from distckpt.rank.pending import PendingSave, progress_of
 from distckpt.state.collector import Holding
@@ -15,24 +17,26 @@ class Buffer:
         self._layout: Layout | None = None
         self._staging: Staging | None = None
         self._pending: PendingSave | None = None
+        self._order = 0
 
     @property
-    def number(self) -> int:
-        """Of the checkpoint that used it last; -1 if none did."""
-        return self._pending.number if self._pending is not None else -1
+    def order(self) -> int:
+        """The place, among all saves of this rank, of the one that used it last; 0 if none did."""
+        return self._order
 
     def is_free(self) -> bool:
         """Whether no save uses it."""
         return self._pending is None or self._pending.done()
 
-    def lend(self, pending: PendingSave) -> None:
-        """It belongs to ``pending`` until that has ended."""
-        self._pending = pending
+    def lend(self, pending: PendingSave, order: int) -> None:
+        """It belongs to ``pending``, the rank's save of that ``order``, until that has ended."""
+        self._pending, self._order = pending, order
 
-    def settle(self) -> None:
-        """Return once it is free, however its save ended."""
+    def settle(self, timeout: float | None = None) -> bool:
+        """Return once it is free, however its save ended, or after so many seconds; whether it is."""
         if self._pending is not None:
-            progress_of(self._pending).ended.exception()
+            wait([progress_of(self._pending).ended], timeout)
+        return self.is_free()
 
     def fit(self, layout: Layout, holding: Holding) -> Staging:
         """The memory, made anew if the layout is another one or a value has outgrown its slot. Only when it is free."""

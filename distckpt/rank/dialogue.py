@@ -7,10 +7,12 @@ import logging
 from distckpt.coordinator.client.client import Client
 from distckpt.coordinator.messages import (
     AwaitPlan,
+    AwaitPublished,
     Describe,
     Fail,
     Join,
     Joined,
+    Late,
     Planned,
     RankRequest,
     Receipt,
@@ -18,7 +20,7 @@ from distckpt.coordinator.messages import (
     Skipped,
     Unknown,
 )
-from distckpt.errors import DistckptError, SaveError
+from distckpt.errors import CoordinatorError, DistckptError, EncodeError, SaveError, ranks_at_hosts
 from distckpt.format.arrow.receipt import ShardReceipt
 from distckpt.rank.layout import Layout, layout_of
 from distckpt.rank.options import SaverOptions
@@ -26,6 +28,12 @@ from distckpt.rank.turns import Turns
 from distckpt.state.collector import Holding
 
 logger = logging.getLogger(__name__)
+
+PUBLISH_SECONDS = 10.0
+"""How long a rank waits for the ``checkpoint`` file, which is derived, at most."""
+
+TELL_SECONDS = 10.0
+"""How long a rank that gives a save up tries to tell the others."""
 
 
 class Dialogue:
@@ -37,7 +45,8 @@ class Dialogue:
     def __init__(self, client: Client, options: SaverOptions, turns: Turns) -> None:
         self._client = client
         self._turns = turns
-        self._timeout = options.timeout
+        # The coordinator itself answers at the save's deadline; twice that means that it does not answer at all.
+        self._patience = 2 * options.timeout + 60
         self._buffers = options.buffers
         self._skip_if_busy = options.skip_if_busy
 
@@ -57,14 +66,22 @@ class Dialogue:
                 return layout_of(digest, reply, holding), joined
 
     def join(
-        self, order: int, number: int | None, digest: str, staged: bool, plan: str = "", attempt: str = ""
+        self,
+        order: int,
+        number: int | None,
+        digest: str,
+        staged: bool,
+        plan: str = "",
+        attempt: str = "",
+        timeout: float | None = None,
     ) -> Reply:
         """Take part in the save with this ``order`` among the rank's saves, in its turn: Joined, or what became of it."""
-        self._turns.wait(order)
+        self._turns.wait(order, self._patience if timeout is None else timeout)
         skip_if_busy = self._buffers if self._skip_if_busy and number is not None else 0
         while True:
             earlier, age = self._turns.earlier(order), self._turns.age(order)
-            reply = self._ask(Join(order, number, digest, plan, staged, attempt, skip_if_busy, earlier, age))
+            join = Join(order, number, digest, plan, staged, attempt, skip_if_busy, earlier, age)
+            reply = self._ask(join, timeout)
             if not isinstance(reply, Unknown):
                 self._turns.joined(order)
                 return reply
@@ -82,18 +99,45 @@ class Dialogue:
         """This rank cannot do its part. The usual answer is the failure itself, sent back and raised here."""
         self._ask(Fail(attempt, reason))
 
-    def give_up(self, order: int, number: int | None, reason: str) -> None:
-        """Fail a save that this rank has not joined yet: the others would wait for it until the deadline.
+    def over(self, order: int) -> None:
+        """A save has ended for this rank, however it did. Saying so twice does no harm."""
+        self._turns.end(order)
 
-        Raises nothing if they cannot be told.
+    def give_up(self, order: int, number: int | None, error: BaseException) -> None:
+        """Fail a save, joined or not, that ``error`` has ended on this rank: the others would wait until the deadline.
+
+        Raises nothing if they cannot be told, and tries that for ``TELL_SECONDS`` only: whoever presses Ctrl-C waits.
+        """
+        if isinstance(error, CoordinatorError | SaveError) and not isinstance(error, EncodeError):
+            return  # it is what the coordinator has said, to all ranks; or there is none that could be told
+        try:
+            reply = self.join(order, number, "", staged=False, timeout=TELL_SECONDS)
+            if isinstance(reply, Joined):
+                reason = str(error) if isinstance(error, DistckptError) else f"{type(error).__name__}: {error}"
+                self._ask(Fail(reply.attempt, reason.removesuffix(": ")), TELL_SECONDS)
+        except Exception as problem:  # noqa: BLE001 - it must not take the place of what is being raised
+            logger.warning("the other ranks could not be told that this save fails: %s", problem)
+
+    def await_published(self) -> None:
+        """Return once the ``checkpoint`` file says what has been committed so far, or it is plain that it may not soon.
+
+        Raises nothing: the file is derived, and what was committed is committed.
         """
         try:
-            reply = self.join(order, number, "", staged=False)
-            if isinstance(reply, Joined):
-                self.fail(reply.attempt, reason)
+            if isinstance(self._client.ask(AwaitPublished(), PUBLISH_SECONDS), Unknown):
+                self._client.ask(AwaitPublished(), PUBLISH_SECONDS)  # the coordinator was replaced
         except DistckptError as error:
-            logger.warning("the other ranks could not be told that this save fails: %s", error)
+            logger.warning("the `checkpoint` file may lag behind what was committed: %s", error)
 
-    def _ask(self, request: RankRequest) -> Reply:
-        # The coordinator itself answers at the save's deadline; twice that means that it does not answer at all.
-        return self._client.ask(request, 2 * self._timeout + 60)
+    def _ask(self, request: RankRequest, timeout: float | None = None) -> Reply:
+        patience = self._patience if timeout is None else timeout
+        while isinstance(reply := self._client.ask(request, patience), Late):
+            _warn(reply)
+        return reply
+
+
+def _warn(late: Late) -> None:
+    who = ranks_at_hosts(late.ranks, late.hosts)
+    logger.warning(
+        "waiting for %s %s, for %.1f s by now; after %g s the save fails", who, late.stage, late.seconds, late.timeout
+    )

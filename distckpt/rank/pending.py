@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import threading
+import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from dataclasses import dataclass, field
 
@@ -18,26 +20,88 @@ logger = logging.getLogger(__name__)
 class Progress:
     """How far a save has come, as the rank that makes it tells: ``staged`` comes first, ``ended`` always comes.
 
+    ``turn`` belongs to whoever brings it to its end and takes it first: the background, or the call that began it and
+    gives it up, whatever interrupts that call. ``began`` is when ``save`` was called, by a clock of this process; for
+    ``stall`` seconds training stood still, and ``written`` seconds after its begin this rank's shards were on storage.
     ``collected`` says that the caller has been told how it ended.
     """
 
     staged: Future[StagedCopy] = field(default_factory=Future)
     ended: Future[CheckpointRecord] = field(default_factory=Future)
+    turn: threading.Lock = field(default_factory=threading.Lock)
     collected: bool = False
+    began: float = field(default_factory=time.monotonic)
+    stall: float = 0.0
+    written: float | None = None
+    over: float | None = None
+
+    def seconds(self) -> float:
+        """Since its begin."""
+        return time.monotonic() - self.began
+
+    def commit(self, record: CheckpointRecord) -> None:
+        """It is committed."""
+        self.over = self.seconds()
+        self.ended.set_result(record)
+
+    def fail(self, error: BaseException) -> None:
+        """It has failed, unless it had ended before."""
+        if not self.ended.done():
+            self.over = self.seconds()
+            self.ended.set_exception(error)
 
 
-class PendingSave:
-    """A save under way. ``str()`` and ``os.fspath()`` give the path that it will have once it is committed."""
+class PendingSave(str):
+    """A save under way. It is also the path that the checkpoint will have once it is committed: a str, as TensorFlow's
+    ``save`` returns one, equal to it and with all that a str can do. Copied or pickled, it is that str alone.
+    """
 
-    def __init__(self, path: str, number: int) -> None:
-        self.path = path
-        self.number = number
-        self._progress = Progress()
+    __slots__ = ("_progress", "number")
+
+    _progress: Progress
+    number: int
+    """The checkpoint's."""
+
+    def __new__(cls, path: str, number: int) -> PendingSave:
+        made: PendingSave = super().__new__(cls, path)
+        made.number = number
+        made._progress = Progress()
+        return made
+
+    def __reduce__(self) -> tuple[type[str], tuple[str]]:
+        return str, (self.path,)
+
+    @property
+    def path(self) -> str:
+        """The path alone."""
+        return str.__str__(self)
+
+    @property
+    def nbytes(self) -> int | None:
+        """Bytes of the checkpoint, of all ranks together, once it is committed; None before, and if it fails."""
+        ended = self._progress.ended
+        return ended.result().nbytes if ended.done() and ended.exception() is None else None
+
+    @property
+    def stall_seconds(self) -> float:
+        """For how long ``save`` held up this rank's training. On a GPU the copy may go on beside what comes next."""
+        return self._progress.stall
+
+    @property
+    def write_seconds(self) -> float | None:
+        """From the call of ``save`` until this rank's part was on storage; None before."""
+        return self._progress.written
+
+    @property
+    def total_seconds(self) -> float | None:
+        """From the call of ``save`` until this rank knew how it ended; None before."""
+        return self._progress.over
 
     def result(self, timeout: float | None = None) -> str:
         """The path, once the checkpoint is committed: durable and visible to everyone.
 
-        Raises what went wrong, naming ranks: a SaveError, StorageError, CoordinatorError ...; TimeoutError if it is
+        The text file ``checkpoint``, which is derived, follows a few milliseconds later; ``CheckpointManager.wait`` waits
+        for it. Raises what went wrong, naming ranks: a SaveError, StorageError, CoordinatorError ...; TimeoutError if it is
         not decided within ``timeout`` seconds, which does not count as having been told of a failure.
         """
         error = self.exception(timeout)
@@ -62,9 +126,6 @@ class PendingSave:
         """Return once the state has been copied: from then on training may change it. On CPU that is at once."""
         if self._progress.staged.done():
             self._progress.staged.result().wait()
-
-    def __str__(self) -> str:
-        return self.path
 
     def __fspath__(self) -> str:
         return self.path
@@ -92,10 +153,11 @@ class PendingSaves:
         """One more."""
         self._saves.append(pending)
 
-    def settle(self) -> None:
-        """Return once none is under way. A failure stays to be told."""
-        for pending in self:
-            progress_of(pending).ended.exception()
+    def settle(self, timeout: float | None = None) -> list[PendingSave]:
+        """Return once none is under way, or after so many seconds, with those that are. A failure stays to be told."""
+        ends = {progress_of(pending).ended: pending for pending in self}
+        late = wait(ends, timeout).not_done
+        return [pending for end, pending in ends.items() if end in late]
 
     def raise_failure(self, among: Sequence[PendingSave]) -> None:
         """Raise the first failure ``among`` these of which nobody has been told; log the others."""

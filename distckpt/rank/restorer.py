@@ -1,20 +1,20 @@
 """One rank's side of a restore: all ranks restore the same checkpoint, and fall back to an older one together.
 
-Objects are filled only once all ranks have said how theirs match, and if that will do.
+Objects are filled only once all ranks have said how theirs match, and if that will do. What a refused checkpoint has
+touched is filled by the next one, or nothing was touched: a partial restore checks every byte before, since what an older
+checkpoint lacks stays as it was; and all but tensors in their own places is changed when no rank can refuse any more.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import logging
-import time
-from collections.abc import Callable
-from typing import TypeVar
 
 from distckpt.coordinator.client.client import Client
 from distckpt.coordinator.messages import (
     LISTED_KEYS,
     FillFrom,
+    FinishWith,
     KeyMatch,
     MatchWith,
     Mismatched,
@@ -24,7 +24,14 @@ from distckpt.coordinator.messages import (
     Unknown,
 )
 from distckpt.directory.locate import located, read_index
-from distckpt.errors import DamagedError, DistckptError, MismatchError, RestoreError, StorageError
+from distckpt.errors import (
+    DamagedError,
+    DistckptError,
+    MismatchError,
+    NoGoodCheckpointError,
+    RestoreError,
+    StorageError,
+)
 from distckpt.format.json.log import CheckpointRecord
 from distckpt.state.filler import Filler
 from distckpt.state.objects import NamedObjects
@@ -35,9 +42,8 @@ from distckpt.world import World
 
 logger = logging.getLogger(__name__)
 
-READ_PAUSES = (0.2, 1.0)
-
-Answer = TypeVar("Answer")
+TELL_SECONDS = 10.0
+"""How long a rank that gives a restore up tries to tell the others."""
 
 
 class Restorer:
@@ -47,7 +53,13 @@ class Restorer:
     """
 
     def __init__(
-        self, client: Client, store: Store, checkpoint: NamedObjects, world: World, save_timeout: float
+        self,
+        client: Client,
+        store: Store,
+        checkpoint: NamedObjects,
+        world: World,
+        save_timeout: float,
+        shown: bool = False,
     ) -> None:
         self.status: LoadStatus | None = None
         self._client = client
@@ -55,9 +67,13 @@ class Restorer:
         self._checkpoint = checkpoint
         self._world = world
         self._timeout = save_timeout
+        self._shown = shown
         self._asked = 0
         self._filler: tuple[str, Filler] | None = None
         self._selection = EVERYTHING
+        self._refused: tuple[tuple[str, str], ...] = ()
+        self._is_touched = False
+        self._kept = ""
 
     def restore(
         self, which: int | str | None, partial: bool, selection: Selection = EVERYTHING
@@ -70,8 +86,15 @@ class Restorer:
         """
         self._asked += 1
         self._selection = selection
+        self._refused, self._is_touched, self._kept = (), False, ""
+        question = Restore(self._asked, which, partial=partial)
         try:
-            return self._restore(Restore(self._asked, which, partial=partial))
+            return self._restore(question)
+        except DistckptError:
+            raise  # all ranks have been told it, or this one has told them
+        except BaseException as error:  # Ctrl-C too
+            self._give_up(question, error)
+            raise
         finally:
             self._filler = None
 
@@ -81,19 +104,21 @@ class Restorer:
             # The coordinator itself answers at the deadline; twice that means that it does not answer at all.
             reply = self._client.ask(report, 2 * self._timeout + 60)
             match reply:
-                case MatchWith() | FillFrom():
+                case MatchWith() | FillFrom() | FinishWith():
                     try:
                         report = self._try(first, reply)
-                    except Exception as error:
-                        failed = f"{type(error).__name__}: {error}"
-                        self._give_up(dataclasses.replace(first, tried=reply.record.attempt, failed=failed))
+                    except DistckptError as error:
+                        self._give_up(first, error)
                         raise
                 case Mismatched(record, keys):
-                    raise self._mismatch(self._matched(record), keys)
+                    mismatch = self._mismatch(self._matched(record), keys)
+                    if self._is_touched:
+                        raise self._spoiled(mismatch.path, mismatch) from mismatch
+                    raise mismatch
                 case Restored(record, refused):
                     if record is not None and (report.tried, report.stage, report.refused) != (
                         record.attempt,
-                        "fill",
+                        "finish",
                         "",
                     ):
                         raise _not_ours()
@@ -105,15 +130,22 @@ class Restorer:
                 case _:
                     raise RestoreError(f"unexpected answer from the coordinator: {reply!r}")
 
-    def _try(self, first: Restore, wanted: MatchWith | FillFrom) -> Restore:
+    def _try(self, first: Restore, wanted: MatchWith | FillFrom | FinishWith) -> Restore:
         """Do what is wanted with a checkpoint, and what is to be reported then."""
         record = wanted.record
         report = dataclasses.replace(first, tried=record.attempt)
+        if isinstance(wanted, FinishWith):
+            self._kept = record.attempt
+            self._finish(self._matched(record), wanted.keys)
+            return dataclasses.replace(report, stage="finish")
         try:
             if isinstance(wanted, FillFrom):
-                self._fill(self._matched(record), wanted.keys)
+                self._is_touched = True
+                self._kept = record.attempt if first.partial else self._kept
+                self._matched(record).read()
                 return dataclasses.replace(report, stage="fill")
-            return dataclasses.replace(report, keys=_patiently(lambda: self._match(record, first.partial)))
+            self._refused = wanted.refused
+            return dataclasses.replace(report, keys=self._match(record, first.partial))
         except (DamagedError, StorageError) as error:
             logger.warning("checkpoint %d cannot be restored here: %s", record.number, error)
             refused = str(error) or type(error).__name__
@@ -122,8 +154,20 @@ class Restorer:
 
     def _match(self, record: CheckpointRecord, partial: bool) -> KeyMatch:
         where = located(self._store, record)
+        if self._kept not in ("", record.attempt):
+            reason = "the objects hold something of another one, which it may lack"
+            raise self._spoiled(where.path, RestoreError(reason))
         rank, size = self._world.rank, self._world.size
-        filler = Filler(self._checkpoint, where, read_index(where), rank, size, partial, self._selection)
+        try:
+            filler = Filler(
+                self._checkpoint, where, read_index(where), rank, size, partial, self._selection, self._shown
+            )
+        except (RestoreError, KeyError, ValueError) as error:
+            if self._is_touched:
+                raise self._spoiled(where.path, error) from error
+            raise
+        if partial and filler.matched:
+            filler.check()
         self._filler = record.attempt, filler
         missing, misfits = filler.missing, filler.misfits
         return KeyMatch(
@@ -141,8 +185,8 @@ class Restorer:
             raise _not_ours()
         return self._filler[1]
 
-    def _fill(self, filler: Filler, keys: KeyMatch) -> None:
-        mine = _patiently(filler.fill)
+    def _finish(self, filler: Filler, keys: KeyMatch) -> None:
+        mine = filler.finish()
         self.status = status = LoadStatus(
             mine.path,
             list(dict.fromkeys((*mine.missing, *keys.missing))),
@@ -158,24 +202,19 @@ class Restorer:
         counts = keys.missing_count, keys.misfit_count
         return MismatchError(filler.path, keys.missing, unexpected, dict(keys.misfits), *counts)
 
-    def _give_up(self, question: Restore) -> None:
+    def _spoiled(self, path: str, error: Exception) -> NoGoodCheckpointError:
+        """What to raise for ``error`` when it is too late to say that nothing has been changed."""
+        refused = (*self._refused, (path, f"{type(error).__name__}: {error}"))
+        return NoGoodCheckpointError(self._store.url, refused, spoiled=True)
+
+    def _give_up(self, question: Restore, error: BaseException) -> None:
         """Tell the others, who would otherwise wait for this rank."""
+        failed = f"{type(error).__name__}: {error}".removesuffix(": ")
         try:
-            self._client.ask(question, self._timeout)
-        except DistckptError as answer:
+            self._client.ask(dataclasses.replace(question, failed=failed), min(self._timeout, TELL_SECONDS))
+        except Exception as answer:  # noqa: BLE001 - what is being raised comes first
             # It is this very failure, sent back; or the coordinator cannot be told, which is not why this rank fails.
             logger.debug("giving up a restore was answered with: %s", answer)
-
-
-def _patiently(read: Callable[[], Answer]) -> Answer:
-    """A store that fails to answer is asked again before an older checkpoint is considered."""
-    for pause in READ_PAUSES:
-        try:
-            return read()
-        except StorageError as error:
-            logger.warning("reading failed and is tried again in %g s: %s", pause, error)
-            time.sleep(pause)
-    return read()
 
 
 def _not_ours() -> RestoreError:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import math
+import time
 
 from distckpt.coordinator.client.client import Client
 from distckpt.coordinator.messages import Joined, Skipped
@@ -40,16 +42,22 @@ class Saver:
         self._buffers = [Buffer() for _ in range(options.buffers)]
         self._skip_if_busy = options.skip_if_busy
         self._layout: Layout | None = None
+        self._recent: list[PendingSave] = []
+        self._committed = False
 
     def prepare(self) -> None:
         """Make the plan with all ranks and touch the memory of every buffer, so that the first save is like the rest.
 
         Raises what a save would raise: EncodeError, PlanError, MissingRanksError ...
         """
-        order = self._turns.begin(None)
+        order = 0
         try:
-            holding = self._collect(order, None)
+            order = self._turns.begin(None)
+            holding = self._collector.collect()
             planned = self._dialogue.plan(order, None, holding)
+        except BaseException as error:
+            self._dialogue.give_up(order, None, error)
+            raise
         finally:
             self._turns.end(order)
         if planned is None:
@@ -62,31 +70,59 @@ class Saver:
     def save(self, number: int, path: str) -> PendingSave | None:
         """Copy the state and write it in the background. None if all ranks skip because a save is in flight.
 
-        Raises EncodeError at once; everything that concerns other ranks or storage is in the PendingSave.
+        Raises EncodeError at once; everything that concerns other ranks or storage is in the PendingSave. Whatever is
+        raised, by Ctrl-C too, the other ranks have been told that this one does not save.
         """
-        order = self._turns.begin(number)
         pending = PendingSave(path, number)
-        progress_of(pending).ended.add_done_callback(lambda _: self._turns.end(order))
+        order, progress = 0, progress_of(pending)
         try:
-            holding = self._collect(order, number)
-            room = self._make_room(order, number, holding, progress_of(pending))
-        except BaseException:
-            self._turns.end(order)
+            order = self._turns.begin(number)
+            progress.ended.add_done_callback(lambda _: self._turns.end(order))
+            holding = self._collector.collect()
+            room = self._make_room(order, number, holding, progress)
+            if isinstance(room, Skipped):
+                self._turns.end(order)
+                return None
+            if room is not None:
+                self._copy(order, number, holding, pending, room)
+        except BaseException as error:
+            if progress.turn.acquire(blocking=False):  # else it is the background's already, which goes on with it
+                try:
+                    self._dialogue.give_up(order, number, error)
+                finally:
+                    progress.fail(error)
+                    self._turns.end(order)
             raise
-        if isinstance(room, Skipped):
-            self._turns.end(order)
-            return None
-        if room is not None:
-            self._copy(order, number, holding, pending, room)
+        self._look_at_recent()
+        self._recent.append(pending)
+        progress.stall = progress.seconds()
         return pending
 
-    def close(self) -> None:
-        """Wait for what is under way, stop the threads and let the memory go."""
+    def await_published(self) -> None:
+        """Return once the ``checkpoint`` file shows every save that has been committed. Asks nobody if there is none."""
+        self._look_at_recent()
+        if self._committed:
+            self._committed = False
+            self._dialogue.await_published()
+
+    def _look_at_recent(self) -> None:
+        """Forget saves that have ended, but not whether one of them was committed since the file was waited for."""
+        recent, self._recent = self._recent, []
+        for pending in recent:
+            if not pending.done():
+                self._recent.append(pending)
+            elif progress_of(pending).ended.exception() is None:
+                self._committed = True
+
+    def close(self, deadline: float = math.inf) -> None:
+        """Wait for what is under way, until that monotonic time, stop the threads and let the memory go.
+
+        A save that has not ended by then keeps its memory, which a thread may still be reading.
+        """
         self._order.close()
-        for buffer in self._buffers:
-            buffer.settle()
+        free = [buffer for buffer in self._buffers if buffer.settle(_left(deadline))]
         self._background.stop()
-        for buffer in self._buffers:
+        for buffer in free:
             buffer.close()
 
     def _make_room(
@@ -104,11 +140,8 @@ class Saver:
             buffer = self._free_buffer()
             return joined, buffer, buffer.fit(self._layout, holding)
         except DistckptError as error:
-            progress.ended.set_exception(error)
+            progress.fail(error)
             return None
-        except Exception as error:  # no memory, say
-            self._dialogue.give_up(order, number, f"{type(error).__name__}: {error}")
-            raise
 
     def _copy(
         self,
@@ -122,28 +155,21 @@ class Saver:
         assert self._layout is not None
         (joined, buffer, staging), layout, progress = room, self._layout, progress_of(pending)
         describe = functools.partial(holding.describe, compare=False)
-        try:
-            self._background.put(SaveTask(order, number, layout, staging, describe, joined, progress))
-            buffer.lend(pending)
-            sources = layout.tensors(holding)
-            copied = staging.stage(sources, layout.values(holding))
-            self._order.after(copied, sources)
-            progress.staged.set_result(copied)
-        except BaseException as error:
-            # Ctrl-C too, or the background thread would wait for this copy for ever.
-            progress.staged.set_exception(SaveError(number, f"its copy was given up: {type(error).__name__}: {error}"))
-            raise
+        buffer.lend(pending, order)
+        sources = layout.tensors(holding)
+        copied = staging.stage(sources, layout.values(holding))
+        self._order.after(copied, sources)
+        progress.staged.set_result(copied)
+        self._background.put(SaveTask(order, number, layout, staging, describe, joined, progress))
 
     def _free_buffer(self) -> Buffer:
         free = next((buffer for buffer in self._buffers if buffer.is_free()), None)
         if free is None:
-            free = min(self._buffers, key=lambda buffer: buffer.number)
+            free = min(self._buffers, key=lambda buffer: buffer.order)  # numbers may go down
             free.settle()
         return free
 
-    def _collect(self, order: int, number: int | None) -> Holding:
-        try:
-            return self._collector.collect()
-        except Exception as error:
-            self._dialogue.give_up(order, number, str(error) if isinstance(error, DistckptError) else repr(error))
-            raise
+
+def _left(deadline: float) -> float | None:
+    """Seconds until then."""
+    return None if deadline == math.inf else max(0.0, deadline - time.monotonic())

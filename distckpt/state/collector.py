@@ -28,8 +28,8 @@ from distckpt.state.kinds import kinds_of, makeup_of
 from distckpt.state.memory import is_freed, writable
 from distckpt.state.objects import SAVE_COUNTER, NamedObjects, PerRank, is_array, wrapped_in
 
-Memory = tuple[int, torch.Size, tuple[int, ...], torch.dtype, bool]
-"""Address, shape, strides and dtype of what this rank holds of a tensor, and whether it is to be conjugated."""
+Memory = tuple[int, torch.Size, tuple[int, ...], torch.dtype, bool, bool]
+"""Address, shape, strides and dtype of what this rank holds of a tensor, and whether it is to be conjugated, or negated."""
 
 Seen = tuple[tuple[Any, ...], ...]
 """What a witness has seen: names, identities, and memory where it was a tensor."""
@@ -244,7 +244,7 @@ def _memory(tensor: torch.Tensor) -> Memory:
     # Once a save for every tensor: the attribute is fifty times cheaper than to_local, which it stands for here.
     local = tensor._local_tensor if isinstance(tensor, DTensor) else tensor
     dtype = local.dtype
-    return local.data_ptr(), local.shape, local.stride(), dtype, dtype.is_complex and local.is_conj()
+    return local.data_ptr(), local.shape, local.stride(), dtype, dtype.is_complex and local.is_conj(), local.is_neg()
 
 
 def _tensor_rows(tensor: torch.Tensor, path: Path, key: str, is_led: bool) -> Iterable[tuple[Row, torch.Tensor]]:
@@ -276,7 +276,10 @@ def _steadiness(
         return (), ()
     signs = tuple(section.witness())
     kept = tuple(thing for _, thing in signs)
-    memory = {local_tensor(thing).untyped_storage().data_ptr() for thing in kept if isinstance(thing, torch.Tensor)}
+    try:
+        memory = {local_tensor(thing).untyped_storage().data_ptr() for thing in kept if isinstance(thing, torch.Tensor)}
+    except ValueError:
+        return (), ()  # one is conjugated or negated by a mark, say, and what is saved of it is a copy
     for source in sources:
         if source is not None and source.numel() and source.untyped_storage().data_ptr() not in memory:
             return (), ()
@@ -294,7 +297,7 @@ def _identify(signs: Iterable[Sign]) -> Seen:
         local = thing._local_tensor if isinstance(thing, sharded) else thing
         dtype = local.dtype
         conj = dtype.is_complex and local.is_conj()
-        add((name, id(thing), local.data_ptr(), local.shape, local.stride(), dtype, conj))
+        add((name, id(thing), local.data_ptr(), local.shape, local.stride(), dtype, conj, local.is_neg()))
     return tuple(seen)
 
 

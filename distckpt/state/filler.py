@@ -1,10 +1,13 @@
 """Filling live objects from a checkpoint, whatever number of ranks wrote it: only what this rank holds is read.
 
-First it is found out how objects and checkpoint match, which changes nothing; then whoever asked decides; then the
-objects are filled.
+First it is found out how objects and checkpoint match, which changes nothing; then whoever asked decides; then all of
+it is read, tensors into the memory that they have, and when that has gone well the objects are handed the rest.
 """
 
 from __future__ import annotations
+
+import logging
+import time
 
 import numpy as np
 import torch
@@ -19,10 +22,17 @@ from distckpt.state.objects import SAVE_COUNTER, NamedObjects, is_stateful, wrap
 from distckpt.state.optimizer import STATE
 from distckpt.state.selection import EVERYTHING, Selection, joined
 from distckpt.state.status import LoadStatus
+from distckpt.terminal.bar import bar
+from distckpt.terminal.sizes import human_bytes
+from distckpt.transfer.reader import ReadStats
+
+logger = logging.getLogger(__name__)
 
 
 class Filler:
     """One restore of one checkpoint into the objects of another. Made, it knows how they match; nothing is changed yet.
+
+    ``shown`` has rank 0 show on its terminal how far it has come.
 
     Raises ResizeError, DamagedError for plain values that are not as they were written, KeyError for a selector of no
     key, and ValueError for a renaming that makes one key of two.
@@ -37,7 +47,11 @@ class Filler:
         world_size: int,
         partial: bool = False,
         selection: Selection = EVERYTHING,
+        shown: bool = False,
     ) -> None:
+        self._began = time.monotonic()
+        self._stats: ReadStats | None = None
+        self._shown = shown and rank == 0
         self._where = where
         texts = dict(zip(index.names, index.paths, strict=True))
         paths = {key: decode_path(text, where.path) for key, text in texts.items()}
@@ -99,10 +113,30 @@ class Filler:
         unexpected = [key for key in unclaimed if not _of_other_rank(self._paths[key], self._rank)]
         return LoadStatus(self.path, self._match.missing, unexpected, self.matched, self._match.misfits)
 
-    def fill(self) -> LoadStatus:
-        """Fill the objects, every byte checked before it counts. After a DamagedError they hold a mixture."""
-        self._match.perform(self._values)
+    def check(self) -> None:
+        """Read and check every byte that ``read`` would read, and change nothing. DamagedError names shard and key."""
+        with bar(f"checking {self._title}", self._shown) as progress:
+            self._match.check_bytes(progress if self._shown else None)
+
+    def read(self) -> None:
+        """Read all of it, every byte checked: into tensors where they are, else into new memory.
+
+        After a DamagedError such tensors hold anything; nothing else of the objects has been changed.
+        """
+        with bar(f"restoring {self._title}", self._shown) as progress:
+            self._stats = self._match.read(progress if self._shown else None)
+
+    def finish(self) -> LoadStatus:
+        """Hand the objects what was read and is not in its place yet."""
+        self._match.finish(self._values)
+        level = logging.INFO if self._rank == 0 else logging.DEBUG
+        seconds, nbytes = time.monotonic() - self._began, human_bytes(self._stats.bytes_read if self._stats else 0)
+        logger.log(level, "%s restored in %.2f s: %s read by rank %d", self.path, seconds, nbytes, self._rank)
         return self.status()
+
+    @property
+    def _title(self) -> str:
+        return self.path.rpartition("/")[2]
 
 
 def restore_objects(
@@ -113,13 +147,17 @@ def restore_objects(
     world_size: int,
     partial: bool = False,
     selection: Selection = EVERYTHING,
+    shown: bool = False,
 ) -> LoadStatus:
     """Fill every object of ``checkpoint``. See Checkpoint.restore for the promise and the errors."""
-    filler = Filler(checkpoint, where, index, rank, world_size, True, selection)
+    filler = Filler(checkpoint, where, index, rank, world_size, True, selection, shown)
     filler.status().assert_nontrivial_match()
     if filler.misfits and not partial:
         raise MismatchError(where.path, (), (), filler.misfits)
-    return filler.fill()
+    if partial:
+        filler.check()
+    filler.read()
+    return filler.finish()
 
 
 def _with_whole_names(checkpoint: NamedObjects, path: Path, before: Path) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,7 +30,9 @@ from distckpt.format.tree.tree import (
 from distckpt.sharding.chunks import dtype_from_name, global_shape, local_tensor
 from distckpt.state.memory import PLAIN, is_freed, is_same_bits, storage_of, writable
 from distckpt.state.pouring import Poured
-from distckpt.state.tensors import read_tensors, read_values
+from distckpt.state.tensors import check_tensors, read_tensors, read_values
+from distckpt.transfer.progress import Progress
+from distckpt.transfer.reader import ReadStats
 
 Values = Mapping[str, Any]
 """Plain values that have been read, by key."""
@@ -126,7 +129,7 @@ def _everything(key: str) -> bool:
 
 @dataclass(slots=True)
 class Match:
-    """What one restore is about to do, and what does not fit. Nothing is changed before ``perform``.
+    """What one restore is about to do, and what does not fit. Nothing is changed before ``read`` and ``finish``.
 
     ``missing`` are keys of the objects that the checkpoint lacks, ``misfits`` says of keys why they do not fit,
     ``claimed`` are the keys that some object of this rank has a place for, and ``partial`` says that not all need fit.
@@ -144,6 +147,7 @@ class Match:
     _tensors: dict[str, list[torch.Tensor]] = field(default_factory=dict)
     _places: dict[tuple[int, int], tuple[str, torch.Tensor]] = field(default_factory=dict)
     _storages: set[int] = field(default_factory=set)
+    _is_aside: bool = False
     _values: dict[str, str] = field(default_factory=dict)
     _checks: list[Callable[[Values], None]] = field(default_factory=list)
     _steps: list[Callable[[Values], None]] = field(default_factory=list)
@@ -194,6 +198,16 @@ class Match:
         self.claimed.add(key)
         self._read_into(saved.origins[key], live)
         return True
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Inside, nothing is read into live memory before all of it has been read: an older checkpoint may leave alone
+        what is here, and it must not have been touched then. It costs new memory, and a copy."""
+        before, self._is_aside = self._is_aside, True
+        try:
+            yield
+        finally:
+            self._is_aside = before
 
     def is_taken(self, array: torch.Tensor | np.ndarray[Any, Any]) -> bool:
         """Whether something is to be read into some of its memory already."""
@@ -272,10 +286,18 @@ class Match:
             check(values)
         return values
 
-    def perform(self, values: Values) -> None:
-        """Fill the objects. DamagedError names shard and key; the objects then hold anything."""
+    def check_bytes(self, progress: Progress | None) -> None:
+        """Read and check what ``read`` would read; nothing is changed. DamagedError names shard and key."""
+        check_tensors(self.where, self.index, self._tensors, progress)
+
+    def read(self, progress: Progress | None) -> ReadStats:
+        """Read every tensor. DamagedError names shard and key; those that are read in their places then hold anything."""
         with torch.no_grad():
-            read_tensors(self.where, self.index, self._tensors)
+            return read_tensors(self.where, self.index, self._tensors, progress)
+
+    def finish(self, values: Values) -> None:
+        """Do all that is to be done once everything has been read."""
+        with torch.no_grad():
             for step in self._steps:
                 step(values)
 
@@ -285,10 +307,21 @@ class Match:
         before = self._places.get(place)
         if before is not None:
             self._tensors[before[0]] = [other for other in self._tensors[before[0]] if other is not before[1]]
-        self._places[place] = (origin, live)
+        target = self._aside(live) if self._is_aside else live
+        self._places[place] = (origin, target)
         if live.numel():
             self._storages.add(storage_of(live))
-        self._tensors.setdefault(origin, []).append(live)
+        self._tensors.setdefault(origin, []).append(target)
+
+    def _aside(self, live: torch.Tensor) -> torch.Tensor:
+        """New memory like that of ``live``, which gets what was read there afterwards."""
+        aside = torch.empty_like(live, requires_grad=False)
+
+        def copy(values: Values) -> None:
+            live.copy_(aside)
+
+        self.afterwards(copy)
+        return aside
 
     def _new(self, saved: Saved, key: str, like: Like) -> torch.Tensor:
         dtype, shape = saved.layout(key)

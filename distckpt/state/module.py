@@ -39,12 +39,11 @@ class ModuleState:
                     "FullyShardedDataParallel (FSDP1) flattens parameters, and its shards cannot be told apart. "
                     "Use fully_shard (FSDP2), which needs no other change",
                 )
-        is_plain = all(map(_is_of_torch, _saving_code(module)))
         return [
             Section(
                 self._prefix,
                 lambda: _checked(module, state_of(module), self._prefix),
-                (lambda: _signs(module)) if is_plain else None,
+                (lambda: _signs(module)) if is_saved_by_torch(module) else None,
                 lambda: (unwrapped(module, name) for name, _ in module.named_buffers(remove_duplicate=False)),
             )
         ]
@@ -130,13 +129,22 @@ def _signs(module: torch.nn.Module) -> Iterator[Sign]:
     """All that torch's own ``state_dict`` goes by. One walk: this is done at every save."""
     for title, part in module.named_modules(remove_duplicate=False):
         yield title, part
+        yield "", type(part)
         yield from part._parameters.items()
         unsaved = part._non_persistent_buffers_set
         yield from ((name, buffer) for name, buffer in part._buffers.items() if name not in unsaved)
         yield from part._state_dict_hooks.items()
         yield from part._state_dict_pre_hooks.items()
-        if "state_dict" in part.__dict__:
-            yield "", part.__dict__["state_dict"]
+        yield from ((method, part.__dict__[method]) for method in _OWN if method in part.__dict__)
+
+
+_OWN = ("state_dict", "_save_to_state_dict")
+"""Methods of torch that a module may have put something else in place of, for itself alone."""
+
+
+def is_saved_by_torch(module: torch.nn.Module) -> bool:
+    """Whether no code but torch's has a say in its state dict."""
+    return all(map(_is_of_torch, _saving_code(module)))
 
 
 def _saving_code(module: torch.nn.Module) -> Iterator[Any]:

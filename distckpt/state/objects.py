@@ -23,7 +23,8 @@ class PerRank:
     """State that belongs to one rank, such as a data cursor or random numbers. Never deduplicated between ranks.
 
     ``obj`` is anything that Checkpoint takes. ``on_resize`` says what happens when another number of ranks restores:
-    "error" raises ResizeError, "drop" leaves the object as it is, and a callable gets the saved values of all ranks
+    "error" raises ResizeError, "drop" leaves the object as it is (as it was before a newer checkpoint was tried and refused,
+    for which its tensors are read into new memory first), and a callable gets the saved values of all ranks
     in order, this rank and the new world size, and returns this rank's value.
     """
 

@@ -16,6 +16,7 @@ from distckpt.format.tree.tree import Leaf, flatten
 from distckpt.state.kind import Section, Sign
 from distckpt.state.match import Make, Match, Saved, Values, nothing_like
 from distckpt.state.memory import storage_of, writable
+from distckpt.state.module import is_saved_by_torch
 from distckpt.state.module_names import parameter_names
 from distckpt.state.objects import is_array
 
@@ -50,7 +51,7 @@ class OptimizerState:
             )
         if _is_plain(optimizer):
             sections = [
-                Section((*prefix, DictStep(STATE)), self._read_state, self._witness),
+                Section((*prefix, DictStep(STATE)), self._read_state, self._witness if self._is_seen() else None),
                 Section((*prefix, DictStep(GROUPS)), self._read_groups),
             ]
         else:
@@ -106,6 +107,13 @@ class OptimizerState:
         self._optimizer.load_state_dict(loaded)
 
     # ---- what is read --------------------------------------------------------------------------------------------
+
+    def _is_seen(self) -> bool:
+        """Whether the witness sees all that decides what is read: nothing is inside of containers, whose items come and
+        go, and the modules that name the parameters show by their own state when a name changes."""
+        entries = self._optimizer.state.values()
+        flat = all(isinstance(item, torch.Tensor) for entry in entries for item in getattr(entry, "values", tuple)())
+        return flat and all(map(is_saved_by_torch, self._modules.values()))
 
     def _witness(self) -> Iterator[Sign]:
         state, seen = self._optimizer.state, 0

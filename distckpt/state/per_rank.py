@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 from distckpt.errors import ResizeError
@@ -31,7 +32,9 @@ class PerRankState:
         if not saved:
             match.lacks([name])
         elif saved.world_size == self._around.world_size:
-            self._inner.match(match, saved.below(RankStep(self._around.rank)))
+            # An older checkpoint may be of other ranks, and leave what is here as it is.
+            with match.aside() if decide == "drop" else nullcontext():
+                self._inner.match(match, saved.below(RankStep(self._around.rank)))
         elif decide == "error":
             raise ResizeError(name, saved.world_size, self._around.world_size)
         else:

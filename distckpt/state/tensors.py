@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
 from distckpt.directory.locate import Located
@@ -12,11 +14,18 @@ from distckpt.errors import DamagedError
 from distckpt.format.arrow.index import Index
 from distckpt.format.tree.values import decode_value
 from distckpt.sharding.chunks import Piece, dtype_from_name, pieces
-from distckpt.sharding.match import Wanted, match
-from distckpt.transfer.reader import ReadStats, read_transfers
+from distckpt.sharding.match import Transfers, Wanted, match
+from distckpt.transfer.checksums import PIECE_BYTES
+from distckpt.transfer.progress import Progress
+from distckpt.transfer.reader import ReadStats, check_transfers, read_transfers
+
+LARGE_VALUE = 16 << 20
+"""One that is larger is looked at before there is memory for it."""
 
 
-def read_tensors(where: Located, index: Index, targets: Mapping[str, Sequence[torch.Tensor]]) -> ReadStats:
+def read_tensors(
+    where: Located, index: Index, targets: Mapping[str, Sequence[torch.Tensor]], progress: Progress | None = None
+) -> ReadStats:
     """Fill every target with its part of the saved tensor of that key; all bytes checked before the return.
 
     Targets have the saved global shape; a DTensor takes what this rank holds of it. Another dtype is converted as
@@ -35,26 +44,67 @@ def read_tensors(where: Located, index: Index, targets: Mapping[str, Sequence[to
                 finish.append(lambda piece=piece, landing=landing: piece.local.copy_(landing))  # type: ignore[misc]
             wanted.append(Wanted(key, piece.offset, piece.length))
             memory.append(_bytes_of(landing))
-    stats = _read(where, index, wanted, memory)
+    stats = _read(where, index, wanted, memory, progress)
     for step in finish:
         step()
     return stats
 
 
+def check_tensors(
+    where: Located, index: Index, targets: Mapping[str, Sequence[torch.Tensor]], progress: Progress | None = None
+) -> ReadStats:
+    """Read and check the bytes that ``read_tensors`` would read, and put them nowhere. DamagedError names shard and key."""
+    wanted = (
+        Wanted(key, piece.offset, piece.length) for key, tensors in targets.items() for piece in _distinct(tensors)
+    )
+    transfers = _transfers(where, index, list(dict.fromkeys(wanted)))
+    return check_transfers(where.store, where.folder, index, transfers, progress)
+
+
 def read_values(where: Located, index: Index, keys: Iterable[str]) -> dict[str, Any]:
     """The plain values of these keys. DamagedError names shard and key."""
     wanted = [Wanted(key, (), ()) for key in keys]
+    for one in wanted:
+        if index.info(one.key).nbytes > LARGE_VALUE:
+            _check_text(where, index, one.key)
     memory = [memoryview(bytearray(index.info(one.key).nbytes)) for one in wanted]
     _read(where, index, wanted, memory)
     return {one.key: decode_value(data, where.path, one.key) for one, data in zip(wanted, memory, strict=True)}
 
 
-def _read(where: Located, index: Index, wanted: Sequence[Wanted], memory: Sequence[memoryview]) -> ReadStats:
+def _check_text(where: Located, index: Index, key: str) -> None:
+    """No value is made room for that has a zero byte, which JSON never has, and a hole in a file is full of."""
+    for row in index.rows(key).tolist():
+        rank, shard, position, size = (
+            int(column[row]) for column in (index.rank, index.shard, index.position, index.size)
+        )
+        path = where.shard_path(rank, shard)
+        scratch = memoryview(bytearray(min(size, PIECE_BYTES)))
+        with contextlib.closing(where.store.open(path)) as source:
+            for done in range(0, size, PIECE_BYTES):
+                piece = scratch[: size - done]
+                source.read_into(position + done, piece)
+                if not np.frombuffer(piece, dtype=np.uint8).all():
+                    raise DamagedError(f"{where.store.url}/{path}", "not a value: it holds zero bytes", key)
+
+
+def _read(
+    where: Located,
+    index: Index,
+    wanted: Sequence[Wanted],
+    memory: Sequence[memoryview],
+    progress: Progress | None = None,
+) -> ReadStats:
+    transfers = _transfers(where, index, wanted)
+    return read_transfers(where.store, where.folder, index, transfers, memory, progress=progress)
+
+
+def _transfers(where: Located, index: Index, wanted: Sequence[Wanted]) -> Transfers:
     transfers = match(index, wanted)
     if transfers.uncovered:
         key = transfers.keys[transfers.uncovered[0]]
         raise DamagedError(where.path, "the index does not cover the whole of it", key)
-    return read_transfers(where.store, where.folder, index, transfers, memory)
+    return transfers
 
 
 def _distinct(tensors: Sequence[torch.Tensor]) -> Iterable[Piece]:

@@ -1,23 +1,29 @@
 """Stores: where objects are kept, and what is asked of the place."""
 
-from distckpt.storage.interface import ObjectInfo, Source, Store, SupportsSweep
+from distckpt.storage.bounds import MOST_NAMES, at_most
+from distckpt.storage.interface import ObjectInfo, Source, Store, SupportsCooling, SupportsSweep
 from distckpt.storage.local import LocalStore
 from distckpt.storage.location import canonical, join, open_store, split_path
 from distckpt.storage.memory import MemoryStore
 from distckpt.storage.paths import PathLike
+from distckpt.storage.patience import PatientStore, twice
 from distckpt.storage.probe import FOLDER as PROBES
 from distckpt.storage.probe import probe
 from distckpt.storage.scratch import put_file, scratch_folder
 
 __all__ = [
+    "MOST_NAMES",
     "PROBES",
     "LocalStore",
     "MemoryStore",
     "ObjectInfo",
     "PathLike",
+    "PatientStore",
     "Source",
     "Store",
+    "SupportsCooling",
     "SupportsSweep",
+    "at_most",
     "canonical",
     "join",
     "open_store",
@@ -25,4 +31,5 @@ __all__ = [
     "put_file",
     "scratch_folder",
     "split_path",
+    "twice",
 ]

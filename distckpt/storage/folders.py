@@ -48,7 +48,8 @@ class Folders:
     def close(self) -> None:
         """Close all of them."""
         while self._fds:
-            os.close(self._fds.pop())
+            with contextlib.suppress(OSError):  # what counts was synced before, so there is nothing left to lose
+                os.close(self._fds.pop())
 
 
 def visiting(root: str, parts: tuple[str, ...]) -> contextlib.closing[Folders]:
@@ -69,17 +70,26 @@ def open_folders(root: str, parts: tuple[str, ...], *, create: bool = False) -> 
 
 
 def make_root(root: str) -> None:
-    """Create ``root`` and what is missing above it, durably. Raises OSError."""
-    above = os.path.dirname(root)
-    if above != root and not os.path.isdir(above):
-        make_root(above)
-    with contextlib.suppress(FileExistsError):
-        os.mkdir(root)
-    fd = os.open(above, _FOLDER)
-    try:
-        _sync_folder(fd)
-    finally:
-        os.close(fd)
+    """Create ``root`` and what is missing above it. Raises OSError."""
+    with contextlib.suppress(FileExistsError):  # another process was faster; if it is a file, entering it says so
+        os.makedirs(root)
+
+
+def sync_way_to(root: str) -> None:
+    """Make the entries durable that lead to ``root``, from where its file system begins, whoever made them.
+
+    Raises OSError.
+    """
+    folder = os.path.realpath(root)
+    device = os.stat(folder).st_dev
+    while (above := os.path.dirname(folder)) != folder and os.stat(above).st_dev == device:
+        with contextlib.suppress(PermissionError):  # who may go through a folder need not be allowed to open it
+            fd = os.open(above, _FOLDER)
+            try:
+                _sync_folder(fd)
+            finally:
+                os.close(fd)
+        folder = above
 
 
 def _open_folder(name: str, above: int) -> int:

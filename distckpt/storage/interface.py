@@ -39,7 +39,8 @@ class Source(Protocol):
 class Store(Protocol):
     """Objects under one root. No rename, no append, no unconditional overwrite of anything that matters.
 
-    Every method raises StorageError (or one of its kinds), never a bare OSError.
+    Every method raises StorageError (or one of its kinds), never a bare OSError. What reads raises it where it has got no
+    answer, so that the same call may succeed later; and DamagedError where what is there is no object of a store.
     """
 
     @property
@@ -49,8 +50,9 @@ class Store(Protocol):
     def put_if_absent(self, path: str, data: bytes) -> None:
         """Create ``path`` with ``data``, whole and durable, unless it exists: exactly one of many callers wins.
 
-        Raises AlreadyExistsError when the name is taken, StoreOutcomeUnknownError when the store answered neither
-        yes nor no. A lost acknowledgement may surface as either, so callers read back and compare.
+        Raises AlreadyExistsError when the name is taken, BlockedError when it is by something that is no object,
+        StoreOutcomeUnknownError when the store answered neither yes nor no. A lost acknowledgement may surface as
+        AlreadyExistsError or as that, so callers read back and compare.
         """
 
     def put_unique(self, path: str, size: int, sections: Iterable[memoryview]) -> ObjectInfo:
@@ -74,18 +76,32 @@ class Store(Protocol):
         """What is at ``path`` now, or None. Never from a cache."""
 
     def list(self, folder: str) -> Iterator[ObjectInfo]:
-        """Every object below ``folder``, at any depth, in no particular order. Never from a cache. Empty if none."""
+        """Every object directly below ``folder`` ('' is the root), in no particular order. Never from a cache.
+
+        They are found one after the other, so that who has seen enough can stop. Empty if there are none.
+        """
 
     def folders(self, folder: str) -> Iterator[str]:
-        """Names of the folders directly below ``folder`` ('' is the root). Never from a cache."""
+        """Names of the folders directly below ``folder``, found likewise."""
 
     def delete(self, path: str) -> None:
         """Remove an object; no error if it is gone already."""
 
 
 @runtime_checkable
+class SupportsCooling(Protocol):
+    """A store of whose objects the host's memory may keep copies, which readers get instead."""
+
+    def cool(self, path: str) -> None:
+        """Have memory keep nothing of an object: whoever reads it next reads what is stored. Raises nothing."""
+
+
+@runtime_checkable
 class SupportsSweep(Protocol):
     """A store whose killed writers leave things behind that no listing shows."""
 
-    def sweep(self, min_age: float) -> int:
-        """Remove what killed writers left and nobody has touched for ``min_age`` seconds; how many things went."""
+    def sweep(self, folder: str, min_age: float) -> int:
+        """Remove what killed writers left directly below ``folder`` and nobody has touched for ``min_age`` seconds.
+
+        Returns how many things went.
+        """

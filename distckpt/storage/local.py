@@ -9,15 +9,18 @@ import re
 import stat
 import time
 import uuid
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
-from distckpt.errors import AlreadyExistsError, DamagedError, ObjectNotFoundError, StorageError
+from distckpt.errors import AlreadyExistsError, BlockedError, DamagedError, ObjectNotFoundError, StorageError
 from distckpt.storage.direct import SequentialFile
-from distckpt.storage.folders import Folders, make_root, open_folders, visiting
+from distckpt.storage.folders import Folders, make_root, open_folders, sync_way_to, visiting
+from distckpt.storage.holes import is_hollow
 from distckpt.storage.interface import ObjectInfo, Source
 from distckpt.storage.oserrors import deleting, published, publishing, reading, writing
 from distckpt.storage.paths import PathLike, folder_parts, is_part, object_parts
+from distckpt.storage.room import has_room
 from distckpt.storage.sections import checked, write_behind
 
 _NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
@@ -26,20 +29,24 @@ _READ_BYTES = 1 << 30
 _FOLDER_TRIES = 16
 _TEMPORARY = re.compile(r"\.[0-9a-f]{32}\.tmp")
 
+_Found = TypeVar("_Found")
+
 
 class LocalStore:
-    """Objects as files below ``root``, which the first write creates together with its parents.
+    """Objects as files below ``root``, which the first write creates together with its parents, and makes durable.
 
     ``root`` may be a symbolic link; nothing below it is followed if it is one. A root that this store has seen and
     that is gone later is not created again: then writes fail, and reads find nothing. Temporary files begin with a dot
     and are never listed. A deleted object takes the folders that it leaves empty with it. Safe to use from several
-    threads. ``direct_io=False`` sends large objects through the page cache.
+    threads. Large objects go through the page cache where memory has room to keep them for readers (a quarter of what
+    is available, for all ranks of the host together), else around it; ``direct_io`` says True or False to that.
     """
 
-    def __init__(self, root: PathLike, *, direct_io: bool = True) -> None:
+    def __init__(self, root: PathLike, *, direct_io: bool | None = None) -> None:
         self._root = os.path.abspath(os.path.expanduser(os.fspath(root)))
         self._direct_io = direct_io
         self._seen = os.path.isdir(self._root)
+        self._is_durable = False
 
     @property
     def url(self) -> str:
@@ -49,12 +56,13 @@ class LocalStore:
     def put_if_absent(self, path: str, data: bytes) -> None:
         """Create ``path`` by linking a synced temporary file to the name, which exactly one of many can do.
 
-        Both answers are durable: that it was created, and, by AlreadyExistsError, that it exists.
+        Both answers are durable: that it was created, and, by AlreadyExistsError, that it exists. BlockedError if what
+        exists is no plain file.
         """
         name = object_parts(path)[-1]
         with self._temporary(path, data) as new:
             with publishing(self._full(path)):
-                created = _link(new, name)
+                created = _link(new, name, self._full(path))
             new.unlink()
             with published(self._full(path)):
                 new.folders.sync()
@@ -73,7 +81,7 @@ class LocalStore:
     def put_unique(self, path: str, size: int, sections: Iterable[memoryview]) -> ObjectInfo:
         """Write ``path`` under its final name, as nothing refers to it before it is whole.
 
-        Page-aligned sections go to the disk with O_DIRECT where the file system has it. What is left of a failed write
+        Where there is no room to keep it, page-aligned sections go to the disk with O_DIRECT. What is left of a failed write
         is removed. Exceptions of ``sections`` come out unchanged. ValueError if the sections do not sum to ``size``.
         """
         full = self._full(path)
@@ -90,20 +98,26 @@ class LocalStore:
         return ObjectInfo(path, size, modified)
 
     def read(self, path: str, max_bytes: int) -> bytes:
-        """The whole content. ObjectNotFoundError if there is none, DamagedError if it is longer than ``max_bytes``."""
+        """The whole content. ObjectNotFoundError if there is none, DamagedError if it is longer than ``max_bytes``.
+
+        DamagedError too, before any memory is taken, for a large file that is hardly more than a hole.
+        """
         with contextlib.closing(self._open(path)) as source:
             if source.size > max_bytes:
                 raise DamagedError(self._full(path), f"is {source.size} bytes long, {max_bytes} are the most it may be")
-            data = bytearray(source.size)
-            source.read_into(0, memoryview(data))
-            return bytes(data)
+            return source.content()
 
     def open(self, path: str) -> Source:
-        """Open an object for ranged reads. ObjectNotFoundError if there is none."""
+        """Open an object for ranged reads. ObjectNotFoundError if there is none, DamagedError if it is no plain file."""
         return self._open(path)
 
+    def cool(self, path: str) -> None:
+        """Have the page cache keep nothing of an object that is on the disk already."""
+        with contextlib.suppress(StorageError), contextlib.closing(self._open(path)) as source:
+            source.cool()
+
     def stat(self, path: str) -> ObjectInfo | None:
-        """What is at ``path`` now, or None. StorageError if that is a symbolic link or another thing but a file."""
+        """What is at ``path`` now, or None. DamagedError if that is a symbolic link or another thing but a file."""
         *above, name = object_parts(path)
         full = self._full(path)
         try:
@@ -115,22 +129,23 @@ class LocalStore:
         return ObjectInfo(path, status.st_size, status.st_mtime)
 
     def list(self, folder: str) -> Iterator[ObjectInfo]:
-        """Every object below ``folder``, at any depth. What vanishes meanwhile is left out."""
-        return self._walk(folder_parts(folder))
+        """Every object directly below ``folder``. What vanishes meanwhile is left out."""
+        parts = folder_parts(folder)
+        return self._scan(parts, lambda entry: _object(parts, entry))
 
     def folders(self, folder: str) -> Iterator[str]:
         """Names of the folders directly below ``folder``."""
-        return iter(self._scan(folder_parts(folder)).folders)
+        return self._scan(folder_parts(folder), _folder)
 
-    def sweep(self, min_age: float) -> int:
+    def sweep(self, folder: str, min_age: float) -> int:
         """Remove temporary files of writers that were killed, and the folders that only they kept."""
-        gone = 0
-        for folder, _, files in os.walk(self._root, topdown=False):
-            for name in files:
-                if _TEMPORARY.fullmatch(name) and _remove_old(os.path.join(folder, name), time.time() - min_age):
-                    gone += 1
-                    with contextlib.suppress(OSError):  # not empty: others still use it
-                        os.rmdir(folder)
+        parts, before, gone = folder_parts(folder), time.time() - min_age, 0
+        with contextlib.suppress(ObjectNotFoundError), deleting(self._full(folder)), self._visit(parts) as folders:
+            with os.scandir(folders.fd) as entries:
+                temporary = [entry.name for entry in entries if _TEMPORARY.fullmatch(entry.name)]
+            gone = sum(_remove_old(name, folders.fd, before) for name in temporary)
+            if gone:
+                folders.prune(parts)
         return gone
 
     def delete(self, path: str) -> None:
@@ -161,21 +176,14 @@ class LocalStore:
     def _visit(self, parts: Sequence[str]) -> contextlib.closing[Folders]:
         return visiting(self._root, tuple(parts))
 
-    def _walk(self, parts: tuple[str, ...]) -> Iterator[ObjectInfo]:
-        pending = [parts]
-        while pending:
-            above = pending.pop()
-            content = self._scan(above)
-            pending.extend((*above, name) for name in content.folders)
-            yield from content.objects
-
-    def _scan(self, parts: tuple[str, ...]) -> _Content:
-        content = _Content([], [])
+    def _scan(self, parts: tuple[str, ...], take: Callable[[os.DirEntry[str]], _Found | None]) -> Iterator[_Found]:
+        """What ``take`` makes of the entries of a folder. Temporary files and names that no store accepts are left out."""
         with contextlib.suppress(ObjectNotFoundError), reading(self._full("/".join(parts))):  # noqa: SIM117
             with self._visit(parts) as folders, os.scandir(folders.fd) as entries:
                 for entry in entries:
-                    content.add(parts, entry)
-        return content
+                    found = take(entry) if is_part(entry.name) else None
+                    if found is not None:
+                        yield found
 
     @contextlib.contextmanager
     def _temporary(self, path: str, data: bytes) -> Iterator[_NewFile]:
@@ -209,16 +217,17 @@ class LocalStore:
 
     def _require_root(self) -> None:
         seen = self._seen  # asked first: another thread may be creating the root just now
-        if os.path.isdir(self._root):
-            self._seen = True
-        elif seen:
-            raise StorageError(self._root, "the directory was there and has vanished; it is not created again")
-        else:
+        if not os.path.isdir(self._root):
+            if seen:
+                raise StorageError(self._root, "the directory was there and has vanished; it is not created again")
             make_root(self._root)
-            self._seen = True
+        self._seen = True
+        if not self._is_durable:
+            sync_way_to(self._root)
+            self._is_durable = True
 
     def _write_sections(self, new: _NewFile, full: str, size: int, sections: Iterable[memoryview]) -> None:
-        file = SequentialFile(new.fd, direct=self._direct_io)
+        file = SequentialFile(new.fd, direct=not has_room(size) if self._direct_io is None else self._direct_io)
 
         def write(section: memoryview) -> None:
             with writing(full):
@@ -253,28 +262,32 @@ class LocalSource:
             position += count
             left = left[count:]
 
+    def content(self) -> bytes:
+        """All of it. DamagedError if it is a large file that is hardly more than a hole."""
+        pieces, position = [], 0
+        with reading(self._path):
+            fd = self._file.fileno()
+            if is_hollow(fd, os.fstat(fd)):
+                raise DamagedError(
+                    self._path, f"of its {self._size} bytes hardly any are on the disk: it was never written"
+                )
+            while position < self._size:
+                piece = os.pread(fd, min(self._size - position, _READ_BYTES), position)
+                if not piece:
+                    raise DamagedError(self._path, f"ends after {position} bytes, and had {self._size} a moment ago")
+                pieces.append(piece)
+                position += len(piece)
+        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+    def cool(self) -> None:
+        """Have the page cache keep nothing of the file."""
+        with reading(self._path):
+            os.posix_fadvise(self._file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
     def close(self) -> None:
         """Close the file. Closing twice does no harm."""
-        self._file.close()
-
-
-@dataclass(frozen=True, slots=True)
-class _Content:
-    """What is directly in a folder. Temporary files, links and names that no store would accept are left out."""
-
-    folders: list[str]
-    objects: list[ObjectInfo]
-
-    def add(self, parts: tuple[str, ...], entry: os.DirEntry[str]) -> None:
-        if not is_part(entry.name):
-            return
-        if entry.is_dir(follow_symlinks=False):
-            self.folders.append(entry.name)
-        elif entry.is_file(follow_symlinks=False):
-            with contextlib.suppress(FileNotFoundError):  # vanished since the folder was read
-                status = entry.stat(follow_symlinks=False)
-                path = "/".join((*parts, entry.name))
-                self.objects.append(ObjectInfo(path, status.st_size, status.st_mtime))
+        with contextlib.suppress(OSError):  # what was read has been read, and nothing was written
+            self._file.close()
 
 
 @dataclass(frozen=True, slots=True)
@@ -295,6 +308,20 @@ class _NewFile:
         self.folders.close()
 
 
+def _folder(entry: os.DirEntry[str]) -> str | None:
+    return entry.name if entry.is_dir(follow_symlinks=False) else None
+
+
+def _object(parts: tuple[str, ...], entry: os.DirEntry[str]) -> ObjectInfo | None:
+    if not entry.is_file(follow_symlinks=False):
+        return None
+    try:
+        status = entry.stat(follow_symlinks=False)
+    except FileNotFoundError:  # vanished since the folder was read
+        return None
+    return ObjectInfo("/".join((*parts, entry.name)), status.st_size, status.st_mtime)
+
+
 def _new_file_in(folders: Folders, name: str) -> _NewFile:
     try:
         return _NewFile(folders, name, os.open(name, _NEW, 0o666, dir_fd=folders.fd))
@@ -303,22 +330,24 @@ def _new_file_in(folders: Folders, name: str) -> _NewFile:
         raise
 
 
-def _link(new: _NewFile, name: str) -> bool:
-    """Give the file its final name too; False if another file has it."""
+def _link(new: _NewFile, name: str, full: str) -> bool:
+    """Give the file its final name too; False if another file has it. BlockedError if something else has."""
     folder = new.folders.fd
     try:
         os.link(new.name, name, src_dir_fd=folder, dst_dir_fd=folder, follow_symlinks=False)
     except FileExistsError:
-        return _is_linked(new, name)
+        return _is_linked(new, name, full)
     return True
 
 
-def _is_linked(new: _NewFile, name: str) -> bool:
+def _is_linked(new: _NewFile, name: str, full: str) -> bool:
     """NFS repeats a request whose answer was lost: then the name that exists already is this very file."""
     try:
         taken = os.stat(name, dir_fd=new.folders.fd, follow_symlinks=False)
     except FileNotFoundError:
         return False
+    if not stat.S_ISREG(taken.st_mode):
+        raise BlockedError(full, f"{_what(taken)} is there, where a file is to be written. Move it away")
     return os.path.samestat(taken, os.fstat(new.fd))
 
 
@@ -326,12 +355,23 @@ def _refuse_other_than_file(full: str, status: os.stat_result) -> None:
     if stat.S_ISDIR(status.st_mode):
         raise ObjectNotFoundError(full)
     if not stat.S_ISREG(status.st_mode):
-        raise StorageError(full, "is not a plain file, so it is not read")
+        raise DamagedError(full, f"{_what(status)} is there, not a plain file, so it is not read")
 
 
-def _remove_old(path: str, before: float) -> bool:
+def _what(status: os.stat_result) -> str:
+    """What is in a file's place."""
+    kinds = {
+        stat.S_IFDIR: "a folder",
+        stat.S_IFLNK: "a symbolic link",
+        stat.S_IFIFO: "a pipe",
+        stat.S_IFSOCK: "a socket",
+    }
+    return kinds.get(stat.S_IFMT(status.st_mode), "a device")
+
+
+def _remove_old(name: str, folder: int, before: float) -> bool:
     with contextlib.suppress(OSError):  # another sweeper was faster, or it cannot be removed: it is only in the way
-        if os.lstat(path).st_mtime < before:
-            os.unlink(path)
+        if os.stat(name, dir_fd=folder, follow_symlinks=False).st_mtime < before:
+            os.unlink(name, dir_fd=folder)
             return True
     return False

@@ -13,6 +13,7 @@ from distckpt.storage.interface import Store
 from distckpt.storage.local import LocalStore
 from distckpt.storage.memory import MemoryStore
 from distckpt.storage.paths import PathLike
+from distckpt.storage.patience import PatientStore
 
 Opener = Callable[[str, Mapping[str, Any]], Store]
 
@@ -20,10 +21,11 @@ _ONE_SLASH = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/(?!/)")
 
 
 def open_store(directory: PathLike, storage_options: Mapping[str, Any] | None = None) -> Store:
-    """The store whose root is ``directory``; opening it touches nothing there.
+    """The store whose root is ``directory``, patient with reads; opening it touches nothing there.
 
-    Options for local paths: ``direct_io`` (bool, default True). StoreUnsuitableError names a scheme that this release
-    cannot serve, ValueError an option it does not know.
+    Options for local paths: ``direct_io`` (bool), whether large files go around the page cache; by default those for
+    which memory has no room. StoreUnsuitableError names a scheme that this release cannot serve, ValueError an option
+    it does not know.
     """
     location = canonical(directory)
     scheme = location.partition("://")[0] if "://" in location else "file"
@@ -33,7 +35,7 @@ def open_store(directory: PathLike, storage_options: Mapping[str, Any] | None = 
         raise StoreUnsuitableError(
             location, f"this release has no store for {scheme}://, only local paths and {served}"
         )
-    return opener(location, storage_options or {})
+    return PatientStore(opener(location, storage_options or {}))
 
 
 def canonical(directory: PathLike) -> str:
@@ -96,7 +98,8 @@ def _open_local(location: str, options: Mapping[str, Any]) -> Store:
     unknown = sorted(options.keys() - {"direct_io"})
     if unknown:
         raise ValueError(f"local directories have no storage option {', '.join(unknown)}; they have direct_io")
-    return LocalStore(location, direct_io=bool(options.get("direct_io", True)))
+    direct_io = options.get("direct_io")
+    return LocalStore(location, direct_io=None if direct_io is None else bool(direct_io))
 
 
 def _open_memory(location: str, options: Mapping[str, Any]) -> Store:

@@ -88,8 +88,9 @@ class MemoryStore:
         return None if stored is None else _info(path, stored)
 
     def list(self, folder: str) -> Iterator[ObjectInfo]:
-        """Every object below ``folder``, at any depth, as it is at the time of the call."""
-        return iter([_info(path, stored) for path, stored in self._below(folder)])
+        """Every object directly below ``folder``, as it is at the time of the call."""
+        depth = len(folder_parts(folder))
+        return iter([_info(path, stored) for path, stored in self._below(folder) if path.count("/") == depth])
 
     def folders(self, folder: str) -> Iterator[str]:
         """Names of the folders directly below ``folder``."""

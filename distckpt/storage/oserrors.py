@@ -8,6 +8,8 @@ from collections.abc import Iterator
 
 from distckpt.errors import (
     AlreadyExistsError,
+    BlockedError,
+    DamagedError,
     ObjectNotFoundError,
     StorageError,
     StorageFullError,
@@ -16,6 +18,8 @@ from distckpt.errors import (
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _MISSING = {errno.ENOENT, errno.ENOTDIR}
+_NOT_OURS = {errno.ELOOP, errno.ENXIO, errno.ENODEV}
+_BLOCKED = {errno.ELOOP, errno.ENOTDIR, errno.EISDIR}
 _UNSURE = {
     errno.EIO,
     errno.EREMOTEIO,
@@ -32,7 +36,25 @@ _UNSURE = {
 
 
 @contextlib.contextmanager
-def reading(path: str, failure: str = "could not be read") -> Iterator[None]:
+def reading(path: str) -> Iterator[None]:
+    """Raise any OSError inside as a StorageError on ``path``; something missing as ObjectNotFoundError.
+
+    A link on the way, or a socket in its place, is a DamagedError: no store puts them there.
+    """
+    try:
+        yield
+    except StorageError:
+        raise
+    except OSError as error:
+        if error.errno in _MISSING:
+            raise ObjectNotFoundError(path) from error
+        if error.errno in _NOT_OURS:
+            raise DamagedError(path, f"cannot be read: {_why(error)}") from error
+        raise StorageError(path, f"could not be read: {_why(error)}") from error
+
+
+@contextlib.contextmanager
+def deleting(path: str) -> Iterator[None]:
     """Raise any OSError inside as a StorageError on ``path``; something missing as ObjectNotFoundError."""
     try:
         yield
@@ -41,12 +63,8 @@ def reading(path: str, failure: str = "could not be read") -> Iterator[None]:
     except OSError as error:
         if error.errno in _MISSING:
             raise ObjectNotFoundError(path) from error
-        raise StorageError(path, f"{failure}: {_why(error)}") from error
-
-
-def deleting(path: str) -> contextlib.AbstractContextManager[None]:
-    """As ``reading``, for an object that is to go."""
-    return reading(path, "could not be deleted")
+        kind = BlockedError if error.errno in _BLOCKED else StorageError
+        raise kind(path, f"could not be deleted: {_why(error)}") from error
 
 
 @contextlib.contextmanager
@@ -59,8 +77,7 @@ def writing(path: str) -> Iterator[None]:
     except FileExistsError as error:
         raise AlreadyExistsError(path) from error
     except OSError as error:
-        kind = StorageFullError if error.errno in _FULL else StorageError
-        raise kind(path, f"could not be written: {_why(error)}") from error
+        raise _kind(error)(path, f"could not be written: {_why(error)}") from error
 
 
 @contextlib.contextmanager
@@ -84,13 +101,23 @@ def published(path: str) -> Iterator[None]:
         raise _unknown(path, error) from error
 
 
+def _kind(error: OSError) -> type[StorageError]:
+    if error.errno in _FULL:
+        return StorageFullError
+    return BlockedError if error.errno in _BLOCKED else StorageError
+
+
 def _unknown(path: str, error: OSError) -> StoreOutcomeUnknownError:
     return StoreOutcomeUnknownError(path, f"may or may not have been written: {_why(error)}")
 
 
 def _why(error: OSError) -> str:
     if error.errno == errno.ELOOP:
-        return "a symbolic link is in the way, and none is followed below the root"
+        return "a symbolic link is in the way, and none is followed below the root. Move it away"
+    if error.errno in (errno.ENXIO, errno.ENODEV):
+        return "a socket, or a device that there is not, is in its place"
     if error.errno == errno.ENOTDIR:
-        return "a file is where a folder should be"
+        return "a file is where a folder should be. Move it away"
+    if error.errno == errno.EISDIR:
+        return "a folder is where a file should be. Move it away"
     return error.strerror or str(error)

@@ -49,7 +49,8 @@ class _Writing:
 
     def __init__(self, write: Callable[[memoryview], object], section: memoryview) -> None:
         self._error: BaseException | None = None
-        self._thread: threading.Thread | None = threading.Thread(target=self._run, args=(write, section))
+        # A daemon: the interpreter does not wait for a store that hangs, and ``write_behind`` for every section it has begun.
+        self._thread: threading.Thread | None = threading.Thread(target=self._run, args=(write, section), daemon=True)
         try:
             self._thread.start()
         except RuntimeError:  # an interpreter that is shutting down starts no threads, but a save under way must end

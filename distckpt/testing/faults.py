@@ -28,6 +28,7 @@ class Fault(Enum):
     TORN = "StorageError; half of the object is there"
     DELAYED = "done, after a while"
     GONE = "StorageError, now and for every later call, as if this process were cut off or dead"
+    NO_MEMORY = "MemoryError; nothing was done"
 
 
 _EVERY = (Fault.BEFORE, Fault.DELAYED, Fault.GONE)
@@ -35,7 +36,7 @@ _UNCLEAR = (Fault.FULL, Fault.NO_ANSWER, Fault.LOST_ANSWER)
 
 
 def faults_of(operation: Operation) -> tuple[Fault, ...]:
-    """The faults that make a difference to an operation."""
+    """The faults of a store that make a difference to an operation. NO_MEMORY, which every operation may meet, is none."""
     if operation == "put_if_absent":
         return (*_EVERY, *_UNCLEAR, Fault.LATE, Fault.LOST_ANSWER_AS_REFUSAL)
     if operation == "put_unique":

@@ -127,7 +127,7 @@ class FaultyStore:
         return self._call("stat", path, lambda: self.inner.stat(path))
 
     def list(self, folder: str) -> Iterator[ObjectInfo]:
-        """Every object below ``folder`` at the time of the call, or fail on cue."""
+        """Every object directly below ``folder`` at the time of the call, or fail on cue."""
         return self._call("list", folder, lambda: iter(tuple(self.inner.list(folder))))
 
     def folders(self, folder: str) -> Iterator[str]:
@@ -182,6 +182,8 @@ class FaultyStore:
         if fault in (Fault.LOST_ANSWER, Fault.LOST_ANSWER_AS_REFUSAL):
             with contextlib.suppress(AlreadyExistsError):  # the answer that is lost may be a refusal too
                 self._apply(call, apply)
+        if fault is Fault.NO_MEMORY:
+            raise MemoryError(f"scripted: no memory to call {call.operation} of {call.path}")
         raise _error(self._where(call), fault)
 
     def _apply(self, call: Call, apply: Callable[[], T]) -> T:
@@ -227,7 +229,7 @@ class _FaultySource:
 
 
 def _effective(call: Call) -> Fault | None:
-    if call.fault is None or call.fault in faults_of(call.operation):
+    if call.fault in (None, Fault.NO_MEMORY) or call.fault in faults_of(call.operation):
         return call.fault
     return Fault.BEFORE
 

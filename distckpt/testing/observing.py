@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import mmap
 import threading
 from collections.abc import Callable, Iterator
@@ -97,6 +98,28 @@ def aligned(data: bytes) -> memoryview:
     return memoryview(memory)[: len(data)]
 
 
+def everything(store: Store, folder: str = "") -> dict[str, int]:
+    """The sizes in bytes of all objects below a folder, at any depth."""
+    found = {info.path: info.size for info in store.list(folder)}
+    for name in store.folders(folder):
+        found |= everything(store, f"{folder}/{name}" if folder else name)
+    return found
+
+
 def files_below(root: Path) -> set[str]:
     """The relative paths of all files below a local folder, hidden ones too."""
     return {path.relative_to(root).as_posix() for path in root.rglob("*") if not path.is_dir()}
+
+
+def share_in_memory(path: Path) -> float:
+    """How much of a file the page cache holds, from 0 to 1. Reads nothing of it."""
+    with path.open("r+b") as file, mmap.mmap(file.fileno(), 0) as memory:
+        pages = (ctypes.c_ubyte * -(-len(memory) // mmap.PAGESIZE))()
+        start = ctypes.c_char.from_buffer(memory)
+        failed = ctypes.CDLL(None, use_errno=True).mincore(
+            ctypes.c_void_p(ctypes.addressof(start)), ctypes.c_size_t(len(memory)), pages
+        )
+        del start  # or the mapping could not be closed
+        if failed:
+            raise OSError(ctypes.get_errno(), "mincore")
+        return sum(page & 1 for page in pages) / len(pages)

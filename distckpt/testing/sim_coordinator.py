@@ -10,6 +10,7 @@ from distckpt.coordinator.machine.actions import (
     Answer,
     Append,
     Appended,
+    AppendRefused,
     AppendUnknown,
     Asked,
     CollectGarbage,
@@ -22,6 +23,7 @@ from distckpt.coordinator.machine.actions import (
     NameTaken,
     PlanMade,
     Publish,
+    Published,
     ReadLeases,
     ReadTail,
     Seal,
@@ -56,6 +58,7 @@ class SimulatedCoordinator:
         self._backlog: list[Callable[[], None]] = []
         self._callers: dict[int, tuple[Request, Callable[[Reply], None]]] = {}
         self._tick_at: float | None = None
+        self._tried: set[str] = set()
         self.feed(Tick())
 
     # ---- life ------------------------------------------------------------------------------------------------------
@@ -132,8 +135,7 @@ class SimulatedCoordinator:
             case CollectGarbage():
                 self._later(lambda: self._collect(action))
             case Publish(entry):
-                keep = self._world.random.choice([0, 0, 1, 3])
-                self._later(lambda: self._world.store.prune(entry.seq - keep))
+                self._later(lambda: self._publish(entry))
             case Exit():
                 self._world.later(0.0, self.die)
 
@@ -160,6 +162,11 @@ class SimulatedCoordinator:
 
     def _append(self, entry: Entry) -> None:
         world = self._world
+        if entry.commit_id not in self._tried and entry.kind == "commit":
+            self._tried.add(entry.commit_id)  # whether a reader would take it does not change
+            if world.random.random() < world.faults.refused_commit:
+                self._later(lambda: self.feed(AppendRefused(entry, "too long to be read")))
+                return
         fault = world.pick(
             lost=world.faults.lost_acknowledgement, late=world.faults.late_write, never=world.faults.failed_write
         )
@@ -218,6 +225,10 @@ class SimulatedCoordinator:
             return
         attempts = self._world.store.leased(self._world.time)
         self._later(lambda: self.feed(LeasesRead(attempts)))
+
+    def _publish(self, entry: Entry) -> None:
+        self._world.store.prune(entry.seq - self._world.random.choice([0, 0, 1, 3]))
+        self._later(lambda: self.feed(Published(entry)))
 
     def _erase(self, attempts: list[str], done: list[str]) -> None:
         """One object after the other, manifests first; sometimes an attempt cannot be deleted today."""

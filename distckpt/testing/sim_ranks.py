@@ -11,11 +11,13 @@ from distckpt.coordinator.messages import (
     Describe,
     Fail,
     FillFrom,
+    FinishWith,
     FromRank,
     Heartbeat,
     Join,
     Joined,
     KeyMatch,
+    Late,
     Leave,
     MatchWith,
     OpenRun,
@@ -35,7 +37,18 @@ from distckpt.coordinator.messages import (
 from distckpt.errors import CoordinatorUnavailableError, DistckptError, FencedError, SaveError, StaleRunError
 from distckpt.format.arrow.receipt import ShardReceipt
 from distckpt.format.json.log import CheckpointRecord
-from distckpt.testing.history import Agreed, Content, Filled, Held, LetGo, Matched, Piece, Returned
+from distckpt.testing.history import (
+    Agreed,
+    Content,
+    Filled,
+    Finished,
+    Held,
+    LetGo,
+    Matched,
+    Piece,
+    ReadWhole,
+    Returned,
+)
 from distckpt.testing.sim_store import describe
 from distckpt.testing.sim_world import SimulatedWorld
 
@@ -180,6 +193,8 @@ class Rank(Process):
             if isinstance(reply, Unknown):
                 yield from self._open()
                 return reply
+            if isinstance(reply, Late):
+                continue
             if not isinstance(reply, Refused):
                 return reply
             if not isinstance(reply.error, FencedError | CoordinatorUnavailableError):
@@ -225,7 +240,12 @@ class Rank(Process):
             elif isinstance(reply, FillFrom):
                 self.world.history.add(Filled(self.run, 0, self.rank, reply.record.attempt, self.job.world_size))
                 refused = yield from self._read(reply.record)
+                if not refused:
+                    self.world.history.add(ReadWhole(self.run, 0, self.rank, reply.record.attempt))
                 report = replace(first, tried=reply.record.attempt, refused=refused, stage="fill")
+            elif isinstance(reply, FinishWith):
+                self.world.history.add(Finished(self.run, 0, self.rank, reply.record.attempt, self.job.world_size))
+                report = replace(first, tried=reply.record.attempt, stage="finish")
 
     def _match(self, record: CheckpointRecord) -> Generator[Sleep | Say, Reply | None, str]:
         yield Sleep(self.world.latency())

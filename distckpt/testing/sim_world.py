@@ -22,6 +22,7 @@ class Faults:
     lost_acknowledgement: float = 0.0
     late_write: float = 0.0
     failed_write: float = 0.0
+    refused_commit: float = 0.0
     failed_seal: float = 0.0
     failed_rank: float = 0.0
     missed_save: float = 0.0

@@ -64,6 +64,7 @@ class Simulation:
             ("lost_acknowledgement", 0.2),
             ("late_write", 0.1),
             ("failed_write", 0.1),
+            ("refused_commit", 0.1),
             ("failed_seal", 0.1),
             ("failed_rank", 0.05),
             ("missed_save", 0.1),

@@ -142,7 +142,10 @@ class Coordinator:
             first = self._record(cause := _Cause(error, getattr(error, "__traceback__", None)))
             membership = self._membership
         if first is cause:
-            logger.info("stopping because of %s", "a request" if error is None else _line(error))
+            if error is None:
+                logger.debug("asked to stop")
+            else:
+                logger.info("stopping because of %s", _line(error))
             if membership is not None:
                 membership.report(error)
         elif error is not None and error is not first.error:
@@ -242,10 +245,12 @@ class Coordinator:
         ended = threading.Event()
 
         def watch() -> None:
-            while (alive := next((thread for thread in threads if thread.is_alive()), None)) is not None:
-                alive.join()
-            ended.set()
-            _wake(waker)
+            try:
+                while (alive := next((thread for thread in threads if thread.is_alive()), None)) is not None:
+                    alive.join()
+            finally:  # whatever happens to this thread, ``join`` looks for itself then who still runs
+                ended.set()
+                _wake(waker)
 
         if any(thread.is_alive() for thread in threads):
             threading.Thread(target=watch, name="distckpt-join", daemon=True).start()

@@ -80,6 +80,10 @@ class LooperThread(threading.Thread):
                 self._run_on_time(self._interval)
             self.stop_loop()
 
+    def isAlive(self) -> bool:  # as TensorFlow's pages have it
+        """The name that ``is_alive`` had in older versions of Python."""
+        return self.is_alive()
+
     def start_loop(self) -> None:
         """Called when the thread starts."""
 

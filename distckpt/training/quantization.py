@@ -94,6 +94,11 @@ def do_quantize_training(
     raise TypeError(f"an nn.Module or an ExportedProgram is wanted, not {type(model).__name__}")
 
 
+def do_quantize_training_on_graphdef(input_graph: nn.Module | ExportedProgram, num_bits: int) -> nn.Module:
+    """TensorFlow's name for ``do_quantize_training``. What it takes is a module or an exported program, not a GraphDef."""
+    return do_quantize_training(input_graph, num_bits)
+
+
 @dataclass(frozen=True, slots=True)
 class _Ranks:
     """The ranks that agree on ranges. Copies of a model share it: a process group cannot be copied."""

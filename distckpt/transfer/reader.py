@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 import time
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 
 import crc32c
@@ -19,7 +20,10 @@ from distckpt.format.arrow.index import Index
 from distckpt.format.names import shard_name
 from distckpt.sharding.match import Transfers
 from distckpt.storage.interface import Source, Store
+from distckpt.transfer.progress import Meter, Progress
 from distckpt.transfer.read_plan import Batch, Read, Scatter, plan_reads
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,23 +77,44 @@ def read_transfers(
     targets: Sequence[memoryview],
     threads: int | None = None,
     pace: Pace | None = None,
+    progress: Progress | None = None,
 ) -> ReadStats:
     """Carry out the transfers: on return every byte of them is in place, and has been checked against its CRC32C.
 
     ``folder`` is that of the attempt, relative to the root of ``store``. ``targets`` has for each wanted rectangle its
-    memory: writable, contiguous, exactly as many bytes as it takes. Raises DamagedError, naming shard and key, if a
+    memory: writable, contiguous, exactly as many bytes as it takes. ``progress`` is told of the bytes read. Raises DamagedError, naming shard and key, if a
     shard is missing, too short or not what was written; StorageError if the store fails. After an error the targets
     hold anything. ValueError if a wanted rectangle is not covered, or its memory does not fit.
     """
+    return _carry_out(store, folder, index, transfers, _views(transfers, targets), threads, pace, progress)
+
+
+def check_transfers(
+    store: Store, folder: str, index: Index, transfers: Transfers, progress: Progress | None = None
+) -> ReadStats:
+    """Read the bytes that ``read_transfers`` would read and check them, and put them nowhere. Raises what that raises."""
+    return _carry_out(store, folder, index, transfers, None, None, None, progress)
+
+
+def _carry_out(
+    store: Store,
+    folder: str,
+    index: Index,
+    transfers: Transfers,
+    views: list[memoryview] | None,
+    threads: int | None,
+    pace: Pace | None,
+    progress: Progress | None,
+) -> ReadStats:
     began = time.perf_counter()
     pace = pace or pace_of(store)
-    views = _views(transfers, targets)
     workers = max(threads, 1) if threads is not None else max(default_threads(), pace.threads)
     total = int(transfers.nbytes.sum())
     # Several batches for each thread, so that none waits long for the last; for one thread there is nothing to share.
     batch_bytes = max(pace.piece, min(pace.batch, total // (4 * workers))) if workers > 1 else 1 << 62
     batches = plan_reads(index, transfers, batch_bytes)
-    job = _Job(_Shards(store, folder, batches), index, views, pace, deque(batches))
+    planned = sum(read.end - read.begin for batch in batches for read in batch.reads) if progress is not None else 0
+    job = _Job(_Shards(store, folder, batches), index, views, pace, deque(batches), Meter(planned, progress))
     try:
         bytes_read = _run(job, min(workers, len(batches)))
     finally:
@@ -110,13 +135,14 @@ def _views(transfers: Transfers, targets: Sequence[memoryview]) -> list[memoryvi
 
 @dataclass(frozen=True, slots=True)
 class _Job:
-    """What all threads share: they take batches from the left until there are none."""
+    """What all threads share: they take batches from the left until there are none. Without ``views`` they only check."""
 
     shards: _Shards
     index: Index
-    views: list[memoryview]
+    views: list[memoryview] | None
     pace: Pace
     batches: deque[Batch]
+    meter: Meter
 
     def work(self) -> int:
         """Do batches until none is left; bytes read. An error leaves none for the other threads."""
@@ -142,9 +168,23 @@ class _Job:
             with self.shards.open(batch) as source:
                 reader = _Reader(self, source, path, scratch)
                 for run in _runs(batch.reads, self.pace):
-                    reader.read(run)
+                    try:
+                        reader.read(run)
+                    except DamagedError:
+                        reader.bytes_read += self._again(batch, run, scratch)
         except ObjectNotFoundError as error:
             raise DamagedError(path, "the shard is missing", self.key(batch.reads[0])) from error
+        except DamagedError as error:
+            raise DamagedError(path, error.reason, error.key or self.key(batch.reads[0])) from error
+        return reader.bytes_read
+
+    def _again(self, batch: Batch, run: list[Read], scratch: _Scratch) -> int:
+        """Read once more what seems to be damaged, from the shard opened anew: one reading proves nothing."""
+        with closing(self.shards.anew(batch)) as source:
+            reader = _Reader(self, source, self.shards.path(batch), scratch)
+            for read in run:
+                reader.alone(read)
+        logger.warning("%s: one reading was damaged and the next was not, which counts", self.shards.path(batch))
         return reader.bytes_read
 
     def key(self, read: Read) -> str:
@@ -194,6 +234,10 @@ class _Shards:
                 self._left[shard] -= 1
                 if not self._left[shard]:
                     self._open.pop(shard).close()
+
+    def anew(self, batch: Batch) -> Source:
+        """The batch's shard, opened once more, for the caller to close."""
+        return self._store.open(self._relative(batch))
 
     def close(self) -> None:
         """Close what an error left open. Only when no thread is at work."""
@@ -251,7 +295,7 @@ class _Reader:
     def read(self, run: list[Read]) -> None:
         """Read, check and put in place. DamagedError with the key."""
         if len(run) == 1:
-            self._alone(run[0])
+            self.alone(run[0])
             return
         begin, end = run[0].begin, max(read.end for read in run)
         buffer = self._scratch.take(end - begin)
@@ -260,24 +304,31 @@ class _Reader:
         except DamagedError:
             # The shard ends too early: one at a time, to find the key that is hurt.
             for read in run:
-                self._alone(read)
+                self.alone(read)
             return
         for read in run:
             self._check(read, crc32c.crc32c(buffer[read.begin - begin : read.end - begin], read.before))
-            self._put(read, buffer, begin)
+            if self._job.views is not None:
+                self._put(read, self._job.views[read.wanted], buffer, begin)
 
-    def _alone(self, read: Read) -> None:
+    def alone(self, read: Read) -> None:
+        """As ``read``, for one that is not put together with others."""
         try:
-            view = self._job.views[read.wanted]
-            crc = self._pass_over(read.begin, read.keep, read.before)
-            if read.scatter is None:
-                crc = self._stream(read.keep, view[read.target : read.target + read.keep_end - read.keep], crc)
+            if self._job.views is None:
+                crc = self._pass_over(read.begin, read.end, read.before)
             else:
-                _, crc = self._scattered(read.scatter, read.keep, (view, read.target), read.keep, crc)
-            crc = self._pass_over(read.keep_end, read.end, crc)
+                crc = self._to_its_place(read, self._job.views[read.wanted])
         except DamagedError as error:
             raise DamagedError(self._path, error.reason, self._job.key(read)) from error
         self._check(read, crc)
+
+    def _to_its_place(self, read: Read, view: memoryview) -> int:
+        crc = self._pass_over(read.begin, read.keep, read.before)
+        if read.scatter is None:
+            crc = self._stream(read.keep, view[read.target : read.target + read.keep_end - read.keep], crc)
+        else:
+            _, crc = self._scattered(read.scatter, read.keep, (view, read.target), read.keep, crc)
+        return self._pass_over(read.keep_end, read.end, crc)
 
     def _check(self, read: Read, crc: int) -> None:
         if crc != read.after:
@@ -287,6 +338,7 @@ class _Reader:
     def _fill(self, position: int, target: memoryview) -> None:
         self._source.read_into(position, target)
         self.bytes_read += target.nbytes
+        self._job.meter.add(target.nbytes)
 
     def _stream(self, position: int, target: memoryview, crc: int) -> int:
         """Fill ``target``, a piece at a time, and carry the CRC on while the piece is still in the cache."""
@@ -304,9 +356,8 @@ class _Reader:
             position += piece.nbytes
         return crc
 
-    def _put(self, read: Read, buffer: memoryview, begin: int) -> None:
+    def _put(self, read: Read, view: memoryview, buffer: memoryview, begin: int) -> None:
         """Copy what is wanted out of ``buffer``, which holds the shard from ``begin`` on."""
-        view = self._job.views[read.wanted]
         if read.scatter is None:
             size = read.keep_end - read.keep
             view[read.target : read.target + size] = buffer[read.keep - begin : read.keep_end - begin]

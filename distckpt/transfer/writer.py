@@ -3,39 +3,52 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import crc32c
 import numpy as np
 
 from distckpt.errors import DamagedError
 from distckpt.format.arrow.receipt import ShardReceipt
-from distckpt.storage.interface import ObjectInfo, Store
+from distckpt.storage.interface import ObjectInfo, Store, SupportsCooling
+from distckpt.storage.patience import twice
 from distckpt.transfer.checksums import stored_size_and_crc
 from distckpt.transfer.staging import StagedShard
 
 SECTION_BYTES = 32 << 20
 
 
-def write_shard(store: Store, path: str, shard: StagedShard, section_bytes: int = SECTION_BYTES) -> ShardReceipt:
+def write_shard(
+    store: Store,
+    path: str,
+    shard: StagedShard,
+    section_bytes: int = SECTION_BYTES,
+    wrote: Callable[[int], object] = bool,
+) -> ShardReceipt:
     """Write what was last staged, once it has all arrived; durable on return.
 
-    ``section_bytes`` is a multiple of 1 MiB. Raises StorageError, or DamagedError if the store took in something else.
+    ``section_bytes`` is a multiple of 1 MiB. ``wrote`` is called with the bytes of each section on its way. Raises StorageError, or DamagedError if the store took in something else.
     """
     if shard.copied is None:
         raise ValueError("nothing has been staged")
     shard.copied.wait()
     sums = _Sums(shard)
-    info = store.put_unique(path, shard.image.size, sums.sections(section_bytes))
+    info = store.put_unique(path, shard.image.size, sums.sections(section_bytes, wrote))
     receipt = sums.receipt()
     _check(info, receipt, f"{store.url}/{path}")
     return receipt
 
 
 def read_back(store: Store, path: str, receipt: ShardReceipt) -> None:
-    """Read what was written once more. DamagedError if the store returns something else."""
-    if stored_size_and_crc(store, path) != (receipt.size, receipt.crc32c):
-        raise DamagedError(f"{store.url}/{path}", "what the store returns is not what was written")
+    """Read what was written once more, not what memory keeps of it. DamagedError if the store returns something else."""
+
+    def compare() -> None:
+        if isinstance(store, SupportsCooling):
+            store.cool(path)
+        if stored_size_and_crc(store, path) != (receipt.size, receipt.crc32c):
+            raise DamagedError(f"{store.url}/{path}", "what the store returns is not what was written")
+
+    twice(compare)
 
 
 def _check(info: ObjectInfo, receipt: ShardReceipt, path: str) -> None:
@@ -54,13 +67,14 @@ class _Sums:
         self._blocks: list[int] = []
         self._rows: list[int] = []
 
-    def sections(self, nbytes: int) -> Iterator[memoryview]:
+    def sections(self, nbytes: int, wrote: Callable[[int], object]) -> Iterator[memoryview]:
         """The shard's bytes in order."""
         image = self._shard.image
         last_rows = np.searchsorted(image.crc_positions, np.arange(nbytes, image.size + nbytes, nbytes)).tolist()
         for number, last_row in enumerate(last_rows):
             self._fill_in(last_row)
-            yield self._content[number * nbytes : (number + 1) * nbytes]
+            yield (section := self._content[number * nbytes : (number + 1) * nbytes])
+            wrote(section.nbytes)
 
     def receipt(self) -> ShardReceipt:
         """What the pass has found. To be asked for when every section has been taken."""

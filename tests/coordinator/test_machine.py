@@ -43,6 +43,7 @@ from distckpt.coordinator.messages import (
     Joined,
     Leave,
     OpenRun,
+    Pin,
     Restore,
     Restored,
     Retention,
@@ -52,6 +53,8 @@ from distckpt.coordinator.messages import (
     Unknown,
 )
 from distckpt.errors import (
+    BlockedError,
+    CommitUnknownError,
     CoordinatorError,
     CoordinatorUnavailableError,
     DamagedError,
@@ -59,9 +62,10 @@ from distckpt.errors import (
     RestoreError,
     SaveError,
     StaleRunError,
+    StorageError,
 )
 from distckpt.format.json.log import CheckpointRecord, Entry, State
-from distckpt.format.names import attempt_age, is_attempt
+from distckpt.format.names import attempt_age, entry_path, is_attempt
 from tests.support.driving import (
     DIRECTORY,
     TIMEOUT,
@@ -78,6 +82,8 @@ from tests.support.driving import (
     saved_three,
     simulated_plan,
 )
+
+OPENING = OpenRun("job", 0, 1, "h", "ckpt", Retention(), TIMEOUT)
 
 # ---- purity ----------------------------------------------------------------------------------------------------------
 
@@ -326,6 +332,60 @@ def test_after_an_unknown_outcome_the_same_entry_is_appended_again_and_nothing_e
         assert driver.take(Append).entry is entry
     driver.feed(NameTaken(entry, entry, entry.seq))
     assert cast(RunOpened, driver.replies[ticket]).run == 1
+
+
+@pytest.mark.parametrize("leading", [False, True])
+def test_who_waits_to_be_let_in_hears_why_the_log_cannot_be_written_and_may_ask_again(leading):
+    driver = Driver()
+    if leading:
+        driver.lead()
+    ticket = driver.ask(OPENING)
+    driver.settle(Append)
+    entry = driver.take(Append).entry
+    for tried in range(1, machine_module.TRIES + 1):
+        assert ticket not in driver.replies
+        driver.feed(AppendUnknown(entry, "permission denied"))
+        if tried < machine_module.TRIES:
+            driver.wait(driver.machine.next_deadline() - driver.mono)
+            assert driver.take(Append).entry is entry
+    error = refusal(driver.replies[ticket])
+    assert type(error) is StorageError
+    assert entry_path(entry.seq) in str(error)
+    assert "5 times over: permission denied" in str(error)
+    again = driver.ask(OPENING)
+    driver.wait(driver.machine.next_deadline() - driver.mono)
+    driver.settle()
+    assert cast(RunOpened, driver.replies[again]).run == 1
+
+
+@pytest.mark.parametrize("leading", [False, True])
+def test_what_is_in_the_way_of_an_entry_is_told_at_once(leading):
+    driver = Driver()
+    if leading:
+        driver.lead()
+    tickets = [driver.ask(OPENING), driver.ask(Pin(1, True))]
+    driver.settle(Append)
+    blocked = BlockedError("_log/1", "a pipe is there")
+    driver.feed(AppendUnknown(driver.take(Append).entry, str(blocked), blocked))
+    assert [refusal(driver.replies[ticket]) for ticket in tickets] == [blocked, blocked]
+    assert driver.machine.next_deadline() is not None
+
+
+def test_ranks_of_a_save_hear_at_once_what_is_in_the_way_of_its_entry():
+    driver = Driver().lead()
+    run = driver.open(2)
+    tickets = driver.land(run, driver.plan(run, 2, 1, 10))
+    driver.settle(Append)
+    entry = driver.take(Append).entry
+    blocked = BlockedError("_log/3", "a pipe is there")
+    driver.feed(AppendUnknown(entry, str(blocked), blocked))
+    for ticket in tickets:
+        error = refusal(driver.replies[ticket])
+        assert type(error) is CommitUnknownError
+        assert "a pipe is there" in str(error)
+    driver.wait(driver.machine.next_deadline() - driver.mono)
+    driver.settle()
+    assert [record.number for record in driver.machine.state.active] == [10]
 
 
 def test_retries_back_off_and_start_over():

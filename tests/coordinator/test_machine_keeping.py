@@ -38,6 +38,7 @@ from tests.support.driving import (
     TIMEOUT,
     Driver,
     filled,
+    finished,
     kinds,
     last,
     matched,
@@ -104,7 +105,7 @@ def test_trace_b_through_the_machine():
     assert list(driver.replies.values())[-1] == RunOpened(run, 1, ())
     reply = driver.answer(FromRank(run, 0, Restore(0, None)))
     assert cast(MatchWith, reply).record.number == 3
-    for report in (matched, filled):
+    for report in (matched, filled, finished):
         driver.answer(report(run, 0, reply.record.attempt))
     for order, at in enumerate((5010.0, 5020.0), 1):
         driver.now = at
@@ -396,6 +397,7 @@ def test_what_is_being_restored_is_spared_by_retention_until_it_is_done():
     driver.settle()
     assert driver.machine.state.active == (old, new)
     driver.answer(filled(run, 0, old.attempt, which=1))
+    driver.answer(finished(run, 0, old.attempt, which=1))
     driver.wait(30.0)
     driver.settle()
     assert driver.machine.state.active == (new,)

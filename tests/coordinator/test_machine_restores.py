@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import cast
 
 from distckpt.coordinator.messages import (
     FillFrom,
+    FinishWith,
     FromRank,
     Heartbeat,
     KeyMatch,
@@ -30,6 +32,7 @@ from tests.support.driving import (
     Driver,
     attempt_of,
     filled,
+    finished,
     matched,
     record,
     refusal,
@@ -42,7 +45,11 @@ def test_all_ranks_restore_the_newest_and_are_told_when_all_have():
     newest = saved[2].attempt
     for rank in range(2):
         assert driver.answer(FromRank(run, rank, Restore(0, None))) == MatchWith(saved[2])
-    for report, then in ((matched, FillFrom(saved[2], FITS)), (filled, Restored(saved[2]))):
+    for report, then in (
+        (matched, FillFrom(saved[2])),
+        (filled, FinishWith(saved[2], FITS)),
+        (finished, Restored(saved[2])),
+    ):
         first = driver.ask(report(run, 0, newest))
         again = driver.ask(report(run, 0, newest))
         assert first not in driver.replies
@@ -59,12 +66,27 @@ def test_nobody_fills_before_all_have_matched():
     early = driver.ask(matched(run, 0, newest))
     assert driver.answer(filled(run, 1, newest)) == MatchWith(saved[2])
     assert early not in driver.replies
-    assert driver.answer(matched(run, 1, newest)) == driver.replies[early] == FillFrom(saved[2], FITS)
+    assert driver.answer(matched(run, 1, newest)) == driver.replies[early] == FillFrom(saved[2])
     late = driver.answer(matched(run, 0, newest))
-    assert late == FillFrom(saved[2], FITS), "a late copy of a report on the stage before says nothing of this one"
+    assert late == FillFrom(saved[2]), "a late copy of a report on the stage before says nothing of this one"
     driver.ask(filled(run, 0, newest))
-    assert driver.answer(FromRank(run, 1, Restore(0, None))) == FillFrom(saved[2], FITS)
-    assert driver.answer(filled(run, 1, newest)) == Restored(saved[2])
+    assert driver.answer(FromRank(run, 1, Restore(0, None))) == FillFrom(saved[2])
+    assert driver.answer(filled(run, 1, newest)) == FinishWith(saved[2], FITS)
+
+
+def test_nobody_finishes_before_all_have_read_all_of_it():
+    driver, run, saved = saved_three()
+    newest = saved[2].attempt
+    for rank in range(2):
+        driver.ask(matched(run, rank, newest))
+    assert driver.answer(finished(run, 0, newest)) == FillFrom(saved[2])
+    early = driver.ask(filled(run, 0, newest))
+    assert early not in driver.replies
+    assert driver.answer(filled(run, 1, newest)) == driver.replies[early] == FinishWith(saved[2], FITS)
+    done = driver.ask(finished(run, 0, newest))
+    assert driver.answer(filled(run, 1, newest)) == FinishWith(saved[2], FITS)
+    assert done not in driver.replies
+    assert driver.answer(finished(run, 1, newest)) == driver.replies[done] == Restored(saved[2])
 
 
 def test_a_mismatch_on_any_rank_ends_the_restore_for_all_with_what_is_missing_or_does_not_fit_anywhere():
@@ -82,16 +104,20 @@ def test_what_one_rank_does_not_claim_another_may():
     driver, run, saved = saved_three()
     driver.ask(matched(run, 0, saved[2].attempt, KeyMatch(b"\xc0", 5)))
     reply = driver.answer(matched(run, 1, saved[2].attempt, KeyMatch(b"\x30", 4)))
-    assert reply == FillFrom(saved[2], KeyMatch(b"\x00", 5))
+    assert reply == FillFrom(saved[2])
+    driver.ask(filled(run, 0, saved[2].attempt))
+    assert driver.answer(filled(run, 1, saved[2].attempt)) == FinishWith(saved[2], KeyMatch(b"\x00", 5))
 
 
 def test_a_partial_restore_goes_on_and_tells_all_ranks_what_does_not_match():
     driver, run, saved = saved_three()
     newest, odd = saved[2].attempt, KeyMatch(b"\x80", 1, ("a",), (), 1)
     driver.ask(matched(run, 0, newest, odd, partial=True))
-    assert driver.answer(matched(run, 1, newest, odd, partial=True)) == FillFrom(saved[2], odd)
+    assert driver.answer(matched(run, 1, newest, odd, partial=True)) == FillFrom(saved[2])
     driver.ask(filled(run, 0, newest, partial=True))
-    assert driver.answer(filled(run, 1, newest, partial=True)) == Restored(saved[2])
+    assert driver.answer(filled(run, 1, newest, partial=True)) == FinishWith(saved[2], odd)
+    driver.ask(finished(run, 0, newest, partial=True))
+    assert driver.answer(finished(run, 1, newest, partial=True)) == Restored(saved[2])
 
 
 def test_nothing_in_common_is_a_mismatch_even_if_partial():
@@ -114,15 +140,45 @@ def test_ranks_that_disagree_whether_to_restore_in_part_are_refused():
 def test_damage_found_while_filling_makes_all_fall_back_and_match_again():
     driver, run, saved = saved_three()
     for rank in range(2):
-        driver.ask(matched(run, rank, saved[2].attempt, KeyMatch(b"\x80", 1), partial=True))
-    waits = driver.ask(filled(run, 0, saved[2].attempt, partial=True))
-    reply = driver.answer(filled(run, 1, saved[2].attempt, "shard 0: CRC", partial=True))
+        driver.ask(matched(run, rank, saved[2].attempt))
+    waits = driver.ask(filled(run, 0, saved[2].attempt))
+    reply = driver.answer(filled(run, 1, saved[2].attempt, "shard 0: CRC"))
     refused = ((f"{DIRECTORY}/ckpt-30", "rank 1 (host1): shard 0: CRC"),)
     assert reply == driver.replies[waits] == MatchWith(saved[1], refused)
-    driver.ask(matched(run, 0, saved[1].attempt, partial=True))
-    assert driver.answer(matched(run, 1, saved[1].attempt, partial=True)) == FillFrom(saved[1], FITS)
-    driver.ask(filled(run, 0, saved[1].attempt, partial=True))
-    assert driver.answer(filled(run, 1, saved[1].attempt, partial=True)) == Restored(saved[1], refused)
+    driver.ask(matched(run, 0, saved[1].attempt))
+    assert driver.answer(matched(run, 1, saved[1].attempt)) == FillFrom(saved[1])
+    driver.ask(filled(run, 0, saved[1].attempt))
+    assert driver.answer(filled(run, 1, saved[1].attempt)) == FinishWith(saved[1], FITS)
+    driver.ask(finished(run, 0, saved[1].attempt))
+    assert driver.answer(finished(run, 1, saved[1].attempt)) == Restored(saved[1], refused)
+
+
+def test_a_partial_restore_that_has_begun_to_fill_does_not_fall_back():
+    driver, run, saved = saved_three()
+    for rank in range(2):
+        driver.ask(matched(run, rank, saved[2].attempt, KeyMatch(b"\x80", 1), partial=True))
+    waits = driver.ask(filled(run, 0, saved[2].attempt, partial=True))
+    error = refusal(driver.answer(filled(run, 1, saved[2].attempt, "shard 0: CRC", partial=True)))
+    assert isinstance(error, NoGoodCheckpointError)
+    assert error.spoiled
+    assert error.refused == ((f"{DIRECTORY}/ckpt-30", "rank 1 (host1): shard 0: CRC"),)
+    assert refusal(driver.replies[waits]) == error
+
+
+def test_when_none_is_left_it_is_told_whether_anything_was_changed():
+    driver, run, saved = saved_three(1)
+    for order, reports in enumerate(((), (matched,))):
+        for report in reports:
+            driver.answer(_of(report(run, 0, saved[0].attempt, which=10), order))
+        bad = filled if reports else matched
+        error = refusal(driver.answer(_of(bad(run, 0, saved[0].attempt, refused="bad", which=10), order)))
+        assert isinstance(error, NoGoodCheckpointError)
+        assert error.spoiled == bool(reports)
+
+
+def _of(said: FromRank, order: int) -> FromRank:
+    """The same in another restore of the rank."""
+    return replace(said, request=replace(cast(Restore, said.request), order=order))
 
 
 def test_the_choice_stands_though_a_newer_one_is_committed_meanwhile():
@@ -142,9 +198,11 @@ def test_if_one_rank_refuses_all_fall_back_together():
     late = driver.answer(matched(run, 0, saved[2].attempt))
     assert late == reply
     driver.ask(matched(run, 1, saved[1].attempt))
-    assert driver.answer(matched(run, 0, saved[1].attempt)) == FillFrom(saved[1], FITS)
+    assert driver.answer(matched(run, 0, saved[1].attempt)) == FillFrom(saved[1])
     driver.ask(filled(run, 1, saved[1].attempt))
-    assert driver.answer(filled(run, 0, saved[1].attempt)) == Restored(saved[1], refused)
+    assert driver.answer(filled(run, 0, saved[1].attempt)) == FinishWith(saved[1], FITS)
+    driver.ask(finished(run, 1, saved[1].attempt))
+    assert driver.answer(finished(run, 0, saved[1].attempt)) == Restored(saved[1], refused)
 
 
 def test_fallback_goes_on_to_preserved_ones_but_never_to_retiring_ones():

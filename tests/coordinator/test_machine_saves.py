@@ -19,6 +19,7 @@ from distckpt.coordinator.machine.actions import (
     StepFailed,
     Tick,
 )
+from distckpt.coordinator.machine.answers import LATE_SHARE
 from distckpt.coordinator.messages import (
     Accepted,
     AwaitPlan,
@@ -28,9 +29,12 @@ from distckpt.coordinator.messages import (
     FromRank,
     Heartbeat,
     Joined,
+    Landing,
+    Late,
     Pin,
     Planned,
     Prepared,
+    Retention,
     Skipped,
     Status,
     StatusReply,
@@ -74,7 +78,7 @@ def test_a_save_is_committed_after_every_receipt_and_not_before():
     driver.settle()
     committed = [driver.replies[ticket] for ticket in tickets]
     expected = CheckpointRecord("ckpt", 42, seal.attempt, 11, 12, seal.time, 3, 13)
-    assert committed == [Committed(expected)] * 3
+    assert committed == [Committed(expected, Landing(1, "host1", 0.0))] * 3
     assert driver.machine.state.active == (expected,)
     assert any(isinstance(action, Publish) and action.entry.kind == "commit" for action in driver.done)
 
@@ -295,11 +299,11 @@ def test_receipts_may_come_twice_and_late():
     assert replies == [replies[0]] * 4
     assert isinstance(replies[0], Committed)
     assert driver.answer(messages[1]) == replies[0]
-    other = driver.restarted("b")
-    assert other.answer(messages[0]) == replies[0]
+    other, told = driver.restarted("b"), Committed(replies[0].record)
+    assert other.answer(messages[0]) == told
     other.open(2, run=run)
-    assert other.answer(messages[0]) == replies[0]
-    assert other.join(run, 0, 1, 5, attempt=planned[0][0]) == replies[0]
+    assert other.answer(messages[0]) == told
+    assert other.join(run, 0, 1, 5, attempt=planned[0][0]) == told
 
 
 def test_an_unknown_attempt_is_unknown():
@@ -451,6 +455,8 @@ def test_ranks_that_do_not_join_in_time_are_named():
     joined = cast(Joined, driver.join(run, 1, 1, 5))
     ticket = driver.ask(FromRank(run, 1, AwaitPlan(joined.attempt)))
     driver.wait(TIMEOUT - 0.1)
+    assert isinstance(driver.replies[ticket], Late)
+    ticket = driver.ask(FromRank(run, 1, AwaitPlan(joined.attempt)))
     assert ticket not in driver.replies
     driver.join(run, 1, 1, 5)
     driver.wait(0.1)
@@ -500,7 +506,57 @@ def test_each_receipt_gives_the_others_more_time():
         driver.wait(TIMEOUT - 1)
         tickets += driver.land(run, {rank: planned[rank]})
     driver.settle()
-    assert all(isinstance(driver.replies[ticket], Committed) for ticket in tickets)
+    assert isinstance(driver.replies[tickets[0]], Late)
+    assert all(isinstance(driver.replies[ticket], Committed) for ticket in tickets[1:])
+
+
+def test_one_of_those_who_wait_hears_who_is_late_once_and_long_before_the_deadline():
+    driver = Driver().lead()
+    run = driver.open(4)
+    planned = driver.plan(run, 4, 1, 5)
+    tickets = [driver.land(run, {rank: planned[rank]})[0] for rank in (3, 1)]
+    driver.wait(TIMEOUT * LATE_SHARE - 0.1)
+    assert not any(ticket in driver.replies for ticket in tickets)
+    assert driver.machine.next_deadline() == pytest.approx(driver.mono + 0.1)
+    driver.wait(0.1)
+    hosts = {0: "host0", 2: "host2"}
+    stage = "to report that its shards have landed"
+    assert driver.replies[tickets[1]] == Late((0, 2), hosts, pytest.approx(TIMEOUT * LATE_SHARE), TIMEOUT, stage)
+    assert tickets[0] not in driver.replies
+    again = driver.ask(receipt(run, 1, planned[1][0], len(planned[1][1].rows) // 4))
+    driver.wait(TIMEOUT / 2)
+    assert again not in driver.replies
+    driver.land(run, {2: planned[2]})
+    driver.wait(TIMEOUT / 2)
+    assert again not in driver.replies, "who is awaited still has been named before"
+    last = driver.land(run, {0: planned[0]})
+    driver.settle()
+    committed = driver.replies[last[0]]
+    assert isinstance(committed, Committed)
+    assert committed == driver.replies[again] == driver.replies[tickets[0]]
+    assert committed.last == Landing(0, "host0", pytest.approx(TIMEOUT * (1 + LATE_SHARE)))
+
+
+def test_nobody_is_reminded_when_nobody_waits():
+    driver = Driver().lead()
+    run = driver.open(2)
+    planned = driver.plan(run, 2, 1, 5)
+    driver.wait(TIMEOUT / 2)
+    assert driver.machine.next_deadline() == pytest.approx(driver.mono + TIMEOUT / 2)
+    late = driver.land(run, {0: planned[0]})[0]
+    driver.wait(TIMEOUT * LATE_SHARE)
+    assert isinstance(driver.replies[late], Late)
+
+
+def test_who_saves_is_told_once_what_had_to_make_room():
+    driver = Driver().lead()
+    run = driver.open(retention=Retention(2))
+    told = []
+    for number in (1, 2, 3, 4):
+        tickets = driver.land(run, driver.plan(run, 1, number, number))
+        driver.settle(Delete)
+        told.append(cast(Committed, driver.replies[tickets[0]]).retired)
+    assert told == [(), (), ("ckpt-1",), ("ckpt-2",)]
 
 
 def test_planning_and_sealing_are_not_given_up():

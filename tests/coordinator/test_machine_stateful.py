@@ -14,6 +14,7 @@ from distckpt.coordinator.machine.actions import (
     Answer,
     Append,
     Appended,
+    AppendRefused,
     AppendUnknown,
     Asked,
     CollectGarbage,
@@ -26,6 +27,7 @@ from distckpt.coordinator.machine.actions import (
     NameTaken,
     PlanMade,
     Publish,
+    Published,
     ReadLeases,
     ReadTail,
     Seal,
@@ -40,6 +42,7 @@ from distckpt.coordinator.messages import (
     Committed,
     Describe,
     FillFrom,
+    FinishWith,
     FromRank,
     Heartbeat,
     Join,
@@ -64,21 +67,23 @@ from distckpt.format.names import attempt_epoch
 from distckpt.testing.history import (
     INDEX,
     MANIFEST,
-    PROMISES,
     Agreed,
     Filled,
+    Finished,
     Held,
     History,
     LetGo,
     Matched,
     Piece,
     Promised,
+    ReadWhole,
     Whole,
 )
+from distckpt.testing.promises import PROMISES
 from distckpt.testing.sim_store import SimulatedPlan, SimulatedStore, describe, make_plan, record_of
 
 WORLD = 2
-FAULTS = st.sampled_from(["", "", "", "", "lost", "unknown", "late"])
+FAULTS = st.sampled_from(["", "", "", "", "lost", "unknown", "late", "refused"])
 PICK = st.integers(0, 1 << 20)
 TO = st.sampled_from([-1, -1, -1, 0, 1])
 
@@ -111,9 +116,10 @@ class Coordinators(RuleBasedStateMachine):
         self.tickets: dict[int, Request] = {}
         self.runs: dict[str, int] = {}
         self.late: list[tuple[str, Append]] = []
+        self.tried: set[str] = set()
         self.joined: list[tuple[FromRank, Joined]] = []
         self.planned: list[tuple[FromRank, str, Planned]] = []
-        self.restoring: list[tuple[FromRank, MatchWith | FillFrom]] = []
+        self.restoring: list[tuple[FromRank, MatchWith | FillFrom | FinishWith]] = []
         self.written: set[tuple[str, int]] = set()
         self.started = 0
         self.joins: dict[tuple[int, int], dict[int, int | None]] = {}
@@ -307,6 +313,8 @@ class Coordinators(RuleBasedStateMachine):
         report = Restore(first.order, None, reply.record.attempt, refused, partial=first.partial)
         if isinstance(reply, FillFrom):
             report = replace(report, stage="fill")
+        elif isinstance(reply, FinishWith):
+            report = replace(report, stage="finish", refused="")
         else:
             report = replace(report, keys=OTHERS[which % len(OTHERS)])
         self._ask(to, FromRank(asked.run, asked.rank, report))
@@ -315,7 +323,7 @@ class Coordinators(RuleBasedStateMachine):
     @rule(to=PICK, which=PICK, refused=st.sampled_from(["", "", "", "bad"]))
     def restore_together(self, to: int, which: int, refused: str) -> None:
         """Both ranks go through one restore, doing what they were told last."""
-        for stage in ("ask", "match", "fill"):
+        for stage in ("ask", "match", "fill", "finish"):
             for rank in range(WORLD):
                 mine = [at for at, (said, _) in enumerate(self.restoring) if said.rank == rank]
                 if stage == "ask":
@@ -356,6 +364,10 @@ class Coordinators(RuleBasedStateMachine):
         if isinstance(request, FromRank) and isinstance(request.request, Restore) and request.request.keys is not None:
             place, tried = 2 * int(shell.name) + request.request.order, request.request.tried
             self.history.add(Matched(request.run, place, request.rank, tried))
+        elif isinstance(request, FromRank) and isinstance(request.request, Restore) and request.request.stage == "fill":
+            place, tried = 2 * int(shell.name) + request.request.order, request.request.tried
+            if not request.request.refused:
+                self.history.add(ReadWhole(request.run, place, request.rank, tried))
         self._feed(shell, Asked(ticket, request))
 
     def _feed(self, shell: Shell, event: Event) -> None:
@@ -384,11 +396,14 @@ class Coordinators(RuleBasedStateMachine):
                 join = next(old for old, joined in reversed(self.joined)
                             if joined.attempt == attempt and old.rank == said.rank)  # fmt: skip
                 self.planned.append((join, attempt, reply))
-            case Restore(), MatchWith() | FillFrom():
+            case Restore(), MatchWith() | FillFrom() | FinishWith():
                 self.restoring.append((said, reply))
                 if isinstance(reply, FillFrom):
                     place = 2 * int(shell.name) + said.request.order
                     self.history.add(Filled(said.run, place, said.rank, reply.record.attempt, WORLD))
+                elif isinstance(reply, FinishWith):
+                    place = 2 * int(shell.name) + said.request.order
+                    self.history.add(Finished(said.run, place, said.rank, reply.record.attempt, WORLD))
             case Restore(order), Restored(record):
                 # Another coordinator may let a round begin anew, so a round is one coordinator's.
                 self.history.add(Agreed(said.run, 2 * int(shell.name) + order, said.rank, record))
@@ -420,6 +435,7 @@ class Coordinators(RuleBasedStateMachine):
                         self._erase(shell, attempt)
             case Publish(entry):
                 self.store.prune(entry.seq)
+                self._feed(shell, Published(entry))
             case Exit():
                 self.shells.remove(shell)
                 if not self.shells:
@@ -439,7 +455,11 @@ class Coordinators(RuleBasedStateMachine):
 
     def _append(self, shell: Shell, action: Append, fault: str) -> None:
         entry = action.entry
-        if fault in ("unknown", "late"):
+        is_first = entry.commit_id not in self.tried
+        self.tried.add(entry.commit_id)
+        if fault == "refused" and entry.kind == "commit" and is_first:  # whether a reader would take it does not change
+            self._feed(shell, AppendRefused(entry, "too long to be read"))
+        elif fault in ("unknown", "late"):
             self.late += [(shell.name, action)] if fault == "late" else []
             self._feed(shell, AppendUnknown(entry, "no answer"))
         elif self.store.put_entry(shell.name, entry) and fault != "lost":

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
 import distckpt
-from distckpt.coordinator.shell.housekeeping import read_leases
+from distckpt.coordinator.machine.actions import LeasesRead
+from distckpt.coordinator.shell.leases import Leases
 from distckpt.directory.lease import LEASE_SECONDS, hold
 from distckpt.directory.log import read_tail
 from distckpt.errors import CheckpointNotFoundError, StorageError
 from distckpt.format import names
-from distckpt.storage import LocalStore, MemoryStore, Store
+from distckpt.storage import LocalStore, MemoryStore, ObjectInfo, Store
 from distckpt.testing.faults import Fault, FaultOn
 from distckpt.testing.faulty import FaultyStore
 from tests.support.checkpoints import append_state, commit, new_attempt, put_manifest
+from tests.support.small_runs import Trainer, lease_on, mount, mounting, on_disk, run
 
 
 @pytest.fixture
@@ -32,7 +35,7 @@ def committed(store: Store, number: int = 1) -> str:
 
 
 def leased(store: Store) -> frozenset[str]:
-    return read_leases(store).attempts
+    return Leases(store).read().attempts
 
 
 def test_what_is_held_is_not_deleted_and_goes_when_it_is_released(tmp_path: Path) -> None:
@@ -123,3 +126,69 @@ def test_a_lease_that_cannot_be_deleted_does_no_harm(caplog: pytest.LogCaptureFi
         pass
     assert leased(store) == {attempt}
     assert "will expire" in caplog.text
+
+
+# ---- leases that something is wrong with ----------------------------------------------------------------------------
+
+
+class Stubborn(LocalStore):
+    """Deletes no lease, as where the folder belongs to somebody else."""
+
+    def delete(self, path: str) -> None:
+        """See Store."""
+        if path.startswith(names.LEASES):
+            raise StorageError(path, "not permitted")
+        super().delete(path)
+
+
+def test_an_expired_lease_that_cannot_be_deleted_keeps_nothing_and_is_told_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run(tmp_path, 1, 2)
+    lease = lease_on(tmp_path, 1, seconds=-1)
+    with mounting(), Trainer(mount(Stubborn(tmp_path)), max_to_keep=1) as trainer:
+        for number in (3, 4, 5):
+            trainer.saved(number)
+    assert on_disk(tmp_path) == [5]
+    assert (tmp_path / lease).exists()
+    assert caplog.text.count(f"the lease {lease} has expired, and stays because it cannot be deleted") == 1
+
+
+def test_one_lease_that_cannot_be_deleted_takes_no_other_away(store: MemoryStore) -> None:
+    faulty = FaultyStore(store, FaultOn("delete", Fault.BEFORE, "_leases/"))
+    first, second = committed(store), committed(store, 2)
+    with hold(faulty, first, "gone", seconds=-1), hold(faulty, second, "a test"):
+        assert Leases(faulty).read() == LeasesRead(frozenset({second}))
+
+
+def test_a_lease_that_cannot_be_read_counts_for_as_long_as_somebody_renews_it(
+    store: MemoryStore, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """And not for ever: a file that nobody touches for an hour is nobody's claim."""
+    path, leases, now = names.lease_path("odd"), Leases(store), time.monotonic()
+    with hold(store, committed(store), "a test"):
+        store.replace(path, b"damaged")
+        for later in (0, 3000, 3599):
+            monkeypatch.setattr(time, "monotonic", lambda later=later: now + later)
+            assert path in leases.read().failed
+        written = time.time() + 1
+        monkeypatch.setattr(time, "time", lambda: written)
+        store.replace(path, b"damaged")
+        for later in (4000, 7599):
+            monkeypatch.setattr(time, "monotonic", lambda later=later: now + later)
+            assert path in leases.read().failed
+        monkeypatch.setattr(time, "monotonic", lambda: now + 7601)
+        assert leases.read().failed == ""
+        assert len(leases.read().attempts) == 1
+    assert caplog.text.count("nothing is deleted while the lease") == 1
+    assert caplog.text.count("it counts no longer") == 1
+
+
+def test_leases_that_cannot_be_listed_are_told_once(store: MemoryStore, caplog: pytest.LogCaptureFixture) -> None:
+    class Unlisted(MemoryStore):
+        def list(self, folder: str) -> Iterator[ObjectInfo]:
+            raise StorageError(folder, "stale handle")
+
+    leases = Leases(Unlisted())
+    assert [leases.read().failed, leases.read().failed] == ["_leases: stale handle"] * 2
+    assert caplog.text.count("the leases cannot be listed") == 1

@@ -34,13 +34,14 @@ from distckpt.export.task import NICENESS, Order, Outcome, carry_out
 from distckpt.format import names
 from distckpt.format.json.export import ExportedFile, ExportedModule, ExportManifest
 from distckpt.format.json.log import CheckpointRecord
-from distckpt.format.json.sealed import seal
 from distckpt.storage import LocalStore, MemoryStore, Store
 from distckpt.testing.faults import FaultAt, faults_of, rewritten
 from distckpt.testing.faulty import FaultyStore
+from distckpt.testing.observing import everything
 from tests.ranks.export import Tower, blocks, gpt_config, inputs, output, small_gpt, tower
 from tests.support.checkpoints import append_state, commit, new_attempt, put_manifest, write_checkpoint
 from tests.support.gang import ROOT, Gang
+from tests.support.sealed import plain, resealed
 from tests.support.small_runs import mount, mounting, until
 from tests.support.warm import run_script, warm
 
@@ -67,22 +68,34 @@ def describe_export(
     folder = names.attempt_folder(record.name, record.number, record.attempt)
     files = (ExportedFile(names.WEIGHTS, 1, 2),)
     manifest = ExportManifest(1, new_attempt()[-32:], record.attempt, 3.0, (ExportedModule("tower", files),))
-    store.put_if_absent(f"{folder}/{names.EXPORT}", seal(change(manifest)))
+    store.put_if_absent(f"{folder}/{names.EXPORT}", resealed(plain(change(manifest))))
     return f"{store.url}/{folder}/{manifest.folder}"
 
 
-def test_exports_are_ordered_by_number_and_zero_is_one(tmp_path: Path) -> None:
+def test_exports_are_listed_by_save_and_visited_by_number_and_zero_is_one(tmp_path: Path) -> None:
     store = LocalStore(tmp_path)
-    paths = {number: exported(store, number) for number in (10, 9, 0, 100)}
-    in_order = [paths[number] for number in (0, 9, 10, 100)]
-    assert distckpt.list_exports(tmp_path) == in_order
-    assert distckpt.latest_export(str(tmp_path)) == paths[100]
+    paths = {number: exported(store, number) for number in (10, 9, 0, 100, 11)}
+    in_order = [paths[number] for number in (0, 9, 10, 11, 100)]
+    assert distckpt.list_exports(tmp_path) == list(paths.values())
+    assert distckpt.latest_export(str(tmp_path)) == paths[11]
     assert list(distckpt.exports_iterator(tmp_path, timeout=0)) == in_order
     last = None
     for path in in_order:
         last = distckpt.wait_for_new_export(tmp_path, last, timeout=0)
         assert last == path
     assert distckpt.wait_for_new_export(tmp_path, last, timeout=0) is None
+
+
+def test_after_a_rollback_the_most_recent_export_is_that_of_the_last_save(tmp_path: Path) -> None:
+    store = LocalStore(tmp_path)
+    paths = {number: exported(store, number) for number in (100, 200, 300, 150)}
+    assert distckpt.latest_export(tmp_path) == paths[150]
+    assert distckpt.list_exports(tmp_path) == list(paths.values())
+    commit(store, put_manifest(store, 160, new_attempt()))
+    assert distckpt.latest_export(tmp_path) == paths[150]  # of those that have been exported
+    append_state(store, lambda state: type(state)(preserved=state.active), "retire")
+    assert distckpt.latest_export(tmp_path) == paths[150]
+    assert distckpt.list_exports(tmp_path) == list(paths.values())
 
 
 def test_a_directory_that_is_not_there_has_no_exports(tmp_path: Path) -> None:
@@ -405,8 +418,8 @@ def small_checkpoint(tmp_path: Path) -> MemoryStore:
     """A checkpoint of a tower, in memory."""
     write_checkpoint(tmp_path, 1, {"model": dict(tower(1).state_dict())})
     disk, store = LocalStore(tmp_path), MemoryStore()
-    for info in disk.list(""):
-        store.put_if_absent(info.path, disk.read(info.path, info.size))
+    for path, size in everything(disk).items():
+        store.put_if_absent(path, disk.read(path, size))
     return store
 
 
@@ -426,7 +439,7 @@ def assert_whole_or_none(store: Store) -> bool:
 
 
 def export_folders(store: Store) -> set[str]:
-    return {part for info in store.list("ckpt-1") for part in info.path.split("/") if part.startswith("export-")}
+    return {part for path in everything(store, "ckpt-1") for part in path.split("/") if part.startswith("export-")}
 
 
 @pytest.mark.usefixtures("urls")
@@ -644,16 +657,16 @@ def test_a_preserved_checkpoint_keeps_its_export_and_a_later_manager_makes_what_
     how = {"tower": distckpt.Export(key="model")}
     with Exporting(checkpoint, tmp_path, 1, how, 1e-9) as exporting:
         exporting.wait_for_exports(50)
-        assert numbers(exporting) == [1, 3]
+        assert numbers(exporting) == [3, 1]
         made = [Path(path).stat().st_ctime for path in exporting.exports]
-        assert made == sorted(made), "the lowest number is made first"
+        assert made[::-1] == sorted(made), "the lowest number is made first"
         exporting.save(2).result(30)
         assert exporting.checkpoints == [f"{tmp_path}/ckpt-2"]
         exporting.wait_for_exports(50)
-        assert numbers(exporting) == [1, 2, 3]
+        assert numbers(exporting) == [3, 1, 2]
     [record] = [one for one in read_tail(LocalStore(tmp_path)).state.preserved if one.number == 3]
-    assert Path(list_exports(tmp_path)[-1], "tower/model.safetensors").exists()
-    assert record.attempt in list_exports(tmp_path)[-1]
+    assert Path(list_exports(tmp_path)[0], "tower/model.safetensors").exists()
+    assert record.attempt in list_exports(tmp_path)[0]
 
 
 @pytest.mark.usefixtures("on_ray")

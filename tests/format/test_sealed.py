@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 import crc32c
@@ -12,16 +13,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from distckpt.errors import DamagedError, UnsupportedFormatError
-from distckpt.format.json.log import Entry, State, check_entry
-from distckpt.format.json.manifest import Manifest, ShardRecord, check_manifest
-from distckpt.format.json.sealed import seal, unseal
+from distckpt.format.json.entry_sealer import EntrySealer
+from distckpt.format.json.export import ExportedFile, ExportedModule, ExportManifest
+from distckpt.format.json.lease import Lease
+from distckpt.format.json.log import CheckpointRecord, Entry, Kind, State
+from distckpt.format.json.manifest import Manifest, ShardRecord
+from distckpt.format.json.sealed import Sealed, seal, unseal
 from tests.support.sealed import ATTEMPT, ENTRY, MANIFEST, OLDER, RECORD, plain, resealed
 
 PATH = "run/ckpt-42/manifest.json"
 
 
 @pytest.mark.parametrize("record", [MANIFEST, ENTRY])
-def test_what_is_sealed_comes_back(record: msgspec.Struct) -> None:
+def test_what_is_sealed_comes_back(record: Sealed) -> None:
     data = seal(record)
     assert unseal(data, type(record), PATH, len(data)) == record
 
@@ -49,8 +53,11 @@ def test_any_text_and_number_survives(metrics: dict[str, float], token: str, num
 
 @pytest.mark.parametrize("number", [float("nan"), float("inf")])
 def test_what_would_not_come_back_is_refused_before_it_is_written(number: float) -> None:
-    with pytest.raises(ValueError, match="CheckpointRecord cannot be stored"):
-        seal(msgspec.structs.replace(RECORD, metrics={"loss": number}))
+    entry = with_record(metrics={"loss": number})
+    with pytest.raises(ValueError, match="Entry cannot be stored"):
+        seal(entry)
+    with pytest.raises(ValueError, match="cannot be stored: time or a metric of checkpoint ckpt-42 is not a number"):
+        EntrySealer().seal(entry)
 
 
 @pytest.mark.parametrize("flip", [0x01, 0x20, 0xFF])
@@ -129,9 +136,18 @@ def test_a_missing_field_is_damage() -> None:
 
 
 def test_a_sound_manifest_and_entry_pass_the_checks() -> None:
-    check_manifest(MANIFEST, PATH)
-    check_entry(ENTRY, PATH)
-    check_entry(msgspec.structs.replace(ENTRY, kind="claim", state=State()), PATH)
+    empty = msgspec.structs.replace(ENTRY, kind="claim", state=State())
+    assert [list(record.problems()) for record in (MANIFEST, ENTRY, empty)] == [[], [], []]
+
+
+def assert_makes_no_sense(record: Sealed, reason: str) -> None:
+    """No reader takes it, so it is not written either."""
+    assert any(re.search(reason, problem) for problem in record.problems())
+    with pytest.raises(ValueError, match="cannot be stored"):
+        seal(record)
+    with pytest.raises(DamagedError) as caught:
+        unseal(resealed(plain(record)), type(record), PATH, 1 << 20)
+    assert caught.value.path == PATH
 
 
 SHARD = MANIFEST.shards[0]
@@ -167,9 +183,7 @@ SHARD = MANIFEST.shards[0]
     ],
 )
 def test_a_manifest_that_makes_no_sense_is_damage(fields: dict[str, Any], reason: str) -> None:
-    with pytest.raises(DamagedError, match=reason) as caught:
-        check_manifest(msgspec.structs.replace(MANIFEST, **fields), PATH)
-    assert caught.value.path == PATH
+    assert_makes_no_sense(msgspec.structs.replace(MANIFEST, **fields), reason)
 
 
 def with_record(**fields: Any) -> Entry:
@@ -210,5 +224,87 @@ def with_state(**fields: Any) -> Entry:
     ],
 )
 def test_an_entry_that_makes_no_sense_is_damage(entry: Entry, reason: str) -> None:
-    with pytest.raises(DamagedError, match=reason):
-        check_entry(entry, PATH)
+    assert_makes_no_sense(entry, reason)
+    with pytest.raises(ValueError, match="cannot be stored"):
+        EntrySealer().seal(entry)
+
+
+# ---- entries one after the other ------------------------------------------------------------------------------------
+
+
+RECORDS = st.builds(
+    lambda number, time, pinned, metrics: msgspec.structs.replace(
+        RECORD, number=number, attempt=f"e1-{number:032x}", time=time, pinned=pinned, metrics=metrics
+    ),
+    st.integers(0, 12),
+    st.floats(0, 1e12),
+    st.booleans(),
+    st.dictionaries(st.text(max_size=3), st.floats(allow_nan=False, allow_infinity=False), max_size=2),
+)
+STATES = st.lists(st.tuples(RECORDS, st.sampled_from(["active", "preserved", "retiring"])), max_size=8)
+
+
+@given(st.lists(STATES, max_size=5), st.text(max_size=9))
+def test_an_entry_after_others_has_the_bytes_that_it_has_alone(states: list[Any], token: str) -> None:
+    sealer = EntrySealer()
+    for seq, records in enumerate(states, 1):
+        once = {record.attempt: (record, where) for record, where in records}.values()
+        lists = {name: tuple(record for record, where in once if where == name) for _, name in once}
+        entry = Entry(1, seq, 1, "commit", 1.5, f"c{seq}", State(run_token=token, **lists))
+        assert sealer.seal(entry) == seal(entry)
+
+
+def test_an_entry_after_others_is_refused_like_any_other() -> None:
+    sealer = EntrySealer()
+    sealer.seal(ENTRY)
+    with pytest.raises(ValueError, match="an attempt twice"):
+        sealer.seal(with_state(active=(*ENTRY.state.active, RECORD)))
+    with pytest.raises(ValueError, match="run token"):
+        sealer.seal(with_state(run_token="x" * 257))
+    with pytest.raises(ValueError, match="not a number"):
+        sealer.seal(with_state(active=(*ENTRY.state.active[:1], msgspec.structs.replace(RECORD, time=float("nan")))))
+    assert sealer.seal(ENTRY) == seal(ENTRY)
+
+
+def long_record(number: int, nbytes: int) -> CheckpointRecord:
+    """One of about so many bytes in the log."""
+    metrics = {f"{at:x<1000000}": 1.0 for at in range(nbytes // 1_000_010)}
+    return msgspec.structs.replace(RECORD, number=number, attempt=f"e1-{number:032x}", metrics=metrics)
+
+
+def kept(kind: Kind, *mib: int, retiring: int = 0) -> Entry:
+    """An entry with records of about so many MiB each."""
+    active = tuple(long_record(number, size << 20) for number, size in enumerate(mib))
+    gone = (long_record(100, retiring << 20),) if retiring else ()
+    return Entry(1, 1, 1, kind, 1.5, "c", State(active=active, retiring=gone))
+
+
+def test_an_entry_that_no_reader_would_take_is_not_written() -> None:
+    with pytest.raises(ValueError, match=r"lists 2 checkpoints would be .* too long to be read\. Keep fewer"):
+        EntrySealer().seal(kept("claim", 33, 33))
+    with pytest.raises(ValueError, match="is the most that is read"):
+        seal(kept("claim", 33, 33))
+
+
+def test_a_commit_leaves_room_for_what_has_to_follow_it() -> None:
+    """A claim, a run, and the records on their way out: whoever keeps fewer from now on can commit."""
+    with pytest.raises(ValueError, match="Keep fewer"):
+        EntrySealer().seal(kept("commit", 33, 25))
+    assert EntrySealer().seal(kept("claim", 33, 25))
+    assert EntrySealer().seal(kept("commit", 33, 20))
+    assert EntrySealer().seal(kept("commit", 33, retiring=25))
+    with pytest.raises(ValueError, match="Keep fewer"):
+        EntrySealer().seal(kept("commit", 33, retiring=32))
+    assert EntrySealer().seal(kept("retire", 33, retiring=32))
+
+
+def test_nothing_else_that_no_reader_would_take_is_written_either() -> None:
+    with pytest.raises(ValueError, match=r"this Lease cannot be stored: .* is the most that is read"):
+        seal(Lease(1, ATTEMPT, "h" * (64 << 10), 1.0))
+    many = tuple(ShardRecord(rank, 0, 1 << 40, 1 << 31) for rank in range(1 << 20))
+    with pytest.raises(ValueError, match=r"this Manifest cannot be stored: .* is the most that is read"):
+        seal(msgspec.structs.replace(MANIFEST, world_size=1 << 20, shards=many))
+    file = ExportedFile("model.safetensors", 1, 2)
+    modules = tuple(ExportedModule(f"{number:x<120}", (file,)) for number in range(90_000))
+    with pytest.raises(ValueError, match=r"this ExportManifest cannot be stored: .* is the most that is read"):
+        seal(ExportManifest(1, "a" * 32, ATTEMPT, 1.0, modules))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import math
 import mmap
 import struct
@@ -15,8 +13,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from distckpt.errors import DamagedError, UnsupportedFormatError
-from distckpt.format.arrow.shard import MAP_NORESERVE, SCHEMA, Chunk, block_size, build_image, read_rows
+from distckpt.format.arrow.shard import MAP_NORESERVE, SCHEMA, Chunk, block_size, build_image
+from tests.support.shards import rows_of
 
 KIB = 1 << 10
 MIB = 1 << 20
@@ -94,7 +92,6 @@ def test_a_finished_image_is_a_plain_arrow_file(sizes):
     assert table.schema.equals(SCHEMA, check_metadata=True)
     assert table.to_pylist() == expected(chunks)
     assert pa.ipc.open_stream(data[8:]).read_all().equals(table)
-    assert read_rows(memoryview(data), "00000-0.arrow").equals(table)
 
 
 def test_every_kind_of_chunk():
@@ -105,7 +102,7 @@ def test_every_kind_of_chunk():
         Chunk("empty", "complex128", (0, 4), (0, 0), (0, 4), 0),
         Chunk("größe.\U0001f600", "int64", (2,), (0,), (2,), 16),
     ]
-    assert read_rows(finish(build_image(chunks)), "shard").to_pylist() == expected(chunks)
+    assert rows_of(finish(build_image(chunks))) == expected(chunks)
 
 
 def test_small_chunks_share_batches_and_large_ones_do_not():
@@ -124,7 +121,7 @@ def test_a_thousand_large_chunks():
     chunks = [byte_chunk(number, 64 * KIB + number) for number in range(1000)]
     image = build_image(chunks)
     check_cover(image)
-    assert read_rows(finish(image), "shard").to_pylist() == expected(chunks)
+    assert rows_of(finish(image)) == expected(chunks)
 
 
 def test_payloads_begin_at_multiples_of_eight_and_crcs_never_straddle():
@@ -203,104 +200,3 @@ def test_block_sizes_of_an_image_follow_the_first_dimension():
         Chunk("e", "int64", (0,), (0,), (0,), 0),
     ]
     assert build_image(chunks).block_sizes.tolist() == [128 * KIB, 36, MIB, 8, 1]
-
-
-# ---- damage -------------------------------------------------------------------------------------------------------
-
-
-def small_file():
-    chunks = [byte_chunk("a", 5), Chunk("b", "json", (), (), (), 64), byte_chunk("c", 70 * KIB), byte_chunk("d", 0)]
-    return finish(build_image(chunks)), expected(chunks)
-
-
-SMALL, ROWS = small_file()
-
-
-@settings(max_examples=300, deadline=None)
-@given(st.integers(0, len(SMALL) - 1), st.integers(1, 255))
-def test_a_changed_byte_never_yields_another_payload(at, change):
-    data = bytearray(SMALL)
-    data[at] ^= change
-    with contextlib.suppress(DamagedError):
-        # Keys and dimensions are covered by the index's own checksum.
-        assert read_rows(bytes(data), "shard").column("data").to_pylist() == [row["data"] for row in ROWS]
-
-
-@pytest.mark.parametrize("size", [0, 1, 8, 100, 1000, len(SMALL) - 1])
-def test_a_shard_cut_short_is_damaged(size):
-    with pytest.raises(DamagedError):
-        read_rows(SMALL[:size], "shard")
-
-
-def file_of(batch, options=None):
-    sink = io.BytesIO()
-    with pa.ipc.new_file(sink, batch.schema, options=options) as writer:
-        writer.write_batch(batch)
-    return sink.getvalue()
-
-
-def batch_of(**changes):
-    columns = {
-        "key": pa.array(["k"]),
-        "dtype": pa.array(["uint8"]),
-        "shape": pa.array([[4]], pa.list_(pa.int64())),
-        "offset": pa.array([[1]], pa.list_(pa.int64())),
-        "length": pa.array([[3]], pa.list_(pa.int64())),
-        "crc32c": pa.array([crc32c.crc32c(b"abc")], pa.uint32()),
-        "data": pa.array([b"abc"], pa.large_binary()),
-    } | changes
-    return pa.record_batch(list(columns.values()), names=list(columns)).replace_schema_metadata(SCHEMA.metadata)
-
-
-def lists(*values):
-    return pa.array([list(values)], pa.list_(pa.int64()))
-
-
-def test_what_the_next_tests_change_is_right_to_begin_with():
-    assert read_rows(file_of(batch_of()), "shard").num_rows == 1
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"key": pa.array([None], pa.utf8())},
-        {"key": pa.array(["k"]).dictionary_encode()},
-        {"key": pa.array(["k"], pa.large_utf8())},
-        {"data": pa.array([b"abc"])},
-        {"data": pa.array([b"abd"], pa.large_binary())},
-        {"data": pa.array([b"abcd"], pa.large_binary())},
-        {"dtype": pa.array(["int16"])},
-        {"dtype": pa.array(["object"])},
-        {"dtype": pa.array(["json"])},
-        {"shape": lists(3)},
-        {"shape": lists(4, 1)},
-        {"shape": lists(None)},
-        {"offset": lists(-1)},
-        {"length": lists(-3)},
-        {"shape": lists(2**63 - 1), "offset": lists(2**63 - 1)},
-        {"extra": pa.array([1])},
-    ],
-)
-def test_other_columns_or_rows_that_do_not_fit_together_are_damage(changes):
-    with pytest.raises(DamagedError):
-        read_rows(file_of(batch_of(**changes)), "shard")
-
-
-def test_compressed_buffers_are_damage():
-    batch = batch_of(
-        data=pa.array([bytes(MIB)], pa.large_binary()),
-        shape=lists(MIB),
-        offset=lists(0),
-        length=lists(MIB),
-        crc32c=pa.array([crc32c.crc32c(bytes(MIB))], pa.uint32()),
-    )
-    assert read_rows(file_of(batch), "shard").num_rows == 1
-    with pytest.raises(DamagedError, match="compressed"):
-        read_rows(file_of(batch, pa.ipc.IpcWriteOptions(compression="zstd")), "shard")
-
-
-def test_another_format_is_refused_by_name():
-    with pytest.raises(UnsupportedFormatError, match="2"):
-        read_rows(file_of(batch_of().replace_schema_metadata({"distckpt.format": "2"})), "shard")
-    with pytest.raises(DamagedError):
-        read_rows(file_of(batch_of().replace_schema_metadata({})), "shard")

@@ -11,13 +11,14 @@ from tests.house.source import PACKAGE, file_of, imports, imports_when_imported,
 FLOORS = (
     ("errors",),
     ("world",),
-    ("storage", "format", "threads"),
+    ("storage", "format", "threads", "terminal"),
     ("sharding", "state_file"),
     ("transfer",),
     ("directory",),
     ("state", "coordinator", "watch", "cli"),
-    ("rank", "checkpoint", "reader", "testing"),
+    ("rank", "reader", "testing"),
     ("manager",),
+    ("checkpoint",),
     ("training", "export"),
     ("integrations",),
 )
@@ -102,7 +103,7 @@ def test_no_module_needs_itself() -> None:
 def test_wall_clock_time_is_read_at_the_rim_and_through_time_time_alone() -> None:
     """So a test can set it, and what decides (the machine, retention) is told."""
     rim = {"coordinator.shell.shell", "coordinator.shell.housekeeping", "storage.local", "storage.memory"}
-    rim |= {"export.task", "training.hooks", "directory.lease", "cli.adopting"}
+    rim |= {"coordinator.shell.leases", "export.task", "training.hooks", "directory.lease", "cli.adopting"}
     harmless = {"time.monotonic", "time.perf_counter", "time.sleep"}
     calendar = ("datetime.now", "datetime.utcnow", "datetime.today", "date.today")
     readers, others = set(), set()

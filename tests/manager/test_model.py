@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 import distckpt
 from distckpt.format import names
 from distckpt.storage import Store, open_store
+from distckpt.testing.observing import everything
 from tests.support import reference_manager
 from tests.support.reference_manager import ReferenceManager, StateFile
 from tests.support.small_runs import until
@@ -168,7 +169,9 @@ class World:
     def files(self) -> Counter[str]:
         """How many attempts at each checkpoint have any file left."""
         folders = [folder for folder in self.store.folders("") if names.parse_checkpoint(folder) is not None]
-        return Counter(folder for folder in folders for _ in self.store.folders(folder) if any(self.store.list(folder)))
+        return Counter(
+            folder for folder in folders for _ in self.store.folders(folder) if everything(self.store, folder)
+        )
 
     def expected_files(self) -> Counter[str]:
         """The same by the model."""

@@ -21,7 +21,7 @@ import pytest
 from distckpt.coordinator.client import client
 from distckpt.coordinator.machine import ledger
 from distckpt.errors import CommitUnknownError, DistckptError, StorageError
-from distckpt.storage import LocalStore
+from distckpt.storage import LocalStore, patience
 from distckpt.testing.faulty import Call, Fault, FaultyStore, Operation, faults_of, rewritten
 from tests.support import crashing
 from tests.support.crashing import Ended, save_and_die
@@ -42,6 +42,8 @@ pytestmark = pytest.mark.timeout(240)
 
 KEEP = 2
 
+Fine = tuple[type[BaseException], ...]
+
 
 @pytest.fixture(scope="module", autouse=True)
 def impatience() -> Iterator[None]:
@@ -49,6 +51,7 @@ def impatience() -> Iterator[None]:
     with mounting(), pytest.MonkeyPatch.context() as patch:
         patch.setattr(ledger, "FIRST_RETRY", 0.02)
         patch.setattr(client, "OPEN_SECONDS", 1.0)
+        patch.setattr(patience, "PAUSES", (0.0, 0.01))
         yield
 
 
@@ -109,29 +112,29 @@ class Told:
     errors: dict[str, BaseException] = field(default_factory=dict)
 
 
-def drive(url: str, save_timeout: float) -> Told:
+def drive(url: str, save_timeout: float, fine: Fine = (DistckptError,)) -> Told:
     """Open, restore, save 2 and 3, close. Errors are noted, but only typed ones are fine."""
     told = Told()
     try:
         trainer = Trainer(url, max_to_keep=KEEP, save_timeout=save_timeout)
-    except DistckptError as error:
+    except fine as error:
         told.errors["open"] = error
         return told
     try:
         assert str(trainer.manager.restore_or_initialize()).endswith("/ckpt-1")
         assert holds(trainer.checkpoint.state, 1)
-    except DistckptError as error:
+    except fine as error:
         told.errors["restore"] = error
     for number in (2, 3):
         error = trainer.save(number).exception(60)
         if error is None:
             told.acknowledged.append(number)
         else:
-            assert isinstance(error, DistckptError), f"save({number}): {error!r}"
+            assert isinstance(error, fine), f"save({number}): {error!r}"
             told.errors[f"save {number}"] = error
     try:
         trainer.manager.close()
-    except DistckptError as error:
+    except fine as error:
         told.errors["close"] = error
     return told
 
@@ -180,7 +183,8 @@ def _disturb(template: Path, tmp_path: Path, place: Place, kind: Fault) -> tuple
     directory = copied(template, tmp_path, f"{uuid.uuid4().hex}")
     script = FaultAtPlace(place, kind)
     store = FaultyStore(LocalStore(directory), script)
-    told = drive(mount(store), 0.5 if kind is Fault.GONE else 60)
+    fine: Fine = (DistckptError, MemoryError) if kind is Fault.NO_MEMORY else (DistckptError,)
+    told = drive(mount(store), 0.5 if kind is Fault.GONE else 60, fine)
     if kind is not Fault.GONE:
         store.heal()
     check_what_is_left(directory, told, store.calls)
@@ -238,6 +242,12 @@ def test_cut_off_from_every_call_on(template: Path, places: list[Place], tmp_pat
     assert any(not one.acknowledged for one in told)
     assert any(one.acknowledged == [2] for one in told)
     assert any(isinstance(one.errors.get("save 2"), CommitUnknownError) for one in told)
+
+
+def test_no_memory_for_any_call(template: Path, places: list[Place], tmp_path: Path) -> None:
+    done = _disturb_all(template, tmp_path, _plan(places, lambda place: [Fault.NO_MEMORY]))
+    for (place, _), (_, told) in done.items():
+        assert len(told.acknowledged) >= 1 or "open" in told.errors, f"{place}: {told}"
 
 
 # ---- the process is killed --------------------------------------------------------------------------------------------

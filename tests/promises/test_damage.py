@@ -14,7 +14,6 @@ from typing import Any
 
 import crc32c
 import msgspec
-import pyarrow as pa
 import pytest
 from click.testing import CliRunner
 
@@ -23,13 +22,13 @@ from distckpt.cli import main
 from distckpt.directory.log import sequence_numbers
 from distckpt.errors import CheckpointNotFoundError, DamagedError, NoGoodCheckpointError, UnsupportedFormatError
 from distckpt.format import names
-from distckpt.format.arrow.index_encoding import SCHEMA
 from distckpt.format.json.log import Entry
 from distckpt.format.json.manifest import Manifest, ShardRecord
 from distckpt.format.json.sealed import seal, unseal
 from distckpt.storage import LocalStore
 from tests.support.checkpoints import write_checkpoint
 from tests.support.damage import copied, flip
+from tests.support.forging import forge_index, manifest_of
 from tests.support.small_runs import Trainer, assert_loads, attempt_folder, holds, numbers, run, target, tree
 
 KEYS = ("state.weights", "state.half", "state.nested.count", "state.nested.names", "state.nested.step")
@@ -389,12 +388,6 @@ def alone(of_one_rank: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(of_one_rank / "ckpt-2", tmp_path / "ckpt-2"))
 
 
-def manifest_of(path: Path) -> tuple[Path, Manifest]:
-    """The manifest of a copy."""
-    file = next(path.glob(f"*/{names.MANIFEST}"))
-    return file, unseal(file.read_bytes(), Manifest, str(file), 1 << 20)
-
-
 def sealed_text(text: str) -> bytes:
     """Any JSON object's text with a seal that is right."""
     body = text.rstrip()[:-1].encode()
@@ -547,30 +540,6 @@ def test_links_and_pipes_in_the_place_of_files(of_one_rank: Path, tmp_path: Path
 
 
 # ---- a forged index, with a manifest that fits it -------------------------------------------------------------------------
-
-
-def forge_index(path: Path, change: Callable[[list[dict[str, Any]]], object]) -> None:
-    """Write other rows into the index of a copy, and a manifest that vouches for them."""
-    file, manifest = manifest_of(path)
-    index = file.with_name(names.INDEX)
-    rows = pa.ipc.open_file(index.read_bytes()).read_all().to_pylist()
-    change(rows)
-    columns = [pa.array([row[field.name] for row in rows], _plain(field.type)).cast(field.type) for field in SCHEMA]
-    sink = pa.BufferOutputStream()
-    with pa.ipc.new_file(sink, SCHEMA) as writer:
-        writer.write_batch(pa.record_batch([_unified(column) for column in columns], schema=SCHEMA))
-    data = sink.getvalue().to_pybytes()
-    index.write_bytes(data)
-    forged = msgspec.structs.replace(manifest, index_size=len(data), index_crc32c=crc32c.crc32c(data))
-    file.write_bytes(seal(forged))
-
-
-def _plain(kind: Any) -> Any:
-    return pa.utf8() if pa.types.is_dictionary(kind) else kind
-
-
-def _unified(column: Any) -> Any:
-    return column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
 
 
 def _row(rows: list[dict[str, Any]], key: str) -> dict[str, Any]:

@@ -66,6 +66,19 @@ def test_coordinator_killed_again_and_again_during_saves(gang2: Gang, tmp_path: 
             assert reader.verify().damages == ()
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_an_exception_inside_the_coordinator_refuses_who_waits_and_the_next_save_works(
+    gang2: Gang, tmp_path: Path, rank: int
+) -> None:
+    gang2.run("ranks.saves:hold", directory=str(tmp_path), save_timeout=40)
+    for result in gang2.run("ranks.faults:fail_the_coordinator", number=2, rank=rank):
+        assert result["heard"].startswith("CoordinatorFailedError: ")
+        assert "TypeError: unhashable type: 'list'" in result["heard"]
+        assert result["path"] == f"{tmp_path}/ckpt-3"
+    gang2.run("ranks.saves:release")
+    assert distckpt.latest_checkpoint(tmp_path) == f"{tmp_path}/ckpt-3"
+
+
 def paths_of(directory: Path) -> list[str]:
     state = distckpt.get_checkpoint_state(directory)
     assert state is not None

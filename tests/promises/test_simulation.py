@@ -10,7 +10,6 @@ from distckpt.format.json.log import CheckpointRecord, Entry, State
 from distckpt.testing.history import (
     INDEX,
     MANIFEST,
-    PROMISES,
     Agreed,
     CameBack,
     Erased,
@@ -23,8 +22,8 @@ from distckpt.testing.history import (
     Returned,
     Whole,
     Wrote,
-    broken_promises,
 )
+from distckpt.testing.promises import PROMISES, broken_promises
 from distckpt.testing.simulator import UNSAFE, Simulation, simulate
 
 STORIES = 300

@@ -67,3 +67,25 @@ def test_a_save_inside_a_save_is_refused_at_once(gang2: Gang, tmp_path: Path) ->
     for heard in gang2.run("ranks.steps:nested_save", directory=str(tmp_path)):
         assert heard.startswith("CoordinatorError")
         assert "save was called while save was running in the same thread" in heard
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("moment", ["planning", "copying"])
+def test_a_rank_that_is_interrupted_in_a_save_tells_the_others(gang2: Gang, tmp_path: Path, moment: str) -> None:
+    """They would wait for it for ``save_timeout``, ten minutes here."""
+    first, second = gang2.run("ranks.steps:interrupted", directory=str(tmp_path), moment=moment)
+    assert first["outcomes"] == ["saved", "interrupted", "saved"]
+    assert second["outcomes"][0] == second["outcomes"][2] == "saved"
+    assert second["outcomes"][1].startswith("RankFailedError: ")
+    assert "rank 0 (" in second["outcomes"][1]
+    assert "failed: KeyboardInterrupt" in second["outcomes"][1]
+    assert numbers(tmp_path) == [1, 3]
+
+
+@pytest.mark.timeout(120)
+def test_a_rank_that_is_interrupted_in_a_restore_tells_the_others(gang2: Gang, tmp_path: Path) -> None:
+    first, second = gang2.run("ranks.steps:interrupted_restore", directory=str(tmp_path))
+    assert first["outcomes"] == ["saved", "interrupted", f"{tmp_path}/ckpt-1"]
+    assert second["outcomes"][1].startswith("RestoreError: ")
+    assert "failed: KeyboardInterrupt" in second["outcomes"][1]
+    assert second["outcomes"][2] == f"{tmp_path}/ckpt-1"

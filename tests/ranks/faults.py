@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 import distckpt
+from distckpt.coordinator.messages import Restore
 from distckpt.storage import LocalStore
 from distckpt.transfer.staging import Staging
 from tests.ranks.saves import _HELD, held_save
@@ -44,6 +45,23 @@ def leave_ray_in_a_save(number: int, rank: int) -> dict[str, Any]:
         return {"error": "", "path": pending.result(60)}
     except distckpt.errors.DistckptError as error:
         return {"error": f"{type(error).__name__}: {error}", "seconds": time.monotonic() - began}
+
+
+def fail_the_coordinator(number: int, rank: int) -> dict[str, Any]:
+    """One rank asks what makes the coordinator's machine raise, while the other waits for it to save; then both save."""
+    manager, heard = _HELD["manager"], ""
+    if dist.get_rank() == rank:
+        until(lambda: list(Path(manager.directory, f"ckpt-{number}").rglob("*.arrow")))
+        time.sleep(0.5)  # now the other's receipt has gone out, and the answer is waited for
+        try:
+            manager._client.ask(Restore([], None), 30)  # type: ignore[arg-type]
+        except distckpt.errors.DistckptError as error:
+            heard = f"{type(error).__name__}: {error}"
+    else:
+        error = manager.save(number).exception(60)
+        heard = f"{type(error).__name__}: {error}"
+    dist.barrier()
+    return {"heard": heard, **held_save(number + 1)}
 
 
 def join_ray() -> None:

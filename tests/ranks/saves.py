@@ -216,3 +216,9 @@ def buffers_of_ddp(directory: str) -> dict[str, Any]:
         manager.save(1).result(30)
         manager.restore(1)
     return {"own": own, "restored": {name: buffer.tolist() for name, buffer in model.named_buffers()}}
+
+
+def save_once(prefix: str) -> str:
+    """Save without a manager."""
+    checkpoint = distckpt.Checkpoint(a=torch.ones(8), own=distckpt.PerRank(dist.get_rank()))
+    return checkpoint.save(prefix)

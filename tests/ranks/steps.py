@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import threading
 import time
 from typing import Any
 
@@ -10,6 +13,7 @@ import torch.distributed as dist
 
 import distckpt
 from distckpt.errors import DistckptError
+from distckpt.transfer.staging import Staging
 
 TIMEOUT = 4.0
 
@@ -115,3 +119,64 @@ def make_alone(directory: str, who: int) -> dict[str, Any]:
         with distckpt.CheckpointManager(checkpoint, directory, save_timeout=60) as manager:
             outcomes.append(ended(manager.save(number)))
     return {"alone": alone, "waited": waited, "outcomes": outcomes}
+
+
+def interrupted(directory: str, moment: str) -> dict[str, Any]:
+    """Rank 0 is interrupted while it saves 2, which is new to the coordinator; then all save 3."""
+    state: dict[str, Any] = {"w": torch.ones(8)}
+    checkpoint = distckpt.Checkpoint(state=state)
+    with distckpt.CheckpointManager(checkpoint, directory, max_to_keep=None, save_timeout=600) as manager:
+        outcomes = [ended(manager.save(1))]
+        state["new"] = torch.ones(3)
+        if dist.get_rank() == 0:
+            outcomes.append(_interrupted_save(manager, 2, moment))
+            dist.barrier()
+        elif moment == "planning":
+            dist.barrier()
+            outcomes.append(ended(manager.save(2)))
+        else:  # a plan needs both
+            outcomes.append(ended(manager.save(2)))
+            dist.barrier()
+        dist.barrier()
+        outcomes.append(ended(manager.save(3)))
+    return {"outcomes": outcomes}
+
+
+def _interrupted_save(manager: distckpt.CheckpointManager, number: int, moment: str) -> str:
+    stage = Staging.stage
+    if moment == "planning":  # which is as long as it takes, for the other rank has not come
+        threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
+    else:
+        Staging.stage = _interrupt  # type: ignore[method-assign]
+    try:
+        return ended(manager.save(number))
+    except KeyboardInterrupt:
+        return "interrupted"
+    finally:
+        Staging.stage = stage  # type: ignore[method-assign]
+
+
+def _interrupt(*_: object) -> Any:
+    raise KeyboardInterrupt
+
+
+def interrupted_restore(directory: str) -> dict[str, Any]:
+    """Rank 0 is interrupted while it waits for rank 1 to restore; then all restore."""
+    checkpoint = distckpt.Checkpoint(w=torch.ones(8))
+    with distckpt.CheckpointManager(checkpoint, directory, save_timeout=600) as manager:
+        outcomes = [ended(manager.save(1))]
+        if dist.get_rank() == 0:
+            threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
+        else:
+            dist.barrier()
+        try:
+            outcomes.append(manager.restore())
+        except KeyboardInterrupt:
+            outcomes.append("interrupted")
+        except DistckptError as error:
+            outcomes.append(f"{type(error).__name__}: {error}")
+        if dist.get_rank() == 0:
+            dist.barrier()
+        dist.barrier()
+        outcomes.append(manager.restore())
+    return {"outcomes": outcomes}

@@ -13,11 +13,12 @@ import torch
 from click.testing import CliRunner, Result
 
 from distckpt.cli import main
-from distckpt.cli.text import human_bytes, number_ranges
+from distckpt.cli.text import number_ranges
 from distckpt.directory.log import read_tail
 from distckpt.format import names
 from distckpt.format.json.log import CheckpointRecord, State
 from distckpt.storage import open_store
+from distckpt.terminal.sizes import human_bytes
 from tests.support.checkpoints import (
     PerRankValues,
     append_state,

@@ -525,3 +525,17 @@ def test_opening_and_verifying_needs_neither_torch_nor_ray(saved: str) -> None:
         [sys.executable, "-c", script, saved, str(Path(saved).parent)], capture_output=True, text=True, check=True
     )
     assert done.stdout == "[]\n"
+
+
+def test_variables_are_listed_and_loaded_by_their_names(saved: str) -> None:
+    listed = distckpt.list_variables(saved)
+    with distckpt.open(saved) as reader:
+        assert [name for name, _ in listed] == sorted(reader.keys())
+        for name, shape in listed:
+            info = reader.info(name)
+            assert shape == list(info.shape)
+            whole = reader.value(name) if info.dtype == "json" else reader.tensor(name)
+            assert same(distckpt.load_variable(saved, name), whole)
+    assert distckpt.list_variables(Path(saved).parent) == listed
+    with pytest.raises(KeyError, match="has no key"):
+        distckpt.load_variable(saved, "nonsense")

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import logging
 import os
 import threading
 import time
@@ -11,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import distckpt
+from distckpt.errors import DamagedError, DistckptError
 from distckpt.format.json.log import CheckpointRecord, State
 from distckpt.state_file import (
     CheckpointState,
@@ -201,7 +201,7 @@ def test_preserved_checkpoints_are_listed_only_when_nothing_else_is_left() -> No
     preserved = (record(2, 6.0), record(1, 5.0))
     assert from_log_state(State(preserved=preserved)) == CheckpointState("ckpt-2", ("ckpt-2",), (6.0,))
     both = State(active=(record(3, 7.0),), preserved=preserved)
-    assert from_log_state(both).all_model_checkpoint_paths == ("ckpt-3",)
+    assert from_log_state(both).all_model_checkpoint_paths == ["ckpt-3"]
 
 
 def test_empty_log_state_has_no_paths() -> None:
@@ -218,13 +218,13 @@ def test_model_path_alone_is_all_paths() -> None:
 
 @pytest.mark.parametrize("paths", [[], None])
 def test_no_paths_become_the_model_path(paths: list[str] | None) -> None:
-    assert generate_checkpoint_state_proto("/t", "model-1", paths).all_model_checkpoint_paths == ("model-1",)
+    assert generate_checkpoint_state_proto("/t", "model-1", paths).all_model_checkpoint_paths == ["model-1"]
 
 
 def test_model_path_is_added_and_the_arguments_stay_as_they_are() -> None:
     paths = ["model-2"]
     state = generate_checkpoint_state_proto("/t", "model-1", paths)
-    assert state.all_model_checkpoint_paths == ("model-2", "model-1")
+    assert state.all_model_checkpoint_paths == ["model-2", "model-1"]
     assert paths == ["model-2"]
 
 
@@ -236,7 +236,7 @@ def test_paths_may_be_a_tuple() -> None:
 def test_timestamps_are_counted_against_the_result() -> None:
     with pytest.raises(ValueError, match="1 timestamps for 2"):
         generate_checkpoint_state_proto("/t", "model-1", ["model-2"], [1.0])
-    assert generate_checkpoint_state_proto("/t", "model-1", ["model-2"], []).all_model_checkpoint_timestamps == ()
+    assert generate_checkpoint_state_proto("/t", "model-1", ["model-2"], []).all_model_checkpoint_timestamps == []
 
 
 @pytest.mark.parametrize(
@@ -398,11 +398,34 @@ def test_no_file_and_no_directory_are_no_state(tmp_path: Path, caplog: pytest.Lo
 
 
 @pytest.mark.parametrize("content", [b"garbage", b'unknown: "x"', b"\xff\xfe", b'model_checkpoint_path: "\xff"', b"{"])
-def test_garbage_is_a_warning_and_no_state(content: bytes, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_damaged_file_is_told_from_a_missing_one(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "checkpoint").write_bytes(content)
-    with caplog.at_level(logging.WARNING):
-        assert get_checkpoint_state(tmp_path) is None
-    assert str(tmp_path / "checkpoint") in caplog.text
+    with pytest.raises(DamagedError) as caught:
+        get_checkpoint_state(tmp_path)
+    assert caught.value.path == str(tmp_path / "checkpoint")
+    (tmp_path / "checkpoint").rename(tmp_path / "best")
+    with pytest.raises(DamagedError):
+        distckpt.latest_checkpoint(tmp_path, "best")
+    assert get_checkpoint_state(tmp_path) is None
+
+
+def test_a_file_that_cannot_be_read_is_told_from_a_missing_one(tmp_path: Path) -> None:
+    (tmp_path / "checkpoint").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(DamagedError, match="checkpoint"):
+        get_checkpoint_state(tmp_path)
+
+
+def test_lists_equal_lists_as_tensorflows_users_compare_them(tmp_path: Path) -> None:
+    paths = [str(tmp_path / "a"), str(tmp_path / "b")]
+    update_checkpoint_state(tmp_path, paths[-1], paths, None, [1.0, 2.0])
+    state = get_checkpoint_state(tmp_path)
+    assert state is not None
+    assert state.all_model_checkpoint_paths == paths
+    assert state.all_model_checkpoint_timestamps == [1.0, 2.0]
+    assert state == CheckpointState(paths[-1], tuple(paths), (1.0, 2.0))
+    made = generate_checkpoint_state_proto(tmp_path, paths[-1], paths)
+    assert (made.all_model_checkpoint_paths, made.all_model_checkpoint_timestamps) == (paths, [])
+    assert parse(render(made)).all_model_checkpoint_paths == paths
 
 
 @pytest.mark.parametrize(
@@ -418,8 +441,18 @@ def test_garbage_is_a_warning_and_no_state(content: bytes, tmp_path: Path, caplo
 )
 def test_text_that_names_no_checkpoint_is_an_error(content: str, tmp_path: Path) -> None:
     (tmp_path / "checkpoint").write_text(content)
-    with pytest.raises(ValueError, match="names no newest checkpoint"):
+    with pytest.raises(ValueError, match=r"names no newest checkpoint.*delete this file") as caught:
         get_checkpoint_state(tmp_path)
+    assert isinstance(caught.value, DistckptError)
+    assert str(caught.value).startswith(f"{tmp_path}/checkpoint: ")
+
+
+def test_what_no_reader_would_take_is_not_written(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="names no checkpoint"):
+        update_checkpoint_state(tmp_path, "")
+    with pytest.raises(ValueError, match="too long to be read"):
+        update_checkpoint_state(tmp_path, "m", ["m" * (1 << 20)] * 65)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_file_is_read_from_the_store_that_the_url_means(tmp_path: Path) -> None:

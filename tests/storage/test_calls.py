@@ -37,7 +37,21 @@ def open_descriptors() -> int:
     return len(os.listdir("/proc/self/fd"))
 
 
-SYSTEM_CALLS = ("open", "mkdir", "link", "replace", "unlink", "fsync", "pwrite", "preadv", "stat", "fstat", "scandir")
+SYSTEM_CALLS = (
+    "open",
+    "mkdir",
+    "link",
+    "replace",
+    "unlink",
+    "fsync",
+    "pwrite",
+    "pread",
+    "preadv",
+    "lseek",
+    "stat",
+    "fstat",
+    "scandir",
+)
 
 
 class FailingCalls:
@@ -123,10 +137,33 @@ def check_outcome(root: Path, operation: str, failure: DistckptError | None, whe
         assert isinstance(failure, StoreUnsuitableError), where
 
 
+def test_what_cannot_be_closed_has_been_read_all_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = LocalStore(tmp_path)
+    store.put_if_absent("old/x", b"old")
+    close = os.close
+
+    def failing(fd: int) -> None:
+        close(fd)
+        raise OSError(errno.EIO, "lost")
+
+    before = set(os.listdir("/proc/self/fd"))
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "close", failing)
+        assert store.read("old/x", 10) == b"old"
+        assert store.stat("old/x") is not None
+        assert [info.path for info in store.list("old")] == ["old/x"]
+        source = store.open("old/x")
+    [opened] = (int(fd) for fd in set(os.listdir("/proc/self/fd")) - before if os.path.exists(f"/proc/self/fd/{fd}"))
+    os.close(opened)  # behind its back, so that closing it fails
+    source.close()
+    source.close()
+
+
 def test_a_failed_sync_of_the_folder_leaves_the_outcome_unknown(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store = LocalStore(tmp_path)
+    store.replace("lease", b"0")
     fsync = os.fsync
 
     def failing(fd: int) -> None:

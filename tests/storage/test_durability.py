@@ -88,7 +88,7 @@ def python_calls() -> Iterator[list[Event]]:
         "link": note_name,
         "replace": note_name,
         "unlink": lambda path, *, dir_fd: events.append(Event("remove", absolute(path, dir_fd))),
-        "mkdir": lambda path, *, dir_fd=None: events.append(Event("mkdir", absolute(path, dir_fd))),
+        "mkdir": lambda path, mode=0o777, *, dir_fd=None: events.append(Event("mkdir", absolute(path, dir_fd))),
     }
     with pytest.MonkeyPatch.context() as patch:
         for name, note in notes.items():
@@ -201,6 +201,30 @@ def check_that_each_sync_is_needed(events: list[Event]) -> None:
         except AssertionError:
             continue
         assert lost, f"the sync of {events[index].path} changed nothing"
+
+
+@pytest.mark.parametrize("write", WRITES)
+def test_folders_that_somebody_else_made_just_before_the_first_write_are_durable_too(
+    observed: Observed, tmp_path: Path, write: str
+) -> None:
+    root = tmp_path / "above/run"
+
+    def make_and_write() -> None:
+        os.makedirs(str(root))
+        WRITES[write](LocalStore(root), "object")
+
+    events = observed(make_and_write)
+    assert [event.path for event in events if event.kind == "mkdir"] == [str(tmp_path / "above"), str(root)]
+    assert lost_by_power_loss(events) == set()
+    check_that_each_sync_is_needed(events)
+
+
+def test_the_way_to_the_root_is_synced_once(tmp_path: Path) -> None:
+    store = LocalStore(tmp_path / "run")
+    with python_calls() as events:
+        for number in range(3):
+            store.put_if_absent(f"log/{number}", b"entry")
+    assert [event.path for event in events if event.kind == "sync"].count(str(tmp_path)) == 1
 
 
 @pytest.mark.parametrize("write", WRITES)

@@ -12,7 +12,7 @@ import crc32c
 import pytest
 
 from distckpt.errors import ObjectNotFoundError, StorageError, StoreUnsuitableError
-from distckpt.storage import LocalStore, MemoryStore, ObjectInfo, Store, probe
+from distckpt.storage import LocalStore, MemoryStore, ObjectInfo, PatientStore, Store, probe
 from distckpt.storage.memory import StoredObject
 from distckpt.testing.conformance import StoreConformance
 from distckpt.testing.faulty import FaultyStore
@@ -59,10 +59,16 @@ class TestLocalStore(StoreConformance):
         return Files(tmp_path / "run")
 
 
-class TestLocalStoreThroughThePageCache(TestLocalStore):
+class TestPatientStore(TestLocalStore):
     @pytest.fixture
     def store(self, tmp_path: Path) -> Store:
-        return LocalStore(tmp_path / "run", direct_io=False)
+        return PatientStore(LocalStore(tmp_path / "run"))
+
+
+class TestLocalStoreAroundThePageCache(TestLocalStore):
+    @pytest.fixture
+    def store(self, tmp_path: Path) -> Store:
+        return LocalStore(tmp_path / "run", direct_io=True)
 
 
 @pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="there is no file system in memory")

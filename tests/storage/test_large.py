@@ -45,7 +45,7 @@ def test_aligned_memory_goes_round_the_page_cache(
     if not has_direct_io(tmp_path):
         pytest.skip("this file system has no O_DIRECT")
     data = pattern(3 * MIB + tail)
-    LocalStore(tmp_path).put_unique("large", len(data), sections_of(aligned(data), MIB))
+    LocalStore(tmp_path, direct_io=True).put_unique("large", len(data), sections_of(aligned(data), MIB))
     assert (tmp_path / "large").read_bytes() == data
     assert sum(count for is_direct, count in direct_writes if is_direct) == len(data) // 4096 * 4096
     assert sum(count for is_direct, count in direct_writes if not is_direct) == len(data) % 4096
@@ -54,7 +54,7 @@ def test_aligned_memory_goes_round_the_page_cache(
 def test_unaligned_memory_goes_through_the_page_cache(tmp_path: Path, direct_writes: list[tuple[bool, int]]) -> None:
     data = pattern(3 * MIB)
     shifted = aligned(b"x" + data)[1:]
-    LocalStore(tmp_path).put_unique("large", len(data), sections_of(shifted, MIB))
+    LocalStore(tmp_path, direct_io=True).put_unique("large", len(data), sections_of(shifted, MIB))
     assert (tmp_path / "large").read_bytes() == data
     assert not any(is_direct for is_direct, _ in direct_writes)
 
@@ -64,7 +64,7 @@ def test_aligned_and_unaligned_sections_mix(tmp_path: Path) -> None:
     shifted = aligned(b"x" + data)[1:]
     straight = aligned(data)
     sections = [(shifted, straight)[number % 2][number * MIB : (number + 1) * MIB] for number in range(7)]
-    LocalStore(tmp_path).put_unique("large", len(data), sections)
+    LocalStore(tmp_path, direct_io=True).put_unique("large", len(data), sections)
     assert (tmp_path / "large").read_bytes() == data
 
 
@@ -87,7 +87,7 @@ def test_a_file_system_without_direct_io_is_written_through_the_page_cache(
 
     monkeypatch.setattr(fcntl, "fcntl", refusing)
     data = pattern(3 * MIB + 5)
-    LocalStore(tmp_path).put_unique("large", len(data), sections_of(aligned(data), MIB))
+    LocalStore(tmp_path, direct_io=True).put_unique("large", len(data), sections_of(aligned(data), MIB))
     assert (tmp_path / "large").read_bytes() == data
     assert not any(is_direct for is_direct, _ in direct_writes)
 
@@ -108,7 +108,7 @@ def test_a_device_with_a_coarser_alignment_is_written_through_the_page_cache(
 
     monkeypatch.setattr(os, "pwrite", demanding)
     data = pattern(3 * MIB + 5)
-    LocalStore(tmp_path).put_unique("large", len(data), sections_of(aligned(data), MIB))
+    LocalStore(tmp_path, direct_io=True).put_unique("large", len(data), sections_of(aligned(data), MIB))
     assert (tmp_path / "large").read_bytes() == data
     assert refused == [0]
 
@@ -126,7 +126,7 @@ def test_short_writes_are_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(os, "pwrite", short)
     data = pattern(2 * MIB + 5)
-    store = LocalStore(tmp_path)
+    store = LocalStore(tmp_path, direct_io=True)
     store.put_unique("large", len(data), sections_of(aligned(data), MIB))
     store.put_if_absent("small", data)
     assert (tmp_path / "large").read_bytes() == data

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -27,7 +28,11 @@ from distckpt.storage import Store, open_store
 
 
 def new_attempt(epoch: int = 1) -> str:
-    return f"e{epoch}-{uuid.uuid4().hex}"
+    """An id that nobody else has, of an attempt younger than those before in this process."""
+    return f"e{epoch}-{next(_attempts):08x}{uuid.uuid4().hex[:24]}"
+
+
+_attempts = itertools.count(1)
 
 
 def append_state(store: Store, change: Callable[[State], State], kind: Kind = "commit") -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import resource
@@ -25,27 +26,55 @@ Say = Callable[[Any], None]
 
 @dataclass(frozen=True)
 class Ended:
-    """How a process ended: ``signal`` is 0 unless one killed it; ``said`` is what it said before."""
+    """How a process ended: ``signal`` is 0 unless one killed it; ``said`` is what it said before.
+
+    ``late`` if it was killed because its time was up.
+    """
 
     signal: int
     said: list[Any]
+    late: bool = False
 
 
 class Crashing:
-    """A process in which a function of this module runs."""
+    """A process in which ``function(say, **arguments)``, a function of a module of the tests, runs.
 
-    def __init__(self, function: Callable[..., object], **arguments: Any) -> None:
-        self._process = warm().start("support.crashing:live", {"function": function.__name__, "arguments": arguments})
+    ``preload`` is a library that it preloads.
+    """
 
-    def end(self) -> Ended:
-        """Wait for its end."""
+    def __init__(
+        self, function: Callable[..., object], *, preload: str = "", stderr: int = 2, **arguments: Any
+    ) -> None:
+        told = {"module": function.__module__, "function": function.__name__, "arguments": arguments}
+        self._process = warm(preload).start("support.crashing:live", told, stderr)
+
+    def heard(self) -> Any:
+        """What it says next."""
+        return json.loads(self._process.stdout.readline())
+
+    def kill(self) -> None:
+        """By SIGKILL."""
+        self._process.kill()
+
+    def end(self, limit: float | None = None) -> Ended:
+        """Wait for its end, at most so many seconds; then it is killed."""
+        late = threading.Event()
+        impatient = threading.Timer(threading.TIMEOUT_MAX if limit is None else limit, self._give_up, [late])
+        impatient.daemon = True
+        impatient.start()
         with self._process as process:
-            said = [json.loads(line) for line in process.stdout]
-            return Ended(max(0, -process.wait()), said)
+            said = [json.loads(line) for line in process.stdout if line.endswith("\n")]
+            ended = process.wait()
+        impatient.cancel()
+        return Ended(max(0, -ended), said, late.is_set())
+
+    def _give_up(self, late: threading.Event) -> None:
+        late.set()
+        self._process.kill()
 
 
 def run(function: Callable[..., object], **arguments: Any) -> Ended:
-    """Call ``function(say, **arguments)``, a function of this module, in a process of its own."""
+    """Call ``function(say, **arguments)``, a function of a module of the tests, in a process of its own."""
     return Crashing(function, **arguments).end()
 
 
@@ -153,7 +182,7 @@ def save_against_others(say: Say, directory: str, first: int) -> None:
 # ---- in the process -------------------------------------------------------------------------------------------------
 
 
-def live(function: str, arguments: dict[str, Any]) -> None:
+def live(module: str, function: str, arguments: dict[str, Any]) -> None:
     """Call the function, saying what it says, and end at once."""
     pipe = os.dup(1)
     os.dup2(2, 1)  # whatever is printed goes elsewhere
@@ -162,7 +191,7 @@ def live(function: str, arguments: dict[str, Any]) -> None:
         os.write(pipe, json.dumps(what).encode() + b"\n")
 
     try:
-        globals()[function](say, **arguments)
+        getattr(importlib.import_module(module), function)(say, **arguments)
     except BaseException as error:  # noqa: BLE001 - the test is told, whatever it is
         say(f"{type(error).__name__}: {error}")
     os._exit(0)

@@ -22,6 +22,7 @@ from distckpt.coordinator.machine.actions import (
     MakePlan,
     PlanMade,
     Publish,
+    Published,
     ReadLeases,
     ReadTail,
     Seal,
@@ -148,7 +149,9 @@ class Driver:
                 self.feed(LeasesRead(self.leased))
             case Delete(records):
                 self.feed(Deleted(tuple(record.attempt for record in records)))
-            case CollectGarbage() | Publish() | Exit():
+            case Publish(entry):
+                self.feed(Published(entry))
+            case CollectGarbage() | Exit():
                 pass
 
     def lead(self) -> Driver:
@@ -231,8 +234,13 @@ def matched(run: int, rank: int, attempt: str, keys: KeyMatch = FITS, **more: An
 
 
 def filled(run: int, rank: int, attempt: str, refused: str = "", **more: Any) -> FromRank:
-    """A rank has filled its objects, or could not."""
+    """A rank has read all of a checkpoint, or could not."""
     return FromRank(run, rank, Restore(0, more.pop("which", None), attempt, refused, stage="fill", **more))
+
+
+def finished(run: int, rank: int, attempt: str, **more: Any) -> FromRank:
+    """A rank has handed its objects what it had read."""
+    return FromRank(run, rank, Restore(0, more.pop("which", None), attempt, stage="finish", **more))
 
 
 def simulated_plan(driver: Driver, world: int, chunks: int, staged: dict[int, bytes] | None = None) -> SimulatedPlan:

@@ -24,15 +24,22 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any, NoReturn
 
+from distckpt.testing.system_calls import preloading
+
 ROOT = Path(__file__).parents[2]
 MAX_REQUEST_BYTES = 1 << 20
 SLOW_TO_IMPORT = (
     "distckpt.coordinator.ray.cluster",  # before anything else that imports Ray: it leaves the process as it was
+    "numpy.ma",
     "torch._dynamo",
     "torch.distributed.fsdp",
+    "distckpt.coordinator.ray.actor",
+    "distckpt.directory.verify",
     "distckpt.manager",
+    "distckpt.reader",
     "distckpt.testing.faulty",
     "tests.ranks.saves",
+    "tests.soak.subject",
     "tests.support.small_runs",
 )
 
@@ -45,6 +52,7 @@ class WarmProcess:
         self.stdin, self.stdout = stdin, stdout
         self._warm = warm
         self._fd = os.pidfd_open(pid)
+        self._lock = threading.Lock()  # who waits and who kills may be two threads
         self._status: int | None = None
         weakref.finalize(self, os.close, self._fd)
 
@@ -78,20 +86,23 @@ class WarmProcess:
 
     def _look(self, timeout: float | None) -> int | None:
         if self._status is None and select.select([self._fd], [], [], timeout)[0]:
-            self._status = self._warm.ask({"end": self.pid})
+            with self._lock:
+                if self._status is None:
+                    self._status = self._warm.ask({"end": self.pid})
         return self._status
 
 
 class Warm:
-    """The process that forks."""
+    """The process that forks. ``env`` is for it and its children alone, as far as it works when a program is loaded."""
 
-    def __init__(self) -> None:
+    def __init__(self, env: Mapping[str, str] = {}) -> None:
+        self._lock = threading.Lock()
         self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "tests.support.warm", str(theirs.fileno())],
                 cwd=ROOT,
-                env={**os.environ, "OMP_NUM_THREADS": "1"},
+                env={**os.environ, "OMP_NUM_THREADS": "1", **env},
                 pass_fds=[theirs.fileno()],
             )
 
@@ -112,14 +123,15 @@ class Warm:
 
     def ask(self, request: dict[str, Any], files: list[int] | None = None) -> int:
         """The answer to one request."""
-        socket.send_fds(self._socket, [json.dumps(request).encode()], files or [])
-        return int(self._socket.recv(64))
+        with self._lock:
+            socket.send_fds(self._socket, [json.dumps(request).encode()], files or [])
+            return int(self._socket.recv(64))
 
 
 @functools.cache
-def warm() -> Warm:
-    """The one that all tests of this process share. It ends with this process."""
-    return Warm()
+def warm(preload: str = "") -> Warm:
+    """The one that all tests of this process share, for each library to preload. It ends with this process."""
+    return Warm(preloading(preload) if preload else {})
 
 
 def run_script(

@@ -731,3 +731,12 @@ def test_a_dropped_coordinator_is_collected() -> None:
     del coord
     gc.collect()
     assert dropped() is None
+
+
+def test_a_looper_has_the_names_of_older_pythons() -> None:
+    coordinator = Coordinator()
+    looper = LooperThread.loop(coordinator, None, lambda: coordinator.wait_for_stop())
+    assert looper.isAlive()
+    coordinator.request_stop()
+    coordinator.join()
+    assert not looper.isAlive()

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e
 
+import distckpt
 from distckpt import do_quantize_training
 from tests.ranks.quantizing import Small, batch, make, ranges, run_steps, trained
 from tests.support.gang import Gang
@@ -318,3 +319,11 @@ def test_a_model_without_memory_is_refused() -> None:
         model = torch.nn.Sequential(torch.nn.Linear(4, 2))
     with pytest.raises(ValueError, match="meta"):
         do_quantize_training(model, 8)
+
+
+def test_tensorflows_name_does_the_same() -> None:
+    x, layer = torch.randn(5, 6), nn.Linear(6, 4)
+    found = distckpt.do_quantize_training_on_graphdef(layer, 8)
+    assert torch.equal(found(x), do_quantize_training(layer, 8)(x))
+    with pytest.raises(ValueError, match="num_bits"):
+        distckpt.do_quantize_training_on_graphdef(layer, num_bits=64)

@@ -665,3 +665,41 @@ def test_the_example_on_two_ranks(gang2: Gang, tmp_path: Path) -> None:
     assert small_runs.numbers(tmp_path) == [0, 5, 7]
     gang2.run("ranks.hooks:example", directory=str(tmp_path), steps=100, save_steps=5, loss=1e9)
     assert small_runs.numbers(tmp_path)[-2:] == [7, 12], "it went on at 7, and a listener stopped it"
+
+
+# ---- stopping at a step ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [{"num_steps": 3}, {"last_step": 5}])
+def test_a_session_stops_after_so_many_steps_or_at_a_step(training: Training, options: dict[str, int]) -> None:
+    training.progress["step"] = 2
+    run_to_the_end(session_of(training, distckpt.StopAtStepHook(**options)), training.step)
+    assert training.at == 5
+
+
+def test_a_session_that_begins_beyond_the_last_step_makes_one_more(training: Training) -> None:
+    training.progress["step"] = 7
+    run_to_the_end(session_of(training, distckpt.StopAtStepHook(last_step=5)), training.step)
+    assert training.at == 8
+
+
+def test_the_steps_to_stop_after_are_counted_once(training: Training) -> None:
+    hook = distckpt.StopAtStepHook(num_steps=4)
+    loop = distckpt.HookedLoop([hook], lambda: training.at)
+    loop.begin()
+    while not loop.should_stop():
+        loop.before_step()
+        training.step()
+        loop.after_step()
+        if training.at == 2:
+            loop.recreated()
+    loop.close()
+    assert training.at == 4
+
+
+def test_when_to_stop_must_be_said_in_one_way() -> None:
+    for options in ({}, {"num_steps": 1, "last_step": 1}):
+        with pytest.raises(ValueError, match="num_steps or last_step"):
+            distckpt.StopAtStepHook(**options)
+    with pytest.raises(RuntimeError, match="no global step"):
+        distckpt.HookedLoop([distckpt.StopAtStepHook(last_step=1)], None).begin()

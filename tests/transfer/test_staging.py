@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from distckpt.errors import AlreadyExistsError, DamagedError
 from distckpt.format.arrow.dtypes import ITEM_SIZES
-from distckpt.format.arrow.shard import Chunk, build_image, read_rows
+from distckpt.format.arrow.shard import Chunk, build_image
 from distckpt.format.tree.values import decode_value, encode_value
 from distckpt.rank.step_order import StepOrder
 from distckpt.storage import LocalStore, MemoryStore
@@ -25,6 +25,7 @@ from distckpt.transfer.arena import Arena
 from distckpt.transfer.filecrc import FileCrc
 from distckpt.transfer.staging import Staging
 from distckpt.transfer.writer import write_shard
+from tests.support.shards import rows_of
 
 MIB = 1 << 20
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -59,7 +60,7 @@ def written(staging, store=None, **options):
     for receipt in receipts:
         data = store.read(f"a/{receipt.shard}.arrow", 1 << 40)
         check_receipt(receipt, data)
-        rows += read_rows(data, "shard").to_pylist()
+        rows += rows_of(data)
     return rows, receipts
 
 

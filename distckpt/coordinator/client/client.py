@@ -7,7 +7,7 @@ import dataclasses
 import threading
 
 from distckpt.coordinator.client.line import Line
-from distckpt.coordinator.messages import FromRank, OpenRun, RankRequest, Refused, Reply, RunOpened, Unknown
+from distckpt.coordinator.messages import FromRank, Leave, OpenRun, RankRequest, Refused, Reply, RunOpened, Unknown
 from distckpt.errors import CoordinatorUnavailableError, DistckptError
 
 OPEN_SECONDS = 60.0
@@ -33,11 +33,12 @@ class Client:
     def ask(self, request: RankRequest, timeout: float) -> Reply:
         """Ask as this rank of this run; an Unknown answer, after the run was opened again, is left to the caller.
 
-        Raises the error of a Refused answer, and CoordinatorUnavailableError.
+        To open it again may take longer than ``timeout``; who only leaves does not. Raises the error of a Refused
+        answer, and CoordinatorUnavailableError.
         """
         opened = self.open()
         reply = self._line.ask(FromRank(opened.run, self._opening.rank, request), timeout)
-        if isinstance(reply, Unknown):
+        if isinstance(reply, Unknown) and not isinstance(request, Leave):
             with self._lock:
                 if self._opened is opened:  # else another thread has opened the run again meanwhile
                     self._opened = self._open(opened.run)

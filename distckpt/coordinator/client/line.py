@@ -36,6 +36,9 @@ class LocalLine:
             raise CoordinatorUnavailableError(
                 f"no answer to {kind_of(request)} within {timeout:g} s: the store may be slow or unreachable"
             ) from None
+        except BaseException:  # Ctrl-C: nobody waits for this answer any more
+            future.cancel()
+            raise
 
     def close(self) -> None:
         """Stop the coordinator once it has finished what it is doing."""

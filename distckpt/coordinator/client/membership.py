@@ -147,6 +147,13 @@ class RankMembership:
             self._await_stop(0.0)
 
     def _await_stop(self, patience: float) -> None:
+        try:
+            self._hear(patience)
+            self._is_deaf = False
+        except Exception as error:  # noqa: BLE001 - whatever it is that keeps the answer away may pass
+            self._cannot_hear(error)
+
+    def _hear(self, patience: float) -> None:
         leaving = self._left
         try:
             reply = self._client.ask(
@@ -161,10 +168,7 @@ class RankMembership:
             )
         except (FencedError, StaleRunError) as error:
             self._lost(error)
-        except Exception as error:  # noqa: BLE001 - whatever it is that keeps the answer away may pass
-            self._cannot_hear(error)
         else:
-            self._is_deaf = False
             if isinstance(reply, StopState):
                 self._learn(reply)
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from distckpt.coordinator.messages import Receipt, Reply, Request
-from distckpt.errors import DistckptError
+from distckpt.errors import BlockedError, DistckptError
 from distckpt.format.json.log import CheckpointRecord, Entry
 
 
@@ -79,7 +79,16 @@ class NameTaken:
 
 @dataclass(frozen=True, slots=True)
 class AppendUnknown:
-    """The store answered neither yes nor no to this append."""
+    """The store answered neither yes nor no to this append; or something is in the way (``blocked``) until it is moved."""
+
+    entry: Entry
+    reason: str
+    blocked: BlockedError | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class AppendRefused:
+    """No reader would take this entry, so it was not written and never will be: ``reason``."""
 
     entry: Entry
     reason: str
@@ -127,6 +136,13 @@ class Deleted:
 
 
 @dataclass(frozen=True, slots=True)
+class Published:
+    """The ``checkpoint`` file says what the entry says; or it could not be made to, and the next one may."""
+
+    entry: Entry
+
+
+@dataclass(frozen=True, slots=True)
 class Tick:
     """Time has passed."""
 
@@ -138,11 +154,13 @@ Event = (
     | Appended
     | NameTaken
     | AppendUnknown
+    | AppendRefused
     | PlanMade
     | Sealed
     | StepFailed
     | LeasesRead
     | Deleted
+    | Published
     | Tick
 )
 
@@ -165,7 +183,7 @@ class ReadTail:
 
 @dataclass(frozen=True, slots=True)
 class Append:
-    """Put the entry if absent, then list; Appended, NameTaken or AppendUnknown follows."""
+    """Put the entry if absent, then list; Appended, NameTaken, AppendUnknown or AppendRefused follows."""
 
     entry: Entry
 
@@ -229,7 +247,10 @@ class CollectGarbage:
 
 @dataclass(frozen=True, slots=True)
 class Publish:
-    """Refresh the derived ``checkpoint`` file from the entry's state and prune log entries that nobody needs."""
+    """Refresh the derived ``checkpoint`` file from the entry's state and prune log entries that nobody needs.
+
+    Published follows.
+    """
 
     entry: Entry
 

@@ -6,11 +6,19 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from distckpt.coordinator.machine.actions import Append, Appended, AppendUnknown, NameTaken, ReadTail, TailRead
+from distckpt.coordinator.machine.actions import (
+    Append,
+    Appended,
+    AppendRefused,
+    AppendUnknown,
+    NameTaken,
+    ReadTail,
+    TailRead,
+)
 from distckpt.coordinator.machine.desk import Desk, Identities
 from distckpt.coordinator.machine.intentions import BeginRun, Claim, Commit, Intention
 from distckpt.coordinator.machine.retention import recover
-from distckpt.errors import DamagedError, DistckptError, FencedError
+from distckpt.errors import CoordinatorError, DamagedError, DistckptError, FencedError
 from distckpt.format.json.log import FORMAT, Entry, State
 from distckpt.format.names import LOG
 
@@ -28,23 +36,31 @@ class Ledger:
     """The newest counted entry, and the way to the next one.
 
     ``follow_up`` is called with each intention when its entry counts, or with None instead of an entry when there was
-    nothing left to change; only then is the next intention applied. ``ended`` is why this machine may never append
-    again (FencedError; DamagedError for an unreadable log), or None. ``whole`` is False when newer entries than the one
-    it started from could not be read.
+    nothing left to change; only then is the next intention applied. ``give_up`` is called with one whose entry no
+    reader would take, and with the reason. ``ended`` is why this machine may never append again (FencedError;
+    DamagedError for an unreadable log; CoordinatorError for a claim that cannot be written), or None. ``whole`` is False
+    when newer entries than the one it started from could not be read. ``tries`` counts how often it was not known what
+    became of the entry in flight, and ``doubt`` is why, the last time.
     """
 
     def __init__(
-        self, desk: Desk, identities: Identities, follow_up: Callable[[Intention, Entry | None], None]
+        self,
+        desk: Desk,
+        identities: Identities,
+        follow_up: Callable[[Intention, Entry | None], None],
+        give_up: Callable[[Intention, str], None],
     ) -> None:
         self.entry: Entry | None = None
         self.ended: DistckptError | None = None
         self.whole = True
+        self.tries = 0
+        self.doubt = ""
         self._desk = desk
         self._identities = identities
         self._follow_up = follow_up
+        self._give_up = give_up
         self._wanted: deque[Intention] = deque()
         self._flight: _Flight | None = None
-        self._unsure = False
         self._retry_at: float | None = None
         self._backoff = FIRST_RETRY
         self._recover_at: float | None = None
@@ -63,11 +79,6 @@ class Ledger:
     def epoch(self) -> int:
         """The claimed epoch, or 0."""
         return self.entry.epoch if self.entry is not None else 0
-
-    @property
-    def unsure(self) -> bool:
-        """Whether the store has not said what became of the entry in flight."""
-        return self._unsure
 
     @property
     def busy(self) -> bool:
@@ -143,7 +154,19 @@ class Ledger:
     def append_unknown(self, event: AppendUnknown) -> None:
         """Try the very same entry again, later; until then nothing else is appended."""
         if self._is_ours(event.entry):
-            self._again()
+            self._again(event.reason)
+
+    def append_refused(self, event: AppendRefused) -> None:
+        """The state stays as it is; what else waits may still be appended."""
+        flight = self._flight
+        if flight is None or not self._is_ours(event.entry):
+            return
+        self._ground()
+        if self.leading:
+            self._give_up(flight.intention, event.reason)
+            self._append_next()
+        else:
+            self.ended = CoordinatorError(f"{self._desk.directory}: cannot be claimed: {event.reason}")
 
     def tick(self) -> None:
         """Append again if it is time."""
@@ -159,7 +182,7 @@ class Ledger:
             self._fenced(0)
         elif newest < entry.seq:
             # A listing that does not show what was just written says nothing about what else it does not show.
-            self._again()
+            self._again("it was written, and a listing does not show it")
         else:
             self._counted(entry)
 
@@ -173,14 +196,15 @@ class Ledger:
         self._follow_up(flight.intention, entry)
         self._append_next()
 
-    def _again(self) -> None:
-        self._unsure = True
+    def _again(self, reason: str) -> None:
+        self.tries += 1
+        self.doubt = reason
         self._retry_at = self._desk.mono + self._backoff
         self._backoff = min(LAST_RETRY, 2 * self._backoff)
 
     def _ground(self) -> None:
         self._flight = None
-        self._unsure = False
+        self.tries, self.doubt = 0, ""
         self._retry_at = None
         self._backoff = FIRST_RETRY
 

@@ -12,6 +12,7 @@ from itertools import chain
 from distckpt.coordinator.machine.actions import (
     Action,
     Appended,
+    AppendRefused,
     AppendUnknown,
     Asked,
     Deleted,
@@ -21,7 +22,7 @@ from distckpt.coordinator.machine.actions import (
     LeasesRead,
     NameTaken,
     PlanMade,
-    Publish,
+    Published,
     Sealed,
     StepFailed,
     TailRead,
@@ -40,15 +41,18 @@ from distckpt.coordinator.machine.intentions import (
 )
 from distckpt.coordinator.machine.keeping import Keeping
 from distckpt.coordinator.machine.ledger import Ledger
+from distckpt.coordinator.machine.publishing import Publishing
 from distckpt.coordinator.machine.records import find_number
 from distckpt.coordinator.machine.restores import Restores
 from distckpt.coordinator.machine.roundbook import RoundBook
+from distckpt.coordinator.machine.rounds import Phase
 from distckpt.coordinator.machine.runs import Run, Runs
 from distckpt.coordinator.machine.saves import Saves
 from distckpt.coordinator.machine.stops import Stops
 from distckpt.coordinator.messages import (
     Accepted,
     AwaitPlan,
+    AwaitPublished,
     AwaitStop,
     Committed,
     Describe,
@@ -69,13 +73,22 @@ from distckpt.coordinator.messages import (
     StatusReply,
     Unknown,
 )
-from distckpt.errors import CheckpointNotFoundError, CoordinatorUnavailableError, DistckptError
+from distckpt.errors import (
+    CheckpointNotFoundError,
+    CoordinatorError,
+    CoordinatorUnavailableError,
+    DistckptError,
+    StorageError,
+)
 from distckpt.format.json.log import Entry, State
-from distckpt.format.names import checkpoint_folder
+from distckpt.format.names import checkpoint_folder, entry_path
 
 DEFAULT_NAME = "ckpt"
 DESERTED_SECONDS = 5.0
 """How long a coordinator waits, once every rank has left, for a next run that would spare itself a start."""
+
+TRIES = 5
+"""How often an entry is tried, within seconds, until those who wait to be let in hear why they are not."""
 
 
 class Machine:
@@ -96,10 +109,11 @@ class Machine:
         self._early: dict[int, Request] = {}
         self._pinning: dict[int, None] = {}
         self._book = RoundBook()
-        self._ledger = Ledger(self._desk, identities, self._follow_up)
+        self._ledger = Ledger(self._desk, identities, self._follow_up, self._give_up)
         self._runs = Runs(self._desk, self._ledger)
         self._restores = Restores(self._desk, self._ledger, self._runs)
         self._stops = Stops(self._desk, self._runs)
+        self._publishing = Publishing(self._desk)
         self._keeping = Keeping(self._desk, self._ledger, self._runs, self._restores, self._book)
         self._saves = Saves(self._desk, self._ledger, identities, self._runs, self._book, self._keeping)
 
@@ -163,6 +177,9 @@ class Machine:
                 self._ledger.name_taken(event)
             case AppendUnknown():
                 self._ledger.append_unknown(event)
+                self._say_why(event)
+            case AppendRefused():
+                self._ledger.append_refused(event)
             case TailRead():
                 self._ledger.tail_read(event)
             case LeasesRead():
@@ -170,8 +187,26 @@ class Machine:
                 self._saves.readers_known()
             case Deleted():
                 self._keeping.deleted(event)
+            case Published():
+                self._publishing.published(event)
             case Tick():
                 pass
+
+    def _say_why(self, event: AppendUnknown) -> None:
+        """Nobody waits for an entry that cannot be written: who can ask again is told. It is tried again all the same."""
+        if event.blocked is not None:
+            error: StorageError = event.blocked
+            for round in self._book:
+                if round.phase is Phase.COMMITTING:
+                    self._saves.overdue(round)
+        elif self._ledger.tries >= TRIES:
+            path = f"{self._desk.directory}/{entry_path(event.entry.seq)}"
+            error = StorageError(path, f"could not be written, {self._ledger.tries} times over: {event.reason}")
+        else:
+            return
+        self._runs.cannot_begin(error)
+        for waiting in (self._early, self._pinning):
+            self._desk.answer_shelf(waiting, Refused(error))
 
     def _pass_time(self) -> None:
         if self._ledger.ended is None:
@@ -199,7 +234,7 @@ class Machine:
 
     def _idle_at(self) -> float | None:
         """When it will have been idle for too long; None while there is work."""
-        parts = (self._ledger, self._restores, self._keeping)
+        parts = (self._ledger, self._restores, self._keeping, self._publishing)
         if self._idle_timeout is None or not self._ledger.leading:
             return None
         if self._book or self._early or any(part.busy for part in parts):
@@ -254,6 +289,8 @@ class Machine:
             case Heartbeat():
                 self._restores.alive(rank)
                 self._desk.answer(ticket, Accepted())
+            case AwaitPublished():
+                self._publishing.await_published(ticket)
             case Leave():
                 self._leave(ticket, rank, run)
 
@@ -308,9 +345,9 @@ class Machine:
                 self._run_begun(intention, entry)
             case Commit(record):
                 self._saves.committed(record)
-                self._desk.emit(Publish(entry))
+                self._publishing.publish(entry)
             case Retire():
-                self._desk.emit(Publish(entry))
+                self._publishing.publish(entry)
                 self._keeping.look()
             case Discard():
                 self._keeping.look()
@@ -319,8 +356,21 @@ class Machine:
             case SetPin() | Forget():
                 pass
 
+    def _give_up(self, intention: Intention, reason: str) -> None:
+        """No reader would take the entry of an intention, so there is none, and whoever has asked for it is told."""
+        match intention:
+            case BeginRun():
+                self._runs.refused(intention, reason)
+            case Commit(record):
+                self._saves.commit_refused(record, reason)
+            case SetPin(ticket):
+                if ticket in self._pinning:
+                    self._desk.answer(ticket, Refused(CoordinatorError(f"{self._desk.directory}: {reason}")))
+            case Claim() | Discard() | Retire() | Forget():
+                pass
+
     def _lead(self, entry: Entry) -> None:
-        self._desk.emit(Publish(entry))
+        self._publishing.publish(entry)
         if entry.state.retiring:
             self._keeping.look()
         early, self._early = self._early, {}

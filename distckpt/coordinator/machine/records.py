@@ -46,10 +46,11 @@ def committed(state: State, record: CheckpointRecord, saves: int) -> State:
 
     The replaced one retires, unless somebody pinned it: then it is preserved.
     """
-    same = [old for old in state.active if (old.name, old.number) == (record.name, record.number)]
+    same = [old for old in state.active if old.number == record.number and old.name == record.name]
+    others = [old for old in state.active if old not in same] if same else state.active
     return msgspec.structs.replace(
         state,
-        active=(*(old for old in state.active if old not in same), record),
+        active=(*others, record),
         preserved=(*state.preserved, *(old for old in same if old.pinned)),
         retiring=(*state.retiring, *(old for old in same if not old.pinned)),
         saves=saves,

@@ -1,7 +1,8 @@
 """Collective restores: all ranks restore the same checkpoint, and fall back together when one of them cannot.
 
-Each candidate goes through two stages. First every rank says how its objects match it, which changes nothing; only if
-that will do for all of them, they fill.
+Each candidate goes through three stages. First every rank says how its objects match it, which changes nothing; only if
+that will do for all of them, they read it, which fills tensors where they are; and only once all have read all of it,
+and every byte was good, they hand it to everything else. So what a refused candidate has touched, the next one fills.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from distckpt.coordinator.machine.records import find_folder, find_number, recor
 from distckpt.coordinator.machine.runs import Run, Runs
 from distckpt.coordinator.messages import (
     FillFrom,
+    FinishWith,
     KeyMatch,
     MatchWith,
     Mismatched,
@@ -22,6 +24,7 @@ from distckpt.coordinator.messages import (
     Reply,
     Restore,
     Restored,
+    RestoreStage,
     merged_matches,
 )
 from distckpt.errors import (
@@ -40,9 +43,9 @@ REMEMBERED_ROUNDS = 16
 class _Round:
     """``candidates`` are what is left to try, best first; its first element is being tried.
 
-    ``keys`` is how those ranks match it that have said so; ``filling`` that all have, and fill now. ``reported`` are
-    ranks that are through with this stage, ``refusal`` the first reason against the candidate; ``heard`` is when each
-    rank spoke last, in monotonic seconds.
+    ``keys`` is how those ranks match it that have said so. ``reported`` are ranks that are through with this ``stage``,
+    ``refusal`` the first reason against the candidate; ``heard`` is when each rank spoke last, in monotonic seconds.
+    ``spoiled`` says that a refused one has been read in part.
     """
 
     which: int | str | None
@@ -50,7 +53,8 @@ class _Round:
     deadline: float
     candidates: list[CheckpointRecord]
     keys: KeyMatch | None = None
-    filling: bool = False
+    stage: RestoreStage = "match"
+    spoiled: bool = False
     refused: tuple[tuple[str, str], ...] = ()
     reported: set[int] = field(default_factory=set)
     refusal: str = ""
@@ -65,19 +69,21 @@ class _Round:
     @property
     def question(self) -> Reply:
         """What is wanted of ranks that have not reported yet."""
-        if self.filling and self.keys is not None:
-            return FillFrom(self.current, self.keys)
+        if self.stage == "finish" and self.keys is not None:
+            return FinishWith(self.current, self.keys)
+        if self.stage == "fill":
+            return FillFrom(self.current)
         return MatchWith(self.current, self.refused)
 
     def is_answer(self, message: Restore) -> bool:
         """Whether a rank reports on what is wanted now, and not on an earlier candidate or stage."""
-        if message.tried != self.current.attempt or (message.stage == "fill") is not self.filling:
+        if message.tried != self.current.attempt or message.stage != self.stage:
             return False
-        return self.filling or bool(message.refused) or message.keys is not None
+        return self.stage != "match" or bool(message.refused) or message.keys is not None
 
-    def begin(self, filling: bool) -> None:
+    def begin(self, stage: RestoreStage) -> None:
         """Nobody has reported on what is wanted from now on."""
-        self.filling = filling
+        self.stage = stage
         self.reported = set()
 
 
@@ -180,7 +186,7 @@ class Restores:
         if message.refused and not round.refusal:
             host = self._current.hosts.get(rank, "")
             round.refusal = f"rank {rank} ({host}): {message.refused}"
-        elif message.keys is not None and not round.filling:
+        elif message.keys is not None and round.stage == "match":
             round.keys = message.keys if round.keys is None else merged_matches(round.keys, message.keys)
         if len(round.reported) == self._current.world_size:
             self._all_reported(message.order, round)
@@ -188,12 +194,12 @@ class Restores:
     def _all_reported(self, order: int, round: _Round) -> None:
         if round.refusal:
             self._fall_back(order, round)
-        elif round.filling:
+        elif round.stage == "finish":
             self._end(order, Restored(round.current, round.refused))
         elif round.keys is not None and (round.keys.in_vain or not (round.partial or round.keys.fits)):
             self._end(order, Mismatched(round.current, round.keys))
         else:
-            round.begin(filling=True)
+            round.begin("fill" if round.stage == "match" else "finish")
             self._desk.answer_shelf(round.waiting, round.question)
 
     def _fall_back(self, order: int, round: _Round) -> None:
@@ -201,12 +207,15 @@ class Restores:
         round.refused = (*round.refused, refused)
         round.refusal = ""
         round.keys = None
-        round.begin(filling=False)
+        round.spoiled |= round.stage != "match"
+        # What an older one lacks keeps what was there before: so it must not have been touched.
+        is_last = round.stage == "finish" or (round.partial and round.spoiled)
+        round.begin("match")
         # Retention may have taken older ones away meanwhile.
         alive = self._ledger.state.alive()
-        left = [record for record in round.candidates[1:] if record.attempt in alive]
+        left = [record for record in round.candidates[1:] if record.attempt in alive and not is_last]
         if not left:
-            self._end(order, Refused(NoGoodCheckpointError(self._desk.directory, round.refused)))
+            self._end(order, Refused(NoGoodCheckpointError(self._desk.directory, round.refused, round.spoiled)))
             return
         round.candidates = left
         self._desk.answer_shelf(round.waiting, round.question)

@@ -42,16 +42,16 @@ def sweep(
         return Sweep(tuple(active), (), (), last_preserved)
     spacing = (retention.keep_checkpoint_every_n_hours or 0.0) * 3600.0
     stay, preserved, retire = [], [], []
-    for position, record in enumerate(active):
-        due = len(active) - position > keep and position < len(active) - 1
-        if not due or record.pinned or record.attempt in spared:
+    due = max(0, min(len(active) - keep, len(active) - 1))
+    for record in active[:due]:
+        if record.pinned or record.attempt in spared:
             stay.append(record)
         elif spacing and record.time - spacing >= last_preserved:
             preserved.append(record)
             last_preserved = record.time
         else:
             retire.append(record)
-    return Sweep(tuple(stay), tuple(preserved), tuple(retire), last_preserved)
+    return Sweep((*stay, *active[due:]), tuple(preserved), tuple(retire), last_preserved)
 
 
 def swept(state: State, retention: Retention, spared: frozenset[str]) -> State | None:

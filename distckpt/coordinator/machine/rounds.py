@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import IntEnum
 
-from distckpt.coordinator.machine.actions import Plan
+from distckpt.coordinator.machine.actions import Plan, Sealed
 from distckpt.coordinator.machine.plans import HeldPlan, Plans
 from distckpt.coordinator.messages import Describe, Join, Receipt, Reply
 from distckpt.format.json.log import CheckpointRecord
@@ -43,7 +43,8 @@ class SaveRound:
     ``orders`` has the counter of each rank that has joined; ``formers`` are its attempts from before the coordinator was
     replaced; ``missed`` is the place of one of the same number that ended because the rank that begins this had not come to it;
     ``place`` sorts rounds as they began: what goes on after a restart keeps it, and what is tried again comes next to
-    what it missed. ``strays`` are numbers that ranks saved which did not join this. ``time`` is when sealing began, in epoch
+    what it missed. ``first_landed`` is when the first rank's shards had landed, ``last_landed`` the last rank and when its had;
+    ``reminded`` are ranks of which others know that they are late, as was looked for this deadline, ``reminded_for``. ``strays`` are numbers that ranks saved which did not join this. ``time`` is when sealing began, in epoch
     seconds; ``record`` what the log will say of it, once it is sealed. ``ended`` is when it was over, and ``absent``
     are ranks whose absence ended it. Tickets on ``awaiting_plan`` and ``awaiting_end`` wait for that.
     """
@@ -66,6 +67,10 @@ class SaveRound:
     plan: Plan | None = None
     told: set[int] = field(default_factory=set)
     receipts: dict[int, Receipt] = field(default_factory=dict)
+    first_landed: float = 0.0
+    last_landed: tuple[int, float] | None = None
+    reminded: set[int] = field(default_factory=set)
+    reminded_for: float | None = None
     time: float = 0.0
     record: CheckpointRecord | None = None
     outcome: Reply | None = None
@@ -152,11 +157,21 @@ class SaveRound:
         self.time = time
         self.deadline = None
 
-    def sealed(self, record: CheckpointRecord, deadline: float) -> None:
-        """All of it is durable. By the deadline it is committed, whoever reads what."""
+    def sealed(self, name: str, event: Sealed, deadline: float) -> None:
+        """All of it is durable. By the deadline it is committed, whoever reads what, as a checkpoint of that name."""
         assert self.phase is Phase.SEALING
+        assert self.number is not None
         self.phase = Phase.SEALED
-        self.record = record
+        self.record = CheckpointRecord(
+            name=name,
+            number=self.number,
+            attempt=self.attempt,
+            manifest_size=event.manifest_size,
+            manifest_crc32c=event.manifest_crc32c,
+            time=self.time,
+            world_size=self.world_size,
+            nbytes=event.nbytes,
+        )
         self.deadline = deadline
 
     def commit_begins(self, deadline: float) -> None:
@@ -177,6 +192,13 @@ class SaveRound:
         self.undescribed, self.asked_again, self.told, self.fresh = set(), set(), set(), set()
         if self.saves:
             self.plan = None
+
+    def land(self, rank: int, message: Receipt, mono: float) -> None:
+        """All shards of a rank are on storage."""
+        if not self.receipts:
+            self.first_landed = mono
+        self.receipts[rank] = message
+        self.last_landed = rank, mono
 
     # ---- what ranks say --------------------------------------------------------------------------------------------
 

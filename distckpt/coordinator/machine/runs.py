@@ -8,7 +8,7 @@ from distckpt.coordinator.machine.desk import Desk
 from distckpt.coordinator.machine.intentions import BeginRun
 from distckpt.coordinator.machine.ledger import Ledger
 from distckpt.coordinator.messages import OpenRun, Refused, Reply, Retention, RunOpened, Unknown
-from distckpt.errors import CoordinatorError, StaleRunError
+from distckpt.errors import CoordinatorError, DistckptError, StaleRunError
 from distckpt.format.json.log import Entry, State
 
 REMEMBERED_TOKENS = 1024
@@ -81,6 +81,11 @@ class Runs:
         self._desk.hold(ticket, self._opening[message.token], message)
         self._ledger.intend(BeginRun(message))
 
+    def cannot_begin(self, error: DistckptError) -> None:
+        """Tell those who wait for a run to begin why it does not. It may begin all the same: they may ask again."""
+        for waiting in self._opening.values():
+            self._desk.answer_shelf(waiting, Refused(error))
+
     def superseded(self, entry: Entry) -> StaleRunError:
         """What everything of the run before ends with, now that ``entry`` has begun another."""
         old = self.current.number if self.current is not None else entry.state.run - 1
@@ -92,6 +97,11 @@ class Runs:
         self._settle(begin.first)
         for ticket, message in list(self._opening.pop(begin.first.token).items()):
             self._register(ticket, message)
+
+    def refused(self, begin: BeginRun, reason: str) -> None:
+        """No reader would take an entry that begins this run: its processes are told."""
+        error = CoordinatorError(f"{self._desk.directory}: the run cannot begin: {reason}")
+        self._desk.answer_shelf(self._opening.pop(begin.first.token), Refused(error))
 
     def _remember(self, state: State) -> None:
         """Whoever comes with this token once another run is the current one belongs to an older one."""

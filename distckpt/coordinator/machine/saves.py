@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from distckpt.coordinator.machine.actions import MakePlan, Plan, PlanMade, Seal, Sealed, StepFailed
+from distckpt.coordinator.machine import answers
+from distckpt.coordinator.machine.actions import MakePlan, PlanMade, Seal, Sealed, StepFailed
 from distckpt.coordinator.machine.desk import Desk, Identities
 from distckpt.coordinator.machine.intentions import Commit, Discard
 from distckpt.coordinator.machine.keeping import Keeping
@@ -25,8 +26,6 @@ from distckpt.coordinator.messages import (
     Describe,
     Fail,
     Join,
-    Joined,
-    Planned,
     Prepared,
     Receipt,
     Refused,
@@ -41,15 +40,12 @@ from distckpt.errors import (
     NumberMismatchError,
     RankFailedError,
     SaveError,
+    UnreadableError,
 )
 from distckpt.format.json.log import CheckpointRecord
 
 PATIENCE = 5.0
 """How long a commit waits for the leases. Without them it retires nothing, which comes later then."""
-
-
-NAMED_RANKS = 8
-"""How many of the ranks that wait for others an error names."""
 
 
 class Saves:
@@ -65,6 +61,7 @@ class Saves:
         self._book = book
         self._keeping = keeping
         self._plans = Plans()
+        self._told_retired = set[str]()
 
     def waiting(self) -> dict[str, tuple[int, ...]]:
         """For each attempt in flight the ranks that are still awaited."""
@@ -72,7 +69,11 @@ class Saves:
 
     def deadlines(self) -> Iterator[float]:
         """When rounds will be given up, in monotonic seconds."""
-        return (round.deadline for round in self._book if round.deadline is not None)
+        for round in self._book:
+            if round.deadline is not None:
+                yield round.deadline
+                if (remind_at := answers.remind_at(round, self._current.save_timeout)) is not None:
+                    yield remind_at
 
     # ---- runs ------------------------------------------------------------------------------------------------------
 
@@ -109,7 +110,7 @@ class Saves:
             round = self._enter(rank, message)
         if not round.over:
             self._take_in(round, rank, message)
-        self._desk.answer(ticket, _joined(round, rank))
+        self._desk.answer(ticket, answers.joined(round, rank))
         self._advance(round)
 
     def describe(self, ticket: int, rank: int, message: Describe) -> None:
@@ -131,7 +132,7 @@ class Saves:
         """A rank wants to know what it writes."""
         prepared = self._book.of(message.attempt)
         if prepared is not None and prepared.plan is not None and isinstance(prepared.outcome, Prepared):
-            self._desk.answer(ticket, _planned(prepared.plan, rank))
+            self._desk.answer(ticket, answers.planned(prepared.plan, rank))
             return
         round = self._round_of(ticket, rank, message.attempt)
         if round is None:
@@ -142,7 +143,7 @@ class Saves:
         if round.plan is None:
             self._desk.hold(ticket, round.awaiting_plan, rank)
             return
-        self._desk.answer(ticket, _planned(round.plan, rank))
+        self._desk.answer(ticket, answers.planned(round.plan, rank))
         if rank not in round.told and not round.landed:
             round.told.add(rank)
             round.deadline = self._later()
@@ -155,7 +156,7 @@ class Saves:
         self._desk.hold(ticket, round.awaiting_end, rank)
         if rank in round.receipts or not round.saves:
             return
-        round.receipts[rank] = message
+        round.land(rank, message, self._desk.mono)
         if round.plan is not None:
             round.deadline = self._later()
             self._check_rows(round, rank, message)
@@ -194,6 +195,10 @@ class Saves:
         for round in self._book:
             if not round.over and round.deadline is not None and round.deadline <= self._desk.mono:
                 self._expire(round)
+            elif (remind_at := answers.remind_at(round, self._current.save_timeout)) and remind_at <= self._desk.mono:
+                reminder = answers.remind(round, self._current, self._desk.mono)
+                if reminder is not None:
+                    self._desk.answer(*reminder)
 
     # ---- rounds ----------------------------------------------------------------------------------------------------
 
@@ -231,7 +236,7 @@ class Saves:
         beyond = self._book.passed_by(round) if len(round.orders) == 1 and not round.over else {}
         if beyond:
             round.strays |= beyond
-            self._fail(round, self._astray(round, sorted(beyond)[:NAMED_RANKS]), frozenset(beyond))
+            self._fail(round, self._astray(round, sorted(beyond)[: answers.NAMED_RANKS]), frozenset(beyond))
         return round
 
     def _new_round(self, rank: int, first: Join) -> SaveRound:
@@ -290,7 +295,7 @@ class Saves:
         round.follow(held.plan, self._later())
         for ticket, rank in list(round.awaiting_plan.items()):
             round.told.add(rank)
-            self._desk.answer(ticket, _planned(held.plan, rank))
+            self._desk.answer(ticket, answers.planned(held.plan, rank))
         if not round.saves:
             self._end(round, Prepared())
             return
@@ -333,7 +338,7 @@ class Saves:
         round = self._book.of(event.attempt)
         if round is None or round.phase is not Phase.SEALING:
             return
-        round.sealed(_record(round, self._current.name, event), self._desk.mono + PATIENCE)
+        round.sealed(self._current.name, event, self._desk.mono + PATIENCE)
         if not self._keeping.looking:
             self._commit(round)
 
@@ -353,12 +358,19 @@ class Saves:
     def committed(self, record: CheckpointRecord) -> None:
         """The log entry counts: tell the ranks, and end the saves that were overtaken. What retires is deleted next."""
         round = self._book.of(record.attempt)
+        retired = answers.newly_retired(self._ledger.state, self._told_retired)
         if round is not None:
             for other in self._book.committed(round):
                 reason = "a later save was committed before every rank had joined this one"
                 self._fail(other, SaveError(other.number, reason))
-            self._end(round, Committed(record))
+            self._end(round, Committed(record, answers.landing(round, self._current), retired))
         self._keeping.look()
+
+    def commit_refused(self, record: CheckpointRecord, reason: str) -> None:
+        """No reader would take a log entry with it, so it does not become a checkpoint."""
+        round = self._book.of(record.attempt)
+        if round is not None and not round.over:
+            self._fail(round, UnreadableError(record.number, reason))
 
     # ---- ends that nobody wanted -----------------------------------------------------------------------------------
 
@@ -368,7 +380,7 @@ class Saves:
             return
         if round.phase is Phase.COMMITTING:
             round.deadline = self._later()
-            self._overdue(round)
+            self.overdue(round)
             return
         missing = round.missing()
         if not missing:
@@ -378,16 +390,14 @@ class Saves:
         if astray:
             self._fail(round, self._astray(round, astray), frozenset(missing))
             return
-        stage = "to join the save" if round.phase is Phase.JOINING else "to report that its shards have landed"
         hosts = self._current.hosts_of(missing)
-        error = MissingRanksError(round.number, missing, hosts, self._current.save_timeout, stage)
+        error = MissingRanksError(round.number, missing, hosts, self._current.save_timeout, answers.awaited(round))
         self._fail(round, error, frozenset(missing))
 
-    def _overdue(self, round: SaveRound) -> None:
+    def overdue(self, round: SaveRound) -> None:
         """Tell who waits if the store does not say what became of the log entry. It is retried all the same."""
-        if self._ledger.unsure:
-            seconds = self._current.save_timeout
-            reason = f"the store has not said within {seconds:g} s whether its log entry was written; it is retried"
+        if self._ledger.tries:
+            reason = f"its log entry may or may not have been written, and is tried again: {self._ledger.doubt}"
             self._desk.answer_shelf(round.awaiting_end, Refused(CommitUnknownError(round.number, reason)))
 
     def _fail_rank(self, round: SaveRound, rank: int, reason: str) -> None:
@@ -400,7 +410,9 @@ class Saves:
 
     def _mismatch(self, round: SaveRound, others: dict[int, int | None]) -> SaveError:
         """These ranks save other numbers than the ranks of ``round``."""
-        numbers = dict.fromkeys(sorted(round.orders.keys() - others.keys())[:NAMED_RANKS], round.number) | others
+        numbers = (
+            dict.fromkeys(sorted(round.orders.keys() - others.keys())[: answers.NAMED_RANKS], round.number) | others
+        )
         hosts = self._current.hosts_of(list(numbers))
         if len(set(numbers.values())) > 1:
             return NumberMismatchError(round.number, numbers, hosts)
@@ -424,27 +436,3 @@ class Saves:
         self._desk.answer_shelf(round.awaiting_end, outcome)
         for other in self._book:
             self._advance(other)
-
-
-def _record(round: SaveRound, name: str, sealed: Sealed) -> CheckpointRecord:
-    assert round.number is not None
-    return CheckpointRecord(
-        name=name,
-        number=round.number,
-        attempt=round.attempt,
-        manifest_size=sealed.manifest_size,
-        manifest_crc32c=sealed.manifest_crc32c,
-        time=round.time,
-        world_size=round.world_size,
-        nbytes=sealed.nbytes,
-    )
-
-
-def _joined(round: SaveRound, rank: int) -> Reply:
-    if round.outcome is None or isinstance(round.outcome, Prepared):
-        return Joined(round.attempt, rank in round.undescribed)
-    return round.outcome
-
-
-def _planned(plan: Plan, rank: int) -> Planned:
-    return Planned(plan.plan_id, plan.rows(rank))

@@ -14,7 +14,7 @@ from distckpt.coordinator.machine.runs import is_superseded
 from distckpt.coordinator.messages import OpenRun, Refused, Reply, Request, Unknown
 from distckpt.coordinator.shell.shell import Settings, Shell
 from distckpt.directory.log import read_tail
-from distckpt.errors import CoordinatorUnavailableError, DistckptError, StaleRunError
+from distckpt.errors import CoordinatorFailedError, CoordinatorUnavailableError, DistckptError, StaleRunError
 from distckpt.storage import open_store
 
 logger = logging.getLogger(__name__)
@@ -41,14 +41,18 @@ class CoordinatorActor:
         """The answer to a request, or None when there is none within ``wait`` seconds: then ask again."""
         try:
             shell = self._started_for(request)
-        except DistckptError as error:
-            return Refused(error)
-        if shell is None:
-            return Unknown()
-        try:
+            if shell is None:
+                return Unknown()
             reply = await asyncio.wait_for(asyncio.wrap_future(shell.submit(request)), wait)
         except asyncio.TimeoutError:
             return None
+        except DistckptError as error:
+            return Refused(error)
+        except Exception as error:
+            # Else Ray would tell the asker alone, in words of its own.
+            known = CoordinatorFailedError(self._directory, f"{type(error).__name__}: {error}")
+            logger.exception("%s", known)
+            return Refused(known)
         # One that was idle is about to end; who asks again finds the next one.
         if isinstance(reply, Refused) and isinstance(reply.error, CoordinatorUnavailableError):
             await asyncio.sleep(min(wait, ENDING_SECONDS))
@@ -77,8 +81,13 @@ class CoordinatorActor:
 
     def _exit(self, reason: str) -> None:
         logger.info("the coordinator of %s stops: %s", self._directory, reason)
-        # Killing itself is the one exit that Ray neither restarts nor reports as a failure of the job.
-        ray.kill(ray.get_runtime_context().current_actor, no_restart=True)
+        try:
+            # Killing itself is the one exit that Ray neither restarts nor reports as a failure of the job.
+            ray.kill(ray.get_runtime_context().current_actor, no_restart=True)
+        except BaseException:
+            # Its machine has come to its end, and an actor that stays would keep another from beginning.
+            logger.exception("the coordinator of %s cannot stop in Ray's way", self._directory)
+            os._exit(1)
 
 
 def find_or_start(

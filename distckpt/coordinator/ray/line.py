@@ -15,7 +15,7 @@ import ray.exceptions
 from distckpt.coordinator.messages import Reply, Request, kind_of
 from distckpt.coordinator.ray.actor import CoordinatorActor, find_or_start
 from distckpt.coordinator.shell.shell import Settings
-from distckpt.errors import CoordinatorUnavailableError
+from distckpt.errors import CoordinatorFailedError, CoordinatorUnavailableError, DistckptError
 
 logger = logging.getLogger(__name__)
 
@@ -49,27 +49,32 @@ class RayLine:
         """See Line.ask."""
         deadline = time.monotonic() + timeout
         silent_since: float | None = None
-        while True:
-            left = deadline - time.monotonic()
-            if left <= 0:
-                raise CoordinatorUnavailableError(
-                    f"{self._directory}: no answer to {kind_of(request)} within {timeout:g} s"
-                )
+        while (left := deadline - time.monotonic()) > 0:
             wait = min(POLL_SECONDS, left)
             try:
                 actor = self._find(wait)
-                reply = self._answer(actor.answer.remote(request, wait), wait + POLL_SECONDS)
-            except (ray.exceptions.RayActorError, FutureTimeoutError) as error:
+                patience = min(wait + POLL_SECONDS, deadline - time.monotonic())
+                reply = self._answer(actor.answer.remote(request, wait), patience)
+            except DistckptError:
+                raise
+            except ray.exceptions.RayTaskError as error:  # the actor lives; what was asked of it could not be read, say
+                raise CoordinatorFailedError(self._directory, _text(error).strip().rpartition("\n")[2]) from error
+            except Exception as error:  # noqa: BLE001 - Ray has no list of what it raises; silence ends it
+                self._drop()
+                if time.monotonic() >= deadline:
+                    break  # it may be at work on the answer, or dead: this time is too short to tell
                 if silent_since is None:
                     silent_since = time.monotonic()
                     logger.warning(
                         "the coordinator of %s does not answer: %s; asking again", self._directory, _text(error)
                     )
-                self._lost(error, silent_since)
+                self._check_silence(error, silent_since)
+                time.sleep(0.2)
                 continue
             silent_since = None
             if reply is not None:
                 return reply
+        raise CoordinatorUnavailableError(f"{self._directory}: no answer to {kind_of(request)} within {timeout:g} s")
 
     def _answer(self, asked: ray.ObjectRef[Reply | None], timeout: float) -> Reply | None:
         """Not by ``ray.get``, from which a thread may never return when its process leaves the cluster meanwhile."""
@@ -107,20 +112,21 @@ class RayLine:
             if self._job != job:  # the process has left the cluster and come back, and what it held is of no use
                 self._job, self._search = job, None
             if self._search is None:
-                self._search = Future()
-                threading.Thread(target=self._look, args=(self._search,), name="distckpt-search", daemon=True).start()
+                search: Future[_Actor] = Future()
+                threading.Thread(target=self._look, args=(search,), name="distckpt-search", daemon=True).start()
+                self._search = search
             search = self._search
         return search.result(timeout)
 
     def _look(self, search: Future[_Actor]) -> None:
         try:
             actor = find_or_start(self._directory, self._storage_options, self._settings, self._home)
-        except BaseException as error:  # noqa: BLE001 - it belongs to those who wait for the search
-            self._found(search, None)
-            search.set_exception(error)
-        else:
             self._found(search, actor)
             search.set_result(actor)
+        except BaseException as error:  # noqa: BLE001 - it belongs to those who wait for the search
+            self._found(search, None)
+            if not search.done():
+                search.set_exception(error)
 
     def _found(self, search: Future[_Actor], actor: _Actor | None) -> None:
         with self._lock:
@@ -133,14 +139,16 @@ class RayLine:
             "Close the manager first, or join the cluster again with ray.init"
         )
 
-    def _lost(self, error: Exception, since: float) -> None:
+    def _drop(self) -> None:
+        """Look the actor up again before the next question."""
+        with self._lock:
+            self._actor = None
+
+    def _check_silence(self, error: Exception, since: float) -> None:
         if time.monotonic() - since > GRACE_SECONDS:
             raise CoordinatorUnavailableError(
                 f"{self._directory}: the coordinator has not answered for {GRACE_SECONDS:g} s: {_text(error)}"
             ) from error
-        with self._lock:
-            self._actor = None
-        time.sleep(0.2)
 
 
 def _text(error: BaseException) -> str:

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import time
-from collections.abc import Iterator
 
-from distckpt.coordinator.machine.actions import CollectGarbage, Deleted, LeasesRead
-from distckpt.directory.log import read_entry, sequence_numbers
-from distckpt.errors import DamagedError, ObjectNotFoundError, StorageError
+from distckpt.coordinator.machine.actions import CollectGarbage, Deleted
+from distckpt.directory.contents import attempts, checkpoint_folders, objects_of_attempt
+from distckpt.directory.log import read_commit_id, read_entry, sequence_numbers
+from distckpt.errors import DamagedError, ObjectNotFoundError
 from distckpt.format import names
-from distckpt.format.json.lease import MAX_LEASE_BYTES, Lease
 from distckpt.format.json.log import CheckpointRecord
-from distckpt.format.json.sealed import unseal
-from distckpt.storage import PROBES, ObjectInfo, Store, SupportsSweep
+from distckpt.storage import MOST_NAMES, PROBES, ObjectInfo, Store, SupportsSweep, at_most
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +26,7 @@ def delete_checkpoints(store: Store, records: tuple[CheckpointRecord, ...]) -> D
         folder = names.attempt_folder(record.name, record.number, record.attempt)
         try:
             _delete_attempt(store, folder)
-        except StorageError as error:
+        except Exception as error:  # noqa: BLE001 - one that cannot be deleted must not keep the others
             logger.warning("%s could not be deleted and stays in the log as retiring: %s", folder, error)
         else:
             done.append(record.attempt)
@@ -38,78 +35,104 @@ def delete_checkpoints(store: Store, records: tuple[CheckpointRecord, ...]) -> D
 
 def _delete_attempt(store: Store, folder: str) -> None:
     store.delete(f"{folder}/{names.MANIFEST}")
-    for info in list(store.list(folder)):
+    for info in list(objects_of_attempt(store, folder)):
         store.delete(info.path)
 
 
-def read_leases(store: Store) -> LeasesRead:
-    """Attempts that somebody is reading now. A lease that cannot be read or parsed counts against deleting anything."""
-    attempts = set()
-    now = time.time()
-    for info in store.list(names.LEASES):
+class Predecessors:
+    """The coordinators that wrote to a directory's log before the present one, and how far each had come."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._newest: dict[str, tuple[int, str]] | None = None
+
+    def look(self) -> None:
+        """Learn who they are, once: while the log still names them, for what is pruned may be the last word of one."""
+        if self._newest is None:
+            self._newest = self._read()
+
+    def left(self, attempt: str) -> bool:
+        """Whether one of them has sealed this attempt and never committed it.
+
+        Saves are committed in the order in which they begin, so what is younger than the last one of its coordinator
+        never was a checkpoint. What people copy to where it was, from a backup say, has been one.
+        """
+        newest = (self._newest or {}).get(names.claim_of(attempt))
+        return newest is not None and names.attempt_age(attempt) > newest
+
+    def _read(self) -> dict[str, tuple[int, str]]:
+        newest: dict[str, tuple[int, str]] = {}
         try:
-            lease = unseal(store.read(info.path, MAX_LEASE_BYTES), Lease, info.path, MAX_LEASE_BYTES)
+            for seq in reversed(sequence_numbers(self._store)):
+                claim = names.claim_of(read_commit_id(self._store, seq))
+                if claim not in newest:  # this is its last entry
+                    known = read_entry(self._store, seq).state.known()
+                    ages = [names.attempt_age(attempt) for attempt in known if names.claim_of(attempt) == claim]
+                    newest[claim] = max(ages, default=(0, ""))
         except ObjectNotFoundError:
-            continue  # released between listing and reading
-        except (DamagedError, StorageError) as error:
-            logger.warning("nothing is deleted while the lease %s cannot be read: %s", info.path, error)
-            return LeasesRead(frozenset(), f"lease {info.path}: {error}")
-        if lease.expires > now:
-            attempts.add(lease.attempt)
-        else:
-            store.delete(info.path)
-    return LeasesRead(frozenset(attempts))
+            pass  # pruned meanwhile, as all before it
+        except DamagedError as error:
+            logger.warning("what former coordinators have left is not collected: %s", error)
+            return {}
+        return newest
 
 
-def collect_garbage(store: Store, action: CollectGarbage, min_age: float) -> int:
+def collect_garbage(store: Store, action: CollectGarbage, min_age: float, predecessors: Predecessors) -> int:
     """Delete attempts that came to nothing and that nobody has touched for ``min_age`` seconds; returns how many.
 
-    Those that are known to have failed need not be as old.
+    Those that are known to have failed need not be as old, and those that a predecessor had finished but for the entry
+    in the log go at once.
 
     Those of earlier epochs that the log does not know, and those of this epoch that have failed; what a later
-    coordinator began is left alone, and so is a whole checkpoint that no coordinator in the log has written: somebody
-    copied it here.
+    coordinator began is left alone, and so is any other whole checkpoint: somebody copied it here.
     """
     gone = 0
-    claims = set(_claims(store))
-    for folder in store.folders(""):
-        if names.parse_checkpoint(folder) is None:
-            continue
-        for attempt in store.folders(folder):
-            if not names.is_attempt(attempt) or not _is_garbage(attempt, action):
+    predecessors.look()
+    for folder in checkpoint_folders(store):
+        for attempt in attempts(store, folder):
+            gone += _sweep_folder(store, f"{folder}/{attempt}", min_age)
+            if not _is_garbage(attempt, action):
                 continue
-            objects = list(store.list(f"{folder}/{attempt}"))
+            objects = list(objects_of_attempt(store, f"{folder}/{attempt}"))
             whole = any(info.path.endswith(f"/{names.MANIFEST}") for info in objects)
-            if whole and names.claim_of(attempt) not in claims:
+            age = min(FAILED_AGE, min_age) if attempt in action.failed else min_age
+            if whole and not predecessors.left(attempt):
                 logger.warning(
                     "%s/%s is not of this directory's log and is left alone; `distckpt adopt %s` adds it to the log",
                     folder,
                     attempt,
                     store.url,
                 )
-            elif _untouched(objects, min(FAILED_AGE, min_age) if attempt in action.failed else min_age):
-                logger.info("collecting the unfinished attempt %s/%s", folder, attempt)
-                _delete_attempt(store, f"{folder}/{attempt}")
-                gone += 1
+            elif whole or _untouched(objects, age):
+                gone += _collected(store, f"{folder}/{attempt}")
     return gone + _sweep(store, min_age)
+
+
+def _collected(store: Store, folder: str) -> int:
+    logger.info("collecting the unfinished attempt %s", folder)
+    try:
+        _delete_attempt(store, folder)
+    except Exception as error:  # noqa: BLE001 - one that cannot be deleted must not keep the others
+        logger.warning("the unfinished attempt %s could not be deleted: %s", folder, error)
+        return 0
+    return 1
 
 
 def _untouched(objects: list[ObjectInfo], min_age: float) -> bool:
     return all(info.modified < time.time() - min_age for info in objects)
 
 
-def _claims(store: Store) -> Iterator[str]:
-    for seq in sequence_numbers(store):
-        with contextlib.suppress(DamagedError, ObjectNotFoundError):  # whom it names is then spared, not deleted
-            yield names.claim_of(read_entry(store, seq).commit_id)
-
-
 def _sweep(store: Store, min_age: float) -> int:
     """What killed processes left beside the attempts: probes, and temporary files."""
-    old = [info for info in list(store.list(PROBES)) if info.modified < time.time() - min_age]
+    probes = at_most(MOST_NAMES, store.list(PROBES), f"{store.url}/{PROBES}")
+    old = [info for info in probes if info.modified < time.time() - min_age]
     for info in old:
         store.delete(info.path)
-    return len(old) + (store.sweep(min_age) if isinstance(store, SupportsSweep) else 0)
+    return len(old) + sum(_sweep_folder(store, folder, min_age) for folder in ("", names.LOG, names.LEASES, PROBES))
+
+
+def _sweep_folder(store: Store, folder: str, min_age: float) -> int:
+    return store.sweep(folder, min_age) if isinstance(store, SupportsSweep) else 0
 
 
 def _is_garbage(attempt: str, action: CollectGarbage) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 
 import crc32c
 import msgspec
@@ -11,6 +10,8 @@ import pyarrow as pa
 
 from distckpt.coordinator.machine.actions import Seal, Sealed, TailRead
 from distckpt.coordinator.messages import Receipt
+from distckpt.coordinator.shell.workers import each
+from distckpt.directory.contents import attempts, checkpoint_folders
 from distckpt.directory.locate import read_sealed
 from distckpt.directory.newest import has_manifest
 from distckpt.directory.strays import read_run
@@ -20,6 +21,7 @@ from distckpt.errors import (
     NotSharedError,
     RankFailedError,
     SaveError,
+    UnreadableError,
 )
 from distckpt.format import names
 from distckpt.format.arrow.index import encode_index
@@ -36,32 +38,38 @@ def seal_checkpoint(store: Store, action: Seal, plan_table: pa.Table) -> Sealed:
     """Look at every shard on the store, then write index and manifest; all durable on return.
 
     Raises NotSharedError when the coordinator cannot see shards, RankFailedError when one is not what its receipt
-    says, SaveError or StorageError when index or manifest cannot be written. Writes nothing unless all shards are there.
+    says, UnreadableError when no reader would take index or manifest, SaveError or StorageError when they cannot be
+    written. Writes nothing unless all shards are there, and nothing that no reader would take.
     """
     folder = names.attempt_folder(action.name, action.number, action.attempt)
     _check_shards(store, action, folder)
-    index = encode_index(plan_table, action.receipts, action.number, action.hosts)
+    try:
+        index = encode_index(plan_table, action.receipts, action.number, action.hosts)
+        manifest = seal(_manifest(action, index))
+    except ValueError as error:
+        raise UnreadableError(action.number, f"{error}. Save fewer tensors or values, or from fewer ranks") from error
     _put(store, action, f"{folder}/{names.INDEX}", index)
-    shards = tuple(
-        ShardRecord(rank=rank, shard=shard.shard, size=shard.size, crc32c=shard.crc32c)
-        for rank, shard in _shards(action.receipts)
-    )
-    manifest = seal(
-        Manifest(
-            format=FORMAT,
-            name=action.name,
-            number=action.number,
-            attempt=action.attempt,
-            epoch=action.epoch,
-            time=action.time,
-            world_size=action.plan.world_size,
-            index_size=len(index),
-            index_crc32c=crc32c.crc32c(index),
-            shards=shards,
-        )
-    )
     _put(store, action, f"{folder}/{names.MANIFEST}", manifest)
-    return Sealed(action.attempt, len(manifest), crc32c.crc32c(manifest), sum(shard.size for shard in shards))
+    nbytes = sum(shard.size for _, shard in _shards(action.receipts))
+    return Sealed(action.attempt, len(manifest), crc32c.crc32c(manifest), nbytes)
+
+
+def _manifest(action: Seal, index: bytes) -> Manifest:
+    return Manifest(
+        format=FORMAT,
+        name=action.name,
+        number=action.number,
+        attempt=action.attempt,
+        epoch=action.epoch,
+        time=action.time,
+        world_size=action.plan.world_size,
+        index_size=len(index),
+        index_crc32c=crc32c.crc32c(index),
+        shards=tuple(
+            ShardRecord(rank=rank, shard=shard.shard, size=shard.size, crc32c=shard.crc32c)
+            for rank, shard in _shards(action.receipts)
+        ),
+    )
 
 
 def _shards(receipts: Mapping[int, Receipt]) -> Iterator[tuple[int, ShardReceipt]]:
@@ -73,11 +81,7 @@ def _shards(receipts: Mapping[int, Receipt]) -> Iterator[tuple[int, ShardReceipt
 def _check_shards(store: Store, action: Seal, folder: str) -> None:
     expected = list(_shards(action.receipts))
     paths = [f"{folder}/{names.shard_name(rank, shard.shard)}" for rank, shard in expected]
-    if len(paths) < STAT_THREADS:
-        found = [store.stat(path) for path in paths]
-    else:
-        with ThreadPoolExecutor(STAT_THREADS) as pool:
-            found = list(pool.map(store.stat, paths))
+    found = each(store.stat, paths, STAT_THREADS) if len(paths) >= STAT_THREADS else list(map(store.stat, paths))
     unseen = sorted({rank for (rank, _), info in zip(expected, found, strict=True) if info is None})
     if unseen:
         hosts = {rank: action.hosts.get(rank, "") for rank in unseen}
@@ -127,13 +131,10 @@ def _without_vanished(store: Store, state: State) -> State:
 
 def _complete(store: Store, entry: Entry) -> Iterator[CheckpointRecord]:
     known = entry.state.known()
-    for folder in store.folders(""):
-        if names.parse_checkpoint(folder) is None:
-            continue
-        for attempt in store.folders(folder):
+    for folder in checkpoint_folders(store):
+        for attempt in attempts(store, folder):
             # Of the same coordinator as the newest entry: a folder that was copied here from another run is not ours.
-            ours = names.is_attempt(attempt) and names.claim_of(attempt) == names.claim_of(entry.commit_id)
-            if ours and attempt not in known:
+            if names.claim_of(attempt) == names.claim_of(entry.commit_id) and attempt not in known:
                 record = _complete_record(store, f"{folder}/{attempt}")
                 if record is not None:
                     yield record
@@ -141,9 +142,13 @@ def _complete(store: Store, entry: Entry) -> Iterator[CheckpointRecord]:
 
 def _complete_record(store: Store, folder: str) -> CheckpointRecord | None:
     try:
-        manifest, record = read_sealed(store, folder)
+        return _record_if_whole(store, folder)
     except DamagedError:
-        return None  # no manifest, or half of one: an attempt that never came to its end
+        return None  # no manifest, half of one, or a link in a file's place: an attempt that never came to its end
+
+
+def _record_if_whole(store: Store, folder: str) -> CheckpointRecord | None:
+    manifest, record = read_sealed(store, folder)
     if names.attempt_folder(manifest.name, manifest.number, manifest.attempt) != folder:
         return None
     sizes = {names.shard_name(shard.rank, shard.shard): shard.size for shard in manifest.shards}

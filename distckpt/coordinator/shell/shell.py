@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import itertools
 import logging
 import threading
 import time
 import uuid
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from concurrent.futures import Future, InvalidStateError
+from dataclasses import dataclass, field
 from typing import cast
 
 from distckpt.coordinator.machine.actions import (
@@ -16,6 +19,7 @@ from distckpt.coordinator.machine.actions import (
     Answer,
     Append,
     Appended,
+    AppendRefused,
     AppendUnknown,
     Asked,
     CollectGarbage,
@@ -29,6 +33,7 @@ from distckpt.coordinator.machine.actions import (
     NameTaken,
     PlanMade,
     Publish,
+    Published,
     ReadLeases,
     ReadTail,
     Seal,
@@ -37,20 +42,33 @@ from distckpt.coordinator.machine.actions import (
 )
 from distckpt.coordinator.machine.machine import Machine
 from distckpt.coordinator.messages import Refused, Reply, Request
-from distckpt.coordinator.shell.housekeeping import collect_garbage, delete_checkpoints, read_leases
+from distckpt.coordinator.shell.housekeeping import Predecessors, collect_garbage, delete_checkpoints
+from distckpt.coordinator.shell.leases import Leases
 from distckpt.coordinator.shell.sealing import read_log_tail, seal_checkpoint
+from distckpt.coordinator.shell.workers import Workers
 from distckpt.directory.locate import foreign_advice
 from distckpt.directory.log import append, prune, read_tail
-from distckpt.errors import CheckpointNotFoundError, CoordinatorError, DistckptError, SaveError
+from distckpt.directory.published import PublishedState
+from distckpt.errors import (
+    BlockedError,
+    CheckpointNotFoundError,
+    CoordinatorError,
+    CoordinatorFailedError,
+    DistckptError,
+    SaveError,
+)
+from distckpt.format.json.entry_sealer import EntrySealer
 from distckpt.format.json.log import Entry
 from distckpt.sharding.plan import ShardingPlan, make_plan
-from distckpt.state_file import publish
 from distckpt.storage import Store, probe
 
 logger = logging.getLogger(__name__)
 
 CLOSE_SECONDS = 60.0
 """How long closing waits for a store that does not answer. What is left undone then is done by the next coordinator."""
+
+END_SECONDS = 5.0
+"""How long closing waits for threads that have nothing left to do."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,8 +79,21 @@ class Settings:
     idle_timeout: float | None = None
 
 
+@dataclass(slots=True, eq=False)
+class _Life:
+    """One machine, who waits for its answers, and what is being done for it; until it fails, when it is ``over``."""
+
+    machine: Machine
+    tickets: dict[int, Future[Reply]] = field(default_factory=dict)
+    doing: dict[int, Action] = field(default_factory=dict)
+    over: bool = False
+
+
 class Shell:
     """Runs one machine on one store. Thread-safe. Events are handled one at a time; effects run in the background.
+
+    An exception that comes out of the machine leaves it in no state to go on from. Everyone who waits for it is refused
+    with that, and with the next request another machine begins from the log, as after a restart of the process.
 
     Wall-clock time is read through ``time.time`` alone, deadlines through ``time.monotonic``.
     """
@@ -71,18 +102,20 @@ class Shell:
         self._store = store
         self._settings = settings
         self._on_exit = on_exit
-        self._machine = Machine(store.url, uuid.uuid4().hex, idle_timeout=settings.idle_timeout)
+        self._life = self._new_life()
         self._lock = threading.RLock()
         self._changed = threading.Condition(self._lock)
-        self._tickets: dict[int, Future[Reply]] = {}
-        self._next_ticket = 0
+        self._sealer = EntrySealer()  # used in the log's thread alone
+        self._state_file = PublishedState(store)
+        self._predecessors = Predecessors(store)
+        self._leases = Leases(store)  # the machine reads them once at a time
+        self._numbers = itertools.count()
         self._closed = False
-        self._in_flight = 0
         # One thread each, so that appends, and later the things derived from them, happen in the order of the log.
-        self._log_pool = ThreadPoolExecutor(1, "distckpt-log")
-        self._keep_pool = ThreadPoolExecutor(1, "distckpt-keep")
-        self._work_pool = ThreadPoolExecutor(3, "distckpt-work")
-        self._garbage_pool = ThreadPoolExecutor(1, "distckpt-garbage")
+        self._log_worker = Workers("distckpt-log", 1)
+        self._keep_worker = Workers("distckpt-keep", 1)
+        self._workers = Workers("distckpt-work", 3)
+        self._garbage_worker = Workers("distckpt-garbage", 1)
         self._timer = threading.Thread(target=self._run_timer, name="distckpt-timer", daemon=True)
 
     def start(self) -> None:
@@ -98,100 +131,179 @@ class Shell:
         future: Future[Reply] = Future()
         with self._lock:
             if self._closed:
-                future.set_result(Refused(CoordinatorError(f"{self._store.url}: the coordinator has been closed")))
+                future.set_result(Refused(self._closed_error()))
                 return future
-            ticket = self._next_ticket
-            self._next_ticket += 1
-            self._tickets[ticket] = future
-        self._handle(Asked(ticket, request))
-        future.add_done_callback(lambda done: self._forget(ticket) if done.cancelled() else None)
+            if self._life.over:
+                self._life = self._new_life()
+            life, ticket = self._life, next(self._numbers)
+            life.tickets[ticket] = future
+        self._handle(life, Asked(ticket, request))
+        future.add_done_callback(lambda done: self._forget(life, ticket) if done.cancelled() else None)
         return future
 
     def close(self) -> None:
-        """Finish what is being done on storage, retention included, and stop. Later requests are refused."""
+        """Finish what is being done on storage, retention included, and stop. Later requests are refused.
+
+        Whatever the store does, it returns after a little more than ``CLOSE_SECONDS``. What is left undone then is
+        logged; who still waits for an answer is refused.
+        """
         with self._lock:
-            self._changed.wait_for(lambda: self._in_flight == 0, CLOSE_SECONDS)
+            life = self._life
+            self._changed.wait_for(lambda: life.over or not life.doing, CLOSE_SECONDS)
+            left = () if life.over else tuple(life.doing.values())
             self._closed = True
             self._changed.notify_all()
+        self._refuse(life, self._closed_error())
+        pools = (self._workers, self._log_worker, self._keep_worker, self._garbage_worker)
+        for pool in pools:
+            pool.stop()
+        if left:
+            logger.error(
+                "%s: closing has waited %g s for the store and waits no longer. Left undone, until the next manager: %s",
+                self._store.url,
+                CLOSE_SECONDS,
+                ", ".join(type(action).__name__ for action in left),
+            )
+            return
+        deadline = time.monotonic() + END_SECONDS
+        for pool in pools:
+            pool.join(deadline)
         if self._timer.is_alive() and self._timer is not threading.current_thread():
-            self._timer.join()
-        for pool in (self._work_pool, self._log_pool, self._keep_pool, self._garbage_pool):
-            pool.shutdown(wait=True)
+            self._timer.join(max(0.0, deadline - time.monotonic()))
 
-    def _forget(self, ticket: int) -> None:
-        with self._lock:
-            self._tickets.pop(ticket, None)
-        self._handle(Forgotten(ticket))
+    # ---- events and answers ----------------------------------------------------------------------------------------
 
-    def _handle(self, event: Event) -> None:
-        answers = []
-        with self._lock:
-            for action in self._machine.step(event, time.time(), time.monotonic()):
-                if isinstance(action, Answer):
-                    answers.append((self._tickets.pop(action.ticket, None), action.reply))
-                else:
-                    self._dispatch(action)
-            self._changed.notify_all()
-        for future, reply in answers:
-            if future is not None and future.set_running_or_notify_cancel():
-                self._answer(future, reply)
+    def _new_life(self) -> _Life:
+        return _Life(Machine(self._store.url, uuid.uuid4().hex, idle_timeout=self._settings.idle_timeout))
 
-    def _answer(self, future: Future[Reply], reply: Reply) -> None:
-        error = reply.error if isinstance(reply, Refused) else None
-        if isinstance(error, CheckpointNotFoundError):
+    def _closed_error(self) -> CoordinatorError:
+        return CoordinatorError(f"{self._store.url}: the coordinator has been closed")
+
+    def _forget(self, life: _Life, ticket: int) -> None:
+        life.tickets.pop(ticket, None)
+        self._handle(life, Forgotten(ticket))
+
+    def _handle(self, life: _Life, event: Event) -> None:
+        """Step the machine. Whatever is raised on the way to its last answer ends its life."""
+        try:
+            answers = []
             with self._lock:
-                if not self._closed:  # storage is looked at in the background: whoever asks may be an event loop
-                    self._work_pool.submit(lambda: future.set_result(Refused(self._advised(error))))
+                if life.over:
                     return
-        future.set_result(reply)
+                for action in life.machine.step(event, time.time(), time.monotonic()):
+                    if isinstance(action, Answer):
+                        answers.append(action)
+                    else:
+                        self._dispatch(life, action)
+                self._changed.notify_all()
+            for answer in answers:
+                self._answer(life, answer)
+        except BaseException as error:
+            self._fail(life, error)
+            if not isinstance(error, Exception):
+                raise  # Ctrl-C, in the thread of somebody who asks
+
+    def _answer(self, life: _Life, answer: Answer) -> None:
+        error = answer.reply.error if isinstance(answer.reply, Refused) else None
+        if isinstance(error, CheckpointNotFoundError) and not self._closed:
+            # Storage is looked at in the background: whoever asks may be an event loop.
+            self._workers.put(lambda: self._settle(life, answer.ticket, Refused(self._advised(error))))
+        else:
+            self._settle(life, answer.ticket, answer.reply)
+
+    def _settle(self, life: _Life, ticket: int, reply: Reply) -> None:
+        future = life.tickets.get(ticket)
+        if future is not None:
+            with contextlib.suppress(InvalidStateError):  # nobody waits any more, or it has been refused meanwhile
+                future.set_result(reply)
+        life.tickets.pop(ticket, None)
 
     def _advised(self, error: CheckpointNotFoundError) -> CheckpointNotFoundError:
         """The same error, with what to do if such a checkpoint lies there without being in the log."""
         try:
             known = read_tail(self._store).state.known()
             advice = foreign_advice(self._store, error.path.rpartition("/")[2], known)
+            return CheckpointNotFoundError(error.path, f"{error.message}{advice}") if advice else error
         except Exception as problem:  # noqa: BLE001 - somebody waits for the answer, which this only adds to
             logger.warning("looking for %s, which the log does not know, failed: %s", error.path, problem)
-            advice = ""
-        return CheckpointNotFoundError(error.path, f"{error.message}{advice}") if advice else error
+            return error
 
-    def _dispatch(self, action: Action) -> None:
+    def _run_timer(self) -> None:
+        while not self._closed:
+            try:
+                self._tick_in_time()
+            except BaseException as error:  # noqa: BLE001 - a timer that ended would let everyone wait for ever
+                self._fail(self._life, error)
+
+    def _tick_in_time(self) -> None:
+        """Give the machine its tick if it is time; else wait until it may be."""
+        with self._lock:
+            life = self._life
+            deadline = None if life.over or self._closed else life.machine.next_deadline()
+            wait = None if deadline is None else deadline - time.monotonic()
+            if (wait is None or wait > 0) and not self._closed:
+                self._changed.wait(wait)
+                return
+        self._handle(life, Tick())
+
+    # ---- when it goes wrong ----------------------------------------------------------------------------------------
+
+    def _fail(self, life: _Life, error: BaseException) -> None:
+        """The machine is of no use any more: ``error`` came out of it, or out of what carries its actions and answers."""
+        if not life.over:
+            reason = f"{type(error).__name__}: {error}"
+            known = CoordinatorFailedError(self._store.url, reason)
+            try:
+                logger.error("%s", known, exc_info=error)
+            finally:
+                self._end(life, known)
+
+    def _end(self, life: _Life, error: DistckptError) -> None:
+        """No more comes of this machine. Tell everyone who waits; another one begins when somebody asks again."""
+        with self._lock:
+            life.over = True
+            self._changed.notify_all()
+        self._refuse(life, error)
+
+    def _refuse(self, life: _Life, error: DistckptError) -> None:
+        for ticket in list(life.tickets):
+            self._settle(life, ticket, Refused(error))
+
+    # ---- actions ---------------------------------------------------------------------------------------------------
+
+    def _dispatch(self, life: _Life, action: Action) -> None:
         if self._closed:
             return
         if isinstance(action, Append | ReadTail):
-            pool = self._log_pool
+            workers = self._log_worker
         elif isinstance(action, MakePlan | Seal | ReadLeases):  # a commit waits for leases, but for no deletion
-            pool = self._work_pool
+            workers = self._workers
         elif isinstance(action, CollectGarbage):  # it may take long, and nothing waits for it
-            pool = self._garbage_pool
+            workers = self._garbage_worker
         else:
-            pool = self._keep_pool
-        self._in_flight += 1
-        pool.submit(self._perform, action)
+            workers = self._keep_worker
+        number = next(self._numbers)
+        life.doing[number] = action
+        workers.put(functools.partial(self._perform, life, number, action))
 
-    def _run_timer(self) -> None:
-        with self._lock:
-            while not self._closed:
-                deadline = self._machine.next_deadline()
-                late = deadline is not None and deadline <= time.monotonic()
-                if late:
-                    self._lock.release()
-                    try:
-                        self._handle(Tick())
-                    finally:
-                        self._lock.acquire()
-                self._changed.wait(None if deadline is None else max(0.001, deadline - time.monotonic()))
-
-    def _perform(self, action: Action) -> None:
+    def _perform(self, life: _Life, number: int, action: Action) -> None:
         try:
-            event = self._effect(action)
+            if life.over:  # another machine may have begun; what this one has wanted is not to be begun any more
+                return
+            event = self._event_of(life, action)
+            if event is not None:
+                self._handle(life, event)
+            with self._lock:
+                life.doing.pop(number, None)
+                self._changed.notify_all()
+        except BaseException as error:  # noqa: BLE001 - the machine would wait for ever for what comes of it
+            self._fail(life, error)
+
+    def _event_of(self, life: _Life, action: Action) -> Event | None:
+        try:
+            return self._effect(action)
         except Exception as error:  # noqa: BLE001 - whatever an effect raises must reach the machine, or it waits for ever
-            event = self._failed(action, error)
-        if event is not None:
-            self._handle(event)
-        with self._lock:
-            self._in_flight -= 1
-            self._changed.notify_all()
+            return self._failed(life, action, error)
 
     def _effect(self, action: Action) -> Event | None:
         match action:
@@ -205,59 +317,58 @@ class Shell:
             case Seal():
                 return seal_checkpoint(self._store, action, cast(ShardingPlan, action.plan).table)
             case ReadLeases():
-                return read_leases(self._store)
+                return self._leases.read()
             case Delete():
                 return delete_checkpoints(self._store, action.records)
             case CollectGarbage():
-                collect_garbage(self._store, action, self._settings.garbage_age)
+                collect_garbage(self._store, action, self._settings.garbage_age, self._predecessors)
             case Publish():
                 if action.entry.state.active:
-                    publish(self._store, action.entry.state)
+                    self._state_file.publish(action.entry.state)
                 prune(self._store, action.entry.seq)
+                return Published(action.entry)
             case Exit():
                 if self._on_exit is not None:
                     self._on_exit(action.reason)
         return None
 
     def _append(self, action: Append) -> Event:
-        result = append(self._store, action.entry)
+        result = append(self._store, action.entry, self._sealer)
         if result.outcome == "appended":
             _warn_of_clock(self._store, action.entry)
             return Appended(action.entry, result.newest)
         if result.outcome == "taken":
             return NameTaken(action.entry, result.found, result.newest)
+        if result.outcome == "refused":
+            logger.error("%s: the entry %s is not written: %s", self._store.url, action.entry.kind, result.reason)
+            return AppendRefused(action.entry, result.reason)
         return AppendUnknown(action.entry, result.reason)
 
-    def _failed(self, action: Action, error: Exception) -> Event | None:
+    def _failed(self, life: _Life, action: Action, error: Exception) -> Event | None:
         if isinstance(action, MakePlan | Seal):
             if not isinstance(error, DistckptError):
                 logger.error("unexpected error in the coordinator", exc_info=error)
             known = error if isinstance(error, SaveError) else SaveError(action.number, f"{error}")
             return StepFailed(action.attempt, known)
         if isinstance(action, Append):
-            return AppendUnknown(action.entry, f"{type(error).__name__}: {error}")
+            blocked = error if isinstance(error, BlockedError) else None
+            return AppendUnknown(action.entry, f"{type(error).__name__}: {error}", blocked)
         if isinstance(action, ReadLeases):
             return LeasesRead(frozenset(), f"{error}")
         if isinstance(action, Delete):
             logger.warning("deleting failed and will be tried again: %s", error)
             return Deleted(())
         if isinstance(action, ReadTail):
-            self._refuse_all(error)
+            self._refuse_all(life, error)
             return None
         # Publish and garbage are derived or optional: nothing depends on them, and the next commit does them again.
         logger.warning("%s in %s failed: %s", type(action).__name__, self._store.url, error)
-        return None
+        return Published(action.entry) if isinstance(action, Publish) else None
 
-    def _refuse_all(self, error: Exception) -> None:
+    def _refuse_all(self, life: _Life, error: Exception) -> None:
         """Without the log nothing can be served: tell everyone who waits, and read it again when asked again."""
         logger.error("the log of %s cannot be read: %s", self._store.url, error)
-        known = error if isinstance(error, DistckptError) else CoordinatorError(f"{self._store.url}: {error}")
-        with self._lock:
-            waiting, self._tickets = self._tickets, {}
-            self._machine = Machine(self._store.url, uuid.uuid4().hex, idle_timeout=self._settings.idle_timeout)
-        for future in waiting.values():
-            if future.set_running_or_notify_cancel():
-                future.set_result(Refused(known))
+        self._end(life, error if isinstance(error, DistckptError) else CoordinatorError(f"{self._store.url}: {error}"))
 
 
 def _warn_of_clock(store: Store, entry: Entry) -> None:

@@ -7,21 +7,17 @@ the other. A batch's payload starts at a multiple of 8 bytes, which is what pyar
 from __future__ import annotations
 
 import io
-import itertools
-import math
 import mmap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import crc32c
 import numpy as np
 import pyarrow as pa
 
-from distckpt.errors import DamagedError, SaveError, UnsupportedFormatError
+from distckpt.errors import SaveError
 from distckpt.format.arrays import Ints
 from distckpt.format.arrow.columns import DIMENSIONS, FORMAT_FIELD, texts, tuples
-from distckpt.format.arrow.dtypes import ITEM_SIZES, VALUE
 
 FORMAT = b"1"
 SMALL_BYTES = 64 << 10
@@ -234,63 +230,3 @@ class _Sink(io.RawIOBase):
 
     def writable(self) -> bool:
         return True
-
-
-# ---- reading one whole --------------------------------------------------------------------------------------------
-
-
-def read_rows(data: bytes | memoryview, path: str) -> pa.Table:
-    """All rows of a whole shard, every CRC checked; the payloads are views of ``data``. For tools that verify.
-
-    Raises DamagedError for bytes that build_image did not lay out or that have changed since.
-    """
-    try:
-        with pa.ipc.open_file(pa.py_buffer(data)) as reader:
-            _check_schema(reader.schema, path)
-            table = reader.read_all()
-        table.validate(full=True)
-    except (pa.ArrowException, OSError) as error:
-        raise DamagedError(path, f"not a whole Arrow file: {error}") from error
-    if table.nbytes > len(data):
-        raise DamagedError(path, "its buffers are compressed, which is never written here")
-    _check_rows(table, path)
-    return table
-
-
-def _check_schema(schema: pa.Schema, path: str) -> None:
-    found = (schema.metadata or {}).get(FORMAT_FIELD)
-    if found is not None and found != FORMAT:
-        raise UnsupportedFormatError(path, f"a shard of format {found!r:.40}; this release reads {FORMAT.decode()}")
-    if not schema.equals(SCHEMA, check_metadata=True):
-        raise DamagedError(path, "its columns are not those of a shard")
-
-
-def _check_rows(table: pa.Table, path: str) -> None:
-    if any(column.null_count for column in table.columns):
-        raise DamagedError(path, "a column has nulls")
-    columns = [table.column(name).to_pylist() for name in ("key", "dtype", *DIMENSIONS, "crc32c")]
-    for key, dtype, shape, offset, length, crc, data in zip(*columns, _payloads(table), strict=True):
-        if not _is_possible(dtype, shape, offset, length, len(data)):
-            raise DamagedError(path, "type, shape, offset, length and number of bytes do not fit together", key)
-        if crc32c.crc32c(data) != crc:
-            raise DamagedError(path, "the bytes do not have the CRC32C that stands beside them", key)
-
-
-def _payloads(table: pa.Table) -> Iterator[memoryview]:
-    for column in table.column("data").chunks:
-        _, offsets, data = column.buffers()
-        if len(column):
-            places = np.frombuffer(memoryview(offsets or b""), dtype=np.int64, count=len(column) + 1)
-            for start, end in itertools.pairwise(places.tolist()):
-                yield memoryview(data or b"")[start:end]
-
-
-def _is_possible(dtype: str, shape: list[Any], offset: list[Any], length: list[Any], nbytes: int) -> bool:
-    if not len(shape) == len(offset) == len(length) or None in (*shape, *offset, *length):
-        return False
-    if dtype == VALUE:
-        return not shape
-    inside = all(
-        start >= 0 and 0 <= count <= size - start for size, start, count in zip(shape, offset, length, strict=True)
-    )
-    return inside and dtype in ITEM_SIZES and math.prod(length) * ITEM_SIZES[dtype] == nbytes

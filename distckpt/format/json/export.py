@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import ClassVar
 
 import msgspec
 
-from distckpt.errors import DamagedError
+from distckpt.format.json.sealed import Sealed
 from distckpt.format.limits import MAX_BYTES, MAX_CRC32C, shown
 from distckpt.format.names import export_folder, is_attempt, is_export, is_export_file, is_name
 
@@ -30,8 +31,10 @@ class ExportedModule(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     files: tuple[ExportedFile, ...]
 
 
-class ExportManifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class ExportManifest(Sealed, frozen=True, forbid_unknown_fields=True):
     """The export of ``attempt``, made at ``time`` (epoch seconds). ``id`` names its folder, ``export-<id>``."""
+
+    MAX_BYTES: ClassVar[int] = MAX_EXPORT_BYTES
 
     format: int
     id: str
@@ -50,26 +53,20 @@ class ExportManifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             for file in module.files:
                 yield f"{self.folder}/{module.name}/{file.name}", file
 
-
-def check_export(manifest: ExportManifest, path: str) -> None:
-    """Whether a decoded export manifest makes sense, whoever wrote it. DamagedError with the first reason why not."""
-    for problem in _problems(manifest):
-        raise DamagedError(path, problem)
-
-
-def _problems(manifest: ExportManifest) -> Iterator[str]:
-    if manifest.format != FORMAT:
-        yield f"format version {manifest.format} inside version {FORMAT}"
-    if not is_export(manifest.folder):
-        yield f"{shown(manifest.id)} is not an export's id"
-    if not is_attempt(manifest.attempt):
-        yield f"{shown(manifest.attempt)} is not an attempt id"
-    if not math.isfinite(manifest.time):
-        yield "its time is not a number"
-    if len({module.name for module in manifest.modules}) < len(manifest.modules):
-        yield "it lists a module twice"
-    for module in manifest.modules:
-        yield from _module_problems(module)
+    def problems(self) -> Iterator[str]:
+        """See Sealed."""
+        if self.format != FORMAT:
+            yield f"format version {self.format} inside version {FORMAT}"
+        if not is_export(self.folder):
+            yield f"{shown(self.id)} is not an export's id"
+        if not is_attempt(self.attempt):
+            yield f"{shown(self.attempt)} is not an attempt id"
+        if not math.isfinite(self.time):
+            yield "its time is not a number"
+        if len({module.name for module in self.modules}) < len(self.modules):
+            yield "it lists a module twice"
+        for module in self.modules:
+            yield from _module_problems(module)
 
 
 def _module_problems(module: ExportedModule) -> Iterator[str]:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Literal
+from typing import ClassVar, Literal
 
 import msgspec
 
-from distckpt.errors import DamagedError
 from distckpt.format.json.manifest import MAX_MANIFEST_BYTES
+from distckpt.format.json.sealed import Sealed
 from distckpt.format.limits import MAX_BYTES, MAX_CRC32C, MAX_NUMBER, MAX_WORLD, shown
 from distckpt.format.names import attempt_age, is_attempt, is_name
 
@@ -33,6 +33,22 @@ class CheckpointRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     nbytes: int
     pinned: bool = False
     metrics: dict[str, float] = {}
+
+    def problems(self) -> Iterator[str]:
+        """Why it makes no sense, whoever wrote it."""
+        if not is_name(self.name):
+            yield f"{shown(self.name)} is not a checkpoint name"
+        if not is_attempt(self.attempt):
+            yield f"{shown(self.attempt)} is not an attempt id"
+        where = f"of checkpoint {self.name}-{self.number}"
+        if not 0 <= self.number <= MAX_NUMBER:
+            yield f"the number {where} is out of bounds"
+        if not (0 <= self.manifest_size <= MAX_MANIFEST_BYTES and 0 <= self.manifest_crc32c <= MAX_CRC32C):
+            yield f"manifest size or CRC32C {where} is out of bounds"
+        if not (1 <= self.world_size <= MAX_WORLD and 0 <= self.nbytes <= MAX_BYTES):
+            yield f"world size or bytes {where} are out of bounds"
+        if not all(map(math.isfinite, (self.time, *self.metrics.values()))):
+            yield f"time or a metric {where} is not a number"
 
 
 class State(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -75,9 +91,22 @@ class State(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         """The first of ``newest_first``, or None if nothing may be opened."""
         return next(iter(self.newest_first()), None)
 
+    def doubles(self) -> Iterator[str]:
+        """What it lists twice. A checkpoint may be in several lists of one kind only: what is retiring is in no other."""
+        for records in (self.active, self.preserved, self.retiring):
+            if len({record.attempt for record in records}) < len(records):
+                yield "it lists an attempt twice"
+        if len({(record.name, record.number) for record in self.active}) < len(self.active):
+            yield "it lists two active checkpoints of the same name and number"
+        alive = self.alive() if self.retiring else {}
+        if any(record.attempt in alive for record in self.retiring):
+            yield "it lists a checkpoint both as alive and as being deleted"
 
-class Entry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+
+class Entry(Sealed, frozen=True, forbid_unknown_fields=True):
     """One log entry. ``commit_id`` is unique for ever, so a coordinator recognizes its own entry after a lost answer."""
+
+    MAX_BYTES: ClassVar[int] = MAX_ENTRY_BYTES
 
     format: int
     seq: int
@@ -87,55 +116,19 @@ class Entry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     commit_id: str
     state: State
 
-
-def check_entry(entry: Entry, path: str) -> None:
-    """Whether a decoded entry makes sense, whoever wrote it. DamagedError with the first reason why not."""
-    for problem in _problems(entry):
-        raise DamagedError(path, problem)
-
-
-def _problems(entry: Entry) -> Iterator[str]:
-    state = entry.state
-    if entry.format != FORMAT:
-        yield f"format version {entry.format} inside version {FORMAT}"
-    counts = {"seq": entry.seq, "epoch": entry.epoch, "run": state.run, "saves": state.saves}
-    for name, count in counts.items():
-        if not 0 <= count <= MAX_NUMBER:
-            yield f"{name} {count} is out of bounds"
-    if not (math.isfinite(entry.time) and math.isfinite(state.last_preserved_timestamp)):
-        yield "a time in it is not a number"
-    if not 1 <= len(entry.commit_id) <= MAX_ID_LENGTH or len(state.run_token) > MAX_ID_LENGTH:
-        yield "its commit id or run token is empty or too long"
-    for record in (*state.active, *state.preserved, *state.retiring):
-        yield from _record_problems(record)
-    yield from _twice(state)
-
-
-def _record_problems(record: CheckpointRecord) -> Iterator[str]:
-    if not is_name(record.name):
-        yield f"{shown(record.name)} is not a checkpoint name"
-    if not is_attempt(record.attempt):
-        yield f"{shown(record.attempt)} is not an attempt id"
-    where = f"of checkpoint {record.name}-{record.number}"
-    if not 0 <= record.number <= MAX_NUMBER:
-        yield f"the number {where} is out of bounds"
-    if not (0 <= record.manifest_size <= MAX_MANIFEST_BYTES and 0 <= record.manifest_crc32c <= MAX_CRC32C):
-        yield f"manifest size or CRC32C {where} is out of bounds"
-    if not (1 <= record.world_size <= MAX_WORLD and 0 <= record.nbytes <= MAX_BYTES):
-        yield f"world size or bytes {where} are out of bounds"
-    if not all(map(math.isfinite, (record.time, *record.metrics.values()))):
-        yield f"time or a metric {where} is not a number"
-
-
-def _twice(state: State) -> Iterator[str]:
-    """A checkpoint may stand in several lists of one kind only: what is being deleted is in no other."""
-    for records in (state.active, state.preserved, state.retiring):
-        attempts = [record.attempt for record in records]
-        if len(set(attempts)) < len(attempts):
-            yield "it lists an attempt twice"
-    folders = [(record.name, record.number) for record in state.active]
-    if len(set(folders)) < len(folders):
-        yield "it lists two active checkpoints of the same name and number"
-    alive = state.alive()
-    if any(record.attempt in alive for record in state.retiring):
-        yield "it lists a checkpoint both as alive and as being deleted"
+    def problems(self) -> Iterator[str]:
+        """See Sealed."""
+        state = self.state
+        if self.format != FORMAT:
+            yield f"format version {self.format} inside version {FORMAT}"
+        counts = {"seq": self.seq, "epoch": self.epoch, "run": state.run, "saves": state.saves}
+        for name, count in counts.items():
+            if not 0 <= count <= MAX_NUMBER:
+                yield f"{name} {count} is out of bounds"
+        if not (math.isfinite(self.time) and math.isfinite(state.last_preserved_timestamp)):
+            yield "a time in it is not a number"
+        if not 1 <= len(self.commit_id) <= MAX_ID_LENGTH or len(state.run_token) > MAX_ID_LENGTH:
+            yield "its commit id or run token is empty or too long"
+        for record in (*state.active, *state.preserved, *state.retiring):
+            yield from record.problems()
+        yield from state.doubles()

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import ClassVar
 
 import msgspec
 
-from distckpt.errors import DamagedError
+from distckpt.format.json.sealed import Sealed
 from distckpt.format.limits import (
     MAX_BYTES,
     MAX_CRC32C,
@@ -32,8 +33,10 @@ class ShardRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     crc32c: int
 
 
-class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class Manifest(Sealed, frozen=True, forbid_unknown_fields=True):
     """All shards with size and CRC32C, in order of rank and shard, and the index that says what is in them."""
+
+    MAX_BYTES: ClassVar[int] = MAX_MANIFEST_BYTES
 
     format: int
     name: str
@@ -46,29 +49,23 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     index_crc32c: int
     shards: tuple[ShardRecord, ...]
 
-
-def check_manifest(manifest: Manifest, path: str) -> None:
-    """Whether a decoded manifest makes sense, whoever wrote it. DamagedError with the first reason why not."""
-    for problem in _problems(manifest):
-        raise DamagedError(path, problem)
-
-
-def _problems(manifest: Manifest) -> Iterator[str]:
-    if manifest.format != FORMAT:
-        yield f"format version {manifest.format} inside version {FORMAT}"
-    if not is_name(manifest.name):
-        yield f"{shown(manifest.name)} is not a checkpoint name"
-    if not is_attempt(manifest.attempt):
-        yield f"{shown(manifest.attempt)} is not an attempt id"
-    if not 1 <= manifest.world_size <= MAX_WORLD:
-        yield f"world size {manifest.world_size} is out of bounds"
-    if not (0 <= manifest.number <= MAX_NUMBER and 0 <= manifest.epoch <= MAX_NUMBER):
-        yield f"number {manifest.number} or epoch {manifest.epoch} is out of bounds"
-    if not math.isfinite(manifest.time):
-        yield "its time is not a number"
-    if not (0 <= manifest.index_size <= MAX_INDEX_BYTES and 0 <= manifest.index_crc32c <= MAX_CRC32C):
-        yield f"index size {manifest.index_size} or CRC32C {manifest.index_crc32c} is out of bounds"
-    yield from _shard_problems(manifest.shards, manifest.world_size)
+    def problems(self) -> Iterator[str]:
+        """See Sealed."""
+        if self.format != FORMAT:
+            yield f"format version {self.format} inside version {FORMAT}"
+        if not is_name(self.name):
+            yield f"{shown(self.name)} is not a checkpoint name"
+        if not is_attempt(self.attempt):
+            yield f"{shown(self.attempt)} is not an attempt id"
+        if not 1 <= self.world_size <= MAX_WORLD:
+            yield f"world size {self.world_size} is out of bounds"
+        if not (0 <= self.number <= MAX_NUMBER and 0 <= self.epoch <= MAX_NUMBER):
+            yield f"number {self.number} or epoch {self.epoch} is out of bounds"
+        if not math.isfinite(self.time):
+            yield "its time is not a number"
+        if not (0 <= self.index_size <= MAX_INDEX_BYTES and 0 <= self.index_crc32c <= MAX_CRC32C):
+            yield f"index size {self.index_size} or CRC32C {self.index_crc32c} is out of bounds"
+        yield from _shard_problems(self.shards, self.world_size)
 
 
 def _shard_problems(shards: tuple[ShardRecord, ...], world_size: int) -> Iterator[str]:

@@ -1,0 +1,83 @@
+"""Who reads what: the leases of a directory, as retention sees them."""
+
+from __future__ import annotations
+
+import logging
+import time
+
+from distckpt.coordinator.machine.actions import LeasesRead
+from distckpt.errors import DamagedError, ObjectNotFoundError, StorageError
+from distckpt.format import names
+from distckpt.format.json.lease import MAX_LEASE_BYTES, Lease
+from distckpt.format.json.sealed import unseal
+from distckpt.storage import MOST_NAMES, ObjectInfo, Store, at_most
+
+logger = logging.getLogger(__name__)
+
+UNREADABLE_SECONDS = 3600.0
+"""How long a lease that cannot be read counts while nobody renews it. Holders renew theirs every half minute."""
+
+
+class Leases:
+    """Reads the leases of one directory, again and again. What is wrong with one is logged once.
+
+    A lease counts until it expires by the wall clock of this process, whether or not it can be deleted then. While one
+    cannot be read, nothing may be deleted: it may be of any checkpoint. But if nobody has touched it for an hour by the
+    monotonic clock of this process, nobody holds it. Not safe to use from several threads.
+    """
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._told: set[tuple[str, str]] = set()
+        self._unreadable: dict[ObjectInfo, float] = {}
+
+    def read(self) -> LeasesRead:
+        """Attempts that somebody is reading now, or why that cannot be told."""
+        try:
+            found = at_most(MOST_NAMES, self._store.list(names.LEASES), f"{self._store.url}/{names.LEASES}")
+        except (DamagedError, StorageError) as error:
+            self._tell("", "nothing is deleted while the leases cannot be listed: %s", error)
+            return LeasesRead(frozenset(), str(error))
+        self._forget_all_but(found)
+        attempts: set[str] = set()
+        failed = ""
+        for info in found:
+            try:
+                lease = unseal(self._store.read(info.path, MAX_LEASE_BYTES), Lease, info.path, MAX_LEASE_BYTES)
+            except ObjectNotFoundError:
+                continue  # released between listing and reading
+            except Exception as error:  # noqa: BLE001 - whatever is wrong with one, retention looks at the others
+                failed = self._is_held(info, error) or failed
+                continue
+            if lease.expires > time.time():
+                attempts.add(lease.attempt)
+            else:
+                self._delete(info)
+        return LeasesRead(frozenset() if failed else frozenset(attempts), failed)
+
+    def _is_held(self, info: ObjectInfo, error: Exception) -> str:
+        """Why nothing may be deleted because of a lease that cannot be read; '' if nobody holds it any more."""
+        now = time.monotonic()
+        if now - self._unreadable.setdefault(info, now) < UNREADABLE_SECONDS:
+            self._tell(info.path, "nothing is deleted while the lease %s cannot be read: %s", info.path, error)
+            return f"lease {info.path}: {error}"
+        self._tell(info.path, "the lease %s cannot be read, and is not renewed: it counts no longer", info.path)
+        return ""
+
+    def _delete(self, info: ObjectInfo) -> None:
+        try:
+            self._store.delete(info.path)
+        except Exception as error:  # noqa: BLE001 - it has expired all the same
+            self._tell(
+                info.path, "the lease %s has expired, and stays because it cannot be deleted: %s", info.path, error
+            )
+
+    def _tell(self, path: str, message: str, *arguments: object) -> None:
+        if (path, message) not in self._told:
+            self._told.add((path, message))
+            logger.warning(message, *arguments)
+
+    def _forget_all_but(self, found: list[ObjectInfo]) -> None:
+        paths = {info.path for info in found}
+        self._told = {(path, message) for path, message in self._told if path in paths}
+        self._unreadable = {info: since for info, since in self._unreadable.items() if info in found}

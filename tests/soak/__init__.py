@@ -1,0 +1,1 @@
+"""Attacks on whole processes and directories, for as long as one says: ``python -m tests.soak SECONDS``."""
