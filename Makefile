@@ -29,8 +29,8 @@ install: $(READY)   ## a virtual environment with everything in it
 demo: $(READY)  ## the main job: train on two ranks, kill one, resume on three
 	$(BIN)/python demo/demo.py
 
-test: $(READY)  ## the whole test suite, two files at a time
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+test: $(READY)  ## the whole test suite, three files at a time
+	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 $(FLOORS_READY): pyproject.toml constraints.txt tests/floors.py
 	$(PYTHON) -m venv --clear $(FLOORS)

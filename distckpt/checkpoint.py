@@ -16,7 +16,7 @@ from distckpt.state.objects import NamedObjects, PerRank, RandomState
 from distckpt.state.selection import Rename, Selection
 from distckpt.state.status import LoadStatus, describe
 from distckpt.storage import open_store
-from distckpt.world import find_world
+from distckpt.world import find_rank
 
 __all__ = ["Checkpoint", "LoadStatus", "PerRank", "RandomState"]
 
@@ -68,9 +68,9 @@ class Checkpoint(NamedObjects):
         if path is None:
             return LoadStatus("no checkpoint", list(self.objects), ())
         where = locate(path, storage_options)
-        world = find_world()
+        rank, world_size = find_rank()
         selection = Selection.of(select, rename)
-        status = restore_objects(self, where, read_index(where), world.rank, world.size, partial, selection, progress)
+        status = restore_objects(self, where, read_index(where), rank, world_size, partial, selection, progress)
         if not partial and (status.missing or status.unexpected):
             logger.warning("%s", describe(status))
         return status

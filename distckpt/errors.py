@@ -30,6 +30,7 @@
     - AbsentRanksError            ranks that did not come when all make a manager together
     - PeerFailedError             another rank reported an error, so all ranks stop
       - RankSilentError           a rank gave no sign of life for too long, so all ranks stop
+  - LaunchError                   also a ValueError: there are more ranks than this one, and no way to find them
   - AgreementError                ranks that should decide together do not: one has died, left, or is elsewhere
   - OutOfRangeError               an input has come to its end: a clean stop, not a failure
   - ExportError                   a committed checkpoint could not be exported; the checkpoint stands
@@ -334,6 +335,10 @@ class RankSilentError(PeerFailedError):
         super().__init__(rank, host, type(self).__name__, f"no sign of life for {seconds:.3g} s", "")
         self.args = (f"{ranks_at_hosts([rank], {rank: host})} gave {self.reason}",)
         self.seconds = seconds
+
+
+class LaunchError(DistckptError, ValueError):
+    """There are more ranks than this one, with no way to find each other or to be told from those of an earlier start."""
 
 
 class AgreementError(DistckptError):

@@ -1,4 +1,4 @@
-"""Which rank this process is, how many there are, and how rank 0 tells the others something before Ray is up."""
+"""Which rank this process is, how many there are, and how ranks tell each other something before Ray is up."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ import socket
 import sys
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, Protocol
 
-from distckpt.errors import AbsentRanksError
+from distckpt.errors import AbsentRanksError, CoordinatorUnavailableError, LaunchError
 
 SHARE_SECONDS = 300.0
 MOST_OF_RUN_ID = 200
@@ -41,7 +42,8 @@ Decide = Callable[[Sequence[str]], str]
 class Council(Protocol):
     """What ranks can do together before a coordinator is there, and without one. All of it is collective.
 
-    AbsentRanksError names ranks that neither came nor gave a sign for ``timeout`` seconds.
+    AbsentRanksError names ranks that neither came nor gave a sign for ``timeout`` seconds; CoordinatorUnavailableError if
+    the store through which they talk has gone.
     """
 
     def consult(self, text: str, decide: Decide, timeout: float | None = None) -> str:
@@ -62,8 +64,8 @@ def _alone(text: str, timeout: float | None = None) -> str:
 class World:
     """One process among ``size``. ``share`` returns rank 0's text on every rank; a collective where size > 1.
 
-    ``council`` is there where the ranks can do more than that without a coordinator. ``token`` names this incarnation of the job where the environment gives it a name, else it is None and rank 0
-    invents one.
+    ``council`` is there where the ranks can do more than that by themselves. ``token`` names this incarnation of the job
+    where the environment gives it a name, else it is None and rank 0 invents one.
     """
 
     rank: int
@@ -71,12 +73,38 @@ class World:
     share: Share | None = field(default=_alone, repr=False)
     token: str | None = None
     host: str = field(default_factory=socket.gethostname)
-    local_rank: int = 0
     council: Council | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         if not 0 <= self.rank < self.size:
             raise ValueError(f"rank {self.rank} is not among {self.size} ranks")
+
+
+@dataclass(frozen=True, slots=True)
+class _Launcher:
+    """Something that starts many processes, and the variables in which it tells each of them who it is."""
+
+    name: str
+    rank: str
+    sizes: tuple[str, ...]
+
+    def told(self) -> tuple[int | None, int | None]:
+        """Rank and number of ranks, as far as they are told."""
+        sizes = (_number(name) for name in self.sizes)
+        return _number(self.rank), next((size for size in sizes if size is not None), None)
+
+
+_LAUNCHERS = (
+    _Launcher("The environment", "RANK", ("WORLD_SIZE",)),
+    _Launcher("Open MPI", "OMPI_COMM_WORLD_RANK", ("OMPI_COMM_WORLD_SIZE",)),
+    _Launcher("MVAPICH", "MV2_COMM_WORLD_RANK", ("MV2_COMM_WORLD_SIZE",)),
+    _Launcher("jsrun", "JSM_NAMESPACE_RANK", ("JSM_NAMESPACE_SIZE",)),
+    _Launcher("MPI", "PMI_RANK", ("PMI_SIZE",)),
+    # The first is of this step alone, the others may be of a whole allocation.
+    _Launcher("Slurm", "SLURM_PROCID", ("SLURM_STEP_NUM_TASKS", "SLURM_NTASKS", "SLURM_NPROCS")),
+    _Launcher("PMIx", "PMIX_RANK", ()),
+)
+"""The first that tells how many ranks there are is right: who asks for one within the other comes first."""
 
 
 def find_world(
@@ -85,9 +113,11 @@ def find_world(
     """The world that was given, else torch.distributed's, Ray Train's, torchrun's variables', or a world of one.
 
     With ``rank`` and ``world_size`` given for more than one rank and no torch.distributed, ``run_id`` must name the
-    incarnation of the job: the same text on every rank, another one after every restart. ValueError otherwise, and for
-    a text that the log has no room for.
-    ``timeout`` is how many seconds ranks wait for each other when they share something.
+    incarnation of the job: the same text on every rank, another one after every restart. With it, what Slurm or MPI say
+    of the ranks is taken too. ``timeout`` is how many seconds ranks wait for each other when they share something.
+
+    Raises ValueError for one of rank and world_size alone, and for a ``run_id`` that the log has no room for. LaunchError where there are more ranks than this one, and they
+    have no way to find each other, or nothing that tells them from those of an earlier start.
     """
     if run_id is not None and not 0 < len(run_id) <= MOST_OF_RUN_ID:
         raise ValueError(f"run_id must be a text of 1 to {MOST_OF_RUN_ID} characters, not {run_id!r:.80}")
@@ -95,7 +125,16 @@ def find_world(
         raise ValueError("give both rank and world_size, or neither")
     if rank is not None and world_size is not None:
         return _given_world(rank, world_size, run_id, timeout)
-    return _torch_world(timeout) or _ray_train_world() or _torchrun_world(run_id, timeout) or World(0, 1, token=run_id)
+    return _torch_world(timeout) or _ray_train_world() or _torchrun_world(run_id, timeout) or _launched_world(run_id)
+
+
+def find_rank() -> tuple[int, int]:
+    """Which rank this process is among how many, as far as it is told; for what it does without the others."""
+    world = _torch_world(SHARE_SECONDS) or _ray_train_world()
+    if world is not None:
+        return world.rank, world.size
+    _, rank, size = _launcher()
+    return (rank, size) if size else (0, 1)
 
 
 def new_token() -> str:
@@ -108,17 +147,18 @@ def _given_world(rank: int, world_size: int, run_id: str | None, timeout: float)
         return World(rank, 1, token=run_id)
     found = _torch_world(timeout)
     if found is not None and found.size == world_size:
-        return World(rank, world_size, found.share, run_id, local_rank=found.local_rank, council=found.council)
+        return World(rank, world_size, found.share, run_id, council=found.council)
     if run_id is None:
-        raise ValueError(
-            "rank and world_size were given without torch.distributed: give run_id too, the same text on every rank "
-            "and another one after every restart of the job, so that older processes can be told from newer ones"
+        raise LaunchError(
+            f"rank {rank} and world_size {world_size} were given without torch.distributed: give run_id too, the same text "
+            "on every rank and another one after every restart of the job, so that older processes can be told from newer"
         )
-    return World(rank, world_size, None, run_id, local_rank=_local_rank())
+    return World(rank, world_size, None, run_id)
 
 
-def _local_rank() -> int:
-    return int(os.environ.get("LOCAL_RANK", "0"))
+def _number(name: str) -> int | None:
+    text = os.environ.get(name, "")
+    return int(text) if text.isdecimal() else None
 
 
 def _torch_world(timeout: float) -> World | None:
@@ -152,35 +192,84 @@ def _ray_train_world() -> World | None:
     from ray.train.collective import broadcast_from_rank_zero
 
     def share(text: str, timeout: float | None = None) -> str:
-        return str(broadcast_from_rank_zero(text))
+        try:
+            return str(broadcast_from_rank_zero(text))
+        except Exception as error:
+            raise CoordinatorUnavailableError(
+                f"rank {rank} of {size}: Ray Train's workers could not share what they need to find each other: {error}. "
+                "Every worker must make the manager; nothing was changed, and the job may be started again"
+            ) from error
 
-    return World(rank, size, share, local_rank=context.get_local_rank())
+    return World(rank, size, share)
 
 
 def _torchrun_world(run_id: str | None, timeout: float) -> World | None:
-    names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    if not all(name in os.environ for name in names):
+    """That of torchrun, whose own store ranks can use without torch.distributed."""
+    rank, size = _number("RANK"), _number("WORLD_SIZE")
+    if rank is None or size is None or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return None
-    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     if size == 1:
         return World(0, 1, token=run_id)
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        return _together(StoreCouncil(_agent_store(), rank, size, timeout), run_id)
-    if run_id is None:
-        raise ValueError("call torch.distributed.init_process_group before distckpt, or give run_id")
-    return World(rank, size, None, run_id, local_rank=_local_rank())
+    with _answering(rank):
+        store = _agent_store(timeout)
+    return _together(StoreCouncil(store, rank, size, timeout), run_id)
 
 
-def _agent_store() -> Any:
+def _launched_world(run_id: str | None) -> World:
+    """A world of one, unless a launcher says that there are more."""
+    launcher, rank, size = _launcher()
+    if launcher is None or size == 1:
+        return World(0, 1, token=run_id)
+    if size and run_id is not None:
+        return World(rank, size, None, run_id)
+    told = ", ".join(f"{name}={os.environ[name]}" for name in (launcher.rank, *launcher.sizes) if name in os.environ)
+    raise LaunchError(
+        f"{launcher.name} says that this is rank {rank} of {size or 'several'} ({told}), and the ranks have no way to find "
+        "each other. Call torch.distributed.init_process_group first; or join all of them to one Ray cluster and give rank, "
+        "world_size and run_id, the same text on every rank and another one after every restart of the job; or, where this "
+        f"process saves by itself, give rank=0 and world_size=1, or take {launcher.rank} out of its environment"
+    )
+
+
+def _launcher() -> tuple[_Launcher | None, int, int]:
+    """Who has started this process as which rank of how many; 0 where the number is not told, though it is not 1."""
+    unsized: tuple[_Launcher | None, int, int] = (None, 0, 1)
+    for launcher in _LAUNCHERS:
+        rank, size = launcher.told()
+        if size is not None and rank is not None and rank < size:
+            return launcher, rank, size
+        if rank:
+            unsized = launcher, rank, 0
+    return unsized
+
+
+def _agent_store(timeout: float) -> Any:
     from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]  # public, but not in its __all__
 
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    store = TCPStore(address, port, is_master=False, timeout=timedelta(seconds=SHARE_SECONDS))
+    store = TCPStore(address, port, is_master=False, timeout=timedelta(seconds=timeout))
     return PrefixStore(f"distckpt/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 
 
 def _together(exchange: StoreCouncil, run_id: str | None) -> World:
-    return World(exchange.rank, exchange.size, exchange.share, run_id, local_rank=_local_rank(), council=exchange)
+    return World(exchange.rank, exchange.size, exchange.share, run_id, council=exchange)
+
+
+@contextmanager
+def _answering(rank: int) -> Iterator[None]:
+    """Errors of a torch store become ours."""
+    try:
+        yield
+    except RuntimeError as error:  # torch.distributed raises nothing more particular
+        raise CoordinatorUnavailableError(
+            f"rank {rank}: the store through which the ranks of torch.distributed find each other does not answer: "
+            f"{_first_line(error)}. The process that keeps it, rank 0 or torchrun, has ended or cannot be reached; what was "
+            "committed is on storage, and the job may be started again"
+        ) from error
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().partition("\n")[0]
 
 
 class StoreCouncil:
@@ -200,16 +289,18 @@ class StoreCouncil:
 
     def share(self, text: str, timeout: float | None = None) -> str:
         """See Share."""
-        return self.consult(text or "-", lambda texts: text, timeout)
+        return self.consult(text or "-", lambda _: text, timeout)
 
     def consult(self, text: str, decide: Decide, timeout: float | None = None) -> str:
         """See Council.consult."""
         seconds = self._timeout if timeout is None else timeout
-        return self._lead(text, decide, seconds) if self.rank == 0 else self._follow(text, seconds)
+        with _answering(self.rank):
+            return self._lead(text, decide, seconds) if self.rank == 0 else self._follow(text, seconds)
 
     def sign(self) -> None:
         """See Council.sign."""
-        self._store.add(f"signs/{self.rank}", 1)
+        with _answering(self.rank):
+            self._store.add(f"signs/{self.rank}", 1)
 
     def apart(self, name: str, behind: bool = False) -> StoreCouncil:
         """See Council.apart."""

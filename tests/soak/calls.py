@@ -22,9 +22,10 @@ from pathlib import Path
 
 import distckpt
 from distckpt.errors import DistckptError
+from distckpt.storage import room
 from distckpt.testing.system_calls import Failure, How, Kind, SystemCalls
 from tests.soak.attack import Broken, Outcome
-from tests.soak.subject import Subject, impatience, judge, read, save
+from tests.soak.subject import Subject, found_later, impatience, judge, read, save
 from tests.support.crashing import Crashing, Say, run
 from tests.support.preload import library
 
@@ -36,9 +37,11 @@ SAVES = (3, 4)
 """What it saves, so that it deletes what it has found."""
 
 ELEMENTS = 3000
-"""Of 8 bytes, so that some of it is written with O_DIRECT."""
+"""Of 8 bytes, so that some of it is written round the page cache."""
 
-SAVE_TIMEOUT = 4.0
+PATIENT, IMPATIENT = 30.0, 4.0
+"""Seconds until a save gives up: when one call fails, which no save waits for, and when all do from one on."""
+
 HANGS = 90.0
 """Seconds after which a run counts as hanging. Opening, restoring, two saves and closing may each give up once."""
 
@@ -130,8 +133,8 @@ class Calls:
         if "counted" not in life.told:
             what = "it hangs" if ended.late else f"it dies of {ended.signal}"
             life.broken.append(f"{what} after {ended.said[-1:]}: {(folder / 'stderr').read_text()[-4000:]}")
-        later = run(judge, directory=directory, acknowledged=life.acknowledged, keep=KEEP, elements=ELEMENTS)
-        life.broken += [f"a later run: {complaint}" for complaint in later.said]
+        told = {"acknowledged": life.acknowledged, "keep": KEEP, "elements": ELEMENTS}
+        life.broken += [f"later: {complaint}" for complaint in found_later(judge, directory=directory, **told)]
         return life
 
 
@@ -176,17 +179,19 @@ def suffer(say: Say, directory: str, failure: str | None) -> None:
     """Open, restore, save, read and close, with a failure among the calls; say what came of each, and which call it was."""
     faulthandler.dump_traceback_later(HANGS - 5)
     threading.excepthook = lambda args: say([f"{args.thread}", "foreign", _text(args.exc_value)])
+    room.SHARE = 1 << 60  # as on a host that has no memory to spare: files go round the page cache, by more calls
     with impatience():
         calls = SystemCalls(directory)
-        if failure is not None:
-            calls.fail(Failure.parse(failure))
-        _run(say, directory)
+        failing = None if failure is None else Failure.parse(failure)
+        if failing is not None:
+            calls.fail(failing)
+        _run(say, directory, IMPATIENT if failing is not None and failing.times is None else PATIENT)
         say(["struck", calls.struck])
         say(["counted", calls.counted])
         calls.stop()
 
 
-def _run(say: Say, directory: str) -> None:
+def _run(say: Say, directory: str, save_timeout: float) -> None:
     def attempt(phase: str, act: Callable[..., object], *arguments: object) -> None:
         try:
             result = act(*arguments)
@@ -198,7 +203,7 @@ def _run(say: Say, directory: str) -> None:
             say([phase, "done", result])
 
     subjects: list[Subject] = []
-    attempt("open", lambda: subjects.append(Subject(directory, ELEMENTS, max_to_keep=KEEP, save_timeout=SAVE_TIMEOUT)))
+    attempt("open", lambda: subjects.append(Subject(directory, ELEMENTS, max_to_keep=KEEP, save_timeout=save_timeout)))
     for subject in subjects:
         attempt("restore", subject.restore)
         for number in SAVES:

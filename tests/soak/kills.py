@@ -16,7 +16,7 @@ from pathlib import Path
 
 import distckpt
 from tests.soak.attack import Broken, Outcome
-from tests.soak.subject import PATIENCE, Subject, Witness, judge, lost, number_of, save, stamp
+from tests.soak.subject import PATIENCE, Subject, Witness, found_later, judge, lost, number_of, save, stamp
 from tests.support.crashing import Crashing, Say, run
 
 HANGS = 120.0
@@ -68,8 +68,8 @@ class Kills:
             broken += [f"life {life}: {what}" for what in witness.hear(process.end(HANGS).said)]
             outcome.tried["killed"] += 1
         outcome.seen["saves acknowledged"] = len(witness.acknowledged)
-        told = sorted(witness.acknowledged)
-        broken += run(judge, directory=directory, acknowledged=told, keep=keep, elements=elements).said
+        told = {"acknowledged": sorted(witness.acknowledged), "keep": keep, "elements": elements}
+        broken += found_later(judge, directory=directory, **told)
         outcome.broken += [Broken(self.name, case, "killed", f"{what}\n(in {folder})") for what in broken]
         return outcome
 

@@ -17,9 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from tests.soak.attack import Broken, Outcome
-from tests.soak.subject import Witness, inspect, judge
+from tests.soak.subject import Witness, found_later, inspect, judge
 from tests.support.actors import coordinator_pid
-from tests.support.crashing import run
 from tests.support.gang import Gang
 from tests.support.small_runs import until
 
@@ -47,6 +46,7 @@ class Ranks:
         os.environ.setdefault("RAY_worker_niceness", "0")  # else the coordinator waits for whatever else runs here
         if not ray.is_initialized():
             ray.init(
+                "local",
                 num_cpus=4,
                 object_store_memory=100 << 20,
                 include_dashboard=False,
@@ -68,19 +68,18 @@ class Ranks:
         for life in range(1, self.lives + 1):
             victim = dice.choice(VICTIMS)
             diary = Diary(folder / f"life-{life}")
-            told = {"directory": directory, "diary": str(diary.path), "life": life, "elements": ELEMENTS}
+            options = {"life": life, "elements": ELEMENTS, "max_to_keep": keep}
             with Gang(len(RANKS), {"RAY_ADDRESS": self._address}) as gang:
-                gang.start("ranks.soak:live", max_to_keep=keep, **told)
+                gang.start("ranks.soak:live", directory=directory, diary=str(diary.path), **options)
                 broken = list(_kill(gang, victim, directory, diary, dice))
-            for rank in RANKS:
-                broken += witness.hear(diary.of(rank))
-            broken += run(inspect, directory=directory, acknowledged=sorted(witness.acknowledged), keep=keep).said
+            broken += witness.hear([line for rank in RANKS for line in diary.of(rank)])
+            broken += found_later(inspect, directory=directory, acknowledged=sorted(witness.acknowledged), keep=keep)
             kind = f"{victim} killed"
             outcome.tried[kind] += 1
             outcome.broken += [Broken(self.name, case, kind, f"life {life}: {what}\n(in {folder})") for what in broken]
         outcome.seen["saves acknowledged"] = len(witness.acknowledged)
-        stamps = sorted(witness.acknowledged)
-        last = run(judge, directory=directory, acknowledged=stamps, keep=keep, elements=ELEMENTS).said
+        told = {"acknowledged": sorted(witness.acknowledged), "keep": keep, "elements": ELEMENTS}
+        last = found_later(judge, directory=directory, **told)
         outcome.broken += [Broken(self.name, case, kind, f"{what}\n(in {folder})") for what in last]
         return outcome
 

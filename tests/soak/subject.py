@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import os
 import traceback
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,12 +17,15 @@ from torch.distributed.tensor import DTensor
 import distckpt
 from distckpt.coordinator.client import client
 from distckpt.coordinator.machine import ledger
-from tests.support.crashing import Say
+from tests.support.crashing import Crashing, Say
 from tests.support.small_runs import fill, holds, numbers, tree
 
 LIVES = 1_000_000
 PATIENCE = 60.0
 """Seconds in which a save that nothing disturbs is done, on a busy machine too."""
+
+HANGS = 180.0
+"""Seconds after which a later process counts as hanging."""
 
 
 def stamp(number: int, life: int) -> int:
@@ -158,23 +162,28 @@ class Witness:
         """The number of the newest one that was acknowledged, 0 if none was."""
         return max(map(number_of, self.acknowledged), default=0)
 
-    def hear(self, said: Iterable[Sequence[Any]]) -> Iterator[str]:
-        """Take in what a process has said; tells what of it must not be."""
-        for what, detail in said:
-            if what == "begun":
-                self.begun.add(detail)
-            elif what == "saved":
-                self.acknowledged.add(detail)
-            elif what == "broken":
-                yield str(detail)
-            elif what == "restored":
-                if detail is not None and detail not in self.begun:
-                    yield f"{detail} was restored, and nobody has saved it"
-                if number_of(detail or 0) < self.newest:
-                    yield f"{self.newest} was acknowledged, and {detail} restored"
+    def hear(self, said: Sequence[Sequence[Any]]) -> Iterator[str]:
+        """Take in what was said in one life, by all ranks if there were more; tells what of it must not be."""
+        for restored in [detail for what, detail in said if what == "restored"]:
+            if restored is not None and restored not in self.begun:
+                yield f"{restored} was restored, and nobody has saved it"
+            if number_of(restored or 0) < self.newest:
+                yield f"{self.newest} was acknowledged, and {restored} restored"
+        self.begun |= {detail for what, detail in said if what == "begun"}
+        self.acknowledged |= {detail for what, detail in said if what == "saved"}
+        yield from (str(detail) for what, detail in said if what == "broken")
 
 
 # ---- in processes of their own ----------------------------------------------------------------------------------------
+
+
+def found_later(look: Callable[..., None], **arguments: Any) -> list[str]:
+    """All that ``inspect`` or ``judge`` find in a process of its own; that it dies or hangs is a find too."""
+    ended = Crashing(look, **arguments).end(HANGS)
+    found = [str(complaint) for complaint in ended.said]
+    if ended.signal:
+        found.append("a later process hangs" if ended.late else f"a later process dies of signal {ended.signal}")
+    return found
 
 
 def save(say: Say, directory: str, numbers: Sequence[int], keep: int, elements: int) -> None:
@@ -186,6 +195,7 @@ def save(say: Say, directory: str, numbers: Sequence[int], keep: int, elements: 
 
 def inspect(say: Say, directory: str, acknowledged: Sequence[int], keep: int) -> None:
     """Say everything that a later reader finds broken."""
+    faulthandler.dump_traceback_later(HANGS - 5)
     try:
         for complaint in lost(directory, acknowledged, keep) if os.path.isdir(directory) else ():
             say(complaint)
@@ -195,5 +205,6 @@ def inspect(say: Say, directory: str, acknowledged: Sequence[int], keep: int) ->
 
 def judge(say: Say, directory: str, acknowledged: Sequence[int], keep: int, elements: int) -> None:
     """Say everything that a later run finds broken."""
+    faulthandler.dump_traceback_later(HANGS - 5)
     for complaint in complaints(directory, acknowledged, keep, elements):
         say(complaint)

@@ -59,19 +59,18 @@ class Crashing:
     def end(self, limit: float | None = None) -> Ended:
         """Wait for its end, at most so many seconds; then it is killed."""
         late = threading.Event()
-
-        def give_up() -> None:
-            late.set()
-            self._process.kill()
-
-        impatient = threading.Timer(limit or 0.0, give_up)
-        if limit is not None:
-            impatient.start()
+        impatient = threading.Timer(threading.TIMEOUT_MAX if limit is None else limit, self._give_up, [late])
+        impatient.daemon = True
+        impatient.start()
         with self._process as process:
             said = [json.loads(line) for line in process.stdout if line.endswith("\n")]
             ended = process.wait()
         impatient.cancel()
         return Ended(max(0, -ended), said, late.is_set())
+
+    def _give_up(self, late: threading.Event) -> None:
+        late.set()
+        self._process.kill()
 
 
 def run(function: Callable[..., object], **arguments: Any) -> Ended:

@@ -29,8 +29,8 @@ from distckpt.testing.system_calls import preloading
 ROOT = Path(__file__).parents[2]
 MAX_REQUEST_BYTES = 1 << 20
 SLOW_TO_IMPORT = (
+    "distckpt.coordinator.ray.cluster",  # before anything else that imports Ray: it leaves the process as it was
     "numpy.ma",
-    "ray",
     "torch._dynamo",
     "torch.distributed.fsdp",
     "distckpt.coordinator.ray.actor",
@@ -52,6 +52,7 @@ class WarmProcess:
         self.stdin, self.stdout = stdin, stdout
         self._warm = warm
         self._fd = os.pidfd_open(pid)
+        self._lock = threading.Lock()  # who waits and who kills may be two threads
         self._status: int | None = None
         weakref.finalize(self, os.close, self._fd)
 
@@ -85,7 +86,9 @@ class WarmProcess:
 
     def _look(self, timeout: float | None) -> int | None:
         if self._status is None and select.select([self._fd], [], [], timeout)[0]:
-            self._status = self._warm.ask({"end": self.pid})
+            with self._lock:
+                if self._status is None:
+                    self._status = self._warm.ask({"end": self.pid})
         return self._status
 
 

@@ -209,6 +209,7 @@ lightning = pytest.mark.filterwarnings(*OF_LIGHTNING)
 )  # fmt: skip
 def test_lightning_goes_on_where_it_was_stopped(tmp_path: Path, arguments: dict[str, Any], stops: list[int]) -> None:
     whole = scenarios.lightning(str(tmp_path / "whole"), **arguments)
+    filters = list(warnings.filters)
     seen: list[list[int]] = []
     result = {}
     for restores, stop in enumerate([*stops, None]):
@@ -218,9 +219,9 @@ def test_lightning_goes_on_where_it_was_stopped(tmp_path: Path, arguments: dict[
         seen += result.pop("seen")
     assert seen == whole.pop("seen")
     assert {**result, "restores": 0} == whole
+    assert list(warnings.filters) == filters
     last = f"ckpt-{whole['step']}"
     assert digests(tmp_path / "parts" / last, *FINAL) == digests(tmp_path / "whole" / last, *FINAL)
-    filters = list(warnings.filters)
 
 
 @lightning
@@ -230,7 +231,6 @@ def test_lightning_fails_and_resumes(tmp_path: Path, caplog: pytest.LogCaptureFi
     assert len(told) == 1, "told once, though there were four saves"
     assert "Odd is not saved" in told[0]
     failed = scenarios.lightning(str(tmp_path / "parts"), max_epochs=2, fail_at=8)
-    assert list(warnings.filters) == filters
     assert failed["error"] == "step 8"
     assert numbers(tmp_path / "parts") == [3, 6]
     resumed = scenarios.lightning(str(tmp_path / "parts"), max_epochs=2)
@@ -296,6 +296,7 @@ def test_ray_train_goes_on_after_a_worker_was_killed(tmp_path: Path, ray_address
     for rank in (0, 1):
         steps = [int(line) for line in (notes / f"rank-{rank}").read_text().split()]
         assert steps == [0, 1, 2, 3, 4, 4, 5, 6, 7], "each step once, but for the one in which a worker died"
+    assert (notes / "changed").read_text() == "", "the workers' processes stay as Ray Train has made them"
     reports = [json.loads(line) for line in (notes / "reports").read_text().splitlines()]
     assert reports[-1] == [{"global_step": 8, "rank": rank} for rank in (0, 1)]
     assert numbers(directory) == [2, 4, 6, 8]

@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import json
 import logging
 import os
-import random
 import socket
-import subprocess
-import sys
+import threading
 import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import ray
+import ray.exceptions
 
 from distckpt.coordinator.ray.actor import NAMESPACE
+from distckpt.coordinator.ray.node import Started, start_cluster, start_node
+from distckpt.coordinator.ray.process import apart
 from distckpt.errors import CoordinatorUnavailableError
 from distckpt.world import World
 
 logger = logging.getLogger(__name__)
 
-LOCAL_OBJECT_STORE_BYTES = 100 << 20
 FOLLOW_SECONDS = 120.0
 CONNECT_SECONDS = 2.0
 SHARE_SECONDS = 300.0
@@ -29,9 +32,26 @@ SHARE_SECONDS = 300.0
 RECONNECT_VARIABLE = "RAY_gcs_rpc_server_reconnect_timeout_s"
 RECONNECT_SECONDS = 7 * 86400
 """How long a rank waits for a Ray cluster to come back. Ray's own default ends the process after a minute."""
-NICENESS_VARIABLE = "RAY_worker_niceness"
-COORDINATOR_NICENESS = 0
-"""By its own default Ray runs actors at niceness 15. On CPUs that training keeps busy they would hardly ever run."""
+NOT_JOINED = (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError)
+"""What ``ray.init`` raises when there is no cluster to join."""
+
+
+@dataclass(frozen=True, slots=True)
+class Access:
+    """What a process needs to join the cluster that another has joined, and what that one knows of it.
+
+    ``home`` is the id of the node where coordinators are started, ``nodes`` are the addresses of all nodes. ``mode`` and
+    ``token`` are how to authenticate. ``folder`` is where Ray keeps its files, if the cluster was started by distckpt;
+    ``is_loopback`` if such a one is for this host alone.
+    """
+
+    address: str
+    home: str = ""
+    nodes: tuple[str, ...] = ()
+    mode: str = ""
+    token: str = ""
+    folder: str = ""
+    is_loopback: bool = False
 
 
 def join_cluster(world: World) -> str:
@@ -40,78 +60,80 @@ def join_cluster(world: World) -> str:
     Returns the id of the node where a coordinator is to be started: rank 0's where ranks share, so that it does not
     depend on which rank comes first. Rank 0 keeps the connection it has, or joins the cluster that RAY_ADDRESS or
     ``ray start`` names, or starts one that lives as long as its process. The others follow it; one on a host without
-    Ray starts Ray's node there.
+    Ray starts Ray's node there. May be called in any thread, and leaves the process as it was.
+
+    Raises CoordinatorUnavailableError, on all ranks what rank 0 could not do.
     """
-    _give_random_numbers()
     if world.share is None:
         if not ray.is_initialized():
-            _connect(os.environ.get("RAY_ADDRESS") or "auto")
+            _join_the_users(world)
         return ray.get_runtime_context().get_node_id()
-    if world.rank == 0 and not ray.is_initialized():
-        _connect_or_start()
-    access = json.loads(world.share(json.dumps(_access()) if world.rank == 0 else "", SHARE_SECONDS))
+    if world.council is None:
+        said = world.share(_offer([""]) if world.rank == 0 else "", SHARE_SECONDS)
+    else:
+        said = world.council.consult(_place(), _offer, SHARE_SECONDS)
+    offer = json.loads(said)
+    if "problem" in offer:
+        raise CoordinatorUnavailableError(f"rank 0: {offer['problem']}")
+    access = Access(**offer["access"])
     if not ray.is_initialized():
-        _follow(access, world)
-    return str(access["home"])
+        _follow(access, world.rank, offer["firsts"])
+    return access.home
 
 
-def _give_random_numbers() -> None:
-    """Let Ray draw from random numbers of its own: Python's are the training's, and the same on all ranks if seeded so."""
-    for name, module in list(sys.modules.items()):
-        if name.startswith("ray.") and getattr(module, "random", None) is random:
-            module.random = random.Random()  # type: ignore[attr-defined]  # a module's own name for what it imported
+# ---- rank 0 ---------------------------------------------------------------------------------------------------------
 
 
-def _access() -> dict[str, Any]:
-    """What another process needs to reach the cluster that this one is connected to: its nodes, and which is our home.
-
-    Ray turns token authentication on by itself for a cluster that ``ray.init`` starts, in the environment of that
-    process alone, and leaves the token in its home directory, which other hosts may not share.
-    """
-    mode = os.environ.get("RAY_AUTH_MODE", "")
-    token = ""
-    if mode == "token":
-        path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH", Path.home() / ".ray" / "auth_token"))
-        token = os.environ.get("RAY_AUTH_TOKEN") or (path.read_text().strip() if path.is_file() else "")
-    nodes = [node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
-    context = ray.get_runtime_context()
-    home = context.get_node_id()
-    return {"address": context.gcs_address, "home": home, "nodes": nodes, "mode": mode, "token": token}
-
-
-def _adopt(access: dict[str, Any]) -> None:
-    """Authenticate as the process does that has told us."""
-    if access["mode"] and "RAY_AUTH_MODE" not in os.environ:
-        os.environ["RAY_AUTH_MODE"] = access["mode"]
-        if access["token"]:
-            os.environ.setdefault("RAY_AUTH_TOKEN", access["token"])
-        _follow_environment()
-
-
-def _follow_environment() -> None:
-    # Ray read its settings when it was imported; this is how its own ray.init makes them follow the environment.
-    from ray._raylet import Config  # type: ignore[attr-defined]  # a compiled module
-
-    Config.initialize("")
-
-
-def _outlive_ray() -> None:
-    """Training must not end because Ray does; it goes on, and its saves fail with what is wrong."""
-    os.environ.setdefault(RECONNECT_VARIABLE, str(RECONNECT_SECONDS))
-    _follow_environment()
-
-
-def _connect_or_start() -> None:
-    given = os.environ.get("RAY_ADDRESS")
-    if not given and not _is_noted_cluster_alive():
-        _start_local()
-        return
+def _offer(places: Sequence[str]) -> str:
+    """Join or start a cluster for ranks at these places; how to join it too, and the first rank at each place."""
     try:
-        # "auto" finds the noted one and, unlike its address, the token that goes with it.
-        _connect(given or "auto")
-    except (ConnectionError, RuntimeError) as error:
-        where = given or "the cluster that was started on this host"
-        raise CoordinatorUnavailableError(f"Ray at {where} cannot be joined: {error}") from error
+        if not ray.is_initialized():
+            _connect_or_start(alone=len(set(places)) == 1)
+        firsts = sorted({places.index(place) for place in places})
+        return json.dumps({"access": dataclasses.asdict(_access()), "firsts": firsts})
+    except Exception as error:  # all ranks raise it, and none of them waits for rank 0
+        logger.debug("rank 0 cannot join or start Ray", exc_info=True)
+        ours = isinstance(error, CoordinatorUnavailableError)
+        return json.dumps({"problem": str(error) if ours else f"{type(error).__name__}: {error}"})
+
+
+def _connect_or_start(alone: bool) -> None:
+    given = os.environ.get("RAY_ADDRESS")
+    own = not given and not _is_noted_cluster_alive()
+    try:
+        if own:
+            _join_own(alone)
+        else:
+            # "auto" finds the noted one and, unlike its address, the token that goes with it.
+            _connect(Access(given or "auto"))
+    except NOT_JOINED as error:
+        where = "that was started for this run" if own else f"at {given}" if given else "that was started on this host"
+        raise CoordinatorUnavailableError(
+            f"Ray {where} cannot be joined: {_told(error)}. Start it again, or take it away (`ray stop`, and RAY_ADDRESS "
+            "out of the environment), and a cluster is started for this run"
+        ) from error
+
+
+def _join_own(alone: bool) -> None:
+    """Join the cluster of this process: the one that it has started before, if that can still be used, else a new one."""
+    global _started
+    with _starting:
+        if _started is not None and _started.lives and (alone or not _started.is_loopback):
+            with contextlib.suppress(*NOT_JOINED):
+                _connect(_access_to(_started))
+                return
+        if _started is not None:
+            _started.keeper.terminate()
+        _started = start_cluster(alone)
+        _connect(_access_to(_started))
+
+
+def _access_to(started: Started) -> Access:
+    return Access(started.address, "", (), started.mode, started.token, started.folder, started.is_loopback)
+
+
+_started: Started | None = None
+_starting = threading.Lock()
 
 
 def _is_noted_cluster_alive() -> bool:
@@ -129,54 +151,75 @@ def _is_noted_cluster_alive() -> bool:
     return True
 
 
-def _connect(address: str) -> None:
-    _outlive_ray()
-    ray.init(address=address, namespace=NAMESPACE, log_to_driver=False, logging_level=logging.WARNING)
+def _access() -> Access:
+    """How another process joins the cluster that this one has joined."""
+    context = ray.get_runtime_context()
+    nodes = tuple(node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"])  # type: ignore[no-untyped-call]
+    address, home = context.gcs_address, context.get_node_id()
+    if _started is not None and _started.address == address:
+        return dataclasses.replace(_access_to(_started), home=home, nodes=nodes)
+    mode, token = _credentials()
+    return Access(address, home, nodes, mode, token)
 
 
-def _start_local() -> None:
-    """Start a cluster for this run. Ray gives its parts 15 s to start, which may be too short on a busy host: twice."""
-    _outlive_ray()
-    os.environ.setdefault(NICENESS_VARIABLE, str(COORDINATOR_NICENESS))
+def _credentials() -> tuple[str, str]:
+    """With which this process has joined the cluster of somebody else.
+
+    Ray turns token authentication on by itself for a cluster that ``ray.init`` starts, and leaves the token in its home
+    directory, which other hosts may not share.
+    """
+    from ray._raylet import AuthenticationMode, get_authentication_mode  # type: ignore[attr-defined]  # a compiled module
+
+    if get_authentication_mode() != AuthenticationMode.TOKEN:
+        return os.environ.get("RAY_AUTH_MODE", ""), ""
+    path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH", Path.home() / ".ray" / "auth_token"))
+    return "token", os.environ.get("RAY_AUTH_TOKEN") or (path.read_text().strip() if path.is_file() else "")
+
+
+# ---- all ranks ------------------------------------------------------------------------------------------------------
+
+
+def _place() -> str:
+    """Names the loopback interface and the files of this process: the same for those that can meet there."""
     try:
-        _start_cluster()
-    except Exception as error:  # noqa: BLE001 - Ray raises nothing more particular
-        logger.warning("Ray did not start on this host, trying once more: %s", error)
-        try:
-            _start_cluster()
-        except Exception as again:
-            raise CoordinatorUnavailableError(f"Ray cannot be started on this host: {again}") from again
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot} {os.readlink('/proc/self/ns/net')} {os.readlink('/proc/self/ns/mnt')}"
+    except OSError:
+        return socket.gethostname()
 
 
-def _start_cluster() -> None:
-    ray.init(
-        address="local",
-        num_cpus=1,
-        object_store_memory=LOCAL_OBJECT_STORE_BYTES,
-        include_dashboard=False,
-        namespace=NAMESPACE,
-        log_to_driver=False,
-        logging_level=logging.WARNING,
-    )
+def _join_the_users(world: World) -> None:
+    """Ranks that cannot share meet in a cluster that the user has started."""
+    address = os.environ.get("RAY_ADDRESS") or "auto"
+    try:
+        _connect(Access(address))
+    except NOT_JOINED as error:
+        raise CoordinatorUnavailableError(
+            f"rank {world.rank} of {world.size}: these ranks meet in a Ray cluster, and there is none to join "
+            f"{'on this host' if address == 'auto' else f'at {address}'}: {_told(error)}. Start one (`ray start --head`, then "
+            "`ray start --address=...` on the other hosts, or RAY_ADDRESS); or call torch.distributed.init_process_group "
+            "before the manager is made, and none is needed"
+        ) from error
 
 
-def _follow(access: dict[str, Any], world: World) -> None:
+def _follow(access: Access, rank: int, firsts: Sequence[int]) -> None:
     """Connect to rank 0's cluster. A host of its own needs a Ray node first, which its first rank starts."""
-    _adopt(access)
-    address = access["address"]
     deadline = time.monotonic() + FOLLOW_SECONDS
     # ray.init itself looks for a node on this host for a minute before it says that there is none.
-    started = world.local_rank == 0 and not any(_is_here(node) for node in access["nodes"])
+    started = rank in firsts and not any(_is_here(node) for node in access.nodes)
     if started:
-        _start_node(address)
+        _start_node(access)
     while True:
         try:
-            _connect(address)
-        except (ConnectionError, RuntimeError, ValueError) as error:
+            _connect(access)
+        except NOT_JOINED as error:
             if time.monotonic() > deadline:
-                raise CoordinatorUnavailableError(f"rank {world.rank} cannot join Ray at {address}: {error}") from error
-            if world.local_rank == 0 and not started:
-                _start_node(address)
+                raise CoordinatorUnavailableError(
+                    f"rank {rank} cannot join Ray at {access.address}, which rank 0 has joined: {_told(error)}. Ray's ports "
+                    "must be open between the hosts"
+                ) from error
+            if rank in firsts and not started:
+                _start_node(access)
                 started = True
             time.sleep(1.0)
         else:
@@ -194,12 +237,53 @@ def _is_here(address: str) -> bool:
     return True
 
 
-def _start_node(address: str) -> None:
-    command = [sys.executable, "-m", "ray.scripts.scripts", "start", f"--address={address}", "--num-cpus=1"]
-    command.append(f"--object-store-memory={LOCAL_OBJECT_STORE_BYTES}")
-    env = {NICENESS_VARIABLE: str(COORDINATOR_NICENESS), **os.environ}
-    if env.get(RECONNECT_VARIABLE) == str(RECONNECT_SECONDS):
-        del env[RECONNECT_VARIABLE]  # training outlives Ray; a node must not outlive its cluster
-    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        logger.warning("starting a Ray node on this host failed: %s", (done.stderr or done.stdout).strip()[-500:])
+def _start_node(access: Access) -> None:
+    try:
+        start_node(access.address, access.folder, access.mode, access.token)
+    except (CoordinatorUnavailableError, OSError) as error:
+        logger.warning("starting a Ray node on this host failed: %s", error)
+
+
+def _connect(access: Access) -> None:
+    """Join the cluster, and let the environment be as it was. Training must not end because Ray does."""
+
+    def join() -> None:
+        os.environ.setdefault(RECONNECT_VARIABLE, str(RECONNECT_SECONDS))
+        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # else some versions warn of what is to come
+        if access.token:
+            os.environ.update(RAY_AUTH_MODE=access.mode, RAY_AUTH_TOKEN=access.token)
+        elif access.mode:
+            os.environ.setdefault("RAY_AUTH_MODE", access.mode)
+        _follow_environment()
+        with _reachable_at_loopback() if access.is_loopback else contextlib.nullcontext():
+            ray.init(address=access.address, namespace=NAMESPACE, log_to_driver=False, configure_logging=False)
+
+    apart(join)
+
+
+def _follow_environment() -> None:
+    # Ray read its settings when it was imported; this is how its own ray.init makes them follow the environment.
+    from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]  # a compiled module
+
+    Config.initialize("")
+    AuthenticationTokenLoader.instance().reset_cache()
+
+
+@contextlib.contextmanager
+def _reachable_at_loopback() -> Iterator[None]:
+    """Ray takes 127.0.0.1 for the host's other address, unless RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0 when it is imported."""
+    from ray._private import ray_constants
+
+    before, ray_constants.ENABLE_RAY_CLUSTER = ray_constants.ENABLE_RAY_CLUSTER, False
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before
+
+
+def _told(error: BaseException) -> str:
+    """What an error of Ray's says, and what it comes from."""
+    causes = [error]
+    while (cause := causes[-1].__cause__) is not None:
+        causes.append(cause)
+    return ": ".join(dict.fromkeys(line for each in causes if (line := str(each).strip().partition("\n")[0])))

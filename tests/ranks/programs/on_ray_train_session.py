@@ -18,6 +18,7 @@ import torch
 
 import distckpt
 from distckpt.integrations.ray_train import training_session
+from tests.support.process import belongings, changes
 
 STEPS = 8
 
@@ -60,7 +61,10 @@ def train(config: dict[str, str]) -> None:
         step(number)
 
     checkpoint = distckpt.Checkpoint(model=model, optimizer=optimizer)
+    before = belongings()
     with training_session(checkpoint, config["directory"], save_steps=2, save_timeout=30) as session:
+        with (notes / "changed").open("a") as changed:
+            changed.write("".join(f"{change}\n" for change in changes(before, belongings())))
         while session.global_step < STEPS and not session.should_stop():
             session.run(dangerous_step)
             if session.global_step % 4 == 0:
