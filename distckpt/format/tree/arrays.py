@@ -40,6 +40,7 @@ def write_array(value: Any) -> Any:
     if type(value) is not np.ndarray:
         raise Refused(f"is an array of type {type_name(type(value))}. Store np.asarray() of it, and a mask beside it")
     form = _dtype_form(value.dtype)
+    _check_readable(form, value.dtype)
     if value.nbytes > MOST_BYTES:
         raise Refused(
             f"is an array of {value.dtype} and {value.nbytes} bytes; torch has no such dtype, and as a value no more than "
@@ -96,6 +97,17 @@ def _dtype_form(dtype: Any) -> Any:
         raise Refused(f"is an array of dtype {dtype}, whose fields have titles. Store its fields one by one")
     fields = [[name, dtype.fields[name][1], _dtype_form(dtype.fields[name][0])] for name in dtype.names]
     return {"fields": fields, "itemsize": dtype.itemsize, "align": dtype.isalignedstruct}
+
+
+def _check_readable(form: Any, dtype: Any) -> None:
+    """A form that no reader would take, of a dtype nested too deeply say, is not written."""
+    try:
+        same = _dtype(form, 0) == dtype and dtype.itemsize > 0
+        why = "nothing of it would come back"
+    except ValueError as error:
+        same, why = False, str(error)
+    if not same:
+        raise Refused(f"is an array of a dtype that cannot be stored: {why}. Store its fields one by one")
 
 
 def _advice(dtype: Any) -> str:

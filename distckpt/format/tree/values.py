@@ -120,9 +120,7 @@ def _plain(value: Any, at: _At, depth: int) -> Any:
     try:
         if issubclass(type(value), Enum):
             return _plain_enum(value, at, depth)
-        form = _form(
-            value, lambda part, step: _plain(part, at if step is HERE else (at, step), depth + (step is not HERE))
-        )
+        form = _form(value, lambda part, step: _plain(part, at if step is HERE else (at, step), depth + 1))
     except Refused as why:
         _refuse(at, str(why))
     return _refuse_type(value, at) if form is None else form
@@ -246,7 +244,7 @@ def _plain_described(value: Unresolved, at: _At, depth: int) -> Any:
     if value.kind == "torch.Generator":
         return {"$torch.Generator": [value.type_name, as_text(value.content)]}
     if value.kind == "subclass":
-        return {"$subclass": [module, name, _plain(value.content, at, depth)]}
+        return {"$subclass": [module, name, _plain(value.content, at, depth + 1)]}
     return {f"${value.kind}": [module, name, {key: _plain(item, (at, key), depth + 1) for key, item in value.content}]}
 
 
