@@ -1,8 +1,9 @@
 """What ranks say to the coordinator, and what it answers. Every request may arrive late, twice or out of order.
 
 A rank's life: OpenRun once, and after that everything in an envelope, FromRank. For each save Join, Describe if asked,
-AwaitPlan if it has no valid plan, Receipt once its shards have landed (or Fail); for each restore Restore until it is
-done: first all ranks match, then all fill, then all finish. The answers to AwaitPlan, Receipt and Restore come when there is something to say; a rank that hears nothing
+AwaitPlan if it has no valid plan, MakeRoom if the store is full, Receipt once its shards have landed (or Fail); for each
+restore Restore until it is done: first all ranks match, then all fill, then all finish. The answers to AwaitPlan,
+Receipt and Restore come when there is something to say; a rank that hears nothing
 simply asks again. Beside all that, a rank with a ``distckpt.Coordinator`` of the whole cluster sends AwaitStop again
 and again, to hear of stops of all ranks.
 """
@@ -173,6 +174,14 @@ class Fail:
 
     attempt: str
     reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class MakeRoom:
+    """The store is full: what attempts have left that came to nothing is to be deleted at once. Answered when it has been.
+
+    To ask twice does no harm.
+    """
 
 
 @dataclass(frozen=True, slots=True)
@@ -379,7 +388,9 @@ class Unknown:
     """The coordinator does not know that run or attempt (it was replaced): OpenRun and Join again."""
 
 
-RankRequest = Join | Describe | AwaitPlan | Receipt | Fail | Restore | AwaitStop | Heartbeat | AwaitPublished | Leave
+RankRequest = (
+    Join | Describe | AwaitPlan | Receipt | Fail | MakeRoom | Restore | AwaitStop | Heartbeat | AwaitPublished | Leave
+)
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,6 +11,7 @@ from distckpt.errors import (
     DamagedError,
     ObjectNotFoundError,
     StorageError,
+    StorageFullError,
     StoreOutcomeUnknownError,
     UnsupportedFormatError,
 )
@@ -122,7 +123,8 @@ def append(store: Store, entry: Entry, sealer: EntrySealer | None = None) -> App
     """Put the entry at its number if absent, then look which number is the highest. Never overwrites.
 
     ``sealer`` is that of the entries before, if there is one: it makes this one cheap.
-    BlockedError if what is at that number, or in the place of the log's folder, is no object of a store.
+    BlockedError if what is at that number, or in the place of the log's folder, is no object of a store;
+    StorageFullError if there is no room, and the entry was not written.
     """
     try:
         data = (sealer or EntrySealer()).seal(entry)
@@ -132,7 +134,7 @@ def append(store: Store, entry: Entry, sealer: EntrySealer | None = None) -> App
         store.put_if_absent(names.entry_path(entry.seq), data)
     except AlreadyExistsError:
         return _taken(store, entry)
-    except BlockedError:
+    except (BlockedError, StorageFullError):
         raise
     except StoreOutcomeUnknownError as error:
         return AppendResult("unknown", reason=str(error))

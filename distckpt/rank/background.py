@@ -15,6 +15,7 @@ from distckpt.errors import (
     CoordinatorUnavailableError,
     DistckptError,
     SaveError,
+    StorageFullError,
     ranks_at_hosts,
 )
 from distckpt.format import names
@@ -165,7 +166,12 @@ class Background:
 
     def _write_shard(self, task: SaveTask, attempt: str, shard: int, meter: Meter) -> ShardReceipt:
         path = self._path(task, attempt, shard)
-        receipt = write_shard(self._store, path, task.staging.shards[shard], wrote=meter.add)
+        try:
+            receipt = write_shard(self._store, path, task.staging.shards[shard], wrote=meter.add)
+        except StorageFullError as error:
+            logger.warning("%s; it is tried again once room has been made", error)
+            self._dialogue.make_room()
+            receipt = write_shard(self._store, path, task.staging.shards[shard], wrote=meter.add)
         if self._options.verify:
             read_back(self._store, path, receipt)
         return receipt

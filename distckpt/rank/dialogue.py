@@ -13,6 +13,7 @@ from distckpt.coordinator.messages import (
     Join,
     Joined,
     Late,
+    MakeRoom,
     Planned,
     RankRequest,
     Receipt,
@@ -98,6 +99,13 @@ class Dialogue:
     def fail(self, attempt: str, reason: str) -> None:
         """This rank cannot do its part. The usual answer is the failure itself, sent back and raised here."""
         self._ask(Fail(attempt, reason))
+
+    def make_room(self) -> None:
+        """Have deleted what dead attempts have left on a store that is full. Raises nothing if it cannot be done."""
+        try:
+            self._ask(MakeRoom())
+        except DistckptError as error:
+            logger.warning("no room could be made for this save: %s", error)
 
     def over(self, order: int) -> None:
         """A save has ended for this rank, however it did. Saying so twice does no harm."""

@@ -26,6 +26,7 @@ from distckpt.coordinator.machine.actions import (
     Published,
     ReadLeases,
     ReadTail,
+    RoomMade,
     Seal,
     Sealed,
     StepFailed,
@@ -251,10 +252,12 @@ class SimulatedCoordinator:
 
     def _collect(self, action: CollectGarbage) -> None:
         world = self._world
+        if action.urgent:
+            self._later(lambda: self.feed(RoomMade()))
         old = [
             attempt
             for attempt, objects in world.store.attempts.items()
-            if all(stored.written < world.time - GARBAGE_AGE for stored in objects.values())
+            if action.urgent or all(stored.written < world.time - GARBAGE_AGE for stored in objects.values())
         ]
         for attempt in sorted(old):
             if self._is_garbage(action, attempt):

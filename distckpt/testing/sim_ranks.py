@@ -19,6 +19,7 @@ from distckpt.coordinator.messages import (
     KeyMatch,
     Late,
     Leave,
+    MakeRoom,
     MatchWith,
     OpenRun,
     Planned,
@@ -369,6 +370,8 @@ class Rank(Process):
         self, attempt: str, order: int, number: int, chunks: int, rows: bytes
     ) -> Generator[Sleep | Say, Reply | None, None]:
         yield Sleep(self.world.latency() * 5)
+        if self.world.random.random() < self.world.faults.full_disk:
+            yield from self._ask(MakeRoom())
         if self.world.random.random() < self.world.faults.failed_rank:
             yield from self._ask(Fail(attempt, "disk full"))
             raise SaveError(number, "disk full")

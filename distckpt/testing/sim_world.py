@@ -24,6 +24,7 @@ class Faults:
     failed_write: float = 0.0
     refused_commit: float = 0.0
     failed_seal: float = 0.0
+    full_disk: float = 0.0
     failed_rank: float = 0.0
     missed_save: float = 0.0
     failed_read: float = 0.0

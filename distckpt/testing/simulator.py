@@ -66,6 +66,7 @@ class Simulation:
             ("failed_write", 0.1),
             ("refused_commit", 0.1),
             ("failed_seal", 0.1),
+            ("full_disk", 0.3),
             ("failed_rank", 0.05),
             ("missed_save", 0.1),
             ("failed_read", 0.05),

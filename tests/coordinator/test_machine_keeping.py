@@ -15,14 +15,20 @@ from distckpt.coordinator.machine.actions import (
     LeasesRead,
     Publish,
     ReadLeases,
+    ReadTail,
+    RoomMade,
     Seal,
     StepFailed,
+    TailRead,
+    Tick,
 )
 from distckpt.coordinator.messages import (
     Accepted,
     Committed,
     FromRank,
+    Joined,
     Leave,
+    MakeRoom,
     MatchWith,
     Pin,
     Restore,
@@ -380,6 +386,40 @@ def test_attempts_that_were_being_sealed_are_not_called_garbage_in_their_own_epo
     driver.land(run, driver.plan(run, 1, 1, 5))
     driver.feed(StepFailed(driver.take(Seal).attempt, SaveError(5, "no answer")))
     assert driver.take(CollectGarbage).failed == frozenset()
+
+
+def test_who_needs_room_is_answered_once_garbage_of_any_age_is_gone():
+    driver = Driver().lead()
+    run = driver.open(3)
+    joined = cast(Joined, driver.join(run, 0, 1, 5))
+    driver.wait(TIMEOUT)
+    driver.settle()
+    live = cast(Joined, driver.join(run, 0, 2, 6)).attempt
+    tickets = [driver.ask(FromRank(run, rank, MakeRoom())) for rank in range(2)]
+    collection = driver.take(CollectGarbage)
+    assert collection.urgent
+    assert (collection.failed, collection.live, collection.epoch) == ({joined.attempt}, {live}, 1)
+    late = driver.ask(FromRank(run, 2, MakeRoom()))
+    assert not driver.has(CollectGarbage)
+    driver.feed(RoomMade())
+    assert [driver.replies.get(ticket) for ticket in (*tickets, late)] == [Accepted(), None, None]
+    assert driver.take(CollectGarbage).urgent
+    driver.feed(RoomMade())
+    assert [driver.replies.get(ticket) for ticket in (*tickets, late)] == [Accepted(), Accepted(), Accepted()]
+
+
+def test_nothing_is_deleted_to_make_room_when_entries_of_the_log_cannot_be_read():
+    driver = Driver().lead()
+    driver.open()
+    other = Driver(driver.log, "b")
+    other.feed(Tick())
+    newest = max(driver.log)
+    other.take(ReadTail)
+    other.feed(TailRead(newest + 1, driver.log[newest]))
+    other.settle()
+    run = other.open()
+    assert other.answer(FromRank(run, 0, MakeRoom())) == Accepted()
+    assert not any(isinstance(action, CollectGarbage) for action in (*other.pending, *other.done))
 
 
 # ---- what is being restored -------------------------------------------------------------------------------------------

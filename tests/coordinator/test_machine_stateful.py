@@ -30,6 +30,7 @@ from distckpt.coordinator.machine.actions import (
     Published,
     ReadLeases,
     ReadTail,
+    RoomMade,
     Seal,
     Sealed,
     StepFailed,
@@ -48,6 +49,7 @@ from distckpt.coordinator.messages import (
     Join,
     Joined,
     KeyMatch,
+    MakeRoom,
     MatchWith,
     OpenRun,
     Pin,
@@ -167,7 +169,7 @@ class Coordinators(RuleBasedStateMachine):
 
     @rule(
         what=st.sampled_from(
-            ["start", "start", "crash", "late", "wait", "pin", "unpin", "status", "open", "supersede"]
+            ["start", "start", "crash", "late", "wait", "pin", "unpin", "status", "full", "open", "supersede"]
         ),
         which=PICK,
         to=PICK,
@@ -187,6 +189,8 @@ class Coordinators(RuleBasedStateMachine):
         elif what == "status":
             self._ask(to, Status())
             self._ask(to, FromRank(max(self.runs.values(), default=0), 0, Heartbeat()))
+        elif what == "full":
+            self._ask(to, FromRank(max(self.runs.values(), default=0), which % WORLD, MakeRoom()))
         elif what in ("open", "supersede"):
             self.open_run(["one", "two", "three"][which % 3] if what == "supersede" else self.token, which % WORLD, to)
 
@@ -429,10 +433,12 @@ class Coordinators(RuleBasedStateMachine):
                 for record in records if not fault else ():
                     self._erase(shell, record.attempt)
                 self._feed(shell, Deleted(tuple(record.attempt for record in records) if not fault else ()))
-            case CollectGarbage(known=known, epoch=epoch, failed=failed):
+            case CollectGarbage(known=known, epoch=epoch, failed=failed, urgent=urgent):
                 for attempt in list(self.store.attempts):
                     if attempt in failed or (attempt_epoch(attempt) < epoch and attempt not in known):
                         self._erase(shell, attempt)
+                if urgent:
+                    self._feed(shell, RoomMade())
             case Publish(entry):
                 self.store.prune(entry.seq)
                 self._feed(shell, Published(entry))

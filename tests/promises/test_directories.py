@@ -39,6 +39,7 @@ from distckpt.testing.faulty import Call, Fault, FaultyStore
 from tests.support import crashing
 from tests.support.crashing import Crashing, save_against_others, save_below_a_limit
 from tests.support.gang import Gang
+from tests.support.mounts import small_disk
 from tests.support.small_runs import (
     Trainer,
     assert_loads,
@@ -70,15 +71,8 @@ def _mounting() -> Iterator[None]:
 @pytest.fixture
 def tmpfs(tmp_path: Path) -> Iterator[Path]:
     """A file system of one MiB of its own."""
-    folder = tmp_path / "small"
-    folder.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)], capture_output=True, check=False
-    )
-    if mounted.returncode != 0:
-        pytest.skip("mounting is not permitted here")
-    yield folder
-    subprocess.run(["umount", "-l", str(folder)], check=True)
+    with small_disk(tmp_path / "small", "1m") as folder:
+        yield folder
 
 
 def test_a_disk_that_fills_up(tmpfs: Path) -> None:

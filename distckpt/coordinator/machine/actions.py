@@ -143,6 +143,11 @@ class Published:
 
 
 @dataclass(frozen=True, slots=True)
+class RoomMade:
+    """An urgent collection of garbage has come to its end, whatever it could delete."""
+
+
+@dataclass(frozen=True, slots=True)
 class Tick:
     """Time has passed."""
 
@@ -161,6 +166,7 @@ Event = (
     | LeasesRead
     | Deleted
     | Published
+    | RoomMade
     | Tick
 )
 
@@ -231,11 +237,12 @@ class Delete:
 
 @dataclass(frozen=True, slots=True)
 class CollectGarbage:
-    """Delete attempts of this name that came to nothing and are old enough. Nothing follows.
+    """Delete attempts of this name that came to nothing and are old enough. Nothing follows, or RoomMade if ``urgent``.
 
     Of epochs before ``epoch``: all that are not ``known``; of ``epoch`` itself: only those in ``failed``, which have
     no manifest and never will; of later epochs: none. These rules hold however late the action is performed: what it
-    deletes can never be committed. ``live`` are attempts in work.
+    deletes can never be committed. ``live`` are attempts in work. If it is ``urgent``, because the store is full, those
+    need not be old that a coordinator of this directory's log has begun.
     """
 
     name: str
@@ -243,6 +250,7 @@ class CollectGarbage:
     live: frozenset[str]
     epoch: int
     failed: frozenset[str] = frozenset()
+    urgent: bool = False
 
 
 @dataclass(frozen=True, slots=True)

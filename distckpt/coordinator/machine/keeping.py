@@ -12,6 +12,7 @@ from distckpt.coordinator.machine.restores import Restores
 from distckpt.coordinator.machine.retention import sweep
 from distckpt.coordinator.machine.roundbook import RoundBook
 from distckpt.coordinator.machine.runs import Run, Runs
+from distckpt.coordinator.messages import Accepted
 
 LOOK_AGAIN = 30.0
 GARBAGE_EVERY = 600.0
@@ -37,6 +38,9 @@ class Keeping:
         self._deleting: frozenset[str] = frozenset()
         self._garbage_wanted = False
         self._garbage_at: float | None = None
+        self._in_need: dict[int, None] = {}
+        self._helped: dict[int, None] = {}
+        self._helping = False
 
     @property
     def busy(self) -> bool:
@@ -77,6 +81,15 @@ class Keeping:
         """Collect garbage, at the end of this step."""
         self._garbage_wanted = True
 
+    def make_room(self, ticket: int) -> None:
+        """The store is full: collect garbage that is young too, at the end of this step, and answer when that is done."""
+        self._desk.hold(ticket, self._in_need, None)
+
+    def room_made(self) -> None:
+        """Answer those who had asked when the collection began. For the others there is another one."""
+        self._desk.answer_shelf(self._helped, Accepted())
+        self._helping = False
+
     def leases_read(self, event: LeasesRead) -> None:
         """Retire what is due and free; delete what was retiring before the leases were read and is free."""
         if self._looking is None:
@@ -112,6 +125,8 @@ class Keeping:
             self._desk.emit(ReadLeases())
         if self._garbage_wanted and self._runs.current is not None:
             self._collect(self._runs.current)
+        if self._in_need and not self._helping and self._runs.current is not None:
+            self._help(self._runs.current)
 
     def _look_later(self) -> None:
         self._look_at = self._desk.mono + LOOK_AGAIN
@@ -137,9 +152,22 @@ class Keeping:
             self._deleting = frozenset(record.attempt for record in free)
             self._desk.emit(Delete(free))
 
+    def _help(self, run: Run) -> None:
+        if not self._ledger.whole:
+            self._desk.answer_shelf(self._in_need, Accepted())
+            return
+        for ticket in list(self._in_need):
+            self._desk.forget(ticket)
+            self._desk.hold(ticket, self._helped, None)
+        self._helping = True
+        self._desk.emit(self._garbage(run, urgent=True))
+
     def _collect(self, run: Run) -> None:
         self._garbage_wanted = False
         self._garbage_at = self._desk.mono + GARBAGE_EVERY
         if self._ledger.whole:
-            known, failed = self._ledger.state.known(), frozenset(self._book.failed)
-            self._desk.emit(CollectGarbage(run.name, known, self._book.live, self._ledger.epoch, failed))
+            self._desk.emit(self._garbage(run, urgent=False))
+
+    def _garbage(self, run: Run, *, urgent: bool) -> CollectGarbage:
+        known, failed = self._ledger.state.known(), frozenset(self._book.failed)
+        return CollectGarbage(run.name, known, self._book.live, self._ledger.epoch, failed, urgent)

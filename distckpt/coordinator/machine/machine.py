@@ -23,6 +23,7 @@ from distckpt.coordinator.machine.actions import (
     NameTaken,
     PlanMade,
     Published,
+    RoomMade,
     Sealed,
     StepFailed,
     TailRead,
@@ -61,6 +62,7 @@ from distckpt.coordinator.messages import (
     Heartbeat,
     Join,
     Leave,
+    MakeRoom,
     OpenRun,
     Pin,
     RankRequest,
@@ -189,6 +191,8 @@ class Machine:
                 self._keeping.deleted(event)
             case Published():
                 self._publishing.published(event)
+            case RoomMade():
+                self._keeping.room_made()
             case Tick():
                 pass
 
@@ -282,6 +286,8 @@ class Machine:
                 self._saves.receipt(ticket, rank, request)
             case Fail():
                 self._saves.fail(ticket, rank, request)
+            case MakeRoom():
+                self._keeping.make_room(ticket)
             case Restore():
                 self._restores.restore(ticket, rank, request)
             case AwaitStop():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 
 from distckpt.coordinator.machine.actions import CollectGarbage, Deleted
@@ -51,6 +52,10 @@ class Predecessors:
         if self._newest is None:
             self._newest = self._read()
 
+    def began(self, attempt: str) -> bool:
+        """Whether one of them, or the present one, has begun this attempt: no copy from elsewhere has such a name."""
+        return names.claim_of(attempt) in (self._newest or {})
+
     def left(self, attempt: str) -> bool:
         """Whether one of them has sealed this attempt and never committed it.
 
@@ -80,14 +85,18 @@ class Predecessors:
 def collect_garbage(store: Store, action: CollectGarbage, min_age: float, predecessors: Predecessors) -> int:
     """Delete attempts that came to nothing and that nobody has touched for ``min_age`` seconds; returns how many.
 
-    Those that are known to have failed need not be as old, and those that a predecessor had finished but for the entry
-    in the log go at once.
+    Those of earlier epochs that the log does not know, and those of this epoch that have failed, which need not be as
+    old; those that a predecessor had finished but for the entry in the log go at once. Any other whole checkpoint is left
+    alone: somebody copied it here. A coordinator that has been replaced deletes nothing.
 
-    Those of earlier epochs that the log does not know, and those of this epoch that have failed; what a later
-    coordinator began is left alone, and so is any other whole checkpoint: somebody copied it here.
+    If it is urgent, what this coordinator or a predecessor has begun may be of any age: it can never be committed, whoever
+    still writes to it. A rank whose file is gone has its save fail when its shards are looked at, before anything is
+    sealed. What has not begun here may be a copy in the making.
     """
     gone = 0
     predecessors.look()
+    if _is_replaced(store, action.epoch):
+        return 0  # that is for a newer coordinator to do
     for folder in checkpoint_folders(store):
         for attempt in attempts(store, folder):
             gone += _sweep_folder(store, f"{folder}/{attempt}", min_age)
@@ -95,7 +104,6 @@ def collect_garbage(store: Store, action: CollectGarbage, min_age: float, predec
                 continue
             objects = list(objects_of_attempt(store, f"{folder}/{attempt}"))
             whole = any(info.path.endswith(f"/{names.MANIFEST}") for info in objects)
-            age = min(FAILED_AGE, min_age) if attempt in action.failed else min_age
             if whole and not predecessors.left(attempt):
                 logger.warning(
                     "%s/%s is not of this directory's log and is left alone; `distckpt adopt %s` adds it to the log",
@@ -103,9 +111,25 @@ def collect_garbage(store: Store, action: CollectGarbage, min_age: float, predec
                     attempt,
                     store.url,
                 )
-            elif whole or _untouched(objects, age):
+            elif whole or _untouched(objects, _least_age(attempt, action, predecessors, min_age)):
                 gone += _collected(store, f"{folder}/{attempt}")
     return gone + _sweep(store, min_age)
+
+
+def _is_replaced(store: Store, epoch: int) -> bool:
+    newest = max(sequence_numbers(store), default=0)
+    try:
+        return newest > 0 and read_entry(store, newest).epoch > epoch
+    except ObjectNotFoundError:  # there is a newer one, whosever it is
+        return True
+    except DamagedError:  # it is no one's word
+        return False
+
+
+def _least_age(attempt: str, action: CollectGarbage, predecessors: Predecessors, min_age: float) -> float:
+    if action.urgent and (attempt in action.failed or predecessors.began(attempt)):
+        return -math.inf  # whatever the clocks say
+    return min(FAILED_AGE, min_age) if attempt in action.failed else min_age
 
 
 def _collected(store: Store, folder: str) -> int:

@@ -11,7 +11,7 @@ import time
 import uuid
 from collections.abc import Callable
 from concurrent.futures import Future, InvalidStateError
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import cast
 
 from distckpt.coordinator.machine.actions import (
@@ -36,6 +36,7 @@ from distckpt.coordinator.machine.actions import (
     Published,
     ReadLeases,
     ReadTail,
+    RoomMade,
     Seal,
     StepFailed,
     Tick,
@@ -56,6 +57,7 @@ from distckpt.errors import (
     CoordinatorFailedError,
     DistckptError,
     SaveError,
+    StorageFullError,
 )
 from distckpt.format.json.entry_sealer import EntrySealer
 from distckpt.format.json.log import Entry
@@ -110,6 +112,7 @@ class Shell:
         self._predecessors = Predecessors(store)
         self._leases = Leases(store)  # the machine reads them once at a time
         self._numbers = itertools.count()
+        self._garbage: CollectGarbage | None = None
         self._closed = False
         # One thread each, so that appends, and later the things derived from them, happen in the order of the log.
         self._log_worker = Workers("distckpt-log", 1)
@@ -310,18 +313,21 @@ class Shell:
             case ReadTail():
                 return read_log_tail(self._store)
             case Append():
-                return self._append(action)
+                return self._with_room(lambda: self._append(action))
             case MakePlan():
                 plan = make_plan(action.number, action.descriptions, action.staged, action.fresh)
                 return PlanMade(action.attempt, plan)
             case Seal():
-                return seal_checkpoint(self._store, action, cast(ShardingPlan, action.plan).table)
+                table = cast(ShardingPlan, action.plan).table
+                return self._with_room(lambda: seal_checkpoint(self._store, action, table))
             case ReadLeases():
                 return self._leases.read()
             case Delete():
                 return delete_checkpoints(self._store, action.records)
             case CollectGarbage():
+                self._garbage = action
                 collect_garbage(self._store, action, self._settings.garbage_age, self._predecessors)
+                return RoomMade() if action.urgent else None
             case Publish():
                 if action.entry.state.active:
                     self._state_file.publish(action.entry.state)
@@ -331,6 +337,22 @@ class Shell:
                 if self._on_exit is not None:
                     self._on_exit(action.reason)
         return None
+
+    def _with_room(self, write: Callable[[], Event]) -> Event:
+        """What ``write`` returns; if the store is full, once more after dead attempts have been deleted.
+
+        The garbage that the machine asked for last is garbage for ever, so it need not be asked again.
+        """
+        try:
+            return write()
+        except StorageFullError as error:
+            if self._garbage is None:
+                raise
+            logger.warning("%s; it is tried again once garbage has been deleted", error)
+            collect_garbage(
+                self._store, replace(self._garbage, urgent=True), self._settings.garbage_age, self._predecessors
+            )
+            return write()
 
     def _append(self, action: Append) -> Event:
         result = append(self._store, action.entry, self._sealer)
@@ -361,6 +383,9 @@ class Shell:
         if isinstance(action, ReadTail):
             self._refuse_all(life, error)
             return None
+        if isinstance(action, CollectGarbage) and action.urgent:
+            logger.warning("no room could be made in %s: %s", self._store.url, error)
+            return RoomMade()
         # Publish and garbage are derived or optional: nothing depends on them, and the next commit does them again.
         logger.warning("%s in %s failed: %s", type(action).__name__, self._store.url, error)
         return Published(action.entry) if isinstance(action, Publish) else None
