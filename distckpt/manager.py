@@ -58,7 +58,8 @@ class CheckpointManager:
 
     Args:
         checkpoint: what to save, a Checkpoint.
-        directory: a path that all hosts share.
+        directory: a path that all hosts share. It is made, with a log that turns older runs away, as soon as the manager
+            is (TensorFlow's makes it with the first save); and not at all if the manager cannot be made.
         max_to_keep: how many checkpoints stay, oldest deleted first; None keeps all. Nothing is deleted before the
             first save.
         keep_checkpoint_every_n_hours: a checkpoint about to be deleted is preserved for ever if it is at least this

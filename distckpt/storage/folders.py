@@ -6,6 +6,7 @@ import contextlib
 import errno
 import os
 import stat
+from collections.abc import Iterable
 
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY
 _NO_FOLDER_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.ENOSYS}
@@ -31,7 +32,12 @@ class Folders:
                 raise
             with contextlib.suppress(FileExistsError):
                 os.mkdir(name, dir_fd=self.fd)
-            nested = _open_folder(name, self.fd)
+            try:
+                nested = _open_folder(name, self.fd)
+            except BaseException:
+                with contextlib.suppress(OSError):
+                    os.rmdir(name, dir_fd=self.fd)
+                raise
         self._fds.append(nested)
 
     def sync(self) -> None:
@@ -40,9 +46,10 @@ class Folders:
             _sync_folder(fd)
 
     def prune(self, parts: tuple[str, ...]) -> None:
-        """Remove the folders of ``parts``, innermost first, as long as they are empty."""
+        """Remove the folders of ``parts`` that have been entered, innermost first, as long as they are empty."""
+        entered = self._fds[:-1]
         with contextlib.suppress(OSError):  # not empty, or gone: nobody was promised that the folders go
-            for name, above in zip(reversed(parts), reversed(self._fds[:-1]), strict=True):
+            for name, above in zip(reversed(parts[: len(entered)]), reversed(entered), strict=True):
                 os.rmdir(name, dir_fd=above)
 
     def close(self) -> None:
@@ -64,15 +71,34 @@ def open_folders(root: str, parts: tuple[str, ...], *, create: bool = False) -> 
         for name in parts:
             folders.enter(name, create=create)
     except BaseException:
+        if create:
+            folders.prune(parts)
         folders.close()
         raise
     return folders
 
 
-def make_root(root: str) -> None:
-    """Create ``root`` and what is missing above it. Raises OSError."""
-    with contextlib.suppress(FileExistsError):  # another process was faster; if it is a file, entering it says so
+def make_root(root: str) -> tuple[str, ...]:
+    """Create ``root`` and what is missing above it; what that was, innermost first. Raises OSError."""
+    missing, folder = [], root
+    while not os.path.lexists(folder):
+        missing.append(folder)
+        folder = os.path.dirname(folder)
+    try:
         os.makedirs(root)
+    except FileExistsError:
+        pass  # another process was faster; if it is a file, entering it says so
+    except BaseException:
+        remove_empty(missing)
+        raise
+    return tuple(missing)
+
+
+def remove_empty(folders: Iterable[str]) -> None:
+    """Remove these folders, innermost first, as long as they are empty."""
+    for folder in folders:
+        with contextlib.suppress(OSError):  # not empty, or never made
+            os.rmdir(folder)
 
 
 def sync_way_to(root: str) -> None:

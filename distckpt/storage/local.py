@@ -15,7 +15,7 @@ from typing import TypeVar
 
 from distckpt.errors import AlreadyExistsError, BlockedError, DamagedError, ObjectNotFoundError, StorageError
 from distckpt.storage.direct import SequentialFile
-from distckpt.storage.folders import Folders, make_root, open_folders, sync_way_to, visiting
+from distckpt.storage.folders import Folders, make_root, open_folders, remove_empty, sync_way_to, visiting
 from distckpt.storage.holes import is_hollow
 from distckpt.storage.interface import ObjectInfo, Source
 from distckpt.storage.oserrors import deleting, published, publishing, reading, writing
@@ -35,7 +35,7 @@ _Found = TypeVar("_Found")
 class LocalStore:
     """Objects as files below ``root``, which the first write creates together with its parents, and makes durable.
 
-    ``root`` may be a symbolic link; nothing below it is followed if it is one. A root that this store has seen and
+    A write that fails leaves no folder behind that was made for it. ``root`` may be a symbolic link; nothing below it is followed if it is one. A root that this store has seen and
     that is gone later is not created again: then writes fail, and reads find nothing. Temporary files begin with a dot
     and are never listed. A deleted object takes the folders that it leaves empty with it. Safe to use from several
     threads. Large objects go through the page cache where memory has room to keep them for readers (a quarter of what
@@ -47,6 +47,7 @@ class LocalStore:
         self._direct_io = direct_io
         self._seen = os.path.isdir(self._root)
         self._is_durable = False
+        self._made: tuple[str, ...] = ()
 
     @property
     def url(self) -> str:
@@ -201,30 +202,54 @@ class LocalStore:
     def _new_file(self, path: str, name: str) -> Iterator[_NewFile]:
         """A new file ``name`` in the folder of ``path``, which is created if need be."""
         above = object_parts(path)[:-1]
-        with writing(self._full(path)):
-            new = self._create(above, name)
         try:
-            yield new
-        finally:
-            new.close()
+            with writing(self._full(path)):
+                new = self._create(above, name)
+            try:
+                yield new
+            except BaseException:
+                new.folders.prune(above)
+                raise
+            finally:
+                new.close()
+        except BaseException:
+            self._forsake_root()
+            raise
+        self._made = ()
 
     def _create(self, above: tuple[str, ...], name: str) -> _NewFile:
         self._require_root()
         for _ in range(_FOLDER_TRIES):
             with contextlib.suppress(FileNotFoundError):  # a delete elsewhere has just taken an empty folder away
-                return _new_file_in(open_folders(self._root, above, create=True), name)
-        return _new_file_in(open_folders(self._root, above, create=True), name)
+                return self._create_once(above, name)
+        return self._create_once(above, name)
+
+    def _create_once(self, above: tuple[str, ...], name: str) -> _NewFile:
+        folders = open_folders(self._root, above, create=True)
+        try:
+            return _NewFile(folders, name, os.open(name, _NEW, 0o666, dir_fd=folders.fd))
+        except BaseException:
+            folders.prune(above)
+            folders.close()
+            raise
 
     def _require_root(self) -> None:
         seen = self._seen  # asked first: another thread may be creating the root just now
         if not os.path.isdir(self._root):
             if seen:
                 raise StorageError(self._root, "the directory was there and has vanished; it is not created again")
-            make_root(self._root)
+            self._made = make_root(self._root)
         self._seen = True
         if not self._is_durable:
             sync_way_to(self._root)
             self._is_durable = True
+
+    def _forsake_root(self) -> None:
+        """Leave nothing of a root that was made for a write which has failed, unless something else is in it by now."""
+        made, self._made = self._made, ()
+        remove_empty(made)
+        if made and not os.path.isdir(self._root):
+            self._seen = self._is_durable = False
 
     def _write_sections(self, new: _NewFile, full: str, size: int, sections: Iterable[memoryview]) -> None:
         file = SequentialFile(new.fd, direct=not has_room(size) if self._direct_io is None else self._direct_io)
@@ -320,14 +345,6 @@ def _object(parts: tuple[str, ...], entry: os.DirEntry[str]) -> ObjectInfo | Non
     except FileNotFoundError:  # vanished since the folder was read
         return None
     return ObjectInfo("/".join((*parts, entry.name)), status.st_size, status.st_mtime)
-
-
-def _new_file_in(folders: Folders, name: str) -> _NewFile:
-    try:
-        return _NewFile(folders, name, os.open(name, _NEW, 0o666, dir_fd=folders.fd))
-    except BaseException:
-        folders.close()
-        raise
 
 
 def _link(new: _NewFile, name: str, full: str) -> bool:

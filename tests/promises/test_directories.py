@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import logging
 import multiprocessing
@@ -32,6 +33,7 @@ from distckpt.errors import (
     StaleRunError,
     StorageError,
     StorageFullError,
+    StoreUnsuitableError,
 )
 from distckpt.format import names
 from distckpt.storage import LocalStore, ObjectInfo
@@ -188,6 +190,19 @@ def test_a_file_in_the_way(tmp_path: Path, where: str) -> None:
     with pytest.raises(StorageError, match=r"file is where a folder should be|Not a directory|exists"):
         Trainer(tmp_path / "run" / where)
     assert (tmp_path / "run").read_text() == "precious"
+
+
+def test_a_manager_that_cannot_be_made_leaves_no_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refusing(*_: object, **__: object) -> None:
+        raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "link", refusing)
+        with pytest.raises(StoreUnsuitableError, match="Operation not permitted"):
+            Trainer(tmp_path / "above/run")
+    assert list(tmp_path.iterdir()) == []
+    run(tmp_path / "above/run", 1)
+    assert numbers(tmp_path / "above/run") == [1]
 
 
 def test_a_file_in_the_way_of_one_checkpoint(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import itertools
 import os
 import tempfile
 from collections.abc import Callable, Iterator
@@ -121,6 +122,37 @@ def test_every_system_call_may_fail(quick_path: Path, operation: str, number: in
         check_outcome(quick_path / str(index), operation, failure, f"call {index}, {calls.failed}")
         index += 1
     assert index > 1
+
+
+FIRST_WRITES: dict[str, Callable[[LocalStore], object]] = {
+    "put_if_absent": OPERATIONS["put_if_absent"],
+    "put_unique": OPERATIONS["put_unique"],
+    "replace": lambda store: store.replace("new/folder/x", b"new"),
+    "probe": probe,
+}
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ENOSPC])
+@pytest.mark.parametrize("operation", FIRST_WRITES)
+def test_a_first_write_that_fails_leaves_no_folder_behind(quick_path: Path, operation: str, number: int) -> None:
+    for index in itertools.count():
+        above = quick_path / str(index)
+        store = LocalStore(above / "run")
+        with failing_call(index, number) as calls:
+            try:
+                FIRST_WRITES[operation](store)
+            except DistckptError as error:
+                failure: DistckptError | None = error
+            else:
+                failure = None
+        if calls.failed is None:
+            break
+        if not above.exists():
+            assert failure is not None
+            FIRST_WRITES[operation](store)
+        if failure is not None and operation != "probe" and not isinstance(failure, StoreOutcomeUnknownError):
+            assert files_below(above) or not above.exists(), f"call {index}, {calls.failed}"
+    assert index > 10
 
 
 def check_outcome(root: Path, operation: str, failure: DistckptError | None, where: str) -> None:
@@ -261,5 +293,5 @@ def test_a_file_system_without_links_is_refused_by_the_probe(tmp_path: Path, mon
 
     monkeypatch.setattr(os, "link", refusing)
     with pytest.raises(StoreUnsuitableError, match="put-if-absent creates an object"):
-        probe(LocalStore(tmp_path))
-    assert files_below(tmp_path) == set()
+        probe(LocalStore(tmp_path / "above/run"))
+    assert list(tmp_path.iterdir()) == []
