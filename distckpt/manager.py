@@ -336,7 +336,8 @@ class CheckpointManager:
 
         Raises MismatchError, the same one on every rank and before anything is changed on any, also with ``partial``
         if nothing matches; CheckpointNotFoundError, ResizeError, MissingRanksError; NoGoodCheckpointError, whose
-        ``spoiled`` says whether tensors of the objects hold parts of what was refused.
+        ``spoiled`` says whether tensors of the objects hold parts of what was refused; FencedError or StaleRunError if a
+        newer run owns the directory by the time that all ranks have restored.
         """
         path = self._restore(wanted_folder(which, self._store.url), partial, Selection.of(select, rename))
         if path is None:

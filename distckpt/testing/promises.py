@@ -179,14 +179,15 @@ def _older_last(seq: int, saves: list[dict[int, tuple[int, int]]]) -> list[str]:
 
 
 def g6_readers_get_one_attempt(history: History) -> list[str]:
-    """No reader returns bytes of two attempts; all ranks restore the same; they fill only what all have matched, and hand
-    their objects only what all have read."""
+    """No reader returns bytes of two attempts; all ranks restore the same, and for the newest run; they fill only what all
+    have matched, and hand their objects only what all have read."""
     broken: list[str] = []
     objects: dict[str, dict[str, Content]] = {}
     agreed: dict[tuple[int, int], str | None] = {}
     matched: dict[tuple[int, int, str], set[int]] = {}
     read: dict[tuple[int, int, str], set[int]] = {}
-    for happening in history.happenings:
+    newest_run: dict[tuple[int, int], int] = {}
+    for happening, before, _ in newest_entries(history.happenings):
         if isinstance(happening, Wrote):
             objects.setdefault(happening.attempt, {})[happening.name] = happening.content
         elif isinstance(happening, Returned):
@@ -203,8 +204,12 @@ def g6_readers_get_one_attempt(history: History) -> list[str]:
             ready = read.get((happening.run, happening.order, happening.attempt), set())
             if len(ready) < happening.world_size:
                 broken.append(f"rank {happening.rank} took over {happening.attempt}, which only {ready} had read")
+            newest_run[happening.run, happening.order] = before.state.run if before is not None else 0
         elif isinstance(happening, Agreed):
             attempt = happening.record.attempt if happening.record is not None else None
+            newer = newest_run.get((happening.run, happening.order), 0)
+            if (happening.run, happening.order) not in agreed and newer > happening.run:
+                broken.append(f"run {happening.run} has restored {attempt}, and run {newer} had begun before that")
             if agreed.setdefault((happening.run, happening.order), attempt) != attempt:
                 broken.append(
                     f"ranks of run {happening.run} restored different checkpoints in their restore {happening.order}"

@@ -21,10 +21,12 @@ from distckpt.coordinator.machine.actions import (
     LeasesRead,
     MakePlan,
     NameTaken,
+    NewestRead,
     PlanMade,
     Publish,
     Published,
     ReadLeases,
+    ReadNewest,
     ReadTail,
     RoomMade,
     Seal,
@@ -60,6 +62,7 @@ class SimulatedCoordinator:
         self._callers: dict[int, tuple[Request, Callable[[Reply], None]]] = {}
         self._tick_at: float | None = None
         self._tried: set[str] = set()
+        self._seq = 0
         self.feed(Tick())
 
     # ---- life ------------------------------------------------------------------------------------------------------
@@ -124,7 +127,10 @@ class SimulatedCoordinator:
             case ReadTail():
                 self._later(self._read_tail)
             case Append(entry):
+                self._seq = entry.seq
                 self._append(entry)
+            case ReadNewest():
+                self._later(self._read_newest)
             case MakePlan():
                 self._later(lambda: self._make_plan(action))
             case Seal():
@@ -193,6 +199,13 @@ class SimulatedCoordinator:
 
     def _newest(self, entry: Entry) -> int:
         return entry.seq if "ignore_newest" in self._world.unsafe else self._world.store.newest()
+
+    def _read_newest(self) -> None:
+        if self._world.random.random() < self._world.faults.failed_look:
+            self._later(lambda: self.feed(NewestRead(None, "cannot list")))
+            return
+        newest = self._seq if "restore_unasked" in self._world.unsafe else self._world.store.newest()
+        self._later(lambda: self.feed(NewestRead(newest)))
 
     def _make_plan(self, action: MakePlan) -> None:
         try:

@@ -76,7 +76,8 @@ Task = Generator[Sleep | Say, Reply | None, None]
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """What every rank of one incarnation does: ``chunks`` says how many it holds at its k-th save."""
+    """What every rank of one incarnation does: ``chunks`` says how many it holds at its k-th save, before which it
+    restores if ``recovers`` says so."""
 
     token: str
     world_size: int
@@ -85,6 +86,7 @@ class Job:
     buffers: int
     skip_if_busy: bool
     chunks: tuple[int, ...]
+    recovers: tuple[bool, ...]
 
 
 class Process:
@@ -157,10 +159,12 @@ class Rank(Process):
     def _live(self) -> Task:
         try:
             yield from self._open()
-            yield from self._restore()
+            self.restored = yield from self._restore(0)
             first = 1 + (self.restored.number if self.restored is not None else 0)
             order = 0
             for number, chunks in enumerate(self.job.chunks, first):
+                if self.job.recovers[number - first]:
+                    yield from self._recover(1 + number - first)
                 if self.world.random.random() < self.world.faults.missed_save:
                     continue  # and knows nothing of it
                 while self._saving >= self.job.buffers:
@@ -226,20 +230,30 @@ class Rank(Process):
 
     # ---- restoring -------------------------------------------------------------------------------------------------
 
-    def _restore(self) -> Generator[Sleep | Say, Reply | None, None]:
-        first = report = Restore(0, None)
+    def _recover(self, order: int) -> Generator[Sleep | Say, Reply | None, None]:
+        """In the middle of training, when no save is under way."""
+        while self._saving:
+            yield Sleep(0.1)
+        try:
+            yield from self._restore(order)
+        except StaleRunError:
+            raise
+        except DistckptError as error:
+            self.failed.append(error)
+
+    def _restore(self, order: int) -> Generator[Sleep | Say, Reply | None, CheckpointRecord | None]:
+        first = report = Restore(order, None)
         while True:
             reply = yield from self._ask(report)
             report = first
             if isinstance(reply, Restored):
-                self.restored = reply.record
-                self.world.history.add(Agreed(self.run, 0, self.rank, reply.record))
-                return
+                self.world.history.add(Agreed(self.run, order, self.rank, reply.record))
+                return reply.record
             if isinstance(reply, MatchWith):
-                refused = yield from self._match(reply.record)
+                refused = yield from self._match(order, reply.record)
                 report = replace(first, tried=reply.record.attempt, refused=refused, keys=MATCH)
             elif isinstance(reply, FillFrom):
-                self.world.history.add(Filled(self.run, 0, self.rank, reply.record.attempt, self.job.world_size))
+                self.world.history.add(Filled(self.run, order, self.rank, reply.record.attempt, self.job.world_size))
                 refused = yield from self._read(reply.record)
                 if not refused:
                     self.world.history.add(ReadWhole(self.run, 0, self.rank, reply.record.attempt))
@@ -248,11 +262,11 @@ class Rank(Process):
                 self.world.history.add(Finished(self.run, 0, self.rank, reply.record.attempt, self.job.world_size))
                 report = replace(first, tried=reply.record.attempt, stage="finish")
 
-    def _match(self, record: CheckpointRecord) -> Generator[Sleep | Say, Reply | None, str]:
+    def _match(self, order: int, record: CheckpointRecord) -> Generator[Sleep | Say, Reply | None, str]:
         yield Sleep(self.world.latency())
         if self.world.random.random() < self.world.faults.failed_read:
             return "its index cannot be read here"
-        self.world.history.add(Matched(self.run, 0, self.rank, record.attempt))
+        self.world.history.add(Matched(self.run, order, self.rank, record.attempt))
         return ""
 
     def _read(self, record: CheckpointRecord) -> Generator[Sleep | Say, Reply | None, str]:

@@ -28,6 +28,7 @@ class Faults:
     failed_rank: float = 0.0
     missed_save: float = 0.0
     failed_read: float = 0.0
+    failed_look: float = 0.0
     clock_jump: float = 0.0
     freeze_at_append: float = 0.0
 

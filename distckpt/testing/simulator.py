@@ -6,7 +6,7 @@ same seed always gives the same story, so a failure is replayed by its seed alon
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 from distckpt.coordinator.messages import Pin, Reply, Request, Retention
 from distckpt.testing.history import CameBack, History
@@ -17,6 +17,7 @@ from distckpt.testing.sim_world import Faults, SimulatedWorld
 UNSAFE = {
     "ignore_newest": "an append counts although a listing after it shows higher numbers",
     "overwrite": "the store overwrites log entries instead of refusing to",
+    "restore_unasked": "what was restored is told without a look whether the log has anything newer",
     "collect_by_age": "garbage is whatever is old and was not known when the collection was asked for",
 }
 """Rules that a simulation can be told to break, to show that it would notice."""
@@ -37,6 +38,7 @@ class Simulation:
         self.ranks: list[Rank] = []
         self.readers: list[Reader] = []
         self._everyone: list[Rank] = []
+        self._home: list[SimulatedCoordinator] = []
         self._calm = False
         self._draw_faults()
         self.world.about_to_append = self._maybe_freeze
@@ -70,6 +72,7 @@ class Simulation:
             ("failed_rank", 0.05),
             ("missed_save", 0.1),
             ("failed_read", 0.05),
+            ("failed_look", 0.1),
             ("clock_jump", 0.01),
             ("freeze_at_append", 0.1),
         ):
@@ -88,18 +91,24 @@ class Simulation:
             buffers=random.randint(1, 2),
             skip_if_busy=random.random() < 0.2,
             chunks=tuple(chunks + sum(changes[: save + 1]) for save in range(saves)),
+            recovers=tuple(random.random() < 0.1 for _ in range(saves)),
         )
 
     def _start_job(self, saves: int = 16) -> None:
-        job = self._job(saves)
-        self.ranks = [Rank(self.world, self._send, job, rank) for rank in range(job.world_size)]
+        job, home = self._job(saves), list[SimulatedCoordinator]()
+        self._home = home
+
+        def send(request: Request, reply: Callable[[Reply], None]) -> None:
+            self._send(request, reply, home)
+
+        self.ranks = [Rank(self.world, send, job, rank) for rank in range(job.world_size)]
         self._everyone += self.ranks
 
     def _trouble(self) -> None:
         if self._calm:
             return
         random = self.world.random
-        kind = random.choice(["crash", "freeze", "supersede", "kill", "linger", "pin", "pin"])
+        kind = random.choice(["crash", "freeze", "supersede", "split", "kill", "linger", "pin", "pin"])
         if kind == "crash":
             self.coordinators[-1].die()
             self._replace_coordinator()
@@ -107,6 +116,8 @@ class Simulation:
             self._freeze(self.coordinators[-1])
         elif kind == "supersede":
             self._replace_coordinator()
+        elif kind == "split":
+            self._split()
         elif kind == "pin":
             self._pin()
         else:
@@ -115,6 +126,12 @@ class Simulation:
                     rank.kill()
             self._start_job()
         self.world.later(random.uniform(0.5, 12.0), self._trouble)
+
+    def _split(self) -> None:
+        """Another job begins elsewhere, with a coordinator of its own: both go on until one of them hears of that."""
+        self._home.append(self.coordinators[-1])
+        self._replace_coordinator()
+        self._start_job()
 
     def _maybe_freeze(self, coordinator: object) -> None:
         if self.world.random.random() < self.world.faults.freeze_at_append and coordinator is self.coordinators[-1]:
@@ -170,12 +187,14 @@ class Simulation:
 
     # ---- the network -----------------------------------------------------------------------------------------------
 
-    def _send(self, request: Request, reply: Callable[[Reply], None]) -> None:
-        """To the newest coordinator, or to one that the sender still knows; lost, late or twice."""
+    def _send(
+        self, request: Request, reply: Callable[[Reply], None], home: Sequence[SimulatedCoordinator] = ()
+    ) -> None:
+        """To the one at ``home`` if there is one, to the newest, or to one that the sender still knows; lost, late or twice."""
         world, faults = self.world, self.world.faults
         if world.random.random() < faults.lost_message:
             return
-        target = self.coordinators[-1]
+        target = [*self.coordinators, *home][-1]
         if world.random.random() < faults.stale_address:
             target = world.random.choice(self.coordinators)
         for _ in range(2 if world.random.random() < faults.doubled_message else 1):

@@ -287,8 +287,8 @@ def test_an_append_below_the_newest_number_fences():
 def test_a_foreign_entry_at_our_number_fences_for_ever():
     driver = Driver().lead()
     driver.open()
-    held = driver.ask(FromRank(1, 0, Restore(0, None, "", "")))
     ticket, entry = opening(driver, "other")
+    held = driver.ask(Pin(1, True))
     driver.feed(NameTaken(entry, foreign(entry, 9), entry.seq))
     error = refusal(driver.replies[ticket])
     assert isinstance(error, FencedError)

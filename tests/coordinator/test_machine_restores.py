@@ -5,7 +5,12 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import cast
 
+import pytest
+
+from distckpt.coordinator.machine.actions import Append, NewestRead, ReadNewest
+from distckpt.coordinator.machine.ledger import LAST_RETRY
 from distckpt.coordinator.messages import (
+    Accepted,
     FillFrom,
     FinishWith,
     FromRank,
@@ -13,16 +18,22 @@ from distckpt.coordinator.messages import (
     KeyMatch,
     MatchWith,
     Mismatched,
+    OpenRun,
+    Pin,
     Restore,
     Restored,
+    Retention,
+    RunOpened,
     Status,
     StatusReply,
 )
 from distckpt.errors import (
     CheckpointNotFoundError,
+    FencedError,
     MissingRanksError,
     NoGoodCheckpointError,
     RestoreError,
+    StaleRunError,
 )
 from distckpt.format.json.log import Entry, State
 from tests.support.driving import (
@@ -53,7 +64,7 @@ def test_all_ranks_restore_the_newest_and_are_told_when_all_have():
         first = driver.ask(report(run, 0, newest))
         again = driver.ask(report(run, 0, newest))
         assert first not in driver.replies
-        assert driver.answer(report(run, 1, newest)) == then
+        assert driver.settled(report(run, 1, newest)) == then
         assert driver.replies[first] == driver.replies[again] == then
         assert driver.answer(report(run, 1, newest)) == then
 
@@ -86,7 +97,7 @@ def test_nobody_finishes_before_all_have_read_all_of_it():
     done = driver.ask(finished(run, 0, newest))
     assert driver.answer(filled(run, 1, newest)) == FinishWith(saved[2], FITS)
     assert done not in driver.replies
-    assert driver.answer(finished(run, 1, newest)) == driver.replies[done] == Restored(saved[2])
+    assert driver.settled(finished(run, 1, newest)) == driver.replies[done] == Restored(saved[2])
 
 
 def test_a_mismatch_on_any_rank_ends_the_restore_for_all_with_what_is_missing_or_does_not_fit_anywhere():
@@ -117,7 +128,7 @@ def test_a_partial_restore_goes_on_and_tells_all_ranks_what_does_not_match():
     driver.ask(filled(run, 0, newest, partial=True))
     assert driver.answer(filled(run, 1, newest, partial=True)) == FinishWith(saved[2], odd)
     driver.ask(finished(run, 0, newest, partial=True))
-    assert driver.answer(finished(run, 1, newest, partial=True)) == Restored(saved[2])
+    assert driver.settled(finished(run, 1, newest, partial=True)) == Restored(saved[2])
 
 
 def test_nothing_in_common_is_a_mismatch_even_if_partial():
@@ -150,7 +161,7 @@ def test_damage_found_while_filling_makes_all_fall_back_and_match_again():
     driver.ask(filled(run, 0, saved[1].attempt))
     assert driver.answer(filled(run, 1, saved[1].attempt)) == FinishWith(saved[1], FITS)
     driver.ask(finished(run, 0, saved[1].attempt))
-    assert driver.answer(finished(run, 1, saved[1].attempt)) == Restored(saved[1], refused)
+    assert driver.settled(finished(run, 1, saved[1].attempt)) == Restored(saved[1], refused)
 
 
 def test_a_partial_restore_that_has_begun_to_fill_does_not_fall_back():
@@ -158,7 +169,7 @@ def test_a_partial_restore_that_has_begun_to_fill_does_not_fall_back():
     for rank in range(2):
         driver.ask(matched(run, rank, saved[2].attempt, KeyMatch(b"\x80", 1), partial=True))
     waits = driver.ask(filled(run, 0, saved[2].attempt, partial=True))
-    error = refusal(driver.answer(filled(run, 1, saved[2].attempt, "shard 0: CRC", partial=True)))
+    error = refusal(driver.settled(filled(run, 1, saved[2].attempt, "shard 0: CRC", partial=True)))
     assert isinstance(error, NoGoodCheckpointError)
     assert error.spoiled
     assert error.refused == ((f"{DIRECTORY}/ckpt-30", "rank 1 (host1): shard 0: CRC"),)
@@ -171,7 +182,7 @@ def test_when_none_is_left_it_is_told_whether_anything_was_changed():
         for report in reports:
             driver.answer(_of(report(run, 0, saved[0].attempt, which=10), order))
         bad = filled if reports else matched
-        error = refusal(driver.answer(_of(bad(run, 0, saved[0].attempt, refused="bad", which=10), order)))
+        error = refusal(driver.settled(_of(bad(run, 0, saved[0].attempt, refused="bad", which=10), order)))
         assert isinstance(error, NoGoodCheckpointError)
         assert error.spoiled == bool(reports)
 
@@ -202,7 +213,7 @@ def test_if_one_rank_refuses_all_fall_back_together():
     driver.ask(filled(run, 1, saved[1].attempt))
     assert driver.answer(filled(run, 0, saved[1].attempt)) == FinishWith(saved[1], FITS)
     driver.ask(finished(run, 1, saved[1].attempt))
-    assert driver.answer(finished(run, 0, saved[1].attempt)) == Restored(saved[1], refused)
+    assert driver.settled(finished(run, 0, saved[1].attempt)) == Restored(saved[1], refused)
 
 
 def test_fallback_goes_on_to_preserved_ones_but_never_to_retiring_ones():
@@ -215,7 +226,7 @@ def test_fallback_goes_on_to_preserved_ones_but_never_to_retiring_ones():
     assert cast(MatchWith, driver.answer(FromRank(run, 0, Restore(0, None)))).record == active
     reply = driver.answer(FromRank(run, 0, Restore(0, None, active.attempt, "bad")))
     assert cast(MatchWith, reply).record == preserved
-    error = refusal(driver.answer(FromRank(run, 0, Restore(0, None, preserved.attempt, "bad too"))))
+    error = refusal(driver.settled(FromRank(run, 0, Restore(0, None, preserved.attempt, "bad too"))))
     assert isinstance(error, NoGoodCheckpointError)
     assert [path for path, _ in error.refused] == [f"{DIRECTORY}/ckpt-3", f"{DIRECTORY}/ckpt-1"]
 
@@ -223,7 +234,7 @@ def test_fallback_goes_on_to_preserved_ones_but_never_to_retiring_ones():
 def test_with_no_checkpoint_every_rank_initializes():
     driver = Driver().lead()
     run = driver.open(2)
-    assert driver.answer(FromRank(run, 0, Restore(0, None))) == Restored(None)
+    assert driver.settled(FromRank(run, 0, Restore(0, None))) == Restored(None)
     driver.save(run, 2, 1, 5)
     assert driver.answer(FromRank(run, 1, Restore(0, None))) == Restored(None)
 
@@ -231,10 +242,10 @@ def test_with_no_checkpoint_every_rank_initializes():
 def test_a_number_is_restored_or_refused_without_fallback():
     driver, run, saved = saved_three(1)
     assert driver.answer(FromRank(run, 0, Restore(0, 20))) == MatchWith(saved[1])
-    error = refusal(driver.answer(FromRank(run, 0, Restore(0, 20, saved[1].attempt, "bad"))))
+    error = refusal(driver.settled(FromRank(run, 0, Restore(0, 20, saved[1].attempt, "bad"))))
     assert isinstance(error, NoGoodCheckpointError)
     assert "bad" in str(error)
-    missing = refusal(driver.answer(FromRank(run, 0, Restore(1, 99))))
+    missing = refusal(driver.settled(FromRank(run, 0, Restore(1, 99))))
     assert isinstance(missing, CheckpointNotFoundError)
     assert missing.path == f"{DIRECTORY}/ckpt-99"
 
@@ -265,3 +276,94 @@ def test_a_rank_that_is_heard_may_take_its_time_to_restore():
     assert ticket not in driver.replies
     driver.wait(TIMEOUT)
     assert refusal(driver.replies[ticket]).ranks == (1,)
+
+
+# ---- what holds only if the log has nothing newer -------------------------------------------------------------------
+
+
+def test_what_was_restored_is_told_once_the_log_was_looked_at():
+    driver, run, saved = saved_three(1)
+    driver.answer(matched(run, 0, saved[2].attempt))
+    waits = driver.ask(filled(run, 0, saved[2].attempt))
+    again = driver.ask(filled(run, 0, saved[2].attempt))
+    assert driver.take(ReadNewest)
+    assert not driver.has(ReadNewest)
+    assert {waits, again}.isdisjoint(driver.replies)
+    driver.feed(NewestRead(max(driver.log)))
+    assert driver.replies[waits] == driver.replies[again] == Restored(saved[2])
+
+
+@pytest.mark.parametrize("found", [2, 1, 0])
+def test_who_was_superseded_while_it_restored_is_told_so(found: int):
+    """Whether it has restored the newest that it knows, an older one, or found none that can be read."""
+    driver, run, saved = saved_three(1)
+    for at in range(2, found - 1, -1):
+        if at == found and found:
+            driver.answer(matched(run, 0, saved[at].attempt))
+            reply = driver.ask(filled(run, 0, saved[at].attempt))
+        else:
+            reply = driver.ask(FromRank(run, 0, Restore(0, None, saved[at].attempt, "deleted")))
+    driver.restarted("b").open(1, "the next job")
+    driver.settle()
+    assert isinstance(refusal(driver.replies[reply]), FencedError)
+
+
+def test_who_finds_nothing_to_restore_but_was_superseded_does_not_initialize():
+    driver = Driver().lead()
+    run = driver.open()
+    reply = driver.ask(FromRank(run, 0, Restore(0, None)))
+    driver.restarted("b").open(1, "the next job")
+    driver.settle()
+    assert isinstance(refusal(driver.replies[reply]), FencedError)
+
+
+def test_a_look_comes_after_the_entries_that_wait_and_those_that_come_later_wait_for_it():
+    driver, run, saved = saved_three(1)
+    driver.answer(matched(run, 0, saved[2].attempt))
+    pins = [driver.ask(Pin(10, True))]
+    reply = driver.ask(filled(run, 0, saved[2].attempt))
+    pins.append(driver.ask(Pin(20, True)))
+    assert not driver.has(ReadNewest)
+    driver.perform(driver.take(Append))
+    assert not driver.has(Append)
+    driver.perform(driver.take(ReadNewest))
+    assert driver.replies[reply] == Restored(saved[2])
+    driver.perform(driver.take(Append))
+    assert [driver.replies[pin] for pin in pins] == [Accepted()] * 2
+
+
+@pytest.mark.parametrize("newest", [None, 1], ids=["no answer", "a listing that lacks what was written"])
+def test_a_look_that_makes_nothing_sure_is_repeated_and_in_the_end_refused(newest: int | None):
+    driver, run, saved = saved_three(1)
+    for order in (0, 1):
+        driver.answer(FromRank(run, 0, Restore(order, None)))
+        driver.answer(FromRank(run, 0, Restore(order, None, saved[2].attempt, keys=FITS)))
+        reply = driver.ask(FromRank(run, 0, Restore(order, None, saved[2].attempt, stage="fill")))
+        for _ in range(2):
+            driver.take(ReadNewest)
+            driver.feed(NewestRead(newest, "" if newest else "no route to the store"))
+            assert not driver.has(ReadNewest)
+            driver.wait(LAST_RETRY)
+        if order:
+            driver.wait(TIMEOUT)
+            error = refusal(driver.replies[reply])
+            assert isinstance(error, RestoreError)
+            assert ("no entry after 1" if newest else "no route to the store") in str(error)
+            driver.settle()
+            assert driver.save(run, 1, 4, 40).number == 40
+        else:
+            driver.settle()
+            assert driver.replies[reply] == Restored(saved[2])
+
+
+def test_a_run_that_begins_while_the_log_is_looked_at_ends_the_restore():
+    driver, run, saved = saved_three(1)
+    driver.answer(matched(run, 0, saved[2].attempt))
+    reply = driver.ask(filled(run, 0, saved[2].attempt))
+    look = driver.take(ReadNewest)
+    opened = driver.ask(OpenRun("the next job", 0, 1, "host0", "ckpt", Retention(), TIMEOUT))
+    driver.perform(look)
+    assert driver.replies[reply] == Restored(saved[2]), "it had not begun yet"
+    driver.settle()
+    assert isinstance(driver.replies[opened], RunOpened)
+    assert isinstance(refusal(driver.answer(FromRank(run, 0, Restore(1, None)))), StaleRunError)

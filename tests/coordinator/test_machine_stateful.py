@@ -25,10 +25,12 @@ from distckpt.coordinator.machine.actions import (
     LeasesRead,
     MakePlan,
     NameTaken,
+    NewestRead,
     PlanMade,
     Publish,
     Published,
     ReadLeases,
+    ReadNewest,
     ReadTail,
     RoomMade,
     Seal,
@@ -418,6 +420,8 @@ class Coordinators(RuleBasedStateMachine):
                 self._feed(shell, self._tail())
             case Append():
                 self._append(shell, action, fault)
+            case ReadNewest():
+                self._feed(shell, NewestRead(None, "no answer") if fault else NewestRead(self.store.newest()))
             case MakePlan():
                 try:
                     plan = make_plan(action.number, action.descriptions, action.staged, action.attempt)

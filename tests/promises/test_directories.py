@@ -359,15 +359,16 @@ def test_a_destination_of_other_shapes_is_refused_and_the_run_goes_on(tmp_path: 
 
 @dataclass
 class Hold:
-    """Holds calls back that write what ends in ``name``, until they may go on."""
+    """Holds calls back that write, or do what ``operation`` says with, what ends in ``name``, until they may go on."""
 
     name: str
+    operation: str = "put"
     reached: threading.Event = field(default_factory=threading.Event)
     go_on: threading.Event = field(default_factory=threading.Event)
 
     def fault(self, call: Call) -> Fault | None:
         """A delay."""
-        return Fault.DELAYED if call.operation.startswith("put") and call.path.endswith(self.name) else None
+        return Fault.DELAYED if call.operation.startswith(self.operation) and call.path.endswith(self.name) else None
 
     def sleep(self, _: float) -> None:
         """For as long as it is held back."""
@@ -562,6 +563,42 @@ def test_the_older_one_is_in_the_middle_of_a_save(tmp_path: Path) -> None:
     assert_sound_log(tmp_path)
     run(tmp_path, 6)
     assert numbers(tmp_path) == [1, 3, 4, 6], "what the older one had sealed when it was fenced does not come back"
+
+
+def test_who_is_superseded_while_it_restores_does_not_go_on_with_an_older_checkpoint(tmp_path: Path) -> None:
+    with Trainer(tmp_path, max_to_keep=1) as trainer:
+        trainer.saved(1)
+        trainer.pin(1)
+        trainer.saved(2)
+    hold = Hold(names.MANIFEST, "read")
+    old = Trainer(mount(hold.around(tmp_path)))
+    told: list[BaseException] = []
+
+    def restore() -> None:
+        try:
+            old.manager.restore_or_initialize()
+        except DistckptError as error:
+            told.append(error)
+
+    restoring = threading.Thread(target=restore)
+    restoring.start()
+    assert hold.reached.wait(30)
+    run(tmp_path, 3, max_to_keep=1)
+    assert on_disk(tmp_path) == [1, 3], "what the older one restores is gone"
+    hold.go_on.set()
+    restoring.join(30)
+    assert [type(error) for error in told] == [FencedError]
+    old.manager.close()
+
+
+def test_who_is_superseded_before_it_restores_does_not_begin_anew(tmp_path: Path) -> None:
+    begun: list[str] = []
+    old = Trainer(tmp_path, init_fn=lambda: begun.append("afresh"))
+    run(tmp_path, 1)
+    with pytest.raises(FencedError):
+        old.manager.restore_or_initialize()
+    assert begun == []
+    old.manager.close()
 
 
 def test_two_managers_in_two_processes(tmp_path: Path) -> None:

@@ -13,10 +13,12 @@ from distckpt.testing.history import (
     Agreed,
     CameBack,
     Erased,
+    Filled,
     Held,
     History,
     LetGo,
     Logged,
+    Matched,
     Piece,
     Promised,
     Returned,
@@ -99,7 +101,12 @@ def test_the_same_seed_gives_the_same_story():
 
 @pytest.mark.parametrize(
     ("rule", "promises"),
-    [("ignore_newest", {"G2", "G3"}), ("overwrite", {"G2", "G4"}), ("collect_by_age", {"G1"})],
+    [
+        ("ignore_newest", {"G2", "G3"}),
+        ("overwrite", {"G2", "G4"}),
+        ("collect_by_age", {"G1"}),
+        ("restore_unasked", {"G6"}),
+    ],
 )
 def test_breaking_a_rule_breaks_promises(rule, promises):
     assert rule in UNSAFE
@@ -190,6 +197,12 @@ def test_an_honest_history_breaks_nothing():
         pytest.param("G6", [*START, Returned("r", TWO, {})], id="shards missing"),
         pytest.param("G6", [*written(ONE, number=9), Returned("r", ONE, {"0": written(ONE, number=9)[0].content})], id="number"),
         pytest.param("G6", [Agreed(1, "0", 0, ONE), Agreed(1, "0", 1, TWO)], id="ranks disagree"),
+        pytest.param(
+            "G6",
+            [*START, logged(3, "b", 2, "run", run=2, active=(ONE, TWO)), Matched(1, 0, 0, TWO.attempt),
+             Filled(1, 0, 0, TWO.attempt, 1), Agreed(1, 0, 0, TWO)],
+            id="restored although superseded",
+        ),
         pytest.param("G7", [*START, logged(3, active=(ONE,), retiring=(TWO,))], id="newest retired"),
         pytest.param(
             "G7",

@@ -20,10 +20,12 @@ from distckpt.coordinator.machine.actions import (
     Exit,
     LeasesRead,
     MakePlan,
+    NewestRead,
     PlanMade,
     Publish,
     Published,
     ReadLeases,
+    ReadNewest,
     ReadTail,
     Seal,
     Sealed,
@@ -140,6 +142,8 @@ class Driver:
                 assert entry.seq not in self.log
                 self.log[entry.seq] = entry
                 self.feed(Appended(entry, max(self.log)))
+            case ReadNewest():
+                self.feed(NewestRead(max(self.log, default=0)))
             case MakePlan():
                 plan = make_plan(action.number, action.descriptions, action.staged, "spin")
                 self.feed(PlanMade(action.attempt, plan))

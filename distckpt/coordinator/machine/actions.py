@@ -95,6 +95,14 @@ class AppendRefused:
 
 
 @dataclass(frozen=True, slots=True)
+class NewestRead:
+    """A listing of the log shows ``newest`` as the highest number; None if there was none, for ``reason``."""
+
+    newest: int | None
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class PlanMade:
     """The plan of ``attempt``."""
 
@@ -160,6 +168,7 @@ Event = (
     | NameTaken
     | AppendUnknown
     | AppendRefused
+    | NewestRead
     | PlanMade
     | Sealed
     | StepFailed
@@ -192,6 +201,11 @@ class Append:
     """Put the entry if absent, then list; Appended, NameTaken, AppendUnknown or AppendRefused follows."""
 
     entry: Entry
+
+
+@dataclass(frozen=True, slots=True)
+class ReadNewest:
+    """List the log, after every append that was asked for; NewestRead follows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -270,4 +284,6 @@ class Exit:
     reason: str
 
 
-Action = Answer | ReadTail | Append | MakePlan | Seal | ReadLeases | Delete | CollectGarbage | Publish | Exit
+Action = (
+    Answer | ReadTail | Append | ReadNewest | MakePlan | Seal | ReadLeases | Delete | CollectGarbage | Publish | Exit
+)

@@ -1,4 +1,4 @@
-"""What waits to be logged, as data: each says which state comes of it. What follows once it counts, the machine says."""
+"""What waits for its turn in the log, as data: each says which state comes of it. What follows then, the machine says."""
 
 from __future__ import annotations
 
@@ -140,6 +140,16 @@ class SetPin:
             msgspec.structs.replace(record, pinned=self.pinned) if record.attempt in changed else record
             for record in records
         )
+
+
+@dataclass(frozen=True, slots=True)
+class Confirm:
+    """Nothing is to be logged, only made sure of: that the log has nothing newer. ``asked`` says for whom."""
+
+    asked: int
+
+    def apply(self, state: State) -> None:
+        """Nothing changes."""
 
 
 Intention = Claim | BeginRun | Commit | Discard | Retire | Forget | SetPin

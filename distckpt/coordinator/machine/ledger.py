@@ -12,11 +12,13 @@ from distckpt.coordinator.machine.actions import (
     AppendRefused,
     AppendUnknown,
     NameTaken,
+    NewestRead,
+    ReadNewest,
     ReadTail,
     TailRead,
 )
 from distckpt.coordinator.machine.desk import Desk, Identities
-from distckpt.coordinator.machine.intentions import BeginRun, Claim, Commit, Intention
+from distckpt.coordinator.machine.intentions import BeginRun, Claim, Commit, Confirm, Intention
 from distckpt.coordinator.machine.retention import recover
 from distckpt.errors import CoordinatorError, DamagedError, DistckptError, FencedError
 from distckpt.format.json.log import FORMAT, Entry, State
@@ -36,18 +38,20 @@ class Ledger:
     """The newest counted entry, and the way to the next one.
 
     ``follow_up`` is called with each intention when its entry counts, or with None instead of an entry when there was
-    nothing left to change; only then is the next intention applied. ``give_up`` is called with one whose entry no
-    reader would take, and with the reason. ``ended`` is why this machine may never append again (FencedError;
-    DamagedError for an unreadable log; CoordinatorError for a claim that cannot be written), or None. ``whole`` is False
-    when newer entries than the one it started from could not be read. ``tries`` counts how often it was not known what
-    became of the entry in flight, and ``doubt`` is why, the last time.
+    ``follow_up`` is called with each intention when its entry counts, or with None instead of an entry when there was
+    nothing left to change, or only something to make sure of; only then is the next intention applied. ``give_up`` is
+    called with one whose entry no reader would take, and with the reason. ``ended`` is why this machine may never append
+    again (FencedError; DamagedError for an unreadable log; CoordinatorError for a claim that cannot be written), or None.
+    ``whole`` is False when newer entries than the one it started from could not be read. ``tries`` counts how often it was
+    not known what became of the entry in flight; ``doubt`` is why the latest look at the log, or attempt at an entry, made
+    nothing sure.
     """
 
     def __init__(
         self,
         desk: Desk,
         identities: Identities,
-        follow_up: Callable[[Intention, Entry | None], None],
+        follow_up: Callable[[Intention | Confirm, Entry | None], None],
         give_up: Callable[[Intention, str], None],
     ) -> None:
         self.entry: Entry | None = None
@@ -59,8 +63,9 @@ class Ledger:
         self._identities = identities
         self._follow_up = follow_up
         self._give_up = give_up
-        self._wanted: deque[Intention] = deque()
+        self._wanted: deque[Intention | Confirm] = deque()
         self._flight: _Flight | None = None
+        self._confirming: Confirm | None = None
         self._retry_at: float | None = None
         self._backoff = FIRST_RETRY
         self._recover_at: float | None = None
@@ -82,8 +87,8 @@ class Ledger:
 
     @property
     def busy(self) -> bool:
-        """Whether an entry is in flight or waits to be."""
-        return self._flight is not None or bool(self._wanted)
+        """Whether an entry is in flight or waits to be, or the log is looked at."""
+        return self._flight is not None or self._confirming is not None or bool(self._wanted)
 
     @property
     def has_saved(self) -> bool:
@@ -92,7 +97,7 @@ class Ledger:
 
     @property
     def deadline(self) -> float | None:
-        """When to append again after an unknown outcome."""
+        """When to append, or to look, again after an unknown outcome."""
         return self._retry_at
 
     def start(self) -> None:
@@ -110,6 +115,11 @@ class Ledger:
     def intend(self, intention: Intention) -> None:
         """Append an entry once those before it are counted, made from the state that there is then."""
         self._wanted.append(intention)
+        self._append_next()
+
+    def confirm(self, what: Confirm) -> None:
+        """Make sure, after the entries that wait, that the log has nothing newer than what this machine knows."""
+        self._wanted.append(what)
         self._append_next()
 
     def withdraw(self, attempt: str) -> None:
@@ -168,11 +178,30 @@ class Ledger:
         else:
             self.ended = CoordinatorError(f"{self._desk.directory}: cannot be claimed: {event.reason}")
 
+    def newest_read(self, event: NewestRead) -> None:
+        """It is sure that nothing is newer; or another coordinator has taken over; or it is to be looked again."""
+        confirming, entry = self._confirming, self.entry
+        if confirming is None or entry is None or self.ended is not None:
+            return
+        if event.newest is None or event.newest < entry.seq:
+            lost = f"a listing shows no entry after {event.newest}, and {entry.seq} was written"
+            self._look_again(event.reason or lost)
+        elif event.newest > entry.seq:
+            self._fenced(0)
+        else:
+            self._ground()
+            self._follow_up(confirming, None)
+            self._append_next()
+
     def tick(self) -> None:
-        """Append again if it is time."""
-        if self._retry_at is not None and self._retry_at <= self._desk.mono and self._flight is not None:
-            self._retry_at = None
+        """Append, or look, again if it is time."""
+        if self._retry_at is None or self._retry_at > self._desk.mono:
+            return
+        self._retry_at = None
+        if self._flight is not None:
             self._desk.emit(Append(self._flight.entry))
+        elif self._confirming is not None:
+            self._desk.emit(ReadNewest())
 
     def _is_ours(self, entry: Entry) -> bool:
         return self._flight is not None and self._flight.entry.commit_id == entry.commit_id and self.ended is None
@@ -198,12 +227,15 @@ class Ledger:
 
     def _again(self, reason: str) -> None:
         self.tries += 1
+        self._look_again(reason)
+
+    def _look_again(self, reason: str) -> None:
         self.doubt = reason
         self._retry_at = self._desk.mono + self._backoff
         self._backoff = min(LAST_RETRY, 2 * self._backoff)
 
     def _ground(self) -> None:
-        self._flight = None
+        self._flight = self._confirming = None
         self.tries, self.doubt = 0, ""
         self._retry_at = None
         self._backoff = FIRST_RETRY
@@ -216,8 +248,12 @@ class Ledger:
         self._wanted.clear()
 
     def _append_next(self) -> None:
-        while self.entry is not None and self._flight is None and self._wanted:
+        while self.entry is not None and self._flight is None and self._confirming is None and self._wanted:
             intention = self._wanted.popleft()
+            if isinstance(intention, Confirm):
+                self._confirming = intention
+                self._desk.emit(ReadNewest())
+                return
             newest = self.entry.state
             state = intention.apply(self.recovered(newest) if isinstance(intention, Commit) else newest)
             if state is not None:

@@ -21,6 +21,7 @@ from distckpt.coordinator.machine.actions import (
     Forgotten,
     LeasesRead,
     NameTaken,
+    NewestRead,
     PlanMade,
     Published,
     RoomMade,
@@ -34,6 +35,7 @@ from distckpt.coordinator.machine.intentions import (
     BeginRun,
     Claim,
     Commit,
+    Confirm,
     Discard,
     Forget,
     Intention,
@@ -182,6 +184,8 @@ class Machine:
                 self._say_why(event)
             case AppendRefused():
                 self._ledger.append_refused(event)
+            case NewestRead():
+                self._ledger.newest_read(event)
             case TailRead():
                 self._ledger.tail_read(event)
             case LeasesRead():
@@ -338,10 +342,12 @@ class Machine:
 
     # ---- what an entry of the log leads to -------------------------------------------------------------------------
 
-    def _follow_up(self, intention: Intention, entry: Entry | None) -> None:
+    def _follow_up(self, intention: Intention | Confirm, entry: Entry | None) -> None:
         """The entry of an intention counts, or (None) there was nothing left to change."""
         if isinstance(intention, SetPin):
             self._pin_settled(intention)
+        elif isinstance(intention, Confirm):
+            self._restores.confirmed(intention.asked)
         if entry is None:
             return
         match intention:
@@ -359,7 +365,7 @@ class Machine:
                 self._keeping.look()
             case SetPin(pinned=False):
                 self._keeping.look()
-            case SetPin() | Forget():
+            case SetPin() | Forget() | Confirm():
                 pass
 
     def _give_up(self, intention: Intention, reason: str) -> None:

@@ -3,8 +3,7 @@
 Each candidate goes through three stages. First every rank says how its objects match it, which changes nothing; only if
 that will do for all of them, they read it, which fills tensors where they are; and only once all have read all of it,
 and every byte was good, they hand it to everything else. So what a refused candidate has touched, the next one fills.
-Knows neither time nor how ranks are reached: the coordinator has rounds, and
-ranks that can consult each other without one.
+Knows neither time nor how ranks are reached: the coordinator has rounds, and so have ranks that can consult each other.
 """
 
 from __future__ import annotations
@@ -75,6 +74,14 @@ class RestoreRound:
     def is_complete(self) -> bool:
         """Whether every rank has reported on what is wanted, and the round is to go on."""
         return self.outcome is None and len(self.reported) == self.world_size
+
+    @property
+    def rests_on_log(self) -> bool:
+        """Whether the outcome is as it is because of what the log has."""
+        match self.outcome:
+            case Restored() | Refused(CheckpointNotFoundError() | NoGoodCheckpointError()):
+                return True
+        return False
 
     def hear(self, rank: int, host: str, message: Restore) -> bool:
         """A rank wants to restore, or says what came of what was wanted: whether that was news."""

@@ -1,4 +1,9 @@
-"""Collective restores: all ranks restore the same checkpoint, and fall back together when one of them cannot."""
+"""Collective restores: all ranks restore the same checkpoint, and fall back together when one of them cannot.
+
+What follows from the log, be it that there is nothing to restore, is told once it is sure that the log has nothing newer:
+a job that another has followed would otherwise go on with an older checkpoint, because the newer ones are the other's and
+the old ones deleted.
+"""
 
 from __future__ import annotations
 
@@ -6,22 +11,28 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from distckpt.coordinator.machine.desk import Desk
+from distckpt.coordinator.machine.intentions import Confirm
 from distckpt.coordinator.machine.ledger import Ledger
 from distckpt.coordinator.machine.restore_round import RestoreRound
 from distckpt.coordinator.machine.runs import Run, Runs
 from distckpt.coordinator.messages import Refused, Reply, Restore
-from distckpt.errors import DistckptError, MissingRanksError
+from distckpt.errors import DistckptError, MissingRanksError, RestoreError
 
 REMEMBERED_ROUNDS = 16
 
 
 @dataclass(slots=True, eq=False)
 class _Round(RestoreRound):
-    """``heard`` is when each rank spoke last, and ``deadline`` when to look who has not, in monotonic seconds."""
+    """``heard`` is when each rank spoke last, and ``deadline`` when to look who has not, in monotonic seconds.
+
+    ``verdict`` is the outcome as soon as it is sure, for which ``asked`` stands.
+    """
 
     deadline: float = 0.0
     heard: dict[int, float] = field(default_factory=dict)
     waiting: dict[int, int] = field(default_factory=dict)
+    verdict: Reply | None = None
+    asked: int = 0
 
 
 class Restores:
@@ -33,6 +44,7 @@ class Restores:
         self._runs = runs
         self._rounds: dict[int, _Round] = {}
         self._open: dict[int, _Round] = {}
+        self._asked = 0
 
     @property
     def busy(self) -> bool:
@@ -42,11 +54,12 @@ class Restores:
     @property
     def protected(self) -> frozenset[str]:
         """Attempts that are being restored."""
-        return frozenset(round.current.attempt for round in self._open.values())
+        return frozenset(round.current.attempt for round in self._open.values() if round.candidates)
 
     def waiting(self) -> dict[str, tuple[int, ...]]:
         """For each attempt that is being restored the ranks that are still awaited."""
-        return {round.current.attempt: tuple(self._missing(round)) for round in self._open.values()}
+        rounds = (round for round in self._open.values() if round.candidates)
+        return {round.current.attempt: tuple(self._missing(round)) for round in rounds}
 
     def deadlines(self) -> Iterator[float]:
         """When restores will be given up, in monotonic seconds."""
@@ -61,11 +74,11 @@ class Restores:
     def restore(self, ticket: int, rank: int, message: Restore) -> None:
         """A rank wants to restore, or says what came of the last candidate."""
         round = self._rounds.get(message.order) or self._new_round(message)
-        if round.outcome is None:
+        if round.outcome is None and round.verdict is None:
             self._hear(round, rank, message)
         if round.outcome is not None:
             self._desk.answer(ticket, round.outcome)
-        elif rank in round.reported:
+        elif round.verdict is not None or rank in round.reported:
             self._desk.hold(ticket, round.waiting, rank)
         else:
             self._desk.answer(ticket, round.question)
@@ -75,6 +88,12 @@ class Restores:
         for round in self._open.values():
             if rank in round.heard:
                 round.heard[rank] = self._desk.mono
+
+    def confirmed(self, asked: int) -> None:
+        """The log has nothing newer: what a round has come to holds."""
+        for order, round in list(self._open.items()):
+            if round.asked == asked and round.verdict is not None:
+                self._end(order, round.verdict)
 
     def tick(self) -> None:
         """Give up rounds whose missing ranks have been silent for too long."""
@@ -107,14 +126,29 @@ class Restores:
 
     def _settle(self, order: int, round: _Round) -> None:
         """Take note if the round is over."""
-        if round.outcome is not None:
+        if round.outcome is None:
+            return
+        if round.rests_on_log:
+            self._conclude(round)
+        else:
             self._end(order, round.outcome)
+
+    def _conclude(self, round: _Round) -> None:
+        """This is what becomes of it, if the log has nothing newer."""
+        self._asked += 1
+        round.verdict, round.outcome, round.asked = round.outcome, None, self._asked
+        round.deadline = self._desk.mono + self._current.save_timeout
+        self._ledger.confirm(Confirm(self._asked))
 
     def _missing(self, round: _Round) -> list[int]:
         return [rank for rank in range(self._current.world_size) if rank not in round.reported]
 
     def _expire(self, order: int, round: _Round) -> None:
         timeout = self._current.save_timeout
+        if round.verdict is not None:
+            reason = f"it cannot be made sure that no newer run owns the directory: {self._ledger.doubt or 'no answer'}"
+            self._end(order, Refused(RestoreError(f"{self._desk.directory}: {reason}")))
+            return
         silent = [
             rank
             for rank in self._missing(round)

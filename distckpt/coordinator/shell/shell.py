@@ -31,10 +31,12 @@ from distckpt.coordinator.machine.actions import (
     LeasesRead,
     MakePlan,
     NameTaken,
+    NewestRead,
     PlanMade,
     Publish,
     Published,
     ReadLeases,
+    ReadNewest,
     ReadTail,
     RoomMade,
     Seal,
@@ -48,7 +50,7 @@ from distckpt.coordinator.shell.leases import Leases
 from distckpt.coordinator.shell.sealing import read_log_tail, seal_checkpoint
 from distckpt.coordinator.shell.workers import Workers
 from distckpt.directory.locate import foreign_advice
-from distckpt.directory.log import append, prune, read_tail
+from distckpt.directory.log import append, prune, read_tail, sequence_numbers
 from distckpt.directory.published import PublishedState
 from distckpt.errors import (
     BlockedError,
@@ -277,7 +279,7 @@ class Shell:
     def _dispatch(self, life: _Life, action: Action) -> None:
         if self._closed:
             return
-        if isinstance(action, Append | ReadTail):
+        if isinstance(action, Append | ReadTail | ReadNewest):
             workers = self._log_worker
         elif isinstance(action, MakePlan | Seal | ReadLeases):  # a commit waits for leases, but for no deletion
             workers = self._workers
@@ -314,6 +316,8 @@ class Shell:
                 return read_log_tail(self._store)
             case Append():
                 return self._with_room(lambda: self._append(action))
+            case ReadNewest():
+                return NewestRead(max(sequence_numbers(self._store), default=0))
             case MakePlan():
                 plan = make_plan(action.number, action.descriptions, action.staged, action.fresh)
                 return PlanMade(action.attempt, plan)
@@ -375,6 +379,8 @@ class Shell:
         if isinstance(action, Append):
             blocked = error if isinstance(error, BlockedError) else None
             return AppendUnknown(action.entry, f"{type(error).__name__}: {error}", blocked)
+        if isinstance(action, ReadNewest):
+            return NewestRead(None, f"{type(error).__name__}: {error}")
         if isinstance(action, ReadLeases):
             return LeasesRead(frozenset(), f"{error}")
         if isinstance(action, Delete):
