@@ -25,6 +25,7 @@
   - CoordinatorError
     - FencedError                 a newer coordinator owns the directory; this one has stopped for ever
     - StaleRunError               a newer incarnation of the job has started
+    - DirectoryLostError          the directory is not the one in which this run began: deleted, unmounted, replaced
     - CoordinatorUnavailableError no answer from the coordinator in time
     - CoordinatorFailedError      an exception inside the coordinator, which starts again from the log
     - AbsentRanksError            ranks that did not come when all make a manager together
@@ -280,6 +281,21 @@ class StaleRunError(CoordinatorError):
         self.directory = directory
         self.run = run
         self.newer = newer
+
+
+class DirectoryLostError(CoordinatorError):
+    """``directory`` is not that of incarnation ``run`` any more: its log, which knows ``found`` runs, is another one."""
+
+    def __init__(self, directory: str, run: int, found: int) -> None:
+        super().__init__(
+            f"{directory}: this process belongs to run {run} of a job, and the log that is there now "
+            f"{f'is another one, of {found} runs' if found else 'knows of none'}. "
+            "The directory was deleted or unmounted, or another is in its place. Nothing was written there. Saves go on "
+            "once it is back; else start the job again"
+        )
+        self.directory = directory
+        self.run = run
+        self.found = found
 
 
 class CoordinatorUnavailableError(CoordinatorError):

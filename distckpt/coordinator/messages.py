@@ -33,7 +33,8 @@ class OpenRun:
     """A process of the incarnation ``token`` reports. The first one to come starts a new run; the rest join it.
 
     ``run`` is 0 at first; a process that opens its run again, because the coordinator was replaced, gives the number
-    it had. So a coordinator never takes a directory over on behalf of a run that has been superseded.
+    it had, and the ``origin`` of the log. So a coordinator never takes a directory over on behalf of a run that has been
+    superseded, nor one that is not the run's, because the run's was deleted, say.
     """
 
     token: str
@@ -44,15 +45,17 @@ class OpenRun:
     retention: Retention
     save_timeout: float
     run: int = 0
+    origin: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class RunOpened:
-    """The run's number, larger than that of every run before it, and what is on storage now."""
+    """The run's number, larger than that of every run before it, what is on storage now, and the log's origin."""
 
     run: int
     epoch: int
     checkpoints: tuple[CheckpointRecord, ...]
+    origin: str = ""
 
 
 @dataclass(frozen=True, slots=True)

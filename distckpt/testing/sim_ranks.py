@@ -150,6 +150,7 @@ class Rank(Process):
         self.saved: list[CheckpointRecord] = []
         self.failed: list[DistckptError] = []
         self._plan: tuple[int, str, bytes] | None = None
+        self._origin = ""
         self._saving = 0
         self._under_way: dict[int, tuple[int, float]] = {}
         self._joined: set[int] = set()
@@ -219,10 +220,11 @@ class Rank(Process):
                     retention=job.retention,
                     save_timeout=job.save_timeout,
                     run=self.run,
+                    origin=self._origin,
                 )
             )
             if isinstance(reply, RunOpened):
-                self.run = reply.run
+                self.run, self._origin = reply.run, reply.origin
                 return
             if isinstance(reply, Refused) and not isinstance(reply.error, FencedError | CoordinatorUnavailableError):
                 raise reply.error

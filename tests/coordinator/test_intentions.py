@@ -40,15 +40,20 @@ def test_nothing_retires_in_a_run_that_has_begun_meanwhile() -> None:
     assert retire.apply(begun) is None
 
 
-def test_a_run_is_newer_than_the_one_that_its_first_process_remembers() -> None:
-    """The log may have lost what the processes still know."""
+def test_a_run_that_the_log_has_lost_keeps_its_number() -> None:
+    """Its other processes still know that."""
     begun = BeginRun(OpenRun("next", 0, 1, "host", "ckpt", Retention(), 30.0, run=9)).apply(State(run=4, saves=3))
-    assert (begun.run, begun.run_token, begun.saves) == (10, "next", 0)
+    assert (begun.run, begun.run_token, begun.saves) == (9, "next", 0)
 
 
 def test_a_claim_commits_what_was_sealed_after_the_newest_in_the_order_of_age() -> None:
-    state = Claim((THREE, ONE, TWO)).apply(State(active=(record(9, attempt_of(1, 1)),)))
+    state = Claim((THREE, ONE, TWO), "mine").apply(State(active=(record(9, attempt_of(1, 1)),)))
     assert numbers(state.active) == [9, 2, 3]
+
+
+@pytest.mark.parametrize(("before", "after"), [("", "mine"), ("the first one's", "the first one's")])
+def test_a_log_is_named_by_its_first_claim_for_ever(before: str, after: str) -> None:
+    assert Claim((), "mine").apply(State(origin=before)).origin == after
 
 
 @pytest.mark.parametrize(

@@ -58,6 +58,7 @@ from distckpt.errors import (
     CoordinatorError,
     CoordinatorUnavailableError,
     DamagedError,
+    DirectoryLostError,
     FencedError,
     RestoreError,
     SaveError,
@@ -135,7 +136,8 @@ def test_the_first_step_reads_the_tail_and_claims_epoch_one_of_a_fresh_directory
     driver.feed(TailRead(0, None))
     entry = driver.take(Append).entry
     assert (entry.seq, entry.epoch, entry.kind) == (1, 1, "claim")
-    assert entry.state == State(last_preserved_timestamp=driver.now - 1.0)
+    assert entry.state == State(last_preserved_timestamp=driver.now - 1.0, origin=entry.state.origin)
+    assert entry.state.origin
 
 
 def test_the_next_coordinator_claims_the_next_epoch_with_the_whole_state():
@@ -451,7 +453,7 @@ def test_a_new_run_opens_with_what_is_on_storage():
     driver = Driver().lead()
     saved = driver.save(driver.open(), 1, 1, 7)
     reply = driver.settled(OpenRun("job2", 0, 1, "h", "ckpt", Retention(), TIMEOUT))
-    assert reply == RunOpened(2, 1, (saved,))
+    assert reply == RunOpened(2, 1, (saved,), driver.machine.state.origin)
 
 
 def test_an_older_run_is_refused_everything():
@@ -485,9 +487,90 @@ def test_a_superseded_run_that_reports_to_a_new_coordinator_is_stale():
     assert isinstance(refusal(reply), StaleRunError)
 
 
-def test_a_new_run_number_is_larger_than_any_that_a_process_has_seen():
+def test_a_run_whose_entry_cannot_be_read_any_more_goes_on_with_all_its_ranks():
     driver = Driver().lead()
-    assert driver.open(run=41) == 42
+    driver.open(2)
+    run = driver.open(2, token="job2")
+    other = Driver({seq: driver.log[seq] for seq in (1, 2)}, "b")
+    other.feed(Tick())
+    other.take(ReadTail)
+    other.feed(TailRead(3, driver.log[2]))
+    other.settle()
+    assert other.open(2, token="job2", run=run, ranks=[1]) == run
+    assert other.open(2, token="job2", run=run, ranks=[0]) == run
+    assert other.save(run, 2, 1, 5).number == 5
+    assert isinstance(refusal(other.answer(FromRank(run - 1, 0, Heartbeat()))), StaleRunError)
+
+
+# ---- another directory ----------------------------------------------------------------------------------------------
+
+
+def opening_again(driver: Driver, run: int, rank: int = 0, world: int = 1, token: str = "job") -> OpenRun:
+    """What a process says to the next coordinator that had been served by this one."""
+    origin = driver.machine.state.origin
+    return OpenRun(token, rank, world, "host", "ckpt", Retention(), TIMEOUT, run, origin)
+
+
+@pytest.mark.parametrize("runs", [0, 1, 2, 3])
+def test_a_run_whose_directory_is_another_one_now_is_told_so_and_nothing_is_claimed(runs: int):
+    """It is empty, or has seen fewer runs, as many, or more."""
+    driver = Driver().lead()
+    for token in ("job1", "job"):
+        run = driver.open(token=token)
+    other = Driver(claim="c")
+    if runs:
+        other.lead()
+        for number in range(runs):
+            other.open(token=f"other {number}")
+    again = Driver(dict(other.log), "b")
+    again.leased = frozenset()
+    assert again.settled(FromRank(run, 0, Heartbeat())) == Unknown()
+    assert not again.pending
+    for _ in range(2):
+        error = refusal(again.settled(opening_again(driver, run)))
+        assert isinstance(error, DirectoryLostError)
+        assert (error.run, error.found) == (run, runs)
+    assert again.log == other.log
+    assert not again.machine.leading
+    again.log = driver.log
+    reply = again.settled(opening_again(driver, run))
+    assert isinstance(reply, RunOpened), "it is back"
+    assert reply.run == run
+
+
+def test_a_new_job_may_begin_where_an_older_one_s_directory_was():
+    driver = Driver().lead()
+    driver.open(token="job1")
+    run = driver.open()
+    other = Driver(claim="b")
+    lost = other.ask(opening_again(driver, run))
+    begins = other.ask(OpenRun("next", 0, 1, "host", "ckpt", Retention(), TIMEOUT))
+    other.settle()
+    assert isinstance(refusal(other.replies[lost]), DirectoryLostError)
+    assert isinstance(other.replies[begins], RunOpened)
+    assert other.answer(FromRank(run, 0, Heartbeat())) == Unknown()
+    assert isinstance(refusal(other.answer(opening_again(driver, run))), DirectoryLostError)
+    assert kinds(other) == ["claim", "run"]
+
+
+def test_an_older_copy_of_the_directory_is_another_one():
+    """It has the name of the log, and knows nothing of the run."""
+    driver = Driver().lead()
+    driver.open(token="job1")
+    copied = dict(driver.log)
+    run = driver.open()
+    again = Driver(copied, "b")
+    assert isinstance(refusal(again.settled(opening_again(driver, run))), DirectoryLostError)
+
+
+def test_a_superseded_run_does_not_have_the_directory_claimed_again():
+    driver = Driver().lead()
+    run = driver.open()
+    driver.open(token="job2")
+    again = Driver(driver.log, "b")
+    before = dict(driver.log)
+    assert isinstance(refusal(again.settled(opening_again(driver, run))), StaleRunError)
+    assert again.log == before
 
 
 def test_ranks_are_unknown_after_a_restart_until_they_report_again():

@@ -108,7 +108,7 @@ def test_trace_b_through_the_machine():
         driver.save(run, 1, order, order)
     driver.now = 5000.0
     run = driver.open(token="job2", retention=Retention(1))
-    assert list(driver.replies.values())[-1] == RunOpened(run, 1, ())
+    assert list(driver.replies.values())[-1] == RunOpened(run, 1, (), driver.machine.state.origin)
     reply = driver.answer(FromRank(run, 0, Restore(0, None)))
     assert cast(MatchWith, reply).record.number == 3
     for report in (matched, filled, finished):

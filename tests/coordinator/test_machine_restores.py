@@ -281,11 +281,16 @@ def test_a_rank_that_is_heard_may_take_its_time_to_restore():
 # ---- what holds only if the log has nothing newer -------------------------------------------------------------------
 
 
+def _all_but_finish(driver: Driver, run: int, attempt: str, order: int = 0) -> None:
+    for report in (matched, filled):
+        driver.answer(_of(report(run, 0, attempt), order))
+
+
 def test_what_was_restored_is_told_once_the_log_was_looked_at():
     driver, run, saved = saved_three(1)
-    driver.answer(matched(run, 0, saved[2].attempt))
-    waits = driver.ask(filled(run, 0, saved[2].attempt))
-    again = driver.ask(filled(run, 0, saved[2].attempt))
+    _all_but_finish(driver, run, saved[2].attempt)
+    waits = driver.ask(finished(run, 0, saved[2].attempt))
+    again = driver.ask(finished(run, 0, saved[2].attempt))
     assert driver.take(ReadNewest)
     assert not driver.has(ReadNewest)
     assert {waits, again}.isdisjoint(driver.replies)
@@ -299,8 +304,8 @@ def test_who_was_superseded_while_it_restored_is_told_so(found: int):
     driver, run, saved = saved_three(1)
     for at in range(2, found - 1, -1):
         if at == found and found:
-            driver.answer(matched(run, 0, saved[at].attempt))
-            reply = driver.ask(filled(run, 0, saved[at].attempt))
+            _all_but_finish(driver, run, saved[at].attempt)
+            reply = driver.ask(finished(run, 0, saved[at].attempt))
         else:
             reply = driver.ask(FromRank(run, 0, Restore(0, None, saved[at].attempt, "deleted")))
     driver.restarted("b").open(1, "the next job")
@@ -319,9 +324,9 @@ def test_who_finds_nothing_to_restore_but_was_superseded_does_not_initialize():
 
 def test_a_look_comes_after_the_entries_that_wait_and_those_that_come_later_wait_for_it():
     driver, run, saved = saved_three(1)
-    driver.answer(matched(run, 0, saved[2].attempt))
+    _all_but_finish(driver, run, saved[2].attempt)
     pins = [driver.ask(Pin(10, True))]
-    reply = driver.ask(filled(run, 0, saved[2].attempt))
+    reply = driver.ask(finished(run, 0, saved[2].attempt))
     pins.append(driver.ask(Pin(20, True)))
     assert not driver.has(ReadNewest)
     driver.perform(driver.take(Append))
@@ -336,9 +341,8 @@ def test_a_look_comes_after_the_entries_that_wait_and_those_that_come_later_wait
 def test_a_look_that_makes_nothing_sure_is_repeated_and_in_the_end_refused(newest: int | None):
     driver, run, saved = saved_three(1)
     for order in (0, 1):
-        driver.answer(FromRank(run, 0, Restore(order, None)))
-        driver.answer(FromRank(run, 0, Restore(order, None, saved[2].attempt, keys=FITS)))
-        reply = driver.ask(FromRank(run, 0, Restore(order, None, saved[2].attempt, stage="fill")))
+        _all_but_finish(driver, run, saved[2].attempt, order)
+        reply = driver.ask(_of(finished(run, 0, saved[2].attempt), order))
         for _ in range(2):
             driver.take(ReadNewest)
             driver.feed(NewestRead(newest, "" if newest else "no route to the store"))
@@ -358,8 +362,8 @@ def test_a_look_that_makes_nothing_sure_is_repeated_and_in_the_end_refused(newes
 
 def test_a_run_that_begins_while_the_log_is_looked_at_ends_the_restore():
     driver, run, saved = saved_three(1)
-    driver.answer(matched(run, 0, saved[2].attempt))
-    reply = driver.ask(filled(run, 0, saved[2].attempt))
+    _all_but_finish(driver, run, saved[2].attempt)
+    reply = driver.ask(finished(run, 0, saved[2].attempt))
     look = driver.take(ReadNewest)
     opened = driver.ask(OpenRun("the next job", 0, 1, "host0", "ckpt", Retention(), TIMEOUT))
     driver.perform(look)

@@ -38,6 +38,7 @@ EXAMPLES: list[errors.DistckptError] = [
     errors.CoordinatorError("refused"),
     errors.FencedError("/x", 3, 4),
     errors.StaleRunError("/x", 1, 2),
+    errors.DirectoryLostError("/x", 2, 0),
     errors.CoordinatorUnavailableError("no answer"),
     errors.CoordinatorFailedError("/x", "MemoryError: "),
     errors.AbsentRanksError([1, 2], 30.0),

@@ -21,9 +21,12 @@ from click.testing import CliRunner
 
 import distckpt
 from distckpt.cli import main
+from distckpt.coordinator.messages import Restore
 from distckpt.errors import (
     CoordinatorError,
+    CoordinatorFailedError,
     DamagedError,
+    DirectoryLostError,
     DistckptError,
     FencedError,
     MismatchError,
@@ -231,6 +234,35 @@ def test_a_directory_that_vanishes_is_not_made_again(tmp_path: Path) -> None:
         trainer.saved(3)
     assert numbers(folder) == [1, 3]
     assert_loads(folder / "ckpt-1", 1)
+
+
+@pytest.mark.parametrize("instead", ["nothing", "an empty one", "another run's"])
+def test_a_run_knows_its_directory_again_after_its_coordinator_has_failed(tmp_path: Path, instead: str) -> None:
+    folder = tmp_path / "run"
+    with Trainer(folder, save_timeout=10) as trainer:
+        trainer.saved(1)
+        before = settled(folder)
+        folder.rename(tmp_path / "away")
+        if instead == "an empty one":
+            folder.mkdir()
+        elif instead == "another run's":
+            for number in (7, 8, 9):
+                run(folder, number)
+        there = settled(folder)
+        with pytest.raises(CoordinatorFailedError):
+            trainer.manager._client.ask(Restore([], None), 10)  # type: ignore[arg-type]  # the machine cannot take it
+        for _ in range(2):
+            with pytest.raises(DirectoryLostError, match=str(folder)):
+                trainer.saved(2)
+        assert settled(folder) == there
+        assert folder.exists() == (instead != "nothing")
+        if folder.exists():
+            folder.rename(tmp_path / "other")
+        (tmp_path / "away").rename(folder)
+        assert settled(folder) == before
+        trainer.saved(3)
+    assert numbers(folder) == [1, 3]
+    assert_sound_log(folder)
 
 
 def test_a_directory_that_is_emptied_under_a_run(tmp_path: Path) -> None:

@@ -79,6 +79,30 @@ def test_an_exception_inside_the_coordinator_refuses_who_waits_and_the_next_save
     assert distckpt.latest_checkpoint(tmp_path) == f"{tmp_path}/ckpt-3"
 
 
+@pytest.mark.usefixtures("connected")
+@pytest.mark.parametrize("instead", ["nothing", "an empty one"])
+def test_a_directory_that_is_gone_is_not_made_again_by_the_next_coordinator(
+    gang2: Gang, tmp_path: Path, instead: str
+) -> None:
+    folder = tmp_path / "run"
+    gang2.run("ranks.saves:hold", directory=str(folder), save_timeout=40)
+    os.kill(coordinator_pid(str(folder)), signal.SIGKILL)
+    folder.rename(tmp_path / "away")
+    if instead == "an empty one":
+        folder.mkdir()
+    for result in gang2.run("ranks.saves:held_save", number=2):
+        assert result["error"].startswith("DirectoryLostError")
+        assert "deleted or unmounted, or another is in its place" in result["error"]
+    assert list(tmp_path.rglob("run/*")) == []
+    if instead == "an empty one":
+        folder.rmdir()
+    (tmp_path / "away").rename(folder)
+    for result in gang2.run("ranks.saves:held_save", number=3):
+        assert result["path"] == f"{folder}/ckpt-3", result
+    gang2.run("ranks.saves:release")
+    assert paths_of(folder) == [f"{folder}/ckpt-1", f"{folder}/ckpt-3"]
+
+
 def paths_of(directory: Path) -> list[str]:
     state = distckpt.get_checkpoint_state(directory)
     assert state is not None

@@ -78,7 +78,7 @@ class Client:
         if isinstance(reply, Unknown) and not isinstance(request, Leave):
             with self._lock:
                 if self._line_and_run(None)[1] is opened:  # else another thread has opened the run again meanwhile
-                    self._opened = self._open(line, opened.run)
+                    self._opened = self._open(line, opened)
         return raised(reply)
 
     def close(self) -> None:
@@ -99,14 +99,16 @@ class Client:
 
     def _first_open(self, line: Line) -> RunOpened:
         try:
-            return self._open(line, 0)
+            return self._open(line)
         except FencedError:
             # It served a run that another cluster took over from; ours is newer than both.
             line.replace()
-            return self._open(line, 0)
+            return self._open(line)
 
-    def _open(self, line: Line, run: int) -> RunOpened:
-        opening = dataclasses.replace(self._opening, run=run)
+    def _open(self, line: Line, before: RunOpened | None = None) -> RunOpened:
+        opening = self._opening
+        if before is not None:
+            opening = dataclasses.replace(opening, run=before.run, origin=before.origin)
         reply = raised(line.ask(opening, max(OPEN_SECONDS, self._opening.save_timeout)))
         if not isinstance(reply, RunOpened):
             raise CoordinatorUnavailableError(f"unexpected answer to OpenRun: {reply!r}")

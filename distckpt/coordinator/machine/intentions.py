@@ -16,10 +16,14 @@ from distckpt.format.names import attempt_age
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """A coordinator begins. ``complete`` are checkpoints that a dead one had sealed but not committed."""
+    """A coordinator begins. ``complete`` are checkpoints that a dead one had sealed but not committed.
+
+    ``origin`` becomes that of a log that has none.
+    """
 
     kind: ClassVar[Kind] = "claim"
     complete: tuple[CheckpointRecord, ...]
+    origin: str
 
     def apply(self, state: State) -> State:
         """Commit them in the order in which they had begun.
@@ -32,7 +36,7 @@ class Claim:
         for record in sorted(self.complete, key=lambda record: attempt_age(record.attempt)):
             if record.attempt not in known and attempt_age(record.attempt) > last:
                 state = committed(state, record, state.saves)
-        return state
+        return msgspec.structs.replace(state, origin=state.origin or self.origin)
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,8 +47,8 @@ class BeginRun:
     first: OpenRun
 
     def apply(self, state: State) -> State:
-        """Its number is larger than that of every run before it, also of one that only its processes remember."""
-        number = max(state.run, self.first.run) + 1
+        """Its number is larger than that of every run before it. One that the log has lost keeps its own."""
+        number = max(state.run + 1, self.first.run)
         return msgspec.structs.replace(state, run=number, run_token=self.first.token, saves=0)
 
 

@@ -141,7 +141,7 @@ class Ledger:
         state = old.state if old is not None else recover(State(), self._desk.now)
         # Every unreadable entry may have been a claim.
         epoch = (old.epoch if old is not None else 0) + damaged + 1
-        claim = Claim(tail.complete)
+        claim = Claim(tail.complete, self._identities.commit())
         self._fly(claim, tail.seq + 1, epoch, claim.apply(state))
 
     def appended(self, event: Appended) -> None:

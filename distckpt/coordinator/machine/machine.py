@@ -49,7 +49,7 @@ from distckpt.coordinator.machine.records import find_number
 from distckpt.coordinator.machine.restores import Restores
 from distckpt.coordinator.machine.roundbook import RoundBook
 from distckpt.coordinator.machine.rounds import Phase
-from distckpt.coordinator.machine.runs import Run, Runs
+from distckpt.coordinator.machine.runs import Run, Runs, turned_away
 from distckpt.coordinator.machine.saves import Saves
 from distckpt.coordinator.machine.stops import Stops
 from distckpt.coordinator.messages import (
@@ -145,7 +145,7 @@ class Machine:
         if self._end is not None:
             self._after_the_end(event, self._end)
             return self._desk.take()
-        if not self._started:
+        if not self._started and not _is_of_a_rank(event):
             self._started = True
             self._heard = mono
             self._ledger.start()
@@ -187,7 +187,8 @@ class Machine:
             case NewestRead():
                 self._ledger.newest_read(event)
             case TailRead():
-                self._ledger.tail_read(event)
+                if self._is_wanted(event):
+                    self._ledger.tail_read(event)
             case LeasesRead():
                 self._keeping.leases_read(event)
                 self._saves.readers_known()
@@ -215,6 +216,19 @@ class Machine:
         self._runs.cannot_begin(error)
         for waiting in (self._early, self._pinning):
             self._desk.answer_shelf(waiting, Refused(error))
+
+    def _is_wanted(self, tail: TailRead) -> bool:
+        """Whether to claim this log: not if all that are waiting belong to another one, or to a run that is over."""
+        state = tail.entry.state if tail.entry is not None else State()
+        whole = tail.seq == (tail.entry.seq if tail.entry is not None else 0)
+        waiting = list(self._early.items())
+        for ticket, request in waiting:
+            if isinstance(request, OpenRun):
+                error = turned_away(request, state, self._desk.directory, whole=whole)
+                if error is not None:
+                    self._desk.answer(ticket, Refused(error))
+        self._started = bool(self._early) or not waiting
+        return self._started
 
     def _pass_time(self) -> None:
         if self._ledger.ended is None:
@@ -256,7 +270,10 @@ class Machine:
     def _serve(self, ticket: int, request: Request) -> None:
         self._heard = self._desk.mono
         if not self._ledger.leading:
-            self._desk.hold(ticket, self._early, request)
+            if isinstance(request, FromRank):  # its run is not known here before it was opened, and that may be refused
+                self._desk.answer(ticket, Unknown())
+            else:
+                self._desk.hold(ticket, self._early, request)
             return
         match request:
             case OpenRun():
@@ -410,3 +427,7 @@ class Machine:
             path = f"{self._desk.directory}/{checkpoint_folder(pin.name, pin.number)}"
             unknown = Refused(CheckpointNotFoundError(path, "no such checkpoint is committed"))
             self._desk.answer(pin.ticket, unknown if found is None else Accepted())
+
+
+def _is_of_a_rank(event: Event) -> bool:
+    return isinstance(event, Asked) and isinstance(event.request, FromRank)

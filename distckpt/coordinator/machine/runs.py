@@ -8,7 +8,7 @@ from distckpt.coordinator.machine.desk import Desk
 from distckpt.coordinator.machine.intentions import BeginRun
 from distckpt.coordinator.machine.ledger import Ledger
 from distckpt.coordinator.messages import OpenRun, Refused, Reply, Retention, RunOpened, Unknown
-from distckpt.errors import CoordinatorError, DistckptError, StaleRunError
+from distckpt.errors import CoordinatorError, DirectoryLostError, DistckptError, StaleRunError
 from distckpt.format.json.log import Entry, State
 
 REMEMBERED_TOKENS = 1024
@@ -61,12 +61,15 @@ class Runs:
         ``current`` is another one afterwards if the settings of the run that the log names became known by this.
         """
         state = self._ledger.state
+        error = turned_away(message, state, self._desk.directory, whole=self._ledger.whole)
         if message.token in self._opening:
             self._desk.hold(ticket, self._opening[message.token], message)
+        elif error is not None:
+            self._desk.answer(ticket, Refused(error))
         elif state.run and message.token == state.run_token:
             self._register(ticket, message)
-        elif message.token in self._numbers or is_superseded(message, state):
-            known = self._numbers.get(message.token, message.run)
+        elif message.token in self._numbers:
+            known = self._numbers[message.token]
             self._desk.answer(ticket, Refused(StaleRunError(self._desk.directory, known, state.run)))
         else:
             self._begin(ticket, message)
@@ -124,7 +127,7 @@ class Runs:
         run.hosts[message.rank] = message.host
         run.left.discard(message.rank)
         managed = self._ledger.recovered(self._ledger.state).active
-        self._desk.answer(ticket, RunOpened(run.number, self._ledger.epoch, managed))
+        self._desk.answer(ticket, RunOpened(run.number, self._ledger.epoch, managed, self._ledger.state.origin))
 
     def _disagreement(self, message: OpenRun) -> str:
         run = self.current
@@ -137,9 +140,19 @@ class Runs:
         return ""
 
 
-def is_superseded(opening: OpenRun, state: State) -> bool:
-    """Whether a process that opens its run again belongs to one that another has followed."""
-    return 0 < opening.run <= state.run and opening.token != state.run_token
+def turned_away(opening: OpenRun, state: State, directory: str, *, whole: bool) -> CoordinatorError | None:
+    """Why a process that opens its run again must not be served with a log in this state; None if it may be.
+
+    Its run is superseded, or this is not the directory that it was opened in. ``whole`` says that no entry of the log
+    is unreadable: then it knows every run that there has been.
+    """
+    if not opening.run:
+        return None
+    if opening.origin not in ("", state.origin):
+        return DirectoryLostError(directory, opening.run, state.run)
+    if opening.run > state.run:
+        return DirectoryLostError(directory, opening.run, state.run) if whole else None
+    return StaleRunError(directory, opening.run, state.run) if opening.token != state.run_token else None
 
 
 def _wrong_rank(rank: int, world_size: int) -> str:

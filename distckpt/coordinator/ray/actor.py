@@ -10,11 +10,11 @@ from typing import Any, cast
 
 import ray
 
-from distckpt.coordinator.machine.runs import is_superseded
+from distckpt.coordinator.machine.runs import turned_away
 from distckpt.coordinator.messages import OpenRun, Refused, Reply, Request, Unknown
 from distckpt.coordinator.shell.shell import Settings, Shell
 from distckpt.directory.log import read_tail
-from distckpt.errors import CoordinatorFailedError, CoordinatorUnavailableError, DistckptError, StaleRunError
+from distckpt.errors import CoordinatorFailedError, CoordinatorUnavailableError, DistckptError
 from distckpt.storage import open_store
 
 logger = logging.getLogger(__name__)
@@ -63,13 +63,15 @@ class CoordinatorActor:
         """The running shell, started if a run opens; None if nothing runs yet. Raises what starting it raises.
 
         Not in __init__: an actor that dies while it is made tells its callers less than an answer does. And not for a
-        run that has been superseded: a restarted actor would fence the coordinator of the newer run.
+        run that has been superseded, or whose directory is gone: a restarted actor would fence the coordinator of the
+        newer run, or make the directory anew.
         """
         if self._shell is None and isinstance(request, OpenRun):
             store = open_store(self._directory, self._storage_options)
-            state = read_tail(store).state
-            if is_superseded(request, state):
-                raise StaleRunError(self._directory, request.run, state.run)
+            tail = read_tail(store)
+            error = turned_away(request, tail.state, store.url, whole=not tail.damaged)
+            if error is not None:
+                raise error
             shell = Shell(store, self._settings, self._exit)
             shell.start()
             self._shell = shell

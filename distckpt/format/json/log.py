@@ -57,7 +57,8 @@ class State(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     ``retiring`` are checkpoints that nobody may open any more and whose objects are being deleted; one with a manifest
     size of 0 never was a checkpoint, its save failed.
     ``run`` counts incarnations of the job; ``run_token`` names the current one. ``saves`` counts its saves up to the
-    newest that was committed: whatever of them is not committed by then never will be.
+    newest that was committed: whatever of them is not committed by then never will be. ``origin`` is unique for ever
+    and names the log itself, from its first entry on; logs that began before there was such a name have ''.
     """
 
     active: tuple[CheckpointRecord, ...] = ()
@@ -67,6 +68,7 @@ class State(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     run: int = 0
     run_token: str = ""
     saves: int = 0
+    origin: str = ""
 
     def alive(self) -> dict[str, CheckpointRecord]:
         """What may be opened, by attempt: preserved ones first, then active ones in save order."""
@@ -127,8 +129,11 @@ class Entry(Sealed, frozen=True, forbid_unknown_fields=True):
                 yield f"{name} {count} is out of bounds"
         if not (math.isfinite(self.time) and math.isfinite(state.last_preserved_timestamp)):
             yield "a time in it is not a number"
-        if not 1 <= len(self.commit_id) <= MAX_ID_LENGTH or len(state.run_token) > MAX_ID_LENGTH:
-            yield "its commit id or run token is empty or too long"
+        if (
+            not 1 <= len(self.commit_id) <= MAX_ID_LENGTH
+            or max(len(state.run_token), len(state.origin)) > MAX_ID_LENGTH
+        ):
+            yield "its commit id, run token or origin is empty or too long"
         for record in (*state.active, *state.preserved, *state.retiring):
             yield from record.problems()
         yield from state.doubles()
