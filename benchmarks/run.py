@@ -19,11 +19,12 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import agreeing as agreed
 import coordination
 import planning
+import resizing as resized
 import starting
 from figures import Figure, plain, ratio, table
 from machine import describe_machine
@@ -39,6 +40,7 @@ MOST_GROWTH = 1.2
 FOLDER = Path("bench-output")
 MEMORY = Path("/dev/shm")
 Results = Sequence[dict[str, Any]]
+Measured = TypeVar("Measured")
 
 
 def saves(folder: Path, repetitions: int) -> list[Figure]:
@@ -217,9 +219,17 @@ def coordinator(folder: Path, repetitions: int) -> list[Figure]:
     ]
 
 
-def _growth(
-    name: str, found: dict[int, list[coordination.Figure]], what: Callable[[coordination.Figure], float]
-) -> Figure:
+def resizing(folder: Path, repetitions: int) -> list[Figure]:
+    """What one rank pays to restore state of its own on another number of ranks than have saved theirs."""
+    found = {ranks: resized.measure(ranks, folder, repetitions) for ranks in resized.RANKS}
+    figures = [
+        plain(f"{ranks:,} ranks", "s", [each.match + each.fill for each in runs], 2.0 if ranks == 1024 else None)
+        for ranks, runs in found.items()
+    ]
+    return [*figures, _growth("growth of seconds with ranks: exponent", found, lambda each: each.match + each.fill)]
+
+
+def _growth(name: str, found: dict[int, list[Measured]], what: Callable[[Measured], float]) -> Figure:
     """The exponent b where the cost is as ranks to the power b; 1 is linear. Fitted to all sizes, repetition by repetition."""
     sizes = [math.log(ranks) for ranks in found]
     repetitions = zip(*found.values(), strict=True)
@@ -306,6 +316,7 @@ PARTS: dict[str, Callable[[Path, int], list[Figure]]] = {
     "coordinator": coordinator,
     "starts": starts,
     "keeping": keeping,
+    "resizing": resizing,
     "agreeing": agreeing,
 }
 

@@ -61,12 +61,12 @@ class Filler:
                 here[key] = _with_whole_names(checkpoint, here[key], paths[origin])
         saved = Saved(where, index, (), here, origins)
         parts = saved.by_step()
-        self._match = match = Match(where, index, partial, selection.asks)
+        self._match = match = Match(where, index, partial, selection.asker())
         kinds = kinds_of(checkpoint, rank, world_size)
         # Parameters come first: what else holds their memory finds out then whether it was saved with the same content.
         for name in sorted(kinds, key=lambda name: _turn(wrapped_in(checkpoint.objects[name]))):
             kind = kinds[name]
-            kind.match(match, parts.get(DictStep(name), saved.below(DictStep(name))))
+            kind.match(match, parts.get(DictStep(name), saved.nothing(DictStep(name))))
         if SAVE_COUNTER in saved:
             match.value(saved, SAVE_COUNTER)
             match.afterwards(lambda values: setattr(checkpoint, SAVE_COUNTER, int(values[SAVE_COUNTER])))

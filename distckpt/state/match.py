@@ -100,6 +100,10 @@ class Saved:
             self.origins,
         )
 
+    def nothing(self, step: Step) -> Saved:
+        """What there is below a step that nothing is below."""
+        return Saved(self.where, self.index, (*self.prefix, step), {}, self.origins)
+
     def without(self, steps: Collection[Step]) -> Saved:
         """All but what is below these steps from this place on."""
         depth = len(self.prefix)

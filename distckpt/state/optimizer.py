@@ -65,7 +65,7 @@ class OptimizerState:
         parts = saved.by_step()
         inner = self._inner()
         for kind in inner:
-            kind.match(match, parts.pop(kind.prefix[-1], saved.below(kind.prefix[-1])))
+            kind.match(match, parts.pop(kind.prefix[-1], saved.nothing(kind.prefix[-1])))
         own = self._optimizer.state_dict() if not _is_plain(self._optimizer) else {STATE: {}, GROUPS: []}
         match.lacks(key_of((*self.prefix, DictStep(name))) for name in own if DictStep(name) not in parts)
         if not parts:

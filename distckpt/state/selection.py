@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from distckpt.format.tree.select import select_paths
@@ -35,7 +35,8 @@ class Selection:
         """
         wanted = list(paths)
         if self.select:
-            found = {key for selector in self.select for key in select_paths(texts, selector, where)}
+            parts = _parts(texts, self.select)
+            found = {key for selector in self.select for key in select_paths(parts[selector] or texts, selector, where)}
             wanted = [key for key in paths if key in found]
         moved: dict[str, Path] = {}
         origins: dict[str, str] = {}
@@ -55,19 +56,37 @@ class Selection:
             return key
         if not isinstance(self.rename, Mapping):
             return self.rename(key)
-        begins = max((text for text in self.rename if is_below(key, text)), key=len, default=None)
+        begins = next((text for text in _beginnings(key) if text in self.rename), None)
         if begins is None:
             return key
         here = self.rename[begins]
         return None if here is None else f"{here}{key[len(begins) :]}"
 
-    def asks(self, key: str) -> bool:
-        """Whether an object's key is to be restored at all."""
-        here = (self.name_here(selector) for selector in self.select)
-        return not self.select or any(text is not None and is_below(key, text) for text in here)
+    def asker(self) -> Callable[[str], bool]:
+        """Tells of an object's key whether it is to be restored at all."""
+        if not self.select:
+            return lambda key: True
+        here = {self.name_here(selector) for selector in self.select}
+        return lambda key: any(text in here for text in _beginnings(key))
 
 
 EVERYTHING = Selection()
+
+
+def _beginnings(key: str) -> Iterator[str]:
+    """All that ``is_below`` has the key below, the longest first: itself, and what it begins with up to ``.`` or ``@``."""
+    yield key
+    yield from (key[:at] for at in range(len(key) - 1, -1, -1) if key[at] in ".@")
+
+
+def _parts(texts: Mapping[str, str], selectors: Iterable[str]) -> dict[str, dict[str, str]]:
+    """For each selector those keys that it can mean, every key looked at once."""
+    parts: dict[str, dict[str, str]] = {selector: {} for selector in selectors}
+    for key, text in texts.items():
+        for beginning in _beginnings(key):
+            if beginning in parts:
+                parts[beginning][key] = text
+    return parts
 
 
 def is_below(key: str, text: str) -> bool:

@@ -36,7 +36,8 @@ class TreeState:
         leaves = flatten(self._place.get(), is_array, self._place.prefix)
         current = {leaf.key: leaf.value for leaf in leaves}
         others = [leaf for leaf in leaves if leaf.key not in saved]
-        missed = [leaf for leaf in others if match.asks(leaf.key) and self._is_missed(leaf, saved)]
+        inside, whole = _places(saved) if others else (set(), set())
+        missed = [leaf for leaf in others if match.asks(leaf.key) and self._is_missed(leaf, inside, whole)]
         match.lacks(leaf.key for leaf in missed)
         if not saved:
             return
@@ -58,11 +59,17 @@ class TreeState:
     def _take(self, tree: Any, before: Poured) -> None:
         self._place.replace(poured(self._place.get(), tree, before))
 
-    def _is_missed(self, leaf: Leaf, saved: Saved) -> bool:
-        if any(path[: len(leaf.path)] == leaf.path or leaf.path[: len(path)] == path for path in saved.paths.values()):
+    def _is_missed(self, leaf: Leaf, inside: set[Path], whole: set[Path]) -> bool:
+        if leaf.path in inside or any(leaf.path[:at] in whole for at in range(len(leaf.path) + 1)):
             return False  # what is one value here is a container there, or the other way round
         is_declared = leaf.path[len(self._place.prefix) :] in self._declared
         return is_array(leaf.value) or (is_declared and not _is_empty(leaf.value))
+
+
+def _places(saved: Saved) -> tuple[set[Path], set[Path]]:
+    """Where what was saved has containers, and where it has leaves."""
+    whole = set(saved.paths.values())
+    return {path[:at] for path in whole for at in range(len(saved.prefix), len(path))}, whole
 
 
 def _stays(key: str, value: Any, saved: Saved) -> bool:

@@ -1,0 +1,101 @@
+"""What a restore costs grows as what it looks at does: every key is looked at once, not once for each other key."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import pytest
+import torch
+
+import distckpt
+from distckpt.directory.locate import locate, read_index
+from distckpt.state.filler import Filler
+from distckpt.state.selection import EVERYTHING, Selection
+from tests.support.checkpoints import PerRankValues, write_checkpoint
+from tests.support.pressure import PACKAGE
+
+FEW, MANY = 50, 200
+
+
+class Work:
+    """How many instructions of the package's code are executed inside."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def __enter__(self) -> Work:
+        sys.settrace(self._enter)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        sys.settrace(None)
+
+    def _enter(self, frame: FrameType, event: str, arg: object) -> Any:
+        if not frame.f_code.co_filename.startswith(PACKAGE):
+            return None
+        frame.f_trace_opcodes = True
+        return self._pass
+
+    def _pass(self, frame: FrameType, event: str, arg: object) -> Any:
+        self.count += event == "opcode"
+        return self._pass
+
+
+def many(name: str, count: int) -> dict[str, Any]:
+    """So many places with a tensor in each."""
+    return {f"{name}{at}": {"w": torch.zeros(1)} for at in range(count)}
+
+
+def same(count: int) -> tuple[distckpt.Checkpoint, Selection]:
+    return distckpt.Checkpoint(tree=many("k", count)), EVERYTHING
+
+
+def other_names(count: int) -> tuple[distckpt.Checkpoint, Selection]:
+    return distckpt.Checkpoint(tree=many("other", count)), EVERYTHING
+
+
+def many_objects(count: int) -> tuple[distckpt.Checkpoint, Selection]:
+    return distckpt.Checkpoint(**many("k", count)), EVERYTHING
+
+
+def renamed(count: int) -> tuple[distckpt.Checkpoint, Selection]:
+    names = {f"tree.k{at}": f"tree.other{at}" for at in range(count)}
+    return distckpt.Checkpoint(tree=many("other", count)), Selection.of(None, names)
+
+
+def selected(count: int) -> tuple[distckpt.Checkpoint, Selection]:
+    return distckpt.Checkpoint(tree=many("k", count)), Selection.of([f"tree.k{at}" for at in range(count)], None)
+
+
+@pytest.mark.parametrize("objects", [same, other_names, many_objects, renamed, selected])
+def test_four_times_as_many_keys_cost_about_four_times_as_much(
+    tmp_path: Path, objects: Callable[[int], tuple[distckpt.Checkpoint, Selection]]
+) -> None:
+    work = {}
+    for count in (FEW, MANY):
+        where = locate(write_checkpoint(tmp_path / str(count), 1, {"tree": many("k", count)}))
+        index = read_index(where)
+        checkpoint, selection = objects(count)
+        with Work() as inside:
+            Filler(checkpoint, where, index, 0, 1, True, selection).fill()
+        work[count] = inside.count
+    assert work[MANY] < 6 * work[FEW]
+
+
+@pytest.mark.parametrize("on_resize", ["same", "drop", lambda values, rank, world: values[rank]])
+def test_state_of_four_times_as_many_ranks_costs_about_four_times_as_much(tmp_path: Path, on_resize: Any) -> None:
+    work = {}
+    for ranks in (8, 32):
+        saved = PerRankValues([{"at": rank, "seen": torch.zeros(2)} for rank in range(ranks)])
+        where = locate(write_checkpoint(tmp_path / str(ranks), 1, {"loader": saved}, ranks))
+        index = read_index(where)
+        how = "error" if on_resize == "same" else on_resize
+        checkpoint = distckpt.Checkpoint(loader=distckpt.PerRank({"at": 0, "seen": torch.zeros(2)}, how))
+        with Work() as inside:
+            Filler(checkpoint, where, index, 3, ranks if on_resize == "same" else ranks - 1, True).fill()
+        work[ranks] = inside.count
+    assert work[32] < 6 * work[8]
