@@ -186,16 +186,26 @@ class PlanError(SaveError):
 
 
 class MissingRanksError(SaveError):
-    """``ranks`` did not come, or did not report their shards, within ``timeout`` seconds."""
+    """``ranks`` did not come, or did not report their shards, within ``timeout`` seconds; of a restore too."""
 
     def __init__(
         self, number: int | None, ranks: Sequence[int], hosts: Mapping[int, str], timeout: float, stage: str
     ) -> None:
-        super().__init__(
-            number,
-            f"waited {timeout:g} s for {ranks_at_hosts(ranks, hosts)} {stage}. "
-            "Nothing was committed; training may go on and the next save starts afresh",
-        )
+        waited = f"waited {timeout:g} s for {ranks_at_hosts(ranks, hosts)} {stage}"
+        if stage == "to restore":
+            DistckptError.__init__(
+                self,
+                f"nothing was restored: {waited}. Every rank must call restore or restore_or_initialize, all alike; "
+                "restore again before training goes on",
+            )
+            self.number = number
+        else:
+            what = "save, with the same number and at the same step" if number is not None else "prepare"
+            super().__init__(
+                number,
+                f"{waited}. Every rank must call {what}. Nothing was committed; training may go on and the next save "
+                "starts afresh",
+            )
         self.ranks = tuple(ranks)
         self.hosts = dict(hosts)
         self.timeout = timeout
@@ -236,7 +246,12 @@ class NumberMismatchError(SaveError):
             f"{ranks_at_hosts([rank], hosts or {})} {f'saves {value}' if value is not None else 'only prepares'}"
             for rank, value in sorted(numbers.items())[:16]
         )
-        super().__init__(number, f"all ranks must save the same number, but {shown}. The next save starts afresh")
+        super().__init__(
+            number,
+            f"all ranks must save the same number, but {shown}. Every rank must call save, and at the same steps. Where "
+            "the numbers were not given but counted, one rank has called it more often: give them, or set "
+            "checkpoint.save_counter alike on all ranks. The next save starts afresh",
+        )
         self.numbers = dict(numbers)
         self.hosts = dict(hosts or {})
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from pathlib import Path
 
 import pytest
@@ -89,3 +90,28 @@ def test_a_rank_that_is_interrupted_in_a_restore_tells_the_others(gang2: Gang, t
     assert second["outcomes"][1].startswith("RestoreError: ")
     assert "failed: KeyboardInterrupt" in second["outcomes"][1]
     assert second["outcomes"][2] == f"{tmp_path}/ckpt-1"
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize(
+    ("what", "told"),
+    [
+        (
+            "save",
+            "checkpoint 2 was not saved: waited 2 s for rank 1 ({}) to join the save. Every rank must call save, ",
+        ),
+        (
+            "prepare",
+            "the save was not prepared: waited 2 s for rank 1 ({}) to join the save. Every rank must call prepare",
+        ),
+        ("restore", "nothing was restored: waited 2 s for rank 1 ({}) to restore. Every rank must call restore or "),
+        ("restore_or_initialize", "nothing was restored: waited 2 s for rank 1 ({}) to restore. Every rank must call "),
+    ],
+)
+def test_a_rank_that_calls_alone_what_all_must_call_is_told_who_is_missing(
+    gang2: Gang, tmp_path: Path, what: str, told: str
+) -> None:
+    first, second = gang2.run("ranks.steps:call_alone", directory=str(tmp_path), what=what, who=0)
+    assert first["alone"].startswith(f"MissingRanksError: {told.format(socket.gethostname())}")
+    assert first["outcomes"] == second["outcomes"] == ["saved", "saved"]
+    assert numbers(tmp_path) == [1, 3]

@@ -105,6 +105,22 @@ def astray(how: str) -> str:
     return found
 
 
+def absent(who: int, what: str) -> str:
+    """One rank does not ask, or makes no Agreement; what the others are told."""
+    found = ""
+    if what == "ask":
+        agreement = Agreement(timeout=2)
+        if dist.get_rank() != who:
+            found = _error(lambda: agreement.any(True, place=4))
+        dist.barrier()
+        agreement.close()
+        return found
+    if dist.get_rank() != who:
+        found = _error(lambda: Agreement(timeout=2))
+    dist.barrier()
+    return found
+
+
 def one_asks(by: str, rank: int, at: int) -> dict[str, Any]:
     """One rank asks, in its own way, for a stop while it runs a step."""
     training, coord = Training(), distckpt.Coordinator()

@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -180,3 +181,27 @@ def interrupted_restore(directory: str) -> dict[str, Any]:
         dist.barrier()
         outcomes.append(manager.restore())
     return {"outcomes": outcomes}
+
+
+def call_alone(directory: str, what: str, who: int) -> dict[str, Any]:
+    """Rank ``who`` calls what all ranks must call; then all of them do, and save."""
+    checkpoint = distckpt.Checkpoint(w=torch.ones(8))
+    alone, outcomes = "", []
+    with distckpt.CheckpointManager(checkpoint, directory, save_timeout=2) as manager:
+        outcomes.append(ended(manager.save(1)))
+        calls: dict[str, Callable[[], object]] = {
+            "save": lambda: ended(manager.save(2)),
+            "prepare": manager.prepare,
+            "restore": manager.restore,
+            "restore_or_initialize": manager.restore_or_initialize,
+        }
+        if dist.get_rank() == who:
+            try:
+                alone = str(calls[what]())
+            except DistckptError as error:
+                alone = f"{type(error).__name__}: {error}"
+        dist.barrier()
+        manager.prepare()
+        manager.restore()
+        outcomes.append(ended(manager.save(3)))
+    return {"alone": alone, "outcomes": outcomes}

@@ -536,6 +536,16 @@ def test_ranks_that_are_not_in_the_same_place_are_all_told(gang3: Gang, how: str
     assert all(error.startswith("AgreementError") and "do not run the same steps" in error for error in results)
 
 
+@pytest.mark.parametrize("what", ["ask", "make"])
+def test_a_rank_that_does_not_come_is_named_to_those_who_wait(ray_address: str, what: str) -> None:
+    with Gang(3, {"RAY_ADDRESS": ray_address}) as gang:  # of its own: a group that failed is of no use any more
+        results = gang.run("ranks.hooks:absent", who=1, what=what)
+    assert results[1] == ""
+    for rank in (0, 2):
+        assert results[rank].startswith(f"AgreementError: rank {rank} gets no answer from rank 1, which has died, ")
+        assert "Every rank must" in results[rank]
+
+
 STOPPED = [{"steps": 3, "at": 3}] * 2
 
 
