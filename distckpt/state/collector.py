@@ -19,6 +19,7 @@ from torch.nn.parameter import is_lazy
 
 from distckpt.errors import EncodeError
 from distckpt.format.limits import MAX_DIMENSIONS
+from distckpt.format.tree.many import ATOMS
 from distckpt.format.tree.tree import ArrayStep, DictStep, Leaf, Path, encode_path, flatten
 from distckpt.format.tree.values import encode_value
 from distckpt.sharding.chunks import dtype_name, global_shape, local_tensor, pieces
@@ -27,6 +28,13 @@ from distckpt.state.kind import Section, Sign
 from distckpt.state.kinds import kinds_of, makeup_of
 from distckpt.state.memory import is_freed, writable
 from distckpt.state.objects import SAVE_COUNTER, NamedObjects, PerRank, is_array, wrapped_in
+from distckpt.state.unchanged import Snapshot, snapshot_of
+
+LARGE_TEXT = 64 << 10
+"""So long a plain value is not encoded again as long as it is made of the same things."""
+
+MOST_ITEMS = 1000
+"""A dict of more plain values is one, where no other rank may have other items of it: each leaf costs some 20 us a save."""
 
 Memory = tuple[int, torch.Size, tuple[int, ...], torch.dtype, bool, bool]
 """Address, shape, strides and dtype of what this rank holds of a tensor, and whether it is to be conjugated, or negated."""
@@ -73,6 +81,16 @@ class _Taken:
 
 
 @dataclass(frozen=True, slots=True)
+class _Text:
+    """A plain value as it was last encoded, its row, and what it was made of then: None if it may change in itself."""
+
+    path: Path
+    snapshot: Snapshot | None
+    data: bytes
+    row: Row
+
+
+@dataclass(frozen=True, slots=True)
 class _Read:
     """A section as it was last read; ``seen`` is what its witness saw, () when it is not steady."""
 
@@ -82,7 +100,7 @@ class _Read:
     copies: list[bool]
     seen: Seen
     kept: tuple[Any, ...]
-    taken: dict[str, _Taken]
+    taken: dict[str, _Taken | _Text]
 
 
 class Collector:
@@ -113,7 +131,7 @@ class Collector:
             elif last.seen:
                 return self._collect_afresh()
             else:
-                reads.append(_read(section, shared, last.taken))
+                reads.append(_read(section, shared, self._most(section, shared), last.taken))
         if any(not _same_rows(new.rows, old.rows) for new, old in zip(reads, self._last, strict=True)):
             return self._collect_afresh()
         return self._joined(reads, self._holding.description)
@@ -127,13 +145,16 @@ class Collector:
     def _collect_afresh(self) -> Holding:
         self._objects = _identities(self._checkpoint)
         kinds = kinds_of(self._checkpoint, self._rank, self._world_size)
-        shared = {name: not isinstance(obj, PerRank) for name, obj in self._checkpoint.objects.items()}
-        self._sections = [(section, shared[name]) for name, kind in kinds.items() for section in kind.sections()]
+        of_all = {name: not isinstance(obj, PerRank) for name, obj in self._checkpoint.objects.items()}
+        self._sections = [(section, of_all[name]) for name, kind in kinds.items() for section in kind.sections()]
         self._sections.append((Section((DictStep(SAVE_COUNTER),), lambda: self._checkpoint.save_counter), True))
-        reads = [_read(section, belongs_to_all, {}) for section, belongs_to_all in self._sections]
+        reads = [_read(section, shared, self._most(section, shared), {}) for section, shared in self._sections]
         rows = [row for read in reads for row in read.rows]
         _check_distinct(rows)
         return self._joined(reads, build_description(rows))
+
+    def _most(self, section: Section, shared: bool) -> int | None:
+        return MOST_ITEMS if section.packs and (self._world_size == 1 or not shared) else None
 
     def _joined(self, reads: list[_Read], description: Description) -> Holding:
         self._last = reads
@@ -185,15 +206,15 @@ def _check_dense(tensor: torch.Tensor, key: str) -> None:
         )
 
 
-def _read(section: Section, shared: bool, before: Mapping[str, _Taken]) -> _Read:
+def _read(section: Section, shared: bool, most: int | None, before: Mapping[str, _Taken | _Text]) -> _Read:
     rows: list[Row] = []
     sources: list[torch.Tensor | None] = []
     values: list[bytes | None] = []
     copies: list[bool] = []
-    taken: dict[str, _Taken] = {}
+    taken: dict[str, _Taken | _Text] = {}
     led = frozenset(section.led()) if shared else frozenset[str]()
     depth = len(section.prefix)
-    for leaf in flatten(section.read(), is_array, section.prefix):
+    for leaf in flatten(section.read(), is_array, section.prefix, most):
         if is_array(leaf.value):
             if isinstance(leaf.value, np.ndarray):
                 leaf = Leaf((*leaf.path, ArrayStep()), leaf.key, leaf.value)
@@ -205,20 +226,36 @@ def _read(section: Section, shared: bool, before: Mapping[str, _Taken]) -> _Read
                 values.append(None)
                 copies.append(now.is_copied and shared and not is_led)
         else:
-            data = encode_value(leaf.value, leaf.key)
-            crc = crc32c.crc32c(data) if shared else None
-            rows.append(Row(leaf.key, encode_path(leaf.path), "json", (), (), (), 0, crc))
+            text = taken[leaf.key] = _encode(leaf, shared, before.get(leaf.key))
+            rows.append(text.row)
             sources.append(None)
-            values.append(data)
+            values.append(text.data)
             copies.append(False)
     seen, kept = _steadiness(section, sources, values)
     return _Read(rows, sources, values, copies, seen, kept, taken)
 
 
-def _take(leaf: Leaf, before: _Taken | None, is_led: bool) -> _Taken:
+def _encode(leaf: Leaf, shared: bool, before: _Taken | _Text | None) -> _Text:
+    """A plain value as text, with its row; what it was before, as far as that is still so."""
+    known = before if isinstance(before, _Text) and before.path == leaf.path else None
+    if known is not None and known.snapshot is not None and known.snapshot.is_of(leaf.value):
+        return known
+    data = encode_value(leaf.value, leaf.key)
+    path = known.row.path if known is not None else encode_path(leaf.path)
+    row = Row(leaf.key, path, "json", (), (), (), 0, crc32c.crc32c(data) if shared else None)
+    worthwhile = type(leaf.value) in ATOMS or len(data) >= LARGE_TEXT
+    return _Text(leaf.path, snapshot_of(leaf.value) if worthwhile else None, data, row)
+
+
+def _take(leaf: Leaf, before: _Taken | _Text | None, is_led: bool) -> _Taken:
     """The leaf's rows; those of before if it is the same tensor at the same place, which is much cheaper to see."""
     array = leaf.value
-    if before is not None and before.array is array and before.memory == _memory(array) and before.path == leaf.path:
+    if (
+        isinstance(before, _Taken)
+        and before.array is array
+        and before.memory == _memory(array)
+        and before.path == leaf.path
+    ):
         return before
     tensor = as_tensor(array, leaf.key)
     kept = array if isinstance(array, torch.Tensor) and not (array.is_conj() or array.is_neg()) else tensor

@@ -21,13 +21,15 @@ class Section:
 
     ``witness`` must see everything that decides which tensors are read and under which keys. None means: read it at
     every save. ``led`` names the leaves, by the first step of their path in the
-    section, of which the lowest rank's are everyone's, whole, where ranks differ.
+    section, of which the lowest rank's are everyone's, whole, where ranks differ. ``packs`` says that a large dict of
+    plain values may be one leaf.
     """
 
     prefix: Path
     read: Callable[[], Any]
     witness: Callable[[], Iterable[Sign]] | None = None
     led: Callable[[], Iterable[str]] = field(default=tuple)
+    packs: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,7 +21,7 @@ class StatefulState:
 
     def sections(self) -> list[Section]:
         """One."""
-        return [Section(self._prefix, lambda: self._obj.state_dict())]  # the method that it has then
+        return [Section(self._prefix, lambda: self._obj.state_dict(), packs=True)]  # the method that it has then
 
     def match(self, match: Match, saved: Saved) -> None:
         """It takes whatever was saved, in new memory, laid out over ranks as what it holds now; with it what is not asked for."""

@@ -29,7 +29,7 @@ class TreeState:
 
     def sections(self) -> list[Section]:
         """One. Read at every save: values change, and containers grow."""
-        return [Section(self._place.prefix, self._place.get)]
+        return [Section(self._place.prefix, self._place.get, packs=True)]
 
     def match(self, match: Match, saved: Saved) -> None:
         """Arrays that are here must be there, with their shape; plain values and containers take what was saved."""

@@ -8,7 +8,7 @@ value of a container that holds none.
 from __future__ import annotations
 
 from collections import Counter, OrderedDict, defaultdict, deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from distckpt.format.tree.classes import (
@@ -25,7 +25,8 @@ from distckpt.format.tree.classes import (
     plain_of,
     type_name,
 )
-from distckpt.format.tree.content import HERE, Read, Write, int_in, list_in, text_in
+from distckpt.format.tree.content import HERE, Read, Write, WriteAll, int_in, list_in, text_in
+from distckpt.format.tree.many import ATOMS
 
 Kind = tuple[str | int | None, ...]
 
@@ -81,16 +82,36 @@ def kind_of(value: Any) -> Kind:
 def entries_of(value: Any) -> list[tuple[Any, Any]]:
     """All that is in a container, each with its key, position or field. Refused if that is not all that it holds."""
     kind = type(value)
-    if kind is OrderedDict:
-        more = [name for name in vars(value) if name not in _OF_TORCH]
-        if more:
-            raise Refused(f"is an OrderedDict with attributes ({', '.join(more[:5])}). Store them as items")
     if kind in _STANDARD:
-        return list(enumerate(value)) if kind is deque else list(value.items())
+        return list(zip(*_keys_and_items(value), strict=True))
     if kind is Unresolved:
         return list(value.content) if value.kind in _PARTS else _entries(value.content)
     form = form_of(kind) or ""
     return list(fields_of(value, form).items()) if form in _PARTS else _entries(plain_of(value))
+
+
+def items_of(value: Any) -> Collection[Any]:
+    """The items alone, in no particular order. Refused as by ``entries_of``."""
+    kind = type(value)
+    if kind not in _STANDARD:
+        return [item for _, item in entries_of(value)]
+    _check_attributes(value)
+    return value if kind is deque else dict.values(value)
+
+
+def _keys_and_items(value: Any) -> tuple[Sequence[Any], Sequence[Any]]:
+    """Of a container of the standard library, apart: so many pairs would keep the garbage collector busy."""
+    _check_attributes(value)
+    if type(value) is deque:
+        return range(len(value)), list(value)
+    keys = list(value)
+    # An OrderedDict takes twenty times as long to give its items by itself.
+    return keys, [dict.__getitem__(value, key) for key in keys]
+
+
+def _check_attributes(value: Any) -> None:
+    if type(value) is OrderedDict and (more := [name for name in vars(value) if name not in _OF_TORCH]):
+        raise Refused(f"is an OrderedDict with attributes ({', '.join(more[:5])}). Store them as items")
 
 
 def _entries(plain: dict[Any, Any] | list[Any] | tuple[Any, ...]) -> list[tuple[Any, Any]]:
@@ -172,25 +193,26 @@ def _distinct(entries: Sequence[tuple[Any, Any]]) -> dict[Any, Any]:
 # ---- as values ----------------------------------------------------------------------------------------------------
 
 
-def write_container(value: Any, write: Write) -> dict[str, Any]:
+def write_container(value: Any, write: Write, write_all: WriteAll) -> dict[str, Any]:
     """The value of a container."""
     kind = kind_of(value)
     name, rest = str(kind[0]), kind[1:]
     if name == "subclass":
         return {"$subclass": [*rest[:2], write(plain_of(value), HERE)]}
-    entries = entries_of(value)
     if parts_of(kind) == "fields":
-        return {f"${name}": [*rest, {key: write(item, key) for key, item in entries}]}
-    if parts_of(kind) == "items":
-        body: Any = [write(item, key) for key, item in entries]
+        return {f"${name}": [*rest, {key: write(item, key) for key, item in entries_of(value)}]}
+    if type(value) in _STANDARD:
+        keys, items = _keys_and_items(value)
     else:
-        body = [[_write_key(key, write), write(item, key)] for key, item in entries]
+        entries = entries_of(value)
+        keys, items = [key for key, _ in entries], [item for _, item in entries]
+    body = write_all(items, keys)
+    if parts_of(kind) != "items":
+        if not set(map(type, keys)) <= ATOMS:
+            for key in keys:
+                check_key(key)
+        body = list(zip(write_all(keys, keys), body, strict=True))
     return {f"${name}": [*rest, body] if rest else body}
-
-
-def _write_key(key: Any, write: Write) -> Any:
-    check_key(key)
-    return write(key, key)
 
 
 def _read(name: str, args: int) -> Callable[[Any, Read], Any]:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import base64
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 Write = Callable[[Any, Any], Any]
 """Given a part of a value and the step that leads to it, the JSON that stands for the part."""
+
+WriteAll = Callable[[Sequence[Any], Sequence[Any]], Sequence[Any]]
+"""The same for many parts of a value, and the steps that lead to them."""
 
 HERE = object()
 """The step from a value to itself as another type."""

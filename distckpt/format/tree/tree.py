@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 from distckpt.errors import EncodeError
 from distckpt.format.tree.classes import Refused, is_step
-from distckpt.format.tree.containers import Kind, container, entries_of, is_container, kind_of, parts_of
+from distckpt.format.tree.containers import Kind, container, entries_of, is_container, items_of, kind_of, parts_of
+from distckpt.format.tree.many import ATOMS, hold_nothing
 from distckpt.format.tree.path import (
     ArrayStep,
     DictStep,
@@ -23,7 +24,7 @@ from distckpt.format.tree.path import (
     encode_path,
     key_of,
 )
-from distckpt.format.tree.values import ATOMS, MAX_DEPTH, decode_value, encode_value, hold_nothing
+from distckpt.format.tree.values import MAX_DEPTH, decode_value, encode_value
 
 __all__ = [
     "ArrayStep",
@@ -44,6 +45,10 @@ __all__ = [
 ]
 
 
+MANY = 16
+"""So many items are looked at together, however deep they are, before any of them is looked at by itself."""
+
+
 @dataclass(frozen=True, slots=True)
 class Leaf:
     """A tensor, or a plain value, and where it was."""
@@ -56,14 +61,14 @@ class Leaf:
 # ---- tree to leaves -----------------------------------------------------------------------------------------------
 
 
-def flatten(tree: object, is_array: Callable[[object], bool], prefix: Path = ()) -> list[Leaf]:
+def flatten(tree: object, is_array: Callable[[object], bool], prefix: Path = (), most: int | None = None) -> list[Leaf]:
     """The leaves of ``tree`` in its own order, with paths that begin with ``prefix``.
 
-    Non-empty dicts are entered; lists, tuples and all other containers only if there is an array somewhere in them.
-    All else is a leaf. Raises EncodeError for a tree that holds itself or is deeper than 100 levels, for two leaves of
+    Non-empty dicts are entered; lists, tuples and all other containers, and with ``most`` dicts of more than so many
+    items, only if there is an array somewhere in them. All else is a leaf. Raises EncodeError for a tree that holds itself or is deeper than 100 levels, for two leaves of
     one key, and for an array in a container that could not be made again.
     """
-    walk = _Walk(is_array)
+    walk = _Walk(is_array, most)
     try:
         walk.visit(tree, prefix)
     except EncodeError:
@@ -74,9 +79,10 @@ def flatten(tree: object, is_array: Callable[[object], bool], prefix: Path = ())
 
 
 class _Walk:
-    def __init__(self, is_array: Callable[[object], bool]) -> None:
+    def __init__(self, is_array: Callable[[object], bool], most: int | None) -> None:
         self.leaves: list[Leaf] = []
         self._is_array = is_array
+        self._most = most
         self._keys: dict[str, Path] = {}
         self._has_array: dict[int, bool] = {}
         self._inside: set[int] = set()
@@ -94,7 +100,10 @@ class _Walk:
     def _entered(self, node: Any, path: Path) -> Iterable[tuple[Step, Any]] | None:
         """The items of ``node`` and the steps to them; None if it is a leaf."""
         if type(node) is dict:
-            return _pair_steps(node.items()) if node else None
+            is_whole = not node or (
+                self._most is not None and len(node) > self._most and not self._holds_array(node, path)
+            )
+            return None if is_whole else _pair_steps(node.items())
         if not _holds_items(node) or not self._holds_array(node, path):
             return None
         if type(node) is list:
@@ -141,13 +150,15 @@ def _holds_items(node: Any) -> bool:
 
 def _items(node: Any) -> Iterable[Any]:
     if type(node) is dict:
-        return node.values()
-    if type(node) in (list, tuple):
-        return () if hold_nothing(node) else node
-    try:
-        return [item for _, item in entries_of(node)]
-    except Refused:
-        return ()  # then it is a leaf, and refused as a value
+        items: Collection[Any] = node.values()
+    elif type(node) in (list, tuple):
+        items = node
+    else:
+        try:
+            items = items_of(node)
+        except Refused:
+            return ()  # then it is a leaf, and refused as a value
+    return () if hold_nothing(items, MAX_DEPTH if len(items) >= MANY else 1) else items
 
 
 def _pair_steps(pairs: Iterable[tuple[Any, Any]]) -> list[tuple[DictStep | KeyStep, Any]] | None:

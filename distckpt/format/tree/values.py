@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from enum import Enum
-from itertools import chain
 from typing import Any, NoReturn
 
 import msgspec
@@ -19,32 +18,24 @@ from distckpt.errors import DamagedError, EncodeError
 from distckpt.format.tree.arrays import NUMPY_DTYPE, NUMPY_SCALAR, is_tensor_array, write_array
 from distckpt.format.tree.classes import Refused, Unresolved, UnresolvedEnum, check_key, find_enum, type_name
 from distckpt.format.tree.containers import is_container, write_container
-from distckpt.format.tree.content import HERE, Write, as_text
+from distckpt.format.tree.content import HERE, Write, WriteAll, as_text
 from distckpt.format.tree.generators import is_numpy_generator, write_numpy_generator, write_torch_generator
+from distckpt.format.tree.many import ATOMS, INT64, plain_many
 from distckpt.format.tree.standard import write_standard
 from distckpt.format.tree.value_decoding import MAX_DEPTH, value_of
 
 __all__ = [
-    "ATOMS",
     "MAX_DEPTH",
     "Unresolved",
     "UnresolvedEnum",
     "capacity_for",
     "decode_value",
     "encode_value",
-    "hold_nothing",
     "is_tensor_array",
     "pad_value",
 ]
 
 SMALLEST_SLOT = 64
-
-ATOMS = frozenset({type(None), bool, int, float, complex, str, bytes})
-"""The types that hold nothing."""
-
-_AS_IS = {type(None), bool, str}
-_NUMBERS = {int, float}
-_INT64 = 1 << 63
 
 _ADVICE = (
     "Give its owner state_dict() and load_state_dict(), wrap what belongs to one rank in PerRank, or store plain values"
@@ -101,12 +92,6 @@ def capacity_for(nbytes: int) -> int:
     return max(SMALLEST_SLOT, 1 << (nbytes - 1).bit_length()) if nbytes else SMALLEST_SLOT
 
 
-def hold_nothing(values: Collection[Any]) -> bool:
-    """Whether all of them, and all items of those that are lists, are of types that hold nothing."""
-    kinds = set(map(type, values))
-    return kinds <= ATOMS or (kinds == {list} and set(map(type, chain.from_iterable(values))) <= ATOMS)
-
-
 # ---- writing ------------------------------------------------------------------------------------------------------
 
 
@@ -120,13 +105,17 @@ def _plain(value: Any, at: _At, depth: int) -> Any:
     try:
         if issubclass(type(value), Enum):
             return _plain_enum(value, at, depth)
-        form = _form(value, lambda part, step: _plain(part, at if step is HERE else (at, step), depth + 1))
+        form = _form(
+            value,
+            lambda part, step: _plain(part, at if step is HERE else (at, step), depth + 1),
+            lambda parts, steps: _plain_items(parts, at, depth, steps),
+        )
     except Refused as why:
         _refuse(at, str(why))
     return _refuse_type(value, at) if form is None else form
 
 
-def _form(value: Any, write: Write) -> Any:
+def _form(value: Any, write: Write, write_all: WriteAll) -> Any:
     """The typed form of a value that has no encoder below; None if there is none."""
     origin = type_name(type(value)).partition(".")[0]
     form = None
@@ -137,12 +126,12 @@ def _form(value: Any, write: Write) -> Any:
     if form is None:
         form = write_standard(value, write)
     if form is None and is_container(value):
-        form = write_container(value, write)
+        form = write_container(value, write, write_all)
     return form
 
 
 def _plain_int(value: int, at: _At, depth: int) -> Any:
-    return value if -_INT64 <= value < _INT64 else {"$int": format(value, "x")}
+    return value if -INT64 <= value < INT64 else {"$int": format(value, "x")}
 
 
 def _plain_float(value: float, at: _At, depth: int) -> Any:
@@ -157,70 +146,52 @@ def _plain_bytes(value: bytes, at: _At, depth: int) -> Any:
     return {"$bytes": as_text(value)}
 
 
-def _is_json(values: Collection[Any], depth: int, rows: bool = True) -> bool:
-    """Whether msgspec may write them as they are, without a look at each: a list of a million numbers costs nothing.
-
-    That holds for a list of lists too, if ``rows``, but not for deeper ones: they might hold themselves.
-    """
-    kinds = set(map(type, values))
-    if depth >= MAX_DEPTH:
-        return False
-    if rows and kinds == {list}:
-        return _is_json(list(chain.from_iterable(values)), depth + 1, rows=False)
-    if not kinds <= _AS_IS | _NUMBERS:
-        return False
-    ints = _of_type(values, int, kinds)
-    return (not ints or (min(ints) >= -_INT64 and max(ints) < _INT64)) and all(
-        map(math.isfinite, _of_type(values, float, kinds))
-    )
+def _plain_items(items: Sequence[Any], at: _At, depth: int, steps: Iterable[Any] | None = None) -> Sequence[Any]:
+    """What msgspec shall write for the items of what is ``at``, to which these steps lead, or their numbers."""
+    plain = plain_many(items, _plain_atom, MAX_DEPTH - depth - 1) if depth < MAX_DEPTH else None
+    if plain is not None:
+        return plain
+    named = enumerate(items) if steps is None else zip(steps, items, strict=True)
+    return [_plain(item, (at, step), depth + 1) for step, item in named]
 
 
-def _of_type(values: Collection[Any], kind: type, kinds: set[type]) -> Collection[Any]:
-    if kind not in kinds:
-        return ()
-    return values if len(kinds) == 1 else [value for value in values if type(value) is kind]
-
-
-def _plain_items(value: Iterable[Any], at: _At, depth: int) -> list[Any]:
-    return [_plain(item, (at, index), depth + 1) for index, item in enumerate(value)]
+def _plain_atom(value: Any) -> Any:
+    return _ENCODERS[type(value)](value, (None, ""), 0)
 
 
 def _plain_list(value: list[Any], at: _At, depth: int) -> Any:
-    return value if _is_json(value, depth) else _plain_items(value, at, depth)
+    return _plain_items(value, at, depth)
 
 
 def _plain_tuple(value: tuple[Any, ...], at: _At, depth: int) -> Any:
-    return {"$tuple": value if _is_json(value, depth) else _plain_items(value, at, depth)}
+    return {"$tuple": _plain_items(value, at, depth)}
 
 
 def _plain_set(value: set[Any] | frozenset[Any], at: _At, depth: int) -> Any:
     # Sorted by text: the order of a set differs from process to process, and ranks compare their bytes.
-    for item in value:
-        _check_key(item, at)
-    items = sorted(_plain_items(value, at, depth), key=msgspec.json.encode)
+    _check_keys(value, at)
+    items = sorted(_plain_items(list(value), at, depth), key=msgspec.json.encode)
     return {"$frozenset" if type(value) is frozenset else "$set": items}
 
 
 def _plain_dict(value: dict[Any, Any], at: _At, depth: int) -> Any:
-    is_json = _is_json(value.values(), depth)
+    items = list(value.values())
     if set(map(type, value)) <= {str} and not any(name[:1] == "$" for name in value):
-        return value if is_json else {name: _plain(item, (at, name), depth + 1) for name, item in value.items()}
-    if is_json and _is_json(value, depth):
-        return {"$dict": list(value.items())}
-    for name in value:
-        _check_key(name, at)
-    return {
-        "$dict": [
-            [_plain(name, (at, name), depth + 1), _plain(item, (at, name), depth + 1)] for name, item in value.items()
-        ]
-    }
+        plain = _plain_items(items, at, depth, value)
+        return value if plain is items else dict(zip(value, plain, strict=True))
+    _check_keys(value, at)
+    names = _plain_items(list(value), at, depth, value)
+    return {"$dict": list(zip(names, _plain_items(items, at, depth, value), strict=True))}
 
 
-def _check_key(key: Any, at: _At) -> None:
-    try:
-        check_key(key)
-    except Refused as why:
-        _refuse((at, key), str(why))
+def _check_keys(keys: Collection[Any], at: _At) -> None:
+    if set(map(type, keys)) <= ATOMS:
+        return
+    for key in keys:
+        try:
+            check_key(key)
+        except Refused as why:
+            _refuse((at, key), str(why))
 
 
 def _plain_enum(value: Enum, at: _At, depth: int) -> Any:
