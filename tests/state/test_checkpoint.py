@@ -112,6 +112,32 @@ def test_a_default_device_changes_nothing(name: str, tmp_path: Path) -> None:
     assert round_trip(ENTRIES[name], str(tmp_path), within=lambda: torch.device("meta")) == []
 
 
+def test_nothing_that_is_read_is_put_on_the_default_device(tmp_path: Path) -> None:
+    """Whole, in part, into memory that is there, into new memory, through a copy of another dtype, by readers."""
+
+    def objects(value: float) -> dict[str, Any]:
+        own = {"same": torch.full((2,), value), "none": torch.empty(0, 3), "array": np.full(3, value)}
+        return {"own": own, "mine": distckpt.PerRank({"it": torch.full((2,), value)}, on_resize="drop")}
+
+    first, live = objects(1.0), objects(5.0)
+    first["own"] |= {"new": [torch.ones(3)], "other": torch.ones(2), "random": torch.Generator()}
+    live["own"]["other"] = torch.zeros(2, dtype=torch.float64)
+    checkpoint = distckpt.Checkpoint(**live)
+    with torch.device("meta"):
+        path = saved(tmp_path, **first)
+        checkpoint.restore(path)
+        checkpoint.restore(path, partial=True)
+        checkpoint.restore(path, select="own")
+        loaded = distckpt.load(path)
+        one = distckpt.load_variable(path, "own.new.0")
+        with distckpt.open(path) as reader:
+            assert reader.verify().good
+    assert live["own"]["other"].tolist() == [1, 1]
+    assert checkpoint.own["new"][0].tolist() == loaded["own"]["new"][0].tolist() == one.tolist() == [1, 1, 1]
+    assert checkpoint.mine.obj["it"].tolist() == loaded["mine"][0]["it"].tolist() == [1, 1]
+    assert checkpoint.own["none"].device.type == loaded["own"]["none"].device.type == "cpu"
+
+
 @pytest.mark.parametrize("name", ["modules/buffers", "optimizers/adam", "tensors/every-dtype"])
 def test_a_default_dtype_changes_nothing(name: str, tmp_path: Path) -> None:
     torch.set_default_dtype(torch.float64)
