@@ -59,6 +59,8 @@ def restart(folder: str, small: str, number: int) -> dict[str, Any]:
     ``small`` is a folder of small files, which each has read before, so that what it imports is there.
     """
     measured: dict[str, dict[str, list[tuple[float, float]]]] = {}
+    if dist.get_rank() == 0:
+        os.sync()  # what others have written is not to be written while they are measured
     for root, tree in ((small, sharded_state(**SMALL)), (folder, sharded_state())):
         held, where = {"train": tree}, Path(root)
         ways = {
