@@ -1,8 +1,8 @@
 """Every system call of a run that restores, saves, deletes and reads fails: one of them, or all from one on.
 
 A case is a failure in one run. It may refuse with errors of distckpt's, and must do nothing else: not hang, not lose or
-change what was committed, not restore something older. One failed call costs one save, and no restore. A later run finds
-all in order.
+change what was committed, not restore something older. One failed call costs one save at the most, and nothing if it
+only looks. A later run finds all in order.
 """
 
 from __future__ import annotations
@@ -68,6 +68,9 @@ ONE: Mapping[Kind, Sequence[tuple[How, int]]] = {
     "flags": [("before", errno.EINVAL)],
 }
 """How each kind of call may fail once; with EEXIST and ENOENT where NFS repeats what it has done already."""
+
+LOOKS: Sequence[Kind] = ("open", "read", "list", "entry", "stat")
+"""They are tried again, so one that fails costs nothing."""
 
 LASTING: Sequence[tuple[tuple[Kind, ...], int]] = [
     (("create", "write", "mkdir", "link"), errno.ENOSPC),
@@ -162,11 +165,14 @@ class Life:
                 self.broken.append(f"{phase}: {details[0]}")
         if self._is_done("restore") and self.told["restore"][1] != BEFORE[-1]:
             self.broken.append(f"{self.told['restore'][1]} was restored, and {BEFORE[-1]} is in order")
-        if self._is_done("open") and (failure is None or failure.times is not None):
-            told = {phase: self.told.get(phase) for phase in ("restore", *(f"save {number}" for number in SAVES))}
-            failed = [phase for phase in told if not self._is_done(phase)]
-            if "restore" in failed or len(failed) > (0 if failure is None else 1):
-                self.broken.append(f"one call failed, and so did {' and '.join(failed)}: {told}")
+        if failure is not None and failure.times is None:
+            return
+        told = {phase: rest for phase, rest in self.told.items() if phase not in ("struck", "counted")}
+        refused = [phase for phase in told if not self._is_done(phase)]
+        if "open" not in refused and {"restore", *(f"save {number}" for number in SAVES)} - told.keys():
+            refused.append("something that it did not come to")
+        if len(refused) > 1 or "restore" in refused or (refused and (failure is None or failure.kinds[0] in LOOKS)):
+            self.broken.append(f"one call failed, and so did {' and '.join(refused)}: {told}")
 
     def _is_done(self, phase: str) -> bool:
         return self.told.get(phase, [""])[0] == "done"

@@ -166,7 +166,8 @@ DONE: dict[str, list[object]] = {
     "save 3": ["done", "ckpt-3"],
     "save 4": ["done", "ckpt-4"],
 }
-ONE = Failure(("read",), 5)
+ONE = Failure(("write",), 5)
+LOOK = Failure(("read",), 5)
 LASTING = Failure(("read",), 5, times=None)
 
 
@@ -175,6 +176,7 @@ LASTING = Failure(("read",), 5, times=None)
     [
         ({}, ONE, ""),
         ({"save 3": ["StorageError", "EIO"]}, ONE, ""),
+        ({"save 3": ["StorageError", "EIO"]}, LOOK, "save 3"),
         ({"save 3": ["StorageError", "EIO"], "save 4": ["SaveError", ""]}, ONE, "save 3 and save 4"),
         ({"save 3": ["StorageError", "EIO"], "save 4": ["SaveError", ""]}, LASTING, ""),
         ({"save 3": ["foreign", "KeyError"]}, LASTING, "save 3: KeyError"),
