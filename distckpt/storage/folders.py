@@ -101,6 +101,14 @@ def remove_empty(folders: Iterable[str]) -> None:
             os.rmdir(folder)
 
 
+def is_folder(path: str) -> bool:
+    """Whether there is a folder now. OSError if that cannot be told, which ``os.path.isdir`` takes for a no."""
+    try:
+        return stat.S_ISDIR(os.stat(path).st_mode)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+
+
 def sync_way_to(root: str) -> None:
     """Make the entries durable that lead to ``root``, from where its file system begins, whoever made them.
 

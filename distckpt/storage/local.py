@@ -15,7 +15,15 @@ from typing import TypeVar
 
 from distckpt.errors import AlreadyExistsError, BlockedError, DamagedError, ObjectNotFoundError, StorageError
 from distckpt.storage.direct import SequentialFile
-from distckpt.storage.folders import Folders, make_root, open_folders, remove_empty, sync_way_to, visiting
+from distckpt.storage.folders import (
+    Folders,
+    is_folder,
+    make_root,
+    open_folders,
+    remove_empty,
+    sync_way_to,
+    visiting,
+)
 from distckpt.storage.holes import is_hollow
 from distckpt.storage.interface import ObjectInfo, Source
 from distckpt.storage.oserrors import deleting, published, publishing, reading, writing
@@ -235,7 +243,7 @@ class LocalStore:
 
     def _require_root(self) -> None:
         seen = self._seen  # asked first: another thread may be creating the root just now
-        if not os.path.isdir(self._root):
+        if not is_folder(self._root):
             if seen:
                 raise StorageError(self._root, "the directory was there and has vanished; it is not created again")
             self._made = make_root(self._root)

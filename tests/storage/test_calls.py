@@ -169,6 +169,16 @@ def check_outcome(root: Path, operation: str, failure: DistckptError | None, whe
         assert isinstance(failure, StoreUnsuitableError), where
 
 
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.ETIMEDOUT])
+def test_a_root_that_cannot_be_asked_for_is_not_said_to_have_vanished(tmp_path: Path, number: int) -> None:
+    store = LocalStore(tmp_path)
+    store.put_if_absent("old/x", b"old")
+    with failing_call(0, number) as calls, pytest.raises(StorageError, match=os.strerror(number)):
+        store.put_if_absent("old/y", b"new")
+    assert calls.failed == "stat"
+    store.put_if_absent("old/y", b"new")
+
+
 def test_what_cannot_be_closed_has_been_read_all_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = LocalStore(tmp_path)
     store.put_if_absent("old/x", b"old")
