@@ -89,7 +89,7 @@ class Calls:
     """The attack. ``counted`` says how many calls of each kind a run makes when none fails."""
 
     name: str = "calls"
-    at_once: int = 2 * (os.cpu_count() or 2)  # many wait until somebody loses patience
+    at_once: int = 4 * (os.cpu_count() or 2)  # many wait until somebody loses patience
     counted: Mapping[Kind, int] = field(default_factory=dict)
     _begin: Path = Path()
 

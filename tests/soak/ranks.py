@@ -18,7 +18,7 @@ from typing import Any
 
 from tests.soak.attack import Broken, Outcome
 from tests.soak.subject import Witness, found_later, inspect, judge
-from tests.support.actors import coordinator_pid
+from tests.support.actors import coordinator_pid, end_coordinator
 from tests.support.gang import Gang
 from tests.support.small_runs import until
 
@@ -80,6 +80,8 @@ class Ranks:
         outcome.seen["saves acknowledged"] = len(witness.acknowledged)
         told = {"acknowledged": sorted(witness.acknowledged), "keep": keep, "elements": ELEMENTS}
         last = found_later(judge, directory=directory, **told)
+        with suppress(ValueError):  # else it would wait for its ranks for ten minutes
+            end_coordinator(directory)
         outcome.broken += [Broken(self.name, case, kind, f"{what}\n(in {folder})") for what in last]
         return outcome
 

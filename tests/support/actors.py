@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 
 def coordinator_pid(directory: str) -> int:
     """The process that it runs in. Needs a connection to its Ray cluster."""
     import ray
 
+    return int(ray.get(_coordinator(directory).describe.remote())[1])
+
+
+def end_coordinator(directory: str) -> None:
+    """Have it end, and not come back; ValueError if there is none."""
+    import ray
+
+    ray.kill(_coordinator(directory), no_restart=True)
+
+
+def _coordinator(directory: str) -> Any:
+    import ray
+
     from distckpt.coordinator.ray.actor import NAMESPACE, actor_name
 
-    actor = ray.get_actor(actor_name(directory), namespace=NAMESPACE)
-    return int(ray.get(actor.describe.remote())[1])
+    return ray.get_actor(actor_name(directory), namespace=NAMESPACE)
