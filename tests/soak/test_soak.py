@@ -60,14 +60,13 @@ def test_a_process_that_is_killed_at_any_moment_loses_nothing(tmp_path: Path) ->
 
 
 def test_a_run_whose_calls_fail_refuses_or_succeeds(tmp_path: Path) -> None:
-    outcome = besiege(Calls(), tmp_path / "soak", 19)  # one of each kind
+    outcome = besiege(Calls(), tmp_path / "soak", 16)  # each kind of call once, and a disk that stays full
     assert not outcome.broken, told(outcome)
-    assert outcome.tried.total() == 19
     assert {"one read fails", "one sync fails", "ENOSPC from one call on"} < outcome.tried.keys()
 
 
 def test_nothing_that_was_acknowledged_is_lost_with_the_power(tmp_path: Path) -> None:
-    outcome = besiege(Power(runs=("two-runs", "overlapping"), drawn=3), tmp_path / "soak", 12)
+    outcome = besiege(Power(runs=("two-runs", "overlapping"), drawn=3), tmp_path / "soak", 8)
     assert not outcome.broken, told(outcome)
     assert outcome.tried.keys() == {"all kept", "all lost", "drawn"}
 
