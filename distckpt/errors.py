@@ -52,9 +52,7 @@ from typing import Any
 
 def ranks_at_hosts(ranks: Sequence[int], hosts: Mapping[int, str]) -> str:
     """``rank 3 (host-1), rank 7 (host-2)``: the first 16 of them, with their hosts as far as they are known."""
-    shown = [f"rank {rank} ({hosts[rank]})" if hosts.get(rank) else f"rank {rank}" for rank in list(ranks)[:16]]
-    more = len(ranks) - len(shown)
-    return ", ".join(shown) + (f" and {more} more" if more > 0 else "")
+    return _some([f"rank {rank} ({hosts[rank]})" if hosts.get(rank) else f"rank {rank}" for rank in ranks], most=16)
 
 
 class DistckptError(Exception):
@@ -179,8 +177,7 @@ class PlanError(SaveError):
     """What the ranks hold does not add up to whole tensors. ``key`` and ``ranks`` say where."""
 
     def __init__(self, number: int | None, key: str, ranks: Sequence[int], message: str) -> None:
-        who = ", ".join(map(str, list(ranks)[:16]))
-        super().__init__(number, f"{key} (ranks {who}): {message}")
+        super().__init__(number, f"{key} (ranks {_some(list(map(str, ranks)), most=16)}): {message}")
         self.key = key
         self.ranks = tuple(ranks)
 
@@ -191,21 +188,15 @@ class MissingRanksError(SaveError):
     def __init__(
         self, number: int | None, ranks: Sequence[int], hosts: Mapping[int, str], timeout: float, stage: str
     ) -> None:
-        waited = f"waited {timeout:g} s for {ranks_at_hosts(ranks, hosts)} {stage}"
+        waited = f"waited {timeout:g} s for {ranks_at_hosts(ranks, hosts)} {stage}. Every rank must call"
         if stage == "to restore":
-            DistckptError.__init__(
-                self,
-                f"nothing was restored: {waited}. Every rank must call restore or restore_or_initialize, all alike; "
-                "restore again before training goes on",
-            )
+            advice = "restore or restore_or_initialize, all alike; restore again before training goes on"
+            DistckptError.__init__(self, f"nothing was restored: {waited} {advice}")
             self.number = number
         else:
             what = "save, with the same number and at the same step" if number is not None else "prepare"
-            super().__init__(
-                number,
-                f"{waited}. Every rank must call {what}. Nothing was committed; training may go on and the next save "
-                "starts afresh",
-            )
+            advice = "Nothing was committed; training may go on and the next save starts afresh"
+            super().__init__(number, f"{waited} {what}. {advice}")
         self.ranks = tuple(ranks)
         self.hosts = dict(hosts)
         self.timeout = timeout
@@ -248,9 +239,8 @@ class NumberMismatchError(SaveError):
         )
         super().__init__(
             number,
-            f"all ranks must save the same number, but {shown}. Every rank must call save, and at the same steps. Where "
-            "the numbers were not given but counted, one rank has called it more often: give them, or set "
-            "checkpoint.save_counter alike on all ranks. The next save starts afresh",
+            f"all ranks must save the same number, but {shown}. Every rank must call save, and at the same steps; if it "
+            "counts by itself, give numbers, or set checkpoint.save_counter alike on all ranks. The next save starts afresh",
         )
         self.numbers = dict(numbers)
         self.hosts = dict(hosts or {})
@@ -304,9 +294,8 @@ class DirectoryLostError(CoordinatorError):
     def __init__(self, directory: str, run: int, found: int) -> None:
         super().__init__(
             f"{directory}: this process belongs to run {run} of a job, and the log that is there now "
-            f"{f'is another one, of {found} runs' if found else 'knows of none'}. "
-            "The directory was deleted or unmounted, or another is in its place. Nothing was written there. Saves go on "
-            "once it is back; else start the job again"
+            f"{f'is another one, of {found} runs' if found else 'knows of none'}. The directory was deleted or unmounted, or "
+            "another is in its place. Nothing was written there. Saves go on once it is back; else start the job again"
         )
         self.directory = directory
         self.run = run
@@ -416,8 +405,8 @@ class MismatchError(RestoreError):
         if unexpected:
             parts.append(f"in the checkpoint, but in no object: {_some(unexpected)}")
         if misshaped:
-            texts = [f"{key} ({text})" for key, text in misshaped.items()]
-            parts.append(f"on both sides, but not fitting: {_some(texts, misshaped_count)}")
+            texts = _some([f"{key} ({text})" for key, text in misshaped.items()], misshaped_count)
+            parts.append(f"on both sides, but not fitting: {texts}")
         super().__init__(f"{path}: " + "; ".join(parts))
         self.path = path
         self.missing = tuple(missing)
@@ -453,11 +442,9 @@ class NoGoodCheckpointError(RestoreError):
 
     def __init__(self, directory: str, refused: Sequence[tuple[str, str]], spoiled: bool = False) -> None:
         listing = "; ".join(f"{path}: {reason}" for path, reason in refused)
-        left = (
-            ". Tensors of the objects now hold parts of what was refused: make the objects anew, or restore something "
-            "that has all their keys"
-        )
-        super().__init__(f"{directory}: no checkpoint could be restored. {listing}{left if spoiled else ''}")
+        advice = "make the objects anew, or restore something that has all their keys"
+        left = f". Tensors of the objects now hold parts of what was refused: {advice}" if spoiled else ""
+        super().__init__(f"{directory}: no checkpoint could be restored. {listing}{left}")
         self.directory = directory
         self.refused = tuple(refused)
         self.spoiled = spoiled

@@ -58,8 +58,8 @@ class CheckpointManager:
 
     Args:
         checkpoint: what to save, a Checkpoint.
-        directory: a path that all hosts share. It is made, with a log that turns older runs away, as soon as the manager
-            is (TensorFlow's makes it with the first save); and not at all if the manager cannot be made.
+        directory: a path that all hosts share. It is made, with a log that turns older runs away, when the manager is
+            (TensorFlow makes it with the first save); not if the manager cannot be made.
         max_to_keep: how many checkpoints stay, oldest deleted first; None keeps all. Nothing is deleted before the
             first save.
         keep_checkpoint_every_n_hours: a checkpoint about to be deleted is preserved for ever if it is at least this
@@ -69,7 +69,7 @@ class CheckpointManager:
             of one element, or anything else that int() takes.
         checkpoint_interval: least number of steps between two saves.
         init_fn: called by ``restore_or_initialize`` on every rank when there is no checkpoint.
-        last_checkpoint_step: the step of the last save, if it is known; for ``checkpoint_interval``.
+        last_checkpoint_step: the step of the last save, if known; for ``checkpoint_interval``.
         save_timeout: seconds until a rank that is missing fails the save for all.
         buffers: how many saves may be in the making at once; each costs host memory of this rank's part.
         on_busy: what a save does that finds its buffer still in use: "wait", or "skip" on all ranks alike.
@@ -145,9 +145,8 @@ class CheckpointManager:
 
         self._client: Client = client_of(self._store, options, self._world, meeting, opening, settings, check)
         if meeting.council is not None:
-            self._gathering = Gathering(
-                meeting.council, self._store, checkpoint_name, meeting.hosts, save_timeout, self._client
-            )
+            council, hosts = meeting.council, meeting.hosts
+            self._gathering = Gathering(council, self._store, checkpoint_name, hosts, save_timeout, self._client)
         self._cluster = RankCluster(self._client, self._world)
         self._background = Coordinator([])
         saving = SaverOptions(
@@ -336,8 +335,7 @@ class CheckpointManager:
 
         Raises MismatchError, the same one on every rank and before anything is changed on any, also with ``partial``
         if nothing matches; CheckpointNotFoundError, ResizeError, MissingRanksError; NoGoodCheckpointError, whose
-        ``spoiled`` says whether tensors of the objects hold parts of what was refused; FencedError or StaleRunError if a
-        newer run owns the directory by the time that all ranks have restored.
+        ``spoiled`` says whether tensors hold parts of what was refused; FencedError, StaleRunError: a newer run has begun.
         """
         path = self._restore(wanted_folder(which, self._store.url), partial, Selection.of(select, rename))
         if path is None:
