@@ -49,11 +49,23 @@ class Council(Protocol):
     def consult(self, text: str, decide: Decide, timeout: float | None = None) -> str:
         """Rank 0's answer to what all ranks say, on every rank. ``text`` is not empty."""
 
+    def refuse(self, reason: str) -> None:
+        """Until its next consultation this rank does not come: others that wait for it, or will, get a Refusal, once."""
+
     def sign(self) -> None:
         """This rank lives, though it may be a while until it comes. From any thread."""
 
     def apart(self, name: str, behind: bool = False) -> Council:
         """The same ranks for another conversation, which may go on in another thread; ``behind`` training."""
+
+
+class Refusal(Exception):
+    """``rank`` does not come to a consultation, for ``reason``."""
+
+    def __init__(self, rank: int, reason: str) -> None:
+        super().__init__(f"rank {rank}: {reason}")
+        self.rank = rank
+        self.reason = reason
 
 
 def _alone(text: str, timeout: float | None = None) -> str:
@@ -286,6 +298,8 @@ class StoreCouncil:
         self._store = store
         self._timeout = timeout
         self._behind = behind
+        self._refuses = False
+        self._refusals: dict[int, str] = {}
 
     def share(self, text: str, timeout: float | None = None) -> str:
         """See Share."""
@@ -295,7 +309,19 @@ class StoreCouncil:
         """See Council.consult."""
         seconds = self._timeout if timeout is None else timeout
         with _answering(self.rank):
+            if self._refuses:
+                self._refuses = False
+                self._store.add("refusals", -1)
+                self._store.delete_key(f"refusal/{self.rank}")
             return self._lead(text, decide, seconds) if self.rank == 0 else self._follow(text, seconds)
+
+    def refuse(self, reason: str) -> None:
+        """See Council.refuse."""
+        with _answering(self.rank):
+            self._store.set(f"refusal/{self.rank}", f"{uuid.uuid4().hex} {reason}")
+            if not self._refuses:
+                self._refuses = True
+                self._store.add("refusals", 1)
 
     def sign(self) -> None:
         """See Council.sign."""
@@ -358,12 +384,23 @@ class StoreCouncil:
         """Whether there is a value for ``key`` before the patience with its sender is at an end."""
         looks = 0
         while not self._store.check([key]):
+            self._look_for_refusals()
             left = patience.left(sender)
             if left <= 0:
                 return False
             time.sleep(min(left, PAUSE_BEHIND if self._behind else PAUSES[min(looks, len(PAUSES) - 1)]))
             looks += 1
         return True
+
+    def _look_for_refusals(self) -> None:
+        """Raises Refusal, once for each."""
+        if self._store.add("refusals", 0) > 0:
+            for rank in range(self.size):
+                if rank != self.rank and self._store.check([f"refusal/{rank}"]):
+                    name, _, reason = self._store.get(f"refusal/{rank}").decode().partition(" ")
+                    if self._refusals.get(rank) != name:
+                        self._refusals[rank] = name
+                        raise Refusal(rank, reason)
 
 
 class _Patience:

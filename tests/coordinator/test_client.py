@@ -50,7 +50,8 @@ class Switched:
 
 def test_a_rank_that_leaves_a_new_coordinator_does_not_report_to_it_first(tmp_path: Path) -> None:
     line = Switched(tmp_path)
-    client = Client(line, OpenRun("token", 0, 1, "host", "ckpt", Retention(), 30.0))
+    client = Client(lambda: line, OpenRun("token", 0, 1, "host", "ckpt", Retention(), 30.0))
+    client.connect()
     assert client.ask(Heartbeat(), 30) == Accepted()
     line.replace()
     assert client.ask(Heartbeat(), 30) == Unknown()

@@ -121,9 +121,37 @@ def test_what_fits_nobody_is_over_for_both(directory: Path) -> None:
 def test_an_error_of_one_rank_ends_it_for_both(directory: Path) -> None:
     ranks = Ranks(directory)
     newest = ranks.ask(Restore(1, None))[0].record
-    answers = ranks.ask(tried(newest.attempt, keys=FITS), tried(newest.attempt, failed="no memory"))
-    assert [str(answer) for answer in answers] == [f"{directory}: rank 1 (right) failed: no memory"] * 2
+    told, _ = ranks.ask(tried(newest.attempt, keys=FITS), tried(newest.attempt, failed="no memory"))
+    assert str(told) == f"{directory}: rank 1 (right) failed: no memory"
     assert isinstance(ranks.ask(Restore(2, None))[0], MatchWith), "the next one begins afresh"
+
+
+@pytest.mark.parametrize("who", [0, 1])
+def test_who_comes_after_another_has_failed_is_told_so_once(directory: Path, who: int) -> None:
+    ranks = Ranks(directory)
+    failed, late = ranks.gatherings[who], ranks.gatherings[1 - who]
+    for reason in ("KeyboardInterrupt", "no memory"):
+        with pytest.raises(RestoreError):
+            failed.ask(Restore(1, None, failed=reason), 20)
+        with pytest.raises(RestoreError, match=f"rank {who} .* failed: {reason}"):
+            late.ask(Restore(1, None), 20)
+        assert isinstance(ranks.ask(Restore(2, None))[1 - who], MatchWith)
+
+
+def test_a_rank_that_begins_again_while_the_other_is_at_work_is_not_taken_for_the_one_before(directory: Path) -> None:
+    ranks = Ranks(directory)
+    newest = ranks.ask(Restore(1, None))[0].record
+    ranks.ask(tried(newest.attempt, keys=FITS))
+    answers = ranks.ask(tried(newest.attempt, stage="fill"), Restore(2, None))
+    assert ["rank 1 (right) has begun another restore" in str(answer) for answer in answers] == [True, True]
+    assert isinstance(ranks.ask(Restore(3, None))[0], MatchWith)
+
+
+def test_ranks_need_not_have_restored_equally_often(directory: Path) -> None:
+    ranks = Ranks(directory)
+    first, second = ranks.ask(Restore(1, None), Restore(5, None))
+    assert first == second
+    assert isinstance(first, MatchWith)
 
 
 def test_what_is_not_there_is_said_to_both(directory: Path) -> None:

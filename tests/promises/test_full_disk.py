@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,7 @@ import torch
 
 import distckpt
 from distckpt.coordinator.machine.actions import CollectGarbage
-from distckpt.coordinator.shell.housekeeping import collect_garbage
+from distckpt.coordinator.shell.housekeeping import Predecessors, collect_garbage
 from distckpt.directory.log import read_tail
 from distckpt.errors import StorageFullError
 from distckpt.format import names
@@ -65,13 +64,9 @@ def test_what_a_dead_run_has_just_left_makes_room_for_the_save_that_needs_it(tmp
 def test_room_is_made_for_every_rank(gang2: Gang, tmp_path: Path) -> None:
     with small_disk(tmp_path / "small", "8m") as disk:
         run(disk, 1)
-        died = newest(disk)
-        gang2.run("ranks.saves:save", directory=str(disk), kind="fsdp", number=2)
-        free = os.statvfs(disk).f_bavail * os.statvfs(disk).f_bsize
-        shard = max(file.stat().st_size for file in (disk / "ckpt-2").glob("*/*-0.arrow"))
-        dead = dead_attempt(disk, died, free - shard)
-        results = gang2.run("ranks.saves:save", directory=str(disk), kind="fsdp", number=3)
-        assert [result["path"] for result in results] == [f"{disk}/ckpt-3"] * 2
+        dead = dead_attempt(disk, newest(disk))
+        paths = gang2.run("ranks.saves:save_where_it_is_full", directory=str(disk), filler=str(dead))
+        assert paths == [f"{disk}/ckpt-3"] * 2
         assert not dead.exists()
         with distckpt.open(disk / "ckpt-3") as reader:
             assert reader.verify().damages == ()
@@ -120,8 +115,9 @@ def test_whatever_finds_no_room_is_written_once_more_when_there_is(tmp_path: Pat
 
 
 def collect(directory: Path, *, epoch: int, failed: frozenset[str] = frozenset(), urgent: bool = True) -> None:
-    known = newest(directory).state.known()
-    collect_garbage(LocalStore(directory), CollectGarbage("ckpt", known, frozenset(), epoch, failed, urgent), 3600.0)
+    store, known = LocalStore(directory), newest(directory).state.known()
+    action = CollectGarbage("ckpt", known, frozenset(), epoch, failed, urgent)
+    collect_garbage(store, action, 3600.0, Predecessors(store))
 
 
 def test_only_when_it_is_urgent_garbage_need_not_be_old(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -90,6 +91,18 @@ def save(directory: str, kind: str, number: int = 1, steps: int = 2, **options: 
     with distckpt.CheckpointManager(checkpoint, directory, **options) as manager:
         path = manager.save(number).result(30)
     return {"path": path, "digest": digest(model, optimizer)}
+
+
+def save_where_it_is_full(directory: str, filler: str) -> str:
+    """Save twice; before the second time ``filler`` leaves room for one rank's shard and half of another's."""
+    checkpoint = distckpt.Checkpoint(own=distckpt.PerRank({"tensor": torch.ones(1 << 18)}))
+    with distckpt.CheckpointManager(checkpoint, directory) as manager:
+        manager.save(2).result(30)
+        if dist.get_rank() == 0:
+            disk = os.statvfs(directory)
+            Path(filler).write_bytes(bytes(disk.f_bavail * disk.f_bsize - (3 << 19)))
+        dist.barrier()
+        return str(manager.save(3).result(30))
 
 
 def restore(directory: str, kind: str, which: int | None = None) -> dict[str, Any]:

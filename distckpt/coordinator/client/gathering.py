@@ -35,12 +35,13 @@ from distckpt.errors import (
     MissingRanksError,
     RestoreError,
     StaleRunError,
+    ranks_at_hosts,
 )
 from distckpt.format.json.log import State
 from distckpt.storage import Store
 from distckpt.threads.coordinator import Coordinator
 from distckpt.threads.looper import LooperThread
-from distckpt.world import Council
+from distckpt.world import Council, Refusal
 
 SIGNS = 8
 """How many signs of life a rank gives, while it is at work, in the time after which its silence counts as death."""
@@ -78,6 +79,10 @@ class Gathering:
 
     def ask(self, request: Restore, timeout: float) -> Reply:
         """The answer, the same on all ranks. MissingRanksError names those that do not come, or die on the way."""
+        if request.failed:
+            self._end()
+            self._council.refuse(request.failed)
+            raise RestoreError(f"{self._store.url}: this rank failed: {request.failed}")
         text = msgspec.json.encode(request).decode()
         try:
             answer = _decoded(self._council.consult(text, self._host.decide, min(timeout, self._timeout)))
@@ -86,6 +91,9 @@ class Gathering:
             if isinstance(error, AbsentRanksError):
                 hosts = {rank: self._hosts[rank] for rank in error.ranks if rank in self._hosts}
                 raise MissingRanksError(None, list(error.ranks), hosts, error.timeout, "to restore") from None
+            if isinstance(error, Refusal):
+                who = ranks_at_hosts([error.rank], self._hosts)
+                raise RestoreError(f"{self._store.url}: {who} failed: {error.reason}") from None
             raise
         if isinstance(answer.reply, MatchWith | FillFrom | FinishWith):
             self._begin()
@@ -127,7 +135,7 @@ class _Host:
         self._hosts = hosts
         self._opening = opening
         self._round: RestoreRound | None = None
-        self._order = 0
+        self._orders: list[int] = []
         self._held = ""
         self._lease = contextlib.ExitStack()
 
@@ -154,9 +162,14 @@ class _Host:
 
     def _hear(self, messages: list[Restore]) -> Reply:
         first = messages[0]
-        if self._round is None or self._order != first.order:
-            self._order, self._round = first.order, self._new_round(first, self._first_state())
+        orders = [message.order for message in messages]
+        if self._round is None or self._orders[0] != first.order:
+            self._orders, self._round = orders, self._new_round(first, self._first_state())
         round = self._round
+        for rank, order in enumerate(orders):
+            if order != self._orders[rank]:
+                who = ranks_at_hosts([rank], self._hosts)
+                raise RestoreError(f"{self._store.url}: {who} has begun another restore: all must begin it again")
         for rank, message in enumerate(messages):
             if round.outcome is None:
                 round.hear(rank, self._hosts.get(rank, ""), message)
