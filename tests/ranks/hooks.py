@@ -280,13 +280,13 @@ def listener_stops(directory: str, rank: int, at: int) -> dict[str, Any]:
 
 
 def save_fails(directory: str, rank: int) -> dict[str, Any]:
-    """One rank's disk is full at the second save; the step in which that is raised."""
+    """One rank cannot write at the second save; the step in which that is raised."""
     training, hook = Training(), distckpt.CheckpointSaverHook(directory, save_steps=5)
     loop = distckpt.HookedLoop([hook], lambda: training.at, checkpoint=training.checkpoint)
     loop.begin()
     if dist.get_rank() == rank:
-        full = FaultOn("put_unique", Fault.FULL, "model.ckpt-5/")
-        write_to(hook.get_saver(loop), FaultyStore(LocalStore(directory), full))
+        fault = FaultOn("put_unique", Fault.BEFORE, "model.ckpt-5/")
+        write_to(hook.get_saver(loop), FaultyStore(LocalStore(directory), fault))
 
     def run() -> None:
         while True:

@@ -81,7 +81,9 @@ def test_four_times_as_many_keys_cost_about_four_times_as_much(
         index = read_index(where)
         checkpoint, selection = objects(count)
         with Work() as inside:
-            Filler(checkpoint, where, index, 0, 1, True, selection).fill()
+            filler = Filler(checkpoint, where, index, 0, 1, True, selection)
+            filler.read()
+            filler.finish()
         work[count] = inside.count
     assert work[MANY] < 6 * work[FEW]
 
@@ -96,6 +98,8 @@ def test_state_of_four_times_as_many_ranks_costs_about_four_times_as_much(tmp_pa
         how = "error" if on_resize == "same" else on_resize
         checkpoint = distckpt.Checkpoint(loader=distckpt.PerRank({"at": 0, "seen": torch.zeros(2)}, how))
         with Work() as inside:
-            Filler(checkpoint, where, index, 3, ranks if on_resize == "same" else ranks - 1, True).fill()
+            filler = Filler(checkpoint, where, index, 3, ranks if on_resize == "same" else ranks - 1, True)
+            filler.read()
+            filler.finish()
         work[ranks] = inside.count
     assert work[32] < 6 * work[8]
