@@ -240,12 +240,14 @@ RestoreStage = Literal["match", "fill", "finish"]
 class Restore:
     """The rank wants to restore together with all others.
 
-    ``order`` counts the rank's restores; the same one on all ranks is the same restore, and a repeat is recognized by it.
+    ``order`` counts the rank's restores, by which a repeat is recognized. Ranks wait for each other in a restore, so one
+    that begins takes part in the one that waits for it: the counters need not agree.
+
     ``which`` is a number, a folder like ``ckpt-42``, or None for the newest; all ranks must ask for the same, and be
     ``partial`` alike, which allows that keys do not match. ``tried`` is the attempt that the last answer named ('' at
-    first) and ``stage`` what it wanted done with it: ``refused`` is why this rank could not ('' if it could), ``keys``
-    how objects and checkpoint match, in the first stage. ``failed`` is an error of the rank that no other checkpoint
-    would help against: all ranks give up.
+    first), ``round`` the round, in which alone the report counts, and ``stage`` what it wanted done: ``refused`` is why
+    this rank could not ('' if it could), ``keys`` how objects and checkpoint match, in the first stage. ``failed`` is an
+    error of the rank that no other checkpoint would help against: all ranks give up.
     """
 
     order: int
@@ -256,17 +258,19 @@ class Restore:
     stage: RestoreStage = "match"
     keys: KeyMatch | None = None
     partial: bool = False
+    round: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class MatchWith:
     """Find out how this one and the objects match, change nothing, and report.
 
-    ``refused`` pairs the paths given up so far with the reasons.
+    ``refused`` pairs the paths given up so far with the reasons. ``round`` names the round, as in the answers below.
     """
 
     record: CheckpointRecord
     refused: tuple[tuple[str, str], ...] = ()
+    round: str = field(default="", compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -274,6 +278,7 @@ class FillFrom:
     """Every rank has matched this one: read all of it, tensors into the memory that they have, and report."""
 
     record: CheckpointRecord
+    round: str = field(default="", compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -285,6 +290,7 @@ class FinishWith:
 
     record: CheckpointRecord
     keys: KeyMatch
+    round: str = field(default="", compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -301,6 +307,7 @@ class Restored:
 
     record: CheckpointRecord | None
     refused: tuple[tuple[str, str], ...] = ()
+    round: str = field(default="", compare=False)
 
 
 Members = Mapping[int, str | None]

@@ -141,7 +141,7 @@ class Restorer:
     def _try(self, first: Restore, wanted: MatchWith | FillFrom | FinishWith) -> Restore:
         """Do what is wanted with a checkpoint, and what is to be reported then."""
         record = wanted.record
-        report = dataclasses.replace(first, tried=record.attempt)
+        report = dataclasses.replace(first, tried=record.attempt, round=wanted.round)
         if isinstance(wanted, FinishWith):
             self._kept = record.attempt
             self._finish(self._matched(record), wanted.keys)

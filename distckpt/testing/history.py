@@ -100,30 +100,30 @@ class Returned:
 
 @dataclass(frozen=True, slots=True)
 class Agreed:
-    """A rank was told that every rank has restored this checkpoint (None: there is none), in restore ``order`` of it."""
+    """A rank was told that every rank has restored this checkpoint (None: there is none), in that ``round``."""
 
     run: int
-    order: int
+    round: str
     rank: int
     record: CheckpointRecord | None
 
 
 @dataclass(frozen=True, slots=True)
 class Matched:
-    """A rank reported how its objects match a checkpoint, in restore ``order`` of it."""
+    """A rank reported how its objects match a checkpoint, in a ``round`` of all ranks."""
 
     run: int
-    order: int
+    round: str
     rank: int
     attempt: str
 
 
 @dataclass(frozen=True, slots=True)
 class Filled:
-    """A rank of ``world_size`` began to fill its objects from a checkpoint, in restore ``order`` of it."""
+    """A rank of ``world_size`` began to fill its objects from a checkpoint, in a ``round`` of all ranks."""
 
     run: int
-    order: int
+    round: str
     rank: int
     attempt: str
     world_size: int
@@ -131,20 +131,20 @@ class Filled:
 
 @dataclass(frozen=True, slots=True)
 class ReadWhole:
-    """A rank reported that it has read all of a checkpoint and found it good, in restore ``order`` of it."""
+    """A rank reported that it has read all of a checkpoint and found it good, in a ``round`` of all ranks."""
 
     run: int
-    order: int
+    round: str
     rank: int
     attempt: str
 
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """A rank of ``world_size`` began to hand its objects what it had read, in restore ``order`` of it."""
+    """A rank of ``world_size`` began to hand its objects what it had read, in a ``round`` of all ranks."""
 
     run: int
-    order: int
+    round: str
     rank: int
     attempt: str
     world_size: int

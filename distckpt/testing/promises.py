@@ -183,37 +183,35 @@ def g6_readers_get_one_attempt(history: History) -> list[str]:
     have matched, and hand their objects only what all have read."""
     broken: list[str] = []
     objects: dict[str, dict[str, Content]] = {}
-    agreed: dict[tuple[int, int], str | None] = {}
-    matched: dict[tuple[int, int, str], set[int]] = {}
-    read: dict[tuple[int, int, str], set[int]] = {}
-    newest_run: dict[tuple[int, int], int] = {}
+    agreed: dict[tuple[int, str], str | None] = {}
+    matched: dict[tuple[int, str, str], set[int]] = {}
+    read: dict[tuple[int, str, str], set[int]] = {}
+    newest_run: dict[tuple[int, str], int] = {}
     for happening, before, _ in newest_entries(history.happenings):
         if isinstance(happening, Wrote):
             objects.setdefault(happening.attempt, {})[happening.name] = happening.content
         elif isinstance(happening, Returned):
             broken += _mixed(happening, objects.get(happening.record.attempt, {}))
         elif isinstance(happening, Matched):
-            matched.setdefault((happening.run, happening.order, happening.attempt), set()).add(happening.rank)
+            matched.setdefault((happening.run, happening.round, happening.attempt), set()).add(happening.rank)
         elif isinstance(happening, Filled):
-            ready = matched.get((happening.run, happening.order, happening.attempt), set())
+            ready = matched.get((happening.run, happening.round, happening.attempt), set())
             if len(ready) < happening.world_size:
                 broken.append(f"rank {happening.rank} filled from {happening.attempt}, which only {ready} had matched")
         elif isinstance(happening, ReadWhole):
-            read.setdefault((happening.run, happening.order, happening.attempt), set()).add(happening.rank)
+            read.setdefault((happening.run, happening.round, happening.attempt), set()).add(happening.rank)
         elif isinstance(happening, Finished):
-            ready = read.get((happening.run, happening.order, happening.attempt), set())
+            ready = read.get((happening.run, happening.round, happening.attempt), set())
             if len(ready) < happening.world_size:
                 broken.append(f"rank {happening.rank} took over {happening.attempt}, which only {ready} had read")
-            newest_run[happening.run, happening.order] = before.state.run if before is not None else 0
+            newest_run[happening.run, happening.round] = before.state.run if before is not None else 0
         elif isinstance(happening, Agreed):
             attempt = happening.record.attempt if happening.record is not None else None
-            newer = newest_run.get((happening.run, happening.order), 0)
-            if (happening.run, happening.order) not in agreed and newer > happening.run:
+            newer = newest_run.get((happening.run, happening.round), 0)
+            if (happening.run, happening.round) not in agreed and newer > happening.run:
                 broken.append(f"run {happening.run} has restored {attempt}, and run {newer} had begun before that")
-            if agreed.setdefault((happening.run, happening.order), attempt) != attempt:
-                broken.append(
-                    f"ranks of run {happening.run} restored different checkpoints in their restore {happening.order}"
-                )
+            if agreed.setdefault((happening.run, happening.round), attempt) != attempt:
+                broken.append(f"ranks of run {happening.run} restored different checkpoints in round {happening.round}")
     return broken
 
 

@@ -151,6 +151,7 @@ class Rank(Process):
         self.failed: list[DistckptError] = []
         self._plan: tuple[int, str, bytes] | None = None
         self._origin = ""
+        self._restores = 0
         self._saving = 0
         self._under_way: dict[int, tuple[int, float]] = {}
         self._joined: set[int] = set()
@@ -160,12 +161,12 @@ class Rank(Process):
     def _live(self) -> Task:
         try:
             yield from self._open()
-            self.restored = yield from self._restore(0)
+            self.restored = yield from self._restore()
             first = 1 + (self.restored.number if self.restored is not None else 0)
             order = 0
             for number, chunks in enumerate(self.job.chunks, first):
-                if self.job.recovers[number - first]:
-                    yield from self._recover(1 + number - first)
+                if self.job.recovers[number - first] != (self.world.random.random() < self.world.faults.lone_restore):
+                    yield from self._recover()
                 if self.world.random.random() < self.world.faults.missed_save:
                     continue  # and knows nothing of it
                 while self._saving >= self.job.buffers:
@@ -232,43 +233,45 @@ class Rank(Process):
 
     # ---- restoring -------------------------------------------------------------------------------------------------
 
-    def _recover(self, order: int) -> Generator[Sleep | Say, Reply | None, None]:
+    def _recover(self) -> Generator[Sleep | Say, Reply | None, None]:
         """In the middle of training, when no save is under way."""
         while self._saving:
             yield Sleep(0.1)
         try:
-            yield from self._restore(order)
+            yield from self._restore()
         except StaleRunError:
             raise
         except DistckptError as error:
             self.failed.append(error)
 
-    def _restore(self, order: int) -> Generator[Sleep | Say, Reply | None, CheckpointRecord | None]:
-        first = report = Restore(order, None)
+    def _restore(self) -> Generator[Sleep | Say, Reply | None, CheckpointRecord | None]:
+        self._restores += 1
+        first = report = Restore(self._restores, None)
+        size, happened = self.job.world_size, self.world.history.add
         while True:
             reply = yield from self._ask(report)
             report = first
             if isinstance(reply, Restored):
-                self.world.history.add(Agreed(self.run, order, self.rank, reply.record))
+                happened(Agreed(self.run, reply.round, self.rank, reply.record))
                 return reply.record
             if isinstance(reply, MatchWith):
-                refused = yield from self._match(order, reply.record)
-                report = replace(first, tried=reply.record.attempt, refused=refused, keys=MATCH)
+                refused = yield from self._match(reply)
+                report = replace(first, tried=reply.record.attempt, round=reply.round, refused=refused, keys=MATCH)
             elif isinstance(reply, FillFrom):
-                self.world.history.add(Filled(self.run, order, self.rank, reply.record.attempt, self.job.world_size))
+                happened(Filled(self.run, reply.round, self.rank, reply.record.attempt, size))
                 refused = yield from self._read(reply.record)
                 if not refused:
-                    self.world.history.add(ReadWhole(self.run, 0, self.rank, reply.record.attempt))
-                report = replace(first, tried=reply.record.attempt, refused=refused, stage="fill")
+                    happened(ReadWhole(self.run, reply.round, self.rank, reply.record.attempt))
+                report = replace(first, tried=reply.record.attempt, round=reply.round, refused=refused, stage="fill")
             elif isinstance(reply, FinishWith):
-                self.world.history.add(Finished(self.run, 0, self.rank, reply.record.attempt, self.job.world_size))
-                report = replace(first, tried=reply.record.attempt, stage="finish")
+                happened(Finished(self.run, reply.round, self.rank, reply.record.attempt, size))
+                report = replace(first, tried=reply.record.attempt, round=reply.round, stage="finish")
 
-    def _match(self, order: int, record: CheckpointRecord) -> Generator[Sleep | Say, Reply | None, str]:
+    def _match(self, wanted: MatchWith) -> Generator[Sleep | Say, Reply | None, str]:
         yield Sleep(self.world.latency())
         if self.world.random.random() < self.world.faults.failed_read:
             return "its index cannot be read here"
-        self.world.history.add(Matched(self.run, order, self.rank, record.attempt))
+        self.world.history.add(Matched(self.run, wanted.round, self.rank, wanted.record.attempt))
         return ""
 
     def _read(self, record: CheckpointRecord) -> Generator[Sleep | Say, Reply | None, str]:

@@ -27,6 +27,7 @@ class Faults:
     full_disk: float = 0.0
     failed_rank: float = 0.0
     missed_save: float = 0.0
+    lone_restore: float = 0.0
     failed_read: float = 0.0
     failed_look: float = 0.0
     clock_jump: float = 0.0

@@ -71,6 +71,7 @@ class Simulation:
             ("full_disk", 0.3),
             ("failed_rank", 0.05),
             ("missed_save", 0.1),
+            ("lone_restore", 0.05),
             ("failed_read", 0.05),
             ("failed_look", 0.1),
             ("clock_jump", 0.01),

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import cast
+from typing import Any, cast
 
 import pytest
 
@@ -47,6 +46,7 @@ from tests.support.driving import (
     matched,
     record,
     refusal,
+    reported,
     saved_three,
 )
 
@@ -180,16 +180,16 @@ def test_when_none_is_left_it_is_told_whether_anything_was_changed():
     driver, run, saved = saved_three(1)
     for order, reports in enumerate(((), (matched,))):
         for report in reports:
-            driver.answer(_of(report(run, 0, saved[0].attempt, which=10), order))
+            driver.answer(report(run, 0, saved[0].attempt, which=10, **_nth(order)))
         bad = filled if reports else matched
-        error = refusal(driver.settled(_of(bad(run, 0, saved[0].attempt, refused="bad", which=10), order)))
+        error = refusal(driver.settled(bad(run, 0, saved[0].attempt, refused="bad", which=10, **_nth(order))))
         assert isinstance(error, NoGoodCheckpointError)
         assert error.spoiled == bool(reports)
 
 
-def _of(said: FromRank, order: int) -> FromRank:
-    """The same in another restore of the rank."""
-    return replace(said, request=replace(cast(Restore, said.request), order=order))
+def _nth(order: int) -> dict[str, Any]:
+    """Of reports in a rank's restore after so many others, each a round of its own."""
+    return {"order": order, "round": f"1-{order + 1}"}
 
 
 def test_the_choice_stands_though_a_newer_one_is_committed_meanwhile():
@@ -203,7 +203,7 @@ def test_the_choice_stands_though_a_newer_one_is_committed_meanwhile():
 def test_if_one_rank_refuses_all_fall_back_together():
     driver, run, saved = saved_three()
     waiting = driver.ask(matched(run, 0, saved[2].attempt))
-    reply = driver.answer(FromRank(run, 1, Restore(0, None, saved[2].attempt, "shard 0: CRC")))
+    reply = driver.answer(reported(run, 1, saved[2].attempt, "shard 0: CRC"))
     refused = ((f"{DIRECTORY}/ckpt-30", "rank 1 (host1): shard 0: CRC"),)
     assert reply == MatchWith(saved[1], refused) == driver.replies[waiting]
     late = driver.answer(matched(run, 0, saved[2].attempt))
@@ -224,9 +224,9 @@ def test_fallback_goes_on_to_preserved_ones_but_never_to_retiring_ones():
     driver.leased = frozenset({retiring.attempt})
     run = driver.lead().open()
     assert cast(MatchWith, driver.answer(FromRank(run, 0, Restore(0, None)))).record == active
-    reply = driver.answer(FromRank(run, 0, Restore(0, None, active.attempt, "bad")))
+    reply = driver.answer(reported(run, 0, active.attempt, "bad", round="2-1"))
     assert cast(MatchWith, reply).record == preserved
-    error = refusal(driver.settled(FromRank(run, 0, Restore(0, None, preserved.attempt, "bad too"))))
+    error = refusal(driver.settled(reported(run, 0, preserved.attempt, "bad too", round="2-1")))
     assert isinstance(error, NoGoodCheckpointError)
     assert [path for path, _ in error.refused] == [f"{DIRECTORY}/ckpt-3", f"{DIRECTORY}/ckpt-1"]
 
@@ -234,15 +234,16 @@ def test_fallback_goes_on_to_preserved_ones_but_never_to_retiring_ones():
 def test_with_no_checkpoint_every_rank_initializes():
     driver = Driver().lead()
     run = driver.open(2)
-    assert driver.settled(FromRank(run, 0, Restore(0, None))) == Restored(None)
+    waits = driver.ask(FromRank(run, 0, Restore(0, None)))
     driver.save(run, 2, 1, 5)
-    assert driver.answer(FromRank(run, 1, Restore(0, None))) == Restored(None)
+    assert waits not in driver.replies
+    assert driver.settled(FromRank(run, 1, Restore(0, None))) == driver.replies[waits] == Restored(None)
 
 
 def test_a_number_is_restored_or_refused_without_fallback():
     driver, run, saved = saved_three(1)
     assert driver.answer(FromRank(run, 0, Restore(0, 20))) == MatchWith(saved[1])
-    error = refusal(driver.settled(FromRank(run, 0, Restore(0, 20, saved[1].attempt, "bad"))))
+    error = refusal(driver.settled(reported(run, 0, saved[1].attempt, "bad", which=20)))
     assert isinstance(error, NoGoodCheckpointError)
     assert "bad" in str(error)
     missing = refusal(driver.settled(FromRank(run, 0, Restore(1, 99))))
@@ -278,12 +279,95 @@ def test_a_rank_that_is_heard_may_take_its_time_to_restore():
     assert refusal(driver.replies[ticket]).ranks == (1,)
 
 
+# ---- ranks that do not restore alike --------------------------------------------------------------------------------
+
+
+def _restored_together(driver: Driver, run: int, orders: tuple[int, int]) -> bool:
+    """Whether both ranks, which have called so many restores, restore the newest one."""
+    asked = [driver.answer(FromRank(run, rank, Restore(order, None))) for rank, order in enumerate(orders)]
+    newest, round = (cast(MatchWith, asked[0]).record, cast(MatchWith, asked[0]).round)
+    for report in (matched, filled, finished):
+        said = [report(run, rank, newest.attempt, order=order, round=round) for rank, order in enumerate(orders)]
+        waits = driver.ask(said[0])
+        last = driver.settled(said[1])
+        assert last == driver.replies[waits]
+    return last == Restored(driver.machine.state.active[-1])
+
+
+def test_after_one_rank_restored_alone_joint_restores_work():
+    driver, run, saved = saved_three()
+    for order in (1, 2):
+        alone = driver.ask(matched(run, 0, saved[2].attempt, order=order, round=f"1-{order}"))
+        driver.wait(TIMEOUT)
+        assert refusal(driver.replies[alone]).ranks == (1,)
+    assert _restored_together(driver, run, (3, 1))
+    assert _restored_together(driver, run, (4, 2))
+
+
+def test_after_one_rank_found_nothing_to_restore_alone_joint_restores_work():
+    driver = Driver().lead()
+    run = driver.open(2)
+    alone = driver.ask(FromRank(run, 1, Restore(1, None)))
+    driver.wait(TIMEOUT)
+    assert refusal(driver.replies[alone]).ranks == (0,)
+    driver.save(run, 2, 1, 5)
+    assert _restored_together(driver, run, (1, 2))
+
+
+def test_after_one_rank_failed_alone_joint_restores_work():
+    driver, run, _ = saved_three()
+    driver.answer(FromRank(run, 0, Restore(1, None, failed="no room")))
+    assert isinstance(driver.answer(FromRank(run, 0, Restore(2, None))), MatchWith)
+    assert _restored_together(driver, run, (2, 1))
+
+
+def test_a_failure_is_told_to_a_rank_that_comes_a_moment_later_and_to_none_that_comes_long_after():
+    driver, run, _ = saved_three()
+    for order, later in ((1, TIMEOUT / 2), (2, 2 * TIMEOUT)):
+        failed = driver.answer(FromRank(run, 0, Restore(order, None, failed="no room")))
+        driver.wait(later)
+        reply = driver.answer(FromRank(run, 1, Restore(order, None)))
+        assert (reply == failed) == (later < TIMEOUT)
+    assert _restored_together(driver, run, (3, 2))
+
+
+def test_a_rank_that_begins_another_restore_has_given_up_the_one_before():
+    driver, run, saved = saved_three()
+    waits = driver.ask(matched(run, 1, saved[2].attempt, order=1))
+    driver.answer(FromRank(run, 0, Restore(1, None)))
+    driver.answer(FromRank(run, 0, Restore(2, None)))
+    assert "rank 0 (host0) has begun another restore" in str(refusal(driver.replies[waits]))
+    late = driver.answer(matched(run, 0, saved[2].attempt, order=0))
+    assert "rank 0 has begun a later restore already" in str(refusal(late))
+    assert _restored_together(driver, run, (2, 2))
+
+
+def test_what_came_of_a_restore_is_told_again_though_another_has_begun():
+    driver, run, saved = saved_three()
+    assert _restored_together(driver, run, (2, 1))
+    driver.answer(FromRank(run, 0, Restore(3, None)))
+    assert driver.answer(finished(run, 1, saved[2].attempt, order=1)) == Restored(saved[2])
+
+
+def test_a_report_counts_in_the_round_that_asked_for_it_only():
+    """A rank that asks again, because the coordinator was replaced, may have reported to the one before."""
+    driver, run, saved = saved_three()
+    driver = driver.restarted("b")
+    driver.open(2, run=run)
+    asked = cast(MatchWith, driver.answer(FromRank(run, 0, Restore(0, None))))
+    assert asked.round == "2-1"
+    assert driver.answer(matched(run, 0, saved[2].attempt)) == MatchWith(saved[2])
+    waits = driver.ask(matched(run, 0, saved[2].attempt, round="2-1"))
+    assert driver.answer(matched(run, 1, saved[2].attempt)) == MatchWith(saved[2])
+    assert driver.answer(matched(run, 1, saved[2].attempt, round="2-1")) == driver.replies[waits] == FillFrom(saved[2])
+
+
 # ---- what holds only if the log has nothing newer -------------------------------------------------------------------
 
 
 def _all_but_finish(driver: Driver, run: int, attempt: str, order: int = 0) -> None:
     for report in (matched, filled):
-        driver.answer(_of(report(run, 0, attempt), order))
+        driver.answer(report(run, 0, attempt, **_nth(order)))
 
 
 def test_what_was_restored_is_told_once_the_log_was_looked_at():
@@ -307,7 +391,7 @@ def test_who_was_superseded_while_it_restored_is_told_so(found: int):
             _all_but_finish(driver, run, saved[at].attempt)
             reply = driver.ask(finished(run, 0, saved[at].attempt))
         else:
-            reply = driver.ask(FromRank(run, 0, Restore(0, None, saved[at].attempt, "deleted")))
+            reply = driver.ask(reported(run, 0, saved[at].attempt, "deleted"))
     driver.restarted("b").open(1, "the next job")
     driver.settle()
     assert isinstance(refusal(driver.replies[reply]), FencedError)
@@ -342,7 +426,7 @@ def test_a_look_that_makes_nothing_sure_is_repeated_and_in_the_end_refused(newes
     driver, run, saved = saved_three(1)
     for order in (0, 1):
         _all_but_finish(driver, run, saved[2].attempt, order)
-        reply = driver.ask(_of(finished(run, 0, saved[2].attempt), order))
+        reply = driver.ask(finished(run, 0, saved[2].attempt, **_nth(order)))
         for _ in range(2):
             driver.take(ReadNewest)
             driver.feed(NewestRead(newest, "" if newest else "no route to the store"))

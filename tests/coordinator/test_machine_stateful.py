@@ -124,6 +124,7 @@ class Coordinators(RuleBasedStateMachine):
         self.joined: list[tuple[FromRank, Joined]] = []
         self.planned: list[tuple[FromRank, str, Planned]] = []
         self.restoring: list[tuple[FromRank, MatchWith | FillFrom | FinishWith]] = []
+        self.restores = [0] * WORLD
         self.written: set[tuple[str, int]] = set()
         self.started = 0
         self.joins: dict[tuple[int, int], dict[int, int | None]] = {}
@@ -310,13 +311,18 @@ class Coordinators(RuleBasedStateMachine):
             self.report_restored(which, to, refused)
             return
         rank, partial = which % WORLD, which % 5 == 0
-        restore = Restore(which % 2, None, partial=partial)
+        restore = Restore(self._order(rank, new=which % 7 == 0), None, partial=partial)
         self._ask(to, FromRank(sorted(self.runs.values())[which % len(self.runs)], rank, restore))
+
+    def _order(self, rank: int, *, new: bool) -> int:
+        """How many restores the rank has called, one more if it is a ``new`` one."""
+        self.restores[rank] += new
+        return self.restores[rank]
 
     def report_restored(self, which: int, to: int, refused: str) -> None:
         asked, reply = self.restoring[which % len(self.restoring)]
         first = cast(Restore, asked.request)
-        report = Restore(first.order, None, reply.record.attempt, refused, partial=first.partial)
+        report = Restore(first.order, None, reply.record.attempt, refused, partial=first.partial, round=reply.round)
         if isinstance(reply, FillFrom):
             report = replace(report, stage="fill")
         elif isinstance(reply, FinishWith):
@@ -329,11 +335,12 @@ class Coordinators(RuleBasedStateMachine):
     @rule(to=PICK, which=PICK, refused=st.sampled_from(["", "", "", "bad"]))
     def restore_together(self, to: int, which: int, refused: str) -> None:
         """Both ranks go through one restore, doing what they were told last."""
+        orders = [self._order(rank, new=which % 2 == 0) for rank in range(WORLD)]
         for stage in ("ask", "match", "fill", "finish"):
             for rank in range(WORLD):
                 mine = [at for at, (said, _) in enumerate(self.restoring) if said.rank == rank]
                 if stage == "ask":
-                    self._ask(to, FromRank(max(self.runs.values()), rank, Restore(which % 2, None)))
+                    self._ask(to, FromRank(max(self.runs.values()), rank, Restore(orders[rank], None)))
                 elif mine:
                     self.report_restored(mine[-1], to, refused if stage == "fill" else "")
 
@@ -367,13 +374,12 @@ class Coordinators(RuleBasedStateMachine):
         ticket = len(self.tickets)
         self.tickets[ticket] = request
         self.asked.append(request)
-        if isinstance(request, FromRank) and isinstance(request.request, Restore) and request.request.keys is not None:
-            place, tried = 2 * int(shell.name) + request.request.order, request.request.tried
-            self.history.add(Matched(request.run, place, request.rank, tried))
-        elif isinstance(request, FromRank) and isinstance(request.request, Restore) and request.request.stage == "fill":
-            place, tried = 2 * int(shell.name) + request.request.order, request.request.tried
-            if not request.request.refused:
-                self.history.add(ReadWhole(request.run, place, request.rank, tried))
+        if isinstance(request, FromRank) and isinstance(request.request, Restore):
+            said = request.request
+            if said.keys is not None:
+                self.history.add(Matched(request.run, said.round, request.rank, said.tried))
+            elif said.stage == "fill" and not said.refused:
+                self.history.add(ReadWhole(request.run, said.round, request.rank, said.tried))
         self._feed(shell, Asked(ticket, request))
 
     def _feed(self, shell: Shell, event: Event) -> None:
@@ -405,14 +411,11 @@ class Coordinators(RuleBasedStateMachine):
             case Restore(), MatchWith() | FillFrom() | FinishWith():
                 self.restoring.append((said, reply))
                 if isinstance(reply, FillFrom):
-                    place = 2 * int(shell.name) + said.request.order
-                    self.history.add(Filled(said.run, place, said.rank, reply.record.attempt, WORLD))
+                    self.history.add(Filled(said.run, reply.round, said.rank, reply.record.attempt, WORLD))
                 elif isinstance(reply, FinishWith):
-                    place = 2 * int(shell.name) + said.request.order
-                    self.history.add(Finished(said.run, place, said.rank, reply.record.attempt, WORLD))
-            case Restore(order), Restored(record):
-                # Another coordinator may let a round begin anew, so a round is one coordinator's.
-                self.history.add(Agreed(said.run, 2 * int(shell.name) + order, said.rank, record))
+                    self.history.add(Finished(said.run, reply.round, said.rank, reply.record.attempt, WORLD))
+            case Restore(), Restored(record):
+                self.history.add(Agreed(said.run, reply.round, said.rank, record))
 
     def _perform(self, shell: Shell, action: Action, fault: str) -> None:
         match action:

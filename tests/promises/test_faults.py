@@ -73,7 +73,7 @@ def test_an_exception_inside_the_coordinator_refuses_who_waits_and_the_next_save
     gang2.run("ranks.saves:hold", directory=str(tmp_path), save_timeout=40)
     for result in gang2.run("ranks.faults:fail_the_coordinator", number=2, rank=rank):
         assert result["heard"].startswith("CoordinatorFailedError: ")
-        assert "TypeError: unhashable type: 'list'" in result["heard"]
+        assert "the coordinator failed with TypeError: " in result["heard"]
         assert result["path"] == f"{tmp_path}/ckpt-3"
     gang2.run("ranks.saves:release")
     assert distckpt.latest_checkpoint(tmp_path) == f"{tmp_path}/ckpt-3"

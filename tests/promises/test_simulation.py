@@ -201,11 +201,13 @@ def test_an_honest_history_breaks_nothing():
         pytest.param("G6", [Agreed(1, "0", 0, ONE), Agreed(1, "0", 1, TWO)], id="ranks disagree"),
         pytest.param(
             "G6",
-            [*START, logged(3, "b", 2, "run", run=2, active=(ONE, TWO)), Matched(1, 0, 0, TWO.attempt),
-             Filled(1, 0, 0, TWO.attempt, 1), ReadWhole(1, 0, 0, TWO.attempt), Finished(1, 0, 0, TWO.attempt, 1),
-             Agreed(1, 0, 0, TWO)],
+            [*START, logged(3, "b", 2, "run", run=2, active=(ONE, TWO)), Matched(1, "0", 0, TWO.attempt),
+             Filled(1, "0", 0, TWO.attempt, 1), ReadWhole(1, "0", 0, TWO.attempt), Finished(1, "0", 0, TWO.attempt, 1),
+             Agreed(1, "0", 0, TWO)],
             id="restored although superseded",
         ),
+        pytest.param("G6", [Matched(1, "0", 0, ONE.attempt), Filled(1, "1", 0, ONE.attempt, 1)], id="matched in another round"),
+        pytest.param("G6", [ReadWhole(1, "0", 0, ONE.attempt), Finished(1, "1", 0, ONE.attempt, 1)], id="read in another round"),
         pytest.param("G7", [*START, logged(3, active=(ONE,), retiring=(TWO,))], id="newest retired"),
         pytest.param(
             "G7",

@@ -93,6 +93,20 @@ def test_a_rank_that_is_interrupted_in_a_restore_tells_the_others(gang2: Gang, t
 
 
 @pytest.mark.timeout(120)
+@pytest.mark.parametrize("run_id", [None, "first"], ids=["by themselves", "at the coordinator"])
+@pytest.mark.parametrize("who", [0, 1])
+def test_after_one_rank_restored_alone_joint_restores_work(
+    ray_address: str, tmp_path: Path, who: int, run_id: str | None
+) -> None:
+    arguments = {"directory": str(tmp_path / "run"), "meeting": str(tmp_path / "meeting"), "who": who, "run_id": run_id}
+    with Gang(2, {"RAY_ADDRESS": ray_address}) as gang:
+        results = gang.run("ranks.steps:restore_alone", **arguments)
+    assert [result["outcomes"] for result in results] == [["saved", "restored", "restored"]] * 2
+    assert results[who]["alone"].startswith("MissingRanksError: nothing was restored")
+    assert f"for rank {1 - who} (" in results[who]["alone"]
+
+
+@pytest.mark.timeout(120)
 @pytest.mark.parametrize(
     ("what", "told"),
     [

@@ -205,3 +205,29 @@ def call_alone(directory: str, what: str, who: int) -> dict[str, Any]:
         manager.restore()
         outcomes.append(ended(manager.save(3)))
     return {"alone": alone, "outcomes": outcomes}
+
+
+def restore_alone(directory: str, meeting: str, who: int, run_id: str | None) -> dict[str, Any]:
+    """All save 1; rank ``who`` restores alone; then all restore, twice. With ``run_id`` they leave torch.distributed."""
+    rank, size = dist.get_rank(), dist.get_world_size()
+    options: dict[str, Any] = {}
+    if run_id is not None:
+        dist.destroy_process_group()
+        options = {"rank": rank, "world_size": size, "run_id": run_id}
+    met = dist.FileStore(meeting, size)
+    w = torch.ones(8)
+    alone, outcomes = "", []
+    with distckpt.CheckpointManager(distckpt.Checkpoint(w=w), directory, save_timeout=TIMEOUT, **options) as manager:
+        outcomes.append(ended(manager.save(1)))
+        if rank == who:
+            try:
+                manager.restore()
+            except DistckptError as error:
+                alone = f"{type(error).__name__}: {error}"
+        met.set(f"{rank}", "")
+        met.wait([f"{other}" for other in range(size)])
+        for _ in range(2):
+            w.zero_()
+            manager.restore()
+            outcomes.append("restored" if w.eq(1).all() else "not restored")
+    return {"alone": alone, "outcomes": outcomes}

@@ -234,17 +234,23 @@ FITS = KeyMatch(b"\x00", 3)
 
 def matched(run: int, rank: int, attempt: str, keys: KeyMatch = FITS, **more: Any) -> FromRank:
     """A rank has found out how its objects match a checkpoint, which changes nothing."""
-    return FromRank(run, rank, Restore(0, more.pop("which", None), attempt, keys=keys, **more))
+    return reported(run, rank, attempt, keys=keys, **more)
 
 
 def filled(run: int, rank: int, attempt: str, refused: str = "", **more: Any) -> FromRank:
     """A rank has read all of a checkpoint, or could not."""
-    return FromRank(run, rank, Restore(0, more.pop("which", None), attempt, refused, stage="fill", **more))
+    return reported(run, rank, attempt, refused, stage="fill", **more)
 
 
 def finished(run: int, rank: int, attempt: str, **more: Any) -> FromRank:
     """A rank has handed its objects what it had read."""
-    return FromRank(run, rank, Restore(0, more.pop("which", None), attempt, stage="finish", **more))
+    return reported(run, rank, attempt, stage="finish", **more)
+
+
+def reported(run: int, rank: int, attempt: str, refused: str = "", **more: Any) -> FromRank:
+    """What came of a checkpoint on a rank, in the first round of the first coordinator if nothing else is said."""
+    fields = {"order": 0, "which": None, "round": "1-1", **more}
+    return FromRank(run, rank, Restore(tried=attempt, refused=refused, **fields))
 
 
 def simulated_plan(driver: Driver, world: int, chunks: int, staged: dict[int, bytes] | None = None) -> SimulatedPlan:

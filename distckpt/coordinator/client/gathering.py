@@ -195,7 +195,10 @@ class _Host:
         return round.outcome or round.question
 
     def _new_round(self, first: Restore, state: State) -> RestoreRound:
-        return RestoreRound(self._store.url, len(self._hosts), first.which, first.partial, self._name, state)
+        round = RestoreRound(self._store.url, len(self._hosts), first.which, first.partial, self._name, state)
+        if not round.candidates:  # and all ranks are here
+            round.advance(state)
+        return round
 
     def _first_state(self) -> State:
         tail = read_log_tail(self._store)

@@ -30,7 +30,9 @@ from distckpt.format.json.log import CheckpointRecord, State
 
 @dataclass(slots=True, eq=False)
 class RestoreRound:
-    """``candidates`` are what is left to try, best first; its first element is being tried. ``name`` is the run's own.
+    """``candidates`` are what is left to try, best first; its first element is being tried. None: nothing is there.
+
+    ``name`` is the run's own, ``label`` tells this round from others.
 
     ``keys`` is how those ranks match it that have said so. ``reported`` are ranks that are through with this ``stage``,
     ``refusal`` the first reason against the candidate. ``spoiled`` says that a refused one has been read in part.
@@ -50,11 +52,10 @@ class RestoreRound:
     reported: set[int] = field(default_factory=set)
     refusal: str = ""
     outcome: Reply | None = None
+    label: str = ""
 
     def __post_init__(self) -> None:
         self.candidates = self._wanted(self.state)
-        if not self.candidates:
-            self.outcome = self._nothing()
 
     @property
     def current(self) -> CheckpointRecord:
@@ -65,10 +66,10 @@ class RestoreRound:
     def question(self) -> Reply:
         """What is wanted of ranks that have not reported yet."""
         if self.stage == "finish" and self.keys is not None:
-            return FinishWith(self.current, self.keys)
+            return FinishWith(self.current, self.keys, self.label)
         if self.stage == "fill":
-            return FillFrom(self.current)
-        return MatchWith(self.current, self.refused)
+            return FillFrom(self.current, self.label)
+        return MatchWith(self.current, self.refused, self.label)
 
     @property
     def is_complete(self) -> bool:
@@ -102,10 +103,12 @@ class RestoreRound:
 
     def advance(self, state: State) -> None:
         """All ranks have reported: to the next stage, the next candidate, or the end. ``state`` is what there is now."""
-        if self.refusal:
+        if not self.candidates:
+            self.outcome = self._nothing()
+        elif self.refusal:
             self._fall_back(state)
         elif self.stage == "finish":
-            self.outcome = Restored(self.current, self.refused)
+            self.outcome = Restored(self.current, self.refused, self.label)
         elif self.keys is not None and (self.keys.in_vain or not (self.partial or self.keys.fits)):
             self.outcome = Mismatched(self.current, self.keys)
         else:
@@ -122,13 +125,15 @@ class RestoreRound:
 
     def _nothing(self) -> Reply:
         if self.which is None:
-            return Restored(None)
+            return Restored(None, (), self.label)
         path = f"{self.directory}/{self.which if isinstance(self.which, str) else f'{self.name}-{self.which}'}"
         return Refused(CheckpointNotFoundError(path, "no such checkpoint is committed"))
 
     def _is_answer(self, message: Restore) -> bool:
-        """Whether a rank reports on what is wanted now, and not on an earlier candidate or stage."""
-        if message.tried != self.current.attempt or message.stage != self.stage:
+        """Whether a rank reports on what is wanted now, and not on an earlier candidate, stage or round."""
+        if not self.candidates:
+            return True
+        if (message.round, message.tried, message.stage) != (self.label, self.current.attempt, self.stage):
             return False
         return self.stage != "match" or bool(message.refused) or message.keys is not None
 

@@ -1,5 +1,8 @@
 """Collective restores: all ranks restore the same checkpoint, and fall back together when one of them cannot.
 
+Ranks wait for each other in every stage, so there is one round at a time, and a rank that begins takes part in it,
+however many restores it has called before.
+
 What follows from the log, be it that there is nothing to restore, is told once it is sure that the log has nothing newer:
 a job that another has followed would otherwise go on with an older checkpoint, because the newer ones are the other's and
 the old ones deleted.
@@ -7,6 +10,7 @@ the old ones deleted.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -25,9 +29,11 @@ REMEMBERED_ROUNDS = 16
 class _Round(RestoreRound):
     """``heard`` is when each rank spoke last, and ``deadline`` when to look who has not, in monotonic seconds.
 
-    ``verdict`` is the outcome as soon as it is sure, for which ``asked`` stands.
+    ``orders`` has the counter of each rank that takes part. ``verdict`` is the outcome as soon as it is sure, for which
+    ``asked`` stands.
     """
 
+    orders: dict[int, int] = field(default_factory=dict)
     deadline: float = 0.0
     heard: dict[int, float] = field(default_factory=dict)
     waiting: dict[int, int] = field(default_factory=dict)
@@ -36,44 +42,49 @@ class _Round(RestoreRound):
 
 
 class Restores:
-    """All restore rounds of the current run, and the outcomes of the latest ones."""
+    """The restore rounds of the current run, of which one is open at most, and the outcomes of the latest ones."""
 
     def __init__(self, desk: Desk, ledger: Ledger, runs: Runs) -> None:
         self._desk = desk
         self._ledger = ledger
         self._runs = runs
-        self._rounds: dict[int, _Round] = {}
-        self._open: dict[int, _Round] = {}
+        self._rounds: deque[_Round] = deque(maxlen=REMEMBERED_ROUNDS)
+        self._begun = 0
         self._asked = 0
 
     @property
     def busy(self) -> bool:
         """Whether a restore is unfinished."""
-        return bool(self._open)
+        return self._open is not None
 
     @property
     def protected(self) -> frozenset[str]:
         """Attempts that are being restored."""
-        return frozenset(round.current.attempt for round in self._open.values() if round.candidates)
+        return frozenset(self.waiting())
 
     def waiting(self) -> dict[str, tuple[int, ...]]:
-        """For each attempt that is being restored the ranks that are still awaited."""
-        rounds = (round for round in self._open.values() if round.candidates)
-        return {round.current.attempt: tuple(self._missing(round)) for round in rounds}
+        """For an attempt that is being restored the ranks that are still awaited."""
+        round = self._open
+        return {round.current.attempt: tuple(self._missing(round))} if round is not None and round.candidates else {}
 
     def deadlines(self) -> Iterator[float]:
-        """When restores will be given up, in monotonic seconds."""
-        return (round.deadline for round in self._open.values())
+        """When a restore will be given up, in monotonic seconds."""
+        return iter([self._open.deadline] if self._open is not None else [])
 
     def abandon(self, error: DistckptError) -> None:
         """End every round with ``error``."""
-        for order in list(self._open):
-            self._end(order, Refused(error))
+        if self._open is not None:
+            self._end(self._open, Refused(error))
         self._rounds.clear()
 
     def restore(self, ticket: int, rank: int, message: Restore) -> None:
         """A rank wants to restore, or says what came of the last candidate."""
-        round = self._rounds.get(message.order) or self._new_round(message)
+        if message.order < max((round.orders.get(rank, 0) for round in self._rounds), default=0):
+            reason = f"rank {rank} has begun a later restore already: if as another process, give a new run_id"
+            self._desk.answer(ticket, Refused(RestoreError(f"{self._desk.directory}: {reason}")))
+            return
+        round = next((round for round in self._rounds if round.orders.get(rank) == message.order), None)
+        round = round or self._joined(rank, message)
         if round.outcome is None and round.verdict is None:
             self._hear(round, rank, message)
         if round.outcome is not None:
@@ -85,33 +96,51 @@ class Restores:
 
     def alive(self, rank: int) -> None:
         """A rank gave a sign of life; restoring may take it longer than the timeout once it has begun."""
-        for round in self._open.values():
-            if rank in round.heard:
-                round.heard[rank] = self._desk.mono
+        if self._open is not None and rank in self._open.heard:
+            self._open.heard[rank] = self._desk.mono
 
     def confirmed(self, asked: int) -> None:
         """The log has nothing newer: what a round has come to holds."""
-        for order, round in list(self._open.items()):
-            if round.asked == asked and round.verdict is not None:
-                self._end(order, round.verdict)
+        round = self._open
+        if round is not None and round.asked == asked and round.verdict is not None:
+            self._end(round, round.verdict)
 
     def tick(self) -> None:
-        """Give up rounds whose missing ranks have been silent for too long."""
-        for order, round in list(self._open.items()):
-            if round.deadline <= self._desk.mono:
-                self._expire(order, round)
+        """Give up a round whose missing ranks have been silent for too long."""
+        if self._open is not None and self._open.deadline <= self._desk.mono:
+            self._expire(self._open)
 
     @property
     def _current(self) -> Run:
         assert self._runs.current is not None
         return self._runs.current
 
+    @property
+    def _open(self) -> _Round | None:
+        return self._rounds[-1] if self._rounds and self._rounds[-1].outcome is None else None
+
+    def _joined(self, rank: int, message: Restore) -> _Round:
+        """The round that a restore which the rank begins belongs to.
+
+        It is the one that waits for the rank, or would if another rank had not failed it: until its deadline the rank is
+        told so. A round that has given the rank up is over, and so is one that the rank has given up.
+        """
+        round = self._rounds[-1] if self._rounds else None
+        if round is not None and round is self._open and rank in round.orders:
+            reason = f"rank {rank} ({self._current.hosts.get(rank, '')}) has begun another restore"
+            self._end(round, Refused(RestoreError(f"{self._desk.directory}: {reason}")))
+        if round is None or rank in round.orders or (round.outcome is not None and round.deadline <= self._desk.mono):
+            round = self._new_round(message)
+        round.orders[rank] = message.order
+        return round
+
     def _new_round(self, first: Restore) -> _Round:
         run, state = self._current, self._ledger.state
         round = _Round(self._desk.directory, run.world_size, first.which, first.partial, run.name, state)
+        self._begun += 1
+        round.label = f"{self._ledger.epoch}-{self._begun}"
         round.deadline = self._desk.mono + run.save_timeout
-        self._rounds[first.order] = self._open[first.order] = round
-        self._settle(first.order, round)
+        self._rounds.append(round)
         return round
 
     def _hear(self, round: _Round, rank: int, message: Restore) -> None:
@@ -122,16 +151,12 @@ class Restores:
             round.advance(self._ledger.state)
             if round.outcome is None:
                 self._desk.answer_shelf(round.waiting, round.question)
-        self._settle(message.order, round)
-
-    def _settle(self, order: int, round: _Round) -> None:
-        """Take note if the round is over."""
         if round.outcome is None:
             return
         if round.rests_on_log:
             self._conclude(round)
         else:
-            self._end(order, round.outcome)
+            self._end(round, round.outcome)
 
     def _conclude(self, round: _Round) -> None:
         """This is what becomes of it, if the log has nothing newer."""
@@ -143,11 +168,11 @@ class Restores:
     def _missing(self, round: _Round) -> list[int]:
         return [rank for rank in range(self._current.world_size) if rank not in round.reported]
 
-    def _expire(self, order: int, round: _Round) -> None:
+    def _expire(self, round: _Round) -> None:
         timeout = self._current.save_timeout
         if round.verdict is not None:
             reason = f"it cannot be made sure that no newer run owns the directory: {self._ledger.doubt or 'no answer'}"
-            self._end(order, Refused(RestoreError(f"{self._desk.directory}: {reason}")))
+            self._end(round, Refused(RestoreError(f"{self._desk.directory}: {reason}")))
             return
         silent = [
             rank
@@ -158,11 +183,8 @@ class Restores:
             round.deadline = min(round.heard[rank] for rank in self._missing(round)) + timeout
             return
         hosts = self._current.hosts_of(silent)
-        self._end(order, Refused(MissingRanksError(None, silent, hosts, timeout, "to restore")))
+        self._end(round, Refused(MissingRanksError(None, silent, hosts, timeout, "to restore")))
 
-    def _end(self, order: int, outcome: Reply) -> None:
-        round = self._open.pop(order)
+    def _end(self, round: _Round, outcome: Reply) -> None:
         round.outcome = outcome
         self._desk.answer_shelf(round.waiting, outcome)
-        if len(self._rounds) - len(self._open) > REMEMBERED_ROUNDS:
-            del self._rounds[next(old for old in self._rounds if old not in self._open)]
