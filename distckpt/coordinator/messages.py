@@ -24,7 +24,7 @@ from distckpt.threads.report import StopReport
 class Retention:
     """What to keep. ``max_to_keep`` None keeps all; hours may be fractional; 0 or None preserves none by age."""
 
-    max_to_keep: int | None = 5
+    max_to_keep: float | None = 5
     keep_checkpoint_every_n_hours: float | None = None
 
 

@@ -130,6 +130,12 @@ def test_oldest_by_save_order_not_by_number_goes_first():
     assert (numbers(swept.retire), numbers(swept.active)) == ([9], [2, 5])
 
 
+@pytest.mark.parametrize(("max_to_keep", "stay"), [(0.5, [5]), (2.5, [2, 5]), (9.5, [9, 2, 5])])
+def test_a_number_to_keep_that_is_not_whole_is_rounded_down_but_never_to_none(max_to_keep, stay):
+    """As in TensorFlow, where more than 2.5 are too many."""
+    assert numbers(sweep((record(9), record(2), record(5)), Retention(max_to_keep), 0.0, NOBODY).active) == stay
+
+
 @pytest.mark.parametrize("hours", [None, 0, 0.0])
 def test_without_hours_nothing_is_preserved(hours):
     assert sweep((record(1, 1e9), record(2)), Retention(1, hours), 0.0, NOBODY).preserved == ()

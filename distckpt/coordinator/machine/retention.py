@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -42,7 +43,7 @@ def sweep(
         return Sweep(tuple(active), (), (), last_preserved)
     spacing = (retention.keep_checkpoint_every_n_hours or 0.0) * 3600.0
     stay, preserved, retire = [], [], []
-    due = max(0, min(len(active) - keep, len(active) - 1))
+    due = max(0, min(len(active) - math.floor(keep), len(active) - 1))
     for record in active[:due]:
         if record.pinned or record.attempt in spared:
             stay.append(record)
