@@ -1,0 +1,434 @@
+"""Questions to one server over HTTP: a deadline for every try, bodies from memory and into memory, no copies.
+
+urllib3 opens the connections and ``http.client`` reads the answers. What lies between is here, because neither has a
+deadline for a whole exchange, and urllib3's own ``readinto`` copies all that it reads.
+"""
+
+from __future__ import annotations
+
+import enum
+import http.client
+import io
+import json
+import random
+import re
+import socket
+import ssl
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol, cast
+
+from urllib3.exceptions import HTTPError
+
+from distckpt.storage.remote.connections import Connection, Connections
+
+TIMEOUT = 30.0
+"""Seconds for one try, without its bytes."""
+
+SLOWEST = 256 << 10
+"""Bytes a second at least: a try may take that much longer for what it carries."""
+
+PATIENCE = 300.0
+"""Seconds until a request that gets no answer is given up."""
+
+MOST = 1 << 20
+"""The longest body that is taken into memory unasked."""
+
+_SEND_BYTES = 1 << 20
+_FIRST_PAUSE, _LONGEST_PAUSE = 0.1, 16.0
+_NOT_YET = {408, 409, 425, 429}
+_NEVER = {501, 505}
+
+Piece = bytes | memoryview
+
+
+class Outcome(enum.Enum):
+    """What a status says about the request that it answers."""
+
+    DONE = "done"
+    REFUSED = "refused"
+    """For good: the same request would get the same answer."""
+    UNKNOWN = "unknown"
+    """It was not done, or not told; the same request may be done later. Has it anything to change, look first."""
+
+
+def outcome(status: int) -> Outcome:
+    """What to think of an answer. 412 counts as a refusal: who has set a condition asks for it himself."""
+    if 200 <= status < 300:
+        return Outcome.DONE
+    if status in _NOT_YET or (status >= 500 and status not in _NEVER):
+        return Outcome.UNKNOWN
+    return Outcome.REFUSED
+
+
+class NoAnswer(Exception):
+    """No answer came, or not all of it: what was asked for may have been done.
+
+    ``received`` says how much of the target has been filled. ``is_final`` if it would be the same next time.
+    """
+
+    def __init__(self, reason: str, *, received: int = 0, is_final: bool = False) -> None:
+        super().__init__(reason)
+        self.received = received
+        self.is_final = is_final
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What is asked. ``target`` is path and query, encoded already; ``body`` are pieces of memory that stay as they are.
+
+    ``repeatable``: doing it twice is doing it once, so that it goes again at once if a kept connection turns out to be
+    dead. Not so for what is done under a condition, where the second answer would be another one.
+    """
+
+    method: str
+    target: str
+    headers: Mapping[str, str] = field(default_factory=dict)
+    body: tuple[Piece, ...] = ()
+    repeatable: bool = True
+
+    @property
+    def nbytes(self) -> int:
+        """The length of the body."""
+        return sum(memoryview(piece).nbytes for piece in self.body)
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What was answered. ``headers`` have small letters in their names; ``body`` is empty if it went into a target.
+
+    ``received`` bytes of the body were taken, into the target or ``body``; it had more if ``is_cut``.
+    """
+
+    status: int
+    headers: Mapping[str, str]
+    body: bytes = b""
+    received: int = 0
+    is_cut: bool = False
+
+    @property
+    def outcome(self) -> Outcome:
+        """What to think of it."""
+        return outcome(self.status)
+
+    @property
+    def code(self) -> str:
+        """The server's own word for what is wrong, such as ``AccessDenied``, or ''."""
+        return self._complaint()[0]
+
+    @property
+    def said(self) -> str:
+        """Status, code and the beginning of the message, for people."""
+        code, message = self._complaint()
+        text = " ".join(filter(None, (f"HTTP {self.status}", code)))
+        return f"{text}: {message[:300]}" if message else text
+
+    def _complaint(self) -> tuple[str, str]:
+        """Code and message of an error as S3 (XML) and Google (JSON) write it, or the text itself."""
+        text = self.body[:4096].decode(errors="replace").strip()
+        if text.startswith("<"):
+            code, message = (re.search(rf"<{tag}>([^<]*)</{tag}>", text) for tag in ("Code", "Message"))
+            return code[1] if code else "", message[1] if message else ""
+        try:
+            error = json.loads(self.body)["error"]
+            reasons = [each["reason"] for each in error.get("errors", ())]
+            return str(reasons[0] if reasons else ""), str(error["message"])
+        except (ValueError, LookupError, TypeError, AttributeError):
+            return "", " ".join(text.split())
+
+
+class Authority(Protocol):
+    """Who lets requests pass for somebody with a name."""
+
+    def headers(self, request: Request) -> Mapping[str, str]:
+        """What to add to this try: a token, or a signature of all that is in the request.
+
+        NoAnswer if credentials could not be got now; StorageError if there are none.
+        """
+
+    def renewed(self, answer: Answer) -> bool:
+        """Whether ``answer`` complains of credentials that were too old, and there are newer ones now."""
+
+
+class Anonymous:
+    """For who needs no name."""
+
+    def headers(self, request: Request) -> Mapping[str, str]:
+        """None."""
+        return {}
+
+    def renewed(self, answer: Answer) -> bool:
+        """Never."""
+        return False
+
+
+class Endpoint:
+    """The server at ``url``. ``timeout`` and ``patience`` are seconds, see TIMEOUT and PATIENCE; for many threads.
+
+    ``verify`` and ``client_cert`` as in Connections. Every target is below the path of ``url``, if that has one.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        authority: Authority | None = None,
+        *,
+        timeout: float = TIMEOUT,
+        patience: float = PATIENCE,
+        verify: bool | str = True,
+        client_cert: str | tuple[str, str] | None = None,
+    ) -> None:
+        self._connections = Connections(url, verify=verify, client_cert=client_cert)
+        self._authority = authority if authority is not None else Anonymous()
+        self._timeout = timeout
+        self.url = url.rstrip("/")
+        self.patience = patience
+
+    @property
+    def host_header(self) -> str:
+        """The ``Host`` of every request, as a signature has it."""
+        return self._connections.host_header
+
+    def once(self, request: Request, *, into: memoryview | None = None, most: int = MOST) -> Answer:
+        """The answer to one try, whatever it is; to another one if the credentials of the first were too old.
+
+        The body of a 2xx goes ``into`` memory if there is any given, every other into ``Answer.body``; in both cases
+        what is longer than that, or than ``most``, is left. Raises NoAnswer if none has come before the deadline.
+        """
+        answer = self._try(request, into, most)
+        if answer.status in (400, 401, 403) and self._authority.renewed(answer):
+            answer = self._try(request, into, most)
+        return answer
+
+    def ask(self, request: Request, *, into: memoryview | None = None, most: int = MOST) -> Answer:
+        """As ``once``, again and again until the outcome is known or patience is over. For what is repeatable.
+
+        At the end the last answer is returned, or NoAnswer raised.
+        """
+        pauses = Pauses(self.patience)
+        while True:
+            try:
+                answer = self.once(request, into=into, most=most)
+            except NoAnswer as error:
+                if error.is_final or not pauses.wait():
+                    raise
+            else:
+                if answer.outcome is not Outcome.UNKNOWN or not pauses.wait(retry_after(answer)):
+                    return answer
+
+    def close(self) -> None:
+        """Close the connections that nobody uses."""
+        self._connections.close()
+
+    def _try(self, request: Request, into: memoryview | None, most: int) -> Answer:
+        carried = request.nbytes + (into.nbytes if into is not None else 0)
+        deadline = time.monotonic() + self._timeout + carried / SLOWEST
+        headers = {**request.headers, **self._authority.headers(request)}
+        head = self._head(request, headers)
+        kept = self._connections.kept()
+        if kept is not None:
+            try:
+                return self._exchange(kept, head, request, into, most, deadline)
+            except _DeadConnection as error:
+                if not request.repeatable:
+                    raise NoAnswer(str(error)) from error
+        try:
+            connection = self._connections.opened(deadline)
+        except (OSError, HTTPError) as error:
+            reason = f"no connection to {self.url}: {_text(error)}"
+            raise NoAnswer(reason, is_final=_is_of_certificate(error)) from error
+        try:
+            return self._exchange(connection, head, request, into, most, deadline)
+        except _DeadConnection as error:
+            raise NoAnswer(str(error)) from error
+
+    def _head(self, request: Request, headers: Mapping[str, str]) -> bytes:
+        lines = [
+            f"{request.method} {self._connections.forwarded}{self._connections.base_path}{request.target} HTTP/1.1"
+        ]
+        fields = {
+            "Host": self.host_header,
+            "Accept-Encoding": "identity",
+            **self._connections.forward_headers,
+            **headers,
+        }
+        if request.body or request.method in ("PUT", "POST"):
+            fields["Content-Length"] = str(request.nbytes)
+        lines += [f"{name}: {value}" for name, value in fields.items()]
+        if any(character in line for line in lines for character in "\r\n\0") or " " in request.target:
+            raise ValueError(f"not a request that can be sent: {request.method} {request.target!r}")
+        return "\r\n".join((*lines, "", "")).encode("latin-1")
+
+    def _exchange(
+        self,
+        connection: Connection,
+        head: bytes,
+        request: Request,
+        into: memoryview | None,
+        most: int,
+        deadline: float,
+    ) -> Answer:
+        """Ask on a connection, which goes back to the others if all was said, and is closed if not."""
+        wire = _Wire(cast("socket.socket", connection.sock), deadline)
+        is_good = False
+        reader: _Reader | None = None
+        try:
+            wire.send(head, request.body)
+            reader = _Reader(wire, request.method)
+            answer = reader.answer(into, most)
+            is_good = not answer.is_cut and reader.can_go_on and not wire.is_broken
+        except (OSError, http.client.HTTPException) as error:
+            received = reader.received if reader is not None else 0
+            if wire.received == 0 and not isinstance(error, TimeoutError):
+                raise _DeadConnection(f"the connection ended before an answer: {_text(error)}") from error
+            what = "in time" if isinstance(error, TimeoutError) else f"to its end: {_text(error)}"
+            raise NoAnswer(f"no answer {what}, {wire.received} bytes of one had come", received=received) from error
+        else:
+            return answer
+        finally:
+            if reader is not None:
+                reader.close()
+            if is_good:
+                self._connections.keep(connection)
+            else:
+                connection.close()
+
+
+class Pauses:
+    """What lies between one try and the next, until ``patience`` seconds are over.
+
+    Pauses grow, and differ by chance, so that many who were turned away do not come back together.
+    """
+
+    def __init__(self, patience: float) -> None:
+        self._end = time.monotonic() + patience
+        self._longest = _FIRST_PAUSE
+
+    def wait(self, at_least: float = 0.0) -> bool:
+        """Wait, ``at_least`` as long as the server wants to be left alone. False at once if patience would be over."""
+        seconds = max(random.uniform(self._longest / 2, self._longest), min(at_least, 2 * _LONGEST_PAUSE))
+        if time.monotonic() + seconds > self._end:
+            return False
+        self._longest = min(2 * self._longest, _LONGEST_PAUSE)
+        time.sleep(seconds)
+        return True
+
+
+def retry_after(answer: Answer) -> float:
+    """How many seconds the server wants to be left alone."""
+    text = answer.headers.get("retry-after", "")
+    return float(text) if text.isdecimal() and len(text) < 6 else 0.0
+
+
+class _DeadConnection(Exception):
+    """Not a byte of an answer came, and none will."""
+
+
+class _Wire(io.RawIOBase):
+    """A socket with one deadline for all that is done with it, as a file to read and as ``http.client`` wants sockets."""
+
+    def __init__(self, sock: socket.socket, deadline: float) -> None:
+        self._sock = sock
+        self._deadline = deadline
+        self.received = 0
+        self.is_broken = False
+
+    def send(self, head: bytes, body: tuple[Piece, ...]) -> None:
+        """All of a request. A server that ends it early may have answered: that is not raised here."""
+        pieces = [memoryview(piece).cast("B") for piece in body]
+        if sum(piece.nbytes for piece in pieces) <= 1 << 16:
+            head, pieces = b"".join((head, *pieces)), []
+        try:
+            self._send(memoryview(head))
+            for piece in pieces:
+                for first in range(0, piece.nbytes, _SEND_BYTES):
+                    self._send(piece[first : first + _SEND_BYTES])
+        except TimeoutError:
+            raise
+        except OSError:
+            self.is_broken = True
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        self._set_timeout()
+        count = self._sock.recv_into(buffer)
+        self.received += count
+        return count
+
+    def makefile(self, mode: str) -> io.BufferedReader:
+        return io.BufferedReader(self, 1 << 16)
+
+    def _send(self, piece: memoryview) -> None:
+        self._set_timeout()
+        self._sock.sendall(piece)
+
+    def _set_timeout(self) -> None:
+        left = self._deadline - time.monotonic()
+        if left <= 0:
+            raise TimeoutError("the deadline has passed")
+        self._sock.settimeout(left)
+
+
+class _Reader:
+    """Reads one answer."""
+
+    def __init__(self, wire: _Wire, method: str) -> None:
+        self._response = http.client.HTTPResponse(cast("socket.socket", wire), method=method)
+        self.received = 0
+
+    @property
+    def can_go_on(self) -> bool:
+        """Whether the connection can carry another request, if all of the body was read."""
+        return not self._response.will_close
+
+    def answer(self, into: memoryview | None, most: int) -> Answer:
+        """All of it, as far as there is room."""
+        response = self._response
+        response.begin()
+        status, headers = response.status, {name.lower(): value for name, value in response.getheaders()}
+        if into is not None and outcome(status) is Outcome.DONE:
+            self._fill(into.cast("B"))
+            return Answer(status, headers, b"", self.received, self._has_more())
+        body = bytearray()
+        while len(body) < most and (piece := self._some(most - len(body))):
+            body += piece
+        return Answer(status, headers, bytes(body), len(body), self._has_more())
+
+    def close(self) -> None:
+        self._response.close()
+
+    def _fill(self, target: memoryview) -> None:
+        while self.received < target.nbytes:
+            count = self._response.readinto(target[self.received : self.received + _SEND_BYTES])
+            self.received += count
+            if not count:
+                self._require_end()
+                return
+
+    def _some(self, most: int) -> bytes:
+        piece = self._response.read1(min(most, _SEND_BYTES))
+        if not piece:
+            self._require_end()
+        return piece
+
+    def _require_end(self) -> None:
+        if self._response.length:
+            raise http.client.IncompleteRead(b"", self._response.length)
+
+    def _has_more(self) -> bool:
+        """Whether there is more; reads on to the very end if there is not."""
+        if self._response.length is not None and not self._response.chunked:
+            return self._response.length > 0
+        return bool(self._response.read1(1))
+
+
+def _text(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__
+
+
+def _is_of_certificate(error: BaseException) -> bool:
+    causes = [error, error.__cause__, error.__context__, *error.args]
+    return any(isinstance(cause, ssl.SSLCertVerificationError) for cause in causes)
