@@ -7,6 +7,8 @@ READY := $(VENV)/.ready
 
 FLOORS := .venv-floors
 FLOORS_READY := $(FLOORS)/.ready
+SERVERS := .venv-servers
+SERVERS_READY := $(SERVERS)/.ready
 QUICK := $(addprefix tests/,format storage sharding transfer directory threads readers house \
 	coordinator/test_machine.py coordinator/test_machine_saves.py coordinator/test_machine_keeping.py \
 	coordinator/test_machine_stops.py coordinator/test_machine_stateful.py coordinator/test_retention.py \
@@ -24,12 +26,16 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test,check,demo,bench]'
 	touch $(READY)
 
-install: $(READY)   ## a virtual environment with everything in it
+$(SERVERS_READY): $(READY) tests/support/servers.txt
+	DISTCKPT_TEST_SERVERS= $(BIN)/python -m tests.support.servers
+	touch $(SERVERS_READY)
+
+install: $(READY) $(SERVERS_READY) ## a virtual environment with everything in it
 
 demo: $(READY)  ## the main job: train on two ranks, kill one, resume on three
 	$(BIN)/python demo/demo.py
 
-test: $(READY)  ## the whole test suite, three files at a time
+test: $(READY) $(SERVERS_READY) ## the whole test suite, three files at a time
 	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 $(FLOORS_READY): pyproject.toml constraints.txt tests/floors.py
@@ -38,13 +44,13 @@ $(FLOORS_READY): pyproject.toml constraints.txt tests/floors.py
 	$(FLOORS)/bin/python -m pip install --quiet --disable-pip-version-check -c $(FLOORS)/floors.txt -e '.[test]'
 	touch $(FLOORS_READY)
 
-test-floors: $(FLOORS_READY) ## the quick tests with the lowest versions that pyproject.toml allows (Python 3.11)
+test-floors: $(FLOORS_READY) $(SERVERS_READY) ## the quick tests with the lowest versions that pyproject.toml allows (Python 3.11)
 	$(FLOORS)/bin/python -m pytest -p no:cacheprovider -m "not ray" $(QUICK)
 
 explore: $(READY) ## look for what the tests have not met yet, for SECONDS=600
 	$(BIN)/python tests/explore.py $(SECONDS)
 
-soak: $(READY)  ## kill, fail, flip and cut the power for SECONDS=600; totals at the end
+soak: $(READY) $(SERVERS_READY) ## kill, fail, flip and cut the power for SECONDS=600; totals at the end
 	$(BIN)/python -m tests.soak $(SECONDS)
 
 check: $(READY) ## style and types
@@ -56,4 +62,4 @@ bench: $(READY) ## the figures, with the peers measured beside us
 	$(BIN)/python benchmarks/run.py
 
 clean:          ## remove the virtual environment and what runs have left
-	rm -rf $(VENV) $(FLOORS) demo-output bench-output .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(FLOORS) $(SERVERS) demo-output bench-output .pytest_cache .mypy_cache .ruff_cache .hypothesis
