@@ -108,7 +108,14 @@ def _open_memory(location: str, options: Mapping[str, Any]) -> Store:
     return MemoryStore.named(location.partition("://")[2])
 
 
+def _open_gcs(location: str, options: Mapping[str, Any]) -> Store:
+    from distckpt.storage.remote.gcs import open_gcs
+
+    return open_gcs(location, options)
+
+
 _OPENERS: dict[str, Opener] = {
     "file": _open_local,
+    "gs": _open_gcs,
     "memory": _open_memory,
 }

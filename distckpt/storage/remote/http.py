@@ -7,21 +7,23 @@ deadline for a whole exchange, and urllib3's own ``readinto`` copies all that it
 from __future__ import annotations
 
 import enum
+import http
 import http.client
-import io
 import json
 import random
 import re
 import socket
 import ssl
+import threading
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol, cast
+from typing import Protocol, cast
 
 from urllib3.exceptions import HTTPError
 
 from distckpt.storage.remote.connections import Connection, Connections
+from distckpt.storage.remote.wire import Piece, Wire
 
 TIMEOUT = 30.0
 """Seconds for one try, without its bytes."""
@@ -32,15 +34,17 @@ SLOWEST = 256 << 10
 PATIENCE = 300.0
 """Seconds until a request that gets no answer is given up."""
 
+READ_PATIENCE = 20.0
+"""The same for what only reads."""
+
 MOST = 1 << 20
 """The longest body that is taken into memory unasked."""
 
-_SEND_BYTES = 1 << 20
+_READ_BYTES = 1 << 20
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.1, 16.0
 _NOT_YET = {408, 409, 425, 429}
 _NEVER = {501, 505}
-
-Piece = bytes | memoryview
+_DAMAGE = re.compile(r"BadDigest|ChecksumMismatch|(CRC32C|MD5).*doesn't match", re.IGNORECASE | re.DOTALL)
 
 
 class Outcome(enum.Enum):
@@ -109,7 +113,9 @@ class Answer:
 
     @property
     def outcome(self) -> Outcome:
-        """What to think of it."""
+        """What to think of it. What has come to the server damaged may go again."""
+        if self.status == 400 and any(_DAMAGE.search(text) for text in self._complaint()):
+            return Outcome.UNKNOWN
         return outcome(self.status)
 
     @property
@@ -193,29 +199,34 @@ class Endpoint:
     def once(self, request: Request, *, into: memoryview | None = None, most: int = MOST) -> Answer:
         """The answer to one try, whatever it is; to another one if the credentials of the first were too old.
 
-        The body of a 2xx goes ``into`` memory if there is any given, every other into ``Answer.body``; in both cases
-        what is longer than that, or than ``most``, is left. Raises NoAnswer if none has come before the deadline.
+        The range that a 206 brings goes ``into`` memory if there is any given, every other body into ``Answer.body``; in
+        both cases what is longer than that, or than ``most``, is left. NoAnswer if none has come before the deadline.
         """
         answer = self._try(request, into, most)
         if answer.status in (400, 401, 403) and self._authority.renewed(answer):
             answer = self._try(request, into, most)
         return answer
 
-    def ask(self, request: Request, *, into: memoryview | None = None, most: int = MOST) -> Answer:
-        """As ``once``, again and again until the outcome is known or patience is over. For what is repeatable.
+    def ask(self, request: Request, *, most: int = MOST, stop: threading.Event | None = None) -> Answer:
+        """As ``once``, again and again until the outcome is known, patience is over, or ``stop`` set.
 
-        At the end the last answer is returned, or NoAnswer raised.
+        For what is repeatable. At the end the last answer is returned, or NoAnswer raised. What only reads is tried for
+        a few seconds here; whoever reads has patience of his own.
         """
-        pauses = Pauses(self.patience)
+        pauses = self.pauses(is_read=request.method in ("GET", "HEAD"), stop=stop)
         while True:
             try:
-                answer = self.once(request, into=into, most=most)
+                answer = self.once(request, most=most)
             except NoAnswer as error:
                 if error.is_final or not pauses.wait():
                     raise
             else:
                 if answer.outcome is not Outcome.UNKNOWN or not pauses.wait(retry_after(answer)):
                     return answer
+
+    def pauses(self, *, is_read: bool, stop: threading.Event | None = None) -> Pauses:
+        """Those between the tries of one request."""
+        return Pauses(min(self.patience, READ_PATIENCE) if is_read else self.patience, stop)
 
     def close(self) -> None:
         """Close the connections that nobody uses."""
@@ -270,7 +281,7 @@ class Endpoint:
         deadline: float,
     ) -> Answer:
         """Ask on a connection, which goes back to the others if all was said, and is closed if not."""
-        wire = _Wire(cast("socket.socket", connection.sock), deadline)
+        wire = Wire(cast("socket.socket", connection.sock), deadline)
         is_good = False
         reader: _Reader | None = None
         try:
@@ -296,23 +307,26 @@ class Endpoint:
 
 
 class Pauses:
-    """What lies between one try and the next, until ``patience`` seconds are over.
+    """What lies between one try and the next, until ``patience`` seconds are over or ``stop`` is set.
 
     Pauses grow, and differ by chance, so that many who were turned away do not come back together.
     """
 
-    def __init__(self, patience: float) -> None:
+    def __init__(self, patience: float, stop: threading.Event | None = None) -> None:
         self._end = time.monotonic() + patience
         self._longest = _FIRST_PAUSE
+        self._stop = stop if stop is not None else threading.Event()
 
     def wait(self, at_least: float = 0.0) -> bool:
-        """Wait, ``at_least`` as long as the server wants to be left alone. False at once if patience would be over."""
+        """Wait, ``at_least`` as long as the server wants to be left alone.
+
+        False at once if patience would be over, and as soon as ``stop`` is set.
+        """
         seconds = max(random.uniform(self._longest / 2, self._longest), min(at_least, 2 * _LONGEST_PAUSE))
         if time.monotonic() + seconds > self._end:
             return False
         self._longest = min(2 * self._longest, _LONGEST_PAUSE)
-        time.sleep(seconds)
-        return True
+        return not self._stop.wait(seconds)
 
 
 def retry_after(answer: Answer) -> float:
@@ -325,57 +339,10 @@ class _DeadConnection(Exception):
     """Not a byte of an answer came, and none will."""
 
 
-class _Wire(io.RawIOBase):
-    """A socket with one deadline for all that is done with it, as a file to read and as ``http.client`` wants sockets."""
-
-    def __init__(self, sock: socket.socket, deadline: float) -> None:
-        self._sock = sock
-        self._deadline = deadline
-        self.received = 0
-        self.is_broken = False
-
-    def send(self, head: bytes, body: tuple[Piece, ...]) -> None:
-        """All of a request. A server that ends it early may have answered: that is not raised here."""
-        pieces = [memoryview(piece).cast("B") for piece in body]
-        if sum(piece.nbytes for piece in pieces) <= 1 << 16:
-            head, pieces = b"".join((head, *pieces)), []
-        try:
-            self._send(memoryview(head))
-            for piece in pieces:
-                for first in range(0, piece.nbytes, _SEND_BYTES):
-                    self._send(piece[first : first + _SEND_BYTES])
-        except TimeoutError:
-            raise
-        except OSError:
-            self.is_broken = True
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        self._set_timeout()
-        count = self._sock.recv_into(buffer)
-        self.received += count
-        return count
-
-    def makefile(self, mode: str) -> io.BufferedReader:
-        return io.BufferedReader(self, 1 << 16)
-
-    def _send(self, piece: memoryview) -> None:
-        self._set_timeout()
-        self._sock.sendall(piece)
-
-    def _set_timeout(self) -> None:
-        left = self._deadline - time.monotonic()
-        if left <= 0:
-            raise TimeoutError("the deadline has passed")
-        self._sock.settimeout(left)
-
-
 class _Reader:
     """Reads one answer."""
 
-    def __init__(self, wire: _Wire, method: str) -> None:
+    def __init__(self, wire: Wire, method: str) -> None:
         self._response = http.client.HTTPResponse(cast("socket.socket", wire), method=method)
         self.received = 0
 
@@ -389,7 +356,7 @@ class _Reader:
         response = self._response
         response.begin()
         status, headers = response.status, {name.lower(): value for name, value in response.getheaders()}
-        if into is not None and outcome(status) is Outcome.DONE:
+        if into is not None and status == http.HTTPStatus.PARTIAL_CONTENT:
             self._fill(into.cast("B"))
             return Answer(status, headers, b"", self.received, self._has_more())
         body = bytearray()
@@ -402,14 +369,14 @@ class _Reader:
 
     def _fill(self, target: memoryview) -> None:
         while self.received < target.nbytes:
-            count = self._response.readinto(target[self.received : self.received + _SEND_BYTES])
+            count = self._response.readinto(target[self.received : self.received + _READ_BYTES])
             self.received += count
             if not count:
                 self._require_end()
                 return
 
     def _some(self, most: int) -> bytes:
-        piece = self._response.read1(min(most, _SEND_BYTES))
+        piece = self._response.read1(min(most, _READ_BYTES))
         if not piece:
             self._require_end()
         return piece

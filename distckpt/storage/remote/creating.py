@@ -1,0 +1,49 @@
+"""What exactly one of many may create, decided although answers get lost."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from distckpt.errors import AlreadyExistsError, StorageError, StoreOutcomeUnknownError
+from distckpt.storage.remote.http import Answer, Endpoint, NoAnswer, Outcome, Pauses, Request, retry_after
+
+_TAKEN = 412
+
+
+def create(endpoint: Endpoint, request: Request, look: Callable[[], bool | None], where: str) -> Answer | None:
+    """Send ``request``, which creates the object at ``where`` unless the name is taken; return only if ours is there.
+
+    That is the answer, or None if it got lost. ``look`` says what is there now: ours (True), another's (False), nothing
+    (None). It is asked whenever the answer was neither yes nor a refusal for good: even "it exists" may be about our
+    own, created by a request whose answer nobody heard. If there is nothing, the same goes again, as long as patience
+    lasts: a request that got no answer may still be on its way, and must not be followed by another one.
+
+    AlreadyExistsError if another's is there, StorageError if the server refuses, StoreOutcomeUnknownError in the end.
+    """
+    pauses = Pauses(endpoint.patience)
+    while True:
+        asked_for = 0.0
+        try:
+            answer = endpoint.once(request)
+        except NoAnswer as error:
+            if error.is_final:
+                raise StorageError(where, str(error)) from error
+            reason = str(error)
+        else:
+            if answer.outcome is Outcome.DONE:
+                return answer
+            if answer.outcome is Outcome.REFUSED and answer.status != _TAKEN:
+                raise StorageError(where, f"the store refuses to create it: {answer.said}")
+            reason, asked_for = answer.said, retry_after(answer)
+        try:
+            ours = look()
+        except (NoAnswer, StorageError) as error:
+            reason = f"{reason}; then, when it was looked for: {error}"
+        else:
+            if ours:
+                return None
+            if ours is not None:
+                raise AlreadyExistsError(where)
+        if not pauses.wait(asked_for):
+            message = f"no answer in {endpoint.patience:g} s says whether it was created; the last one: {reason}"
+            raise StoreOutcomeUnknownError(where, message)

@@ -1,0 +1,361 @@
+"""Objects in a bucket of Google Cloud Storage, by its JSON API."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import threading
+import uuid
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import crc32c
+
+from distckpt.errors import AlreadyExistsError, DamagedError, ObjectNotFoundError, StorageError, StoreUnsuitableError
+from distckpt.storage.interface import ObjectInfo, Source
+from distckpt.storage.paths import folder_parts, is_part, object_parts
+from distckpt.storage.remote.budget import CONNECTIONS, Budget, share_of_node
+from distckpt.storage.remote.creating import create
+from distckpt.storage.remote.gcs_credentials import authority
+from distckpt.storage.remote.gcs_requests import UPLOAD, Page, Requests, abandoned, crc_of, crc_of_all, info_of
+from distckpt.storage.remote.http import MOST, PATIENCE, TIMEOUT, Answer, Endpoint, NoAnswer, Outcome, Request
+from distckpt.storage.remote.parts import Part, parts_of, send_all
+from distckpt.storage.remote.ranges import fill
+from distckpt.storage.sections import SECTION_MULTIPLE, checked
+
+PARTS = ".parts"
+"""Where parts of large objects lie until they are put together. A folder that no listing shows, in the root."""
+
+PART_BYTES = 16 << 20
+MOST_PARTS = 32
+"""That Google puts together at once."""
+
+OPTIONS = {
+    *("project", "access", "token", "endpoint_url", "requester_pays", "requests_timeout"),
+    *("timeout", "patience", "connections", "verify"),
+}
+
+_ADVICE = {
+    401: ". Look at the option token, or at what gcsfs finds in the environment",
+    403: ". Who writes needs storage.objects.create, get, list and delete, as in the role Storage Object User",
+}
+_PAGE_BYTES = 16 << 20
+_DAMAGED_TRIES = 3
+
+
+def open_gcs(location: str, options: Mapping[str, Any]) -> GcsStore:
+    """The store of ``gs://bucket/folder``. Options are those of gcsfs for credentials, endpoint and who pays; and
+
+    ``timeout`` (seconds for one try), ``patience`` (seconds until a write is given up), ``connections`` (of a node) and
+    ``verify`` (certificates: a path, or False). ValueError for one that would be ignored. Nothing is asked of anybody.
+    """
+    unknown = sorted(options.keys() - OPTIONS)
+    if unknown:
+        known = ", ".join(sorted(OPTIONS))
+        raise ValueError(f"gs:// has no storage option {', '.join(unknown)}; it has {known}")
+    url = options.get("endpoint_url") or _endpoint_of_environment()
+    project = options.get("project") or os.environ.get("GCSFS_DEFAULT_PROJECT") or None
+    who = authority(url, project, options.get("access", "full_control"), options.get("token"))
+    endpoint = Endpoint(
+        url,
+        who,
+        timeout=float(options.get("timeout") or options.get("requests_timeout") or TIMEOUT),
+        patience=float(options.get("patience", PATIENCE)),
+        verify=options.get("verify", True),
+    )
+    pays = options.get("requester_pays", False)
+    if pays is True and not project:
+        raise ValueError(
+            "requester_pays=True needs the option project, which pays; or name the project instead of True"
+        )
+    bucket, _, folder = location.partition("://")[2].partition("/")
+    connections = share_of_node(int(options.get("connections", CONNECTIONS)))
+    return GcsStore(endpoint, bucket, folder, Budget(connections), payer=project if pays is True else pays or None)
+
+
+def _endpoint_of_environment() -> str:
+    emulator = os.environ.get("STORAGE_EMULATOR_HOST", "")
+    if emulator not in ("", "default"):
+        return emulator if emulator.startswith(("http://", "https://")) else f"http://{emulator}"
+    return f"https://storage.{os.environ.get('GOOGLE_CLOUD_UNIVERSE_DOMAIN', 'googleapis.com')}"
+
+
+class GcsStore:
+    """The objects of ``bucket`` below ``folder`` ('' is all of it), at ``endpoint``; ``payer`` is a project or None.
+
+    An object of at most ``part_bytes`` is one request under the condition that the name is free. A larger one is sent in
+    parts, as many at once as ``budget`` allows, which lie in a hidden folder until they are put together under that
+    condition, and are deleted then. Nothing is cached. For many threads; a forked child opens its own connections.
+    """
+
+    def __init__(
+        self,
+        endpoint: Endpoint,
+        bucket: str,
+        folder: str,
+        budget: Budget,
+        *,
+        payer: str | None = None,
+        part_bytes: int = PART_BYTES,
+    ) -> None:
+        self._endpoint = endpoint
+        self._bucket = bucket
+        self._prefix = f"{folder}/" if folder else ""
+        self._budget = budget
+        self._requests = Requests(bucket, self._prefix, payer)
+        self._part_bytes = part_bytes
+        self._is_suitable = False
+
+    @property
+    def url(self) -> str:
+        """``gs://bucket/folder``."""
+        return f"gs://{self._bucket}/{self._prefix}".rstrip("/")
+
+    def put_if_absent(self, path: str, data: bytes) -> None:
+        """Create ``path`` by one request under the condition that there is no such object.
+
+        What came of it is known by reading back, whenever the answer is neither yes nor a refusal for good.
+        StoreUnsuitableError in a zonal bucket, where creating overwrites.
+        """
+        object_parts(path)
+        self._require_suitable()
+
+        def look() -> bool | None:
+            answer = self._endpoint.once(self._requests.get(path), most=len(data) + 1)
+            return None if self._is_missing(answer, path) else answer.body == data
+
+        create(
+            self._endpoint,
+            self._requests.insert(path, (data,), crc32c.crc32c(data), absent=True),
+            look,
+            self._full(path),
+        )
+
+    def put_unique(self, path: str, size: int, sections: Iterable[memoryview]) -> ObjectInfo:
+        """Create ``path``; size and CRC32C are what the server says that it holds. AlreadyExistsError if it exists."""
+        object_parts(path)
+        pieces = checked(size, sections)
+        if size <= self._part_bytes:
+            return self._put_whole(path, tuple(pieces))
+        if self.stat(path) is not None:
+            raise AlreadyExistsError(self._full(path))
+        return self._put_in_parts(path, size, pieces)
+
+    def replace(self, path: str, data: bytes) -> None:
+        """Write ``path``, over what may be there."""
+        object_parts(path)
+        self._done(self._ask(self._requests.insert(path, (data,), crc32c.crc32c(data), absent=False), path), path)
+
+    def read(self, path: str, max_bytes: int) -> bytes:
+        """The whole content. ObjectNotFoundError if there is none, DamagedError if it is longer than ``max_bytes``."""
+        object_parts(path)
+        answer = self._found(self._ask(self._requests.get(path), path, most=max_bytes + 1), path)
+        if len(answer.body) > max_bytes:
+            size = answer.headers.get("content-length", f"more than {max_bytes}")
+            raise DamagedError(self._full(path), f"is {size} bytes long, {max_bytes} are the most it may be")
+        return answer.body
+
+    def open(self, path: str) -> Source:
+        """Open an object as it is now: what comes in its place later is not read. ObjectNotFoundError if there is none."""
+        object_parts(path)
+        resource = self._json(self._found(self._ask(self._requests.metadata(path), path), path), path)
+        request = self._requests.get(path, generation=str(resource["generation"]))
+        return GcsSource(self._endpoint, self._budget, request, int(resource["size"]), self._full(path))
+
+    def stat(self, path: str) -> ObjectInfo | None:
+        """What is at ``path`` now, or None."""
+        object_parts(path)
+        answer = self._ask(self._requests.metadata(path), path)
+        if self._is_missing(answer, path):
+            return None
+        return info_of(path, self._json(self._done(answer, path), path))
+
+    def list(self, folder: str) -> Iterator[ObjectInfo]:
+        """Every object directly below ``folder``, page by page."""
+        above = "/".join((*folder_parts(folder), ""))
+        for page in self._pages(above, "items(name,size,crc32c,updated),nextPageToken"):
+            for resource in page.items:
+                path = resource["name"].removeprefix(self._prefix)
+                if is_part(path.removeprefix(above)):
+                    yield info_of(path, resource)
+
+    def folders(self, folder: str) -> Iterator[str]:
+        """Names of the folders directly below ``folder``, page by page."""
+        above = "/".join((*folder_parts(folder), ""))
+        for page in self._pages(above, "prefixes,nextPageToken"):
+            names = (prefix.removeprefix(self._prefix + above).rstrip("/") for prefix in page.prefixes)
+            yield from filter(is_part, names)
+
+    def delete(self, path: str) -> None:
+        """Remove an object; no error if it is gone already."""
+        object_parts(path)
+        self._delete(self._prefix + path)
+
+    def sweep(self, folder: str, min_age: float) -> int:
+        """Remove the parts of uploads that have had no new part for ``min_age`` seconds. They lie in the root alone."""
+        if folder_parts(folder):
+            return 0
+        swept = 0
+        for names in abandoned(self._pages(f"{PARTS}/", "items(name,updated),nextPageToken"), min_age):
+            for name in names:
+                self._delete(name)
+            swept += 1
+        return swept
+
+    def _put_whole(self, path: str, pieces: Part) -> ObjectInfo:
+        crc = crc_of_all(pieces)
+        request = self._requests.insert(path, pieces, crc, absent=True)
+        size = sum(piece.nbytes for piece in pieces)
+
+        def look() -> bool | None:
+            there = self._look(path)
+            return None if there is None else (int(there["size"]), crc_of(there)) == (size, crc)
+
+        with self._budget.request():
+            answer = create(self._endpoint, request, look, self._full(path))
+        return self._created(path, answer)
+
+    def _put_in_parts(self, path: str, size: int, sections: Iterable[memoryview]) -> ObjectInfo:
+        upload = uuid.uuid4().hex
+        part_bytes = max(self._part_bytes, -(-size // (MOST_PARTS * SECTION_MULTIPLE)) * SECTION_MULTIPLE)
+        names = [f"{PARTS}/{upload}-{number:02}" for number in range(-(-size // part_bytes))]
+
+        def send(number: int, part: Part, stop: threading.Event) -> None:
+            crc = crc_of_all(part)
+            request = self._requests.insert(names[number], part, crc, absent=False)
+            for _ in range(_DAMAGED_TRIES):
+                answer = self._done(self._ask(request, path, stop=stop), path)
+                if crc_of(self._json(answer, path)) in (None, crc):
+                    return
+            raise DamagedError(self._full(path), f"the store holds other bytes than were sent, {_DAMAGED_TRIES} times")
+
+        def look() -> bool | None:
+            there = self._look(path)
+            return None if there is None else (there.get("metadata") or {}).get(UPLOAD) == upload
+
+        try:
+            send_all(parts_of(sections, part_bytes), send, self._budget)
+            answer = create(self._endpoint, self._requests.compose(path, names, upload), look, self._full(path))
+            return self._created(path, answer)
+        finally:
+            self._drop(names)
+
+    def _drop(self, names: Sequence[str]) -> None:
+        """Delete parts, as many as can be deleted now; sweep finds the others."""
+
+        def drop(number: int, _: Part, stop: threading.Event) -> None:
+            with contextlib.suppress(StorageError):
+                self._delete(self._prefix + names[number], stop)
+
+        send_all([()] * len(names), drop, self._budget)
+
+    def _look(self, path: str) -> dict[str, Any] | None:
+        answer = self._endpoint.once(self._requests.metadata(path))
+        return None if self._is_missing(answer, path) else self._json(self._done(answer, path), path)
+
+    def _created(self, path: str, answer: Answer | None) -> ObjectInfo:
+        """What the server says of an object that it has just created; it is asked again if that answer got lost."""
+        if answer is not None:
+            return info_of(path, self._json(answer, path))
+        info = self.stat(path)
+        if info is None:
+            raise StorageError(self._full(path), "it was created and is gone already")
+        return info
+
+    def _delete(self, name: str, stop: threading.Event | None = None) -> None:
+        path = name.removeprefix(self._prefix)
+        answer = self._ask(self._requests.delete(path), path, stop=stop)
+        if not self._is_missing(answer, path):
+            self._done(answer, path)
+
+    def _pages(self, above: str, fields: str) -> Iterator[Page]:
+        token: str | None = ""
+        while token is not None:
+            request = self._requests.page(above.lstrip("/"), fields, token)
+            answer = self._done(self._ask(request, above, most=_PAGE_BYTES), above)
+            found = self._json(answer, above)
+            yield Page(found.get("items", ()), found.get("prefixes", ()), answer.headers.get("date", ""))
+            token = found.get("nextPageToken")
+
+    def _require_suitable(self) -> None:
+        """A zonal bucket (Rapid Storage) has appendable objects alone, and creating one overwrites."""
+        if self._is_suitable:
+            return
+        answer = self._ask(self._requests.kind(), "")
+        if answer.outcome is Outcome.DONE:
+            bucket = self._json(answer, "")
+            if bucket.get("locationType") == "zone" or bucket.get("storageClass") == "RAPID":
+                reason = "is a zonal bucket (Rapid Storage), in which creating an object may overwrite another one"
+                advice = "A log needs a regional or multi-regional bucket; only shards may lie in a zonal one"
+                raise StoreUnsuitableError(self.url, f"{self._bucket} {reason}. {advice}")
+        elif answer.status != 403:  # who may write objects need not be allowed to look at the bucket
+            self._done(answer, "")
+        self._is_suitable = True
+
+    # ---- answers ----------------------------------------------------------------------------------------------------
+
+    def _full(self, path: str) -> str:
+        return f"{self.url}/{path}" if path else self.url
+
+    def _ask(self, request: Request, path: str, *, most: int = MOST, stop: threading.Event | None = None) -> Answer:
+        try:
+            return self._endpoint.ask(request, most=most, stop=stop)
+        except NoAnswer as error:
+            raise StorageError(self._full(path), str(error)) from error
+
+    def _is_missing(self, answer: Answer, path: str) -> bool:
+        """Whether there is no such object. StorageError if there is no such bucket, or for any other answer but that."""
+        if answer.status == 404 and "bucket" not in answer.said.lower().partition("object")[0]:
+            return True
+        self._done(answer, path)
+        return False
+
+    def _found(self, answer: Answer, path: str) -> Answer:
+        if self._is_missing(answer, path):
+            raise ObjectNotFoundError(self._full(path))
+        return answer
+
+    def _done(self, answer: Answer, path: str) -> Answer:
+        if answer.outcome is Outcome.DONE:
+            return answer
+        advice = _ADVICE.get(answer.status, "")
+        raise StorageError(self._full(path), f"the store says {answer.said}{advice}")
+
+    def _json(self, answer: Answer, path: str) -> dict[str, Any]:
+        try:
+            found = json.loads(answer.body)
+        except ValueError as error:
+            raise StorageError(self._full(path), f"the store's answer is no JSON: {error}") from error
+        if not isinstance(found, dict):
+            raise StorageError(self._full(path), "the store's answer is no JSON object")
+        return found
+
+
+class GcsSource:
+    """One generation of an object, open for reading."""
+
+    def __init__(self, endpoint: Endpoint, budget: Budget, request: Request, size: int, where: str) -> None:
+        self._endpoint = endpoint
+        self._budget = budget
+        self._request = request
+        self._size = size
+        self._where = where
+
+    @property
+    def size(self) -> int:
+        """The object's size in bytes."""
+        return self._size
+
+    def read_into(self, position: int, target: memoryview) -> None:
+        """Fill ``target`` with the bytes from ``position`` on. DamagedError if the object ends before that."""
+        if position < 0:
+            raise ValueError(f"position {position} is negative")
+        if position + target.nbytes > self._size:
+            missing = position + target.nbytes - self._size
+            raise DamagedError(self._where, f"ends after {self._size} bytes, {missing} more were expected")
+        with self._budget.request():
+            fill(self._endpoint, self._request, position, target, self._where)
+
+    def close(self) -> None:
+        """Nothing is held open for one object."""

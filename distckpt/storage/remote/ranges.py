@@ -1,0 +1,52 @@
+"""Ranges of an object, put into memory, each length checked."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from distckpt.errors import DamagedError, ObjectNotFoundError, StorageError
+from distckpt.storage.remote.http import Answer, Endpoint, NoAnswer, Outcome, Request, retry_after
+
+_SHORT_TRIES = 3
+
+
+def fill(endpoint: Endpoint, request: Request, position: int, target: memoryview, where: str) -> None:
+    """Fill ``target`` with the bytes of an object from ``position`` on, asking again for what is missing.
+
+    ``request`` asks for the whole object, in the version that is wanted. The object at ``where`` is known to be long
+    enough: DamagedError if the server says several times that it is not. ObjectNotFoundError if it is gone, StorageError
+    if there is no answer.
+    """
+    target = target.cast("B")
+    done, short = 0, 0
+    pauses = endpoint.pauses(is_read=True)
+    while done < target.nbytes:
+        first, last = position + done, position + target.nbytes - 1
+        ranged = dataclasses.replace(request, headers={**request.headers, "Range": f"bytes={first}-{last}"})
+        asked_for, before = 0.0, done
+        try:
+            answer = endpoint.once(ranged, into=target[done:])
+        except NoAnswer as error:
+            done += error.received
+            reason, is_final = str(error), error.is_final
+        else:
+            if answer.status == 206 and _begins_at(answer, first):
+                done += answer.received
+                if done == target.nbytes:
+                    return
+            if answer.status == 404:
+                raise ObjectNotFoundError(where)
+            reason, asked_for = answer.said, retry_after(answer)
+            is_final = answer.outcome is Outcome.REFUSED and answer.status != 416
+            if answer.status in (206, 416):
+                short += 1
+                if short == _SHORT_TRIES:
+                    raise DamagedError(where, f"ends before byte {last}, as the store says {short} times")
+        if done > before:
+            pauses = endpoint.pauses(is_read=True)  # it goes on, however slowly
+        if is_final or not pauses.wait(asked_for):
+            raise StorageError(where, f"bytes {first} to {last} could not be read: {reason}")
+
+
+def _begins_at(answer: Answer, first: int) -> bool:
+    return answer.headers.get("content-range", "").startswith(f"bytes {first}-")
