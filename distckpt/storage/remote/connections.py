@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import ssl
 import time
+import weakref
 from collections import deque
 from collections.abc import Mapping
 from urllib.request import getproxies, proxy_bypass
@@ -44,8 +46,10 @@ class Connections:
         self.base_path = (parsed.path or "").rstrip("/")
         self._proxy = _proxy_for(parsed)
         self._context = _context(verify, client_cert) if self._secure or _is_secure(self._proxy) else None
+        # A deque, as no lock is to be held while a process forks.
         self._idle: deque[tuple[float, Connection]] = deque()
         self._pid = os.getpid()
+        weakref.finalize(self, _close_all, self._idle)
 
     @property
     def forwarded(self) -> str:
@@ -60,8 +64,8 @@ class Connections:
     def kept(self) -> Connection | None:
         """A connection that was used before and seems to be alive, or None."""
         if self._pid != os.getpid():
-            # What the parent has open is not ours to speak on. A deque, as no lock is to be held while a process forks.
-            self._idle, self._pid = deque(), os.getpid()
+            self._pid = os.getpid()
+            self.close()  # what the parent has open is not ours to speak on
         while True:
             try:
                 since, connection = self._idle.pop()
@@ -102,9 +106,14 @@ class Connections:
         self._idle.append((time.monotonic(), connection))
 
     def close(self) -> None:
-        """Close all that nobody uses."""
-        while (connection := self.kept()) is not None:
-            connection.close()
+        """Close all that nobody uses. Who forgets to has it done for him."""
+        _close_all(self._idle)
+
+
+def _close_all(idle: deque[tuple[float, Connection]]) -> None:
+    while idle:
+        with contextlib.suppress(IndexError):  # another thread has just taken the last one
+            idle.pop()[1].close()
 
 
 def _http_url(url: str, what: str) -> Url:

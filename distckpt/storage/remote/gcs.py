@@ -22,7 +22,7 @@ from distckpt.storage.remote.gcs_requests import UPLOAD, Page, Requests, abandon
 from distckpt.storage.remote.http import MOST, PATIENCE, TIMEOUT, Answer, Endpoint, NoAnswer, Outcome, Request
 from distckpt.storage.remote.parts import Part, parts_of, send_all
 from distckpt.storage.remote.ranges import fill
-from distckpt.storage.sections import SECTION_MULTIPLE, checked
+from distckpt.storage.sections import checked
 
 PARTS = ".parts"
 """Where parts of large objects lie until they are put together. A folder that no listing shows, in the root."""
@@ -218,7 +218,7 @@ class GcsStore:
 
     def _put_in_parts(self, path: str, size: int, sections: Iterable[memoryview]) -> ObjectInfo:
         upload = uuid.uuid4().hex
-        part_bytes = max(self._part_bytes, -(-size // (MOST_PARTS * SECTION_MULTIPLE)) * SECTION_MULTIPLE)
+        part_bytes = max(self._part_bytes, -(-size // MOST_PARTS))
         names = [f"{PARTS}/{upload}-{number:02}" for number in range(-(-size // part_bytes))]
 
         def send(number: int, part: Part, stop: threading.Event) -> None:

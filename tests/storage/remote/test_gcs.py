@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import http.client
-import json
 from collections.abc import Iterator
-from urllib.parse import quote
 
 import pytest
+import torch
 
+import distckpt
+from distckpt import Checkpoint, CheckpointManager, errors
 from distckpt.storage.interface import Store
 from distckpt.storage.remote.budget import Budget
 from distckpt.storage.remote.gcs import GcsStore
@@ -16,39 +16,7 @@ from distckpt.storage.remote.http import Endpoint
 from distckpt.testing.conformance import StoreConformance
 from distckpt.testing.observing import MIB, Outside
 from tests.support.servers import Server
-
-
-class Bucket:
-    """The objects of a bucket below a folder, as another program sees them."""
-
-    def __init__(self, server: Server, name: str, folder: str) -> None:
-        self._server = server
-        self._name = name
-        self._prefix = f"{folder}/" if folder else ""
-
-    def read(self, path: str) -> bytes | None:
-        status, body = self._request(
-            "GET", f"/storage/v1/b/{self._name}/o/{quote(self._prefix + path, safe='')}?alt=media"
-        )
-        return body if status == 200 else None
-
-    def write(self, path: str, data: bytes) -> None:
-        name = quote(self._prefix + path, safe="")
-        status, body = self._request("POST", f"/upload/storage/v1/b/{self._name}/o?uploadType=media&name={name}", data)
-        assert status == 200, body
-
-    def names(self) -> set[str]:
-        """Of all objects there are, hidden ones too."""
-        _, body = self._request("GET", f"/storage/v1/b/{self._name}/o?prefix={quote(self._prefix, safe='')}")
-        return {each["name"].removeprefix(self._prefix) for each in json.loads(body).get("items", ())}
-
-    def _request(self, method: str, target: str, body: bytes = b"") -> tuple[int, bytes]:
-        connection = http.client.HTTPConnection("127.0.0.1", self._server.port)
-        connection.request(method, target, body)
-        answer = connection.getresponse()
-        found = answer.status, answer.read()
-        connection.close()
-        return found
+from tests.support.stores import GcsBucket
 
 
 @pytest.fixture
@@ -61,7 +29,7 @@ def endpoint(fake_gcs: Server) -> Iterator[Endpoint]:
 @pytest.fixture
 def outside(fake_gcs: Server, bucket: str) -> Outside:
     fake_gcs.make_bucket(bucket)
-    return Bucket(fake_gcs, bucket, "runs/run-7")
+    return GcsBucket(fake_gcs, bucket, "runs/run-7")
 
 
 class TestGcsStore(StoreConformance):
@@ -82,8 +50,31 @@ class TestGcsStoreInTheRoot(TestGcsStore):
     @pytest.fixture
     def outside(self, fake_gcs: Server, bucket: str) -> Outside:
         fake_gcs.make_bucket(bucket)
-        return Bucket(fake_gcs, bucket, "")
+        return GcsBucket(fake_gcs, bucket, "")
 
     @pytest.fixture
     def store(self, outside: Outside, endpoint: Endpoint, bucket: str) -> Store:
         return GcsStore(endpoint, bucket, "", Budget(8))
+
+
+def test_a_manager_saves_restores_and_retires_in_a_bucket(fake_gcs: Server, bucket: str) -> None:
+    fake_gcs.make_bucket(bucket)
+    directory, options = f"gs://{bucket}/runs/7", {"endpoint_url": fake_gcs.url, "token": "anon", "patience": 20}
+    values = {"weight": torch.arange(6 << 20, dtype=torch.float32), "step": 0}
+    with CheckpointManager(Checkpoint(state=values), directory, max_to_keep=2, storage_options=options) as manager:
+        for number in (1, 2, 3):
+            values["weight"] += 1
+            values["step"] = number
+            assert manager.save(number) == f"{directory}/ckpt-{number}"
+    assert distckpt.latest_checkpoint(directory, storage_options=options) == f"{directory}/ckpt-3"
+    found = list(distckpt.checkpoints_iterator(directory, timeout=0, storage_options=options))
+    assert found == [f"{directory}/ckpt-3"]
+    again = {"weight": torch.zeros(6 << 20), "step": -1}
+    with CheckpointManager(Checkpoint(state=again), directory, max_to_keep=2, storage_options=options) as manager:
+        assert manager.restore_or_initialize() == f"{directory}/ckpt-3"
+        assert manager.checkpoints == [f"{directory}/ckpt-2", f"{directory}/ckpt-3"]
+    assert again["step"] == 3
+    assert torch.equal(again["weight"], values["weight"])
+    with pytest.raises(errors.CheckpointNotFoundError):
+        distckpt.load(f"{directory}/ckpt-1", storage_options=options)
+    assert not [name for name in GcsBucket(fake_gcs, bucket, "runs/7").names() if name.startswith((".parts", "ckpt-1"))]
