@@ -27,7 +27,7 @@ from distckpt.storage.sections import checked
 PARTS = ".parts"
 """Where parts of large objects lie until they are put together. A folder that no listing shows, in the root."""
 
-PART_BYTES = 16 << 20
+PART_BYTES = 8 << 20
 MOST_PARTS = 32
 """That Google puts together at once."""
 
@@ -84,8 +84,8 @@ def _endpoint_of_environment() -> str:
 class GcsStore:
     """The objects of ``bucket`` below ``folder`` ('' is all of it), at ``endpoint``; ``payer`` is a project or None.
 
-    An object of at most ``part_bytes`` is one request under the condition that the name is free. A larger one is sent in
-    parts, as many at once as ``budget`` allows, which lie in a hidden folder until they are put together under that
+    An object of at most two times ``part_bytes`` is one request under the condition that the name is free. A larger one is
+    sent in parts, as many at once as ``budget`` allows, which lie in a hidden folder until they are put together under that
     condition, and are deleted then. Nothing is cached. For many threads; a forked child opens its own connections.
     """
 
@@ -136,7 +136,7 @@ class GcsStore:
         """Create ``path``; size and CRC32C are what the server says that it holds. AlreadyExistsError if it exists."""
         object_parts(path)
         pieces = checked(size, sections)
-        if size <= self._part_bytes:
+        if size <= 2 * self._part_bytes:
             return self._put_whole(path, tuple(pieces))
         if self.stat(path) is not None:
             raise AlreadyExistsError(self._full(path))

@@ -91,9 +91,8 @@ class GoogleAuthority:
         from gcsfs.credentials import GoogleCredentials
         from google.auth.exceptions import GoogleAuthError
 
-        on_google = GOOGLE in self._endpoint_url
         try:
-            return GoogleCredentials(self._project, self._access, self._token, on_google=on_google)
+            return GoogleCredentials(self._project, self._access, self._token)
         except (GoogleAuthError, OSError, ValueError, KeyError) as error:
             kind = self._token if isinstance(self._token, str) and len(self._token) < 32 else type(self._token).__name__
             message = f"no credentials from token={kind!r}, as gcsfs understands it: {error}"

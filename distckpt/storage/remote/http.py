@@ -23,6 +23,7 @@ from typing import Protocol, cast
 from urllib3.exceptions import HTTPError
 
 from distckpt.storage.remote.connections import Connection, Connections
+from distckpt.storage.remote.usual import Usual
 from distckpt.storage.remote.wire import Piece, Wire
 
 TIMEOUT = 30.0
@@ -190,21 +191,25 @@ class Endpoint:
         self._timeout = timeout
         self.url = url.rstrip("/")
         self.patience = patience
+        self.usual = Usual()
 
     @property
     def host_header(self) -> str:
         """The ``Host`` of every request, as a signature has it."""
         return self._connections.host_header
 
-    def once(self, request: Request, *, into: memoryview | None = None, most: int = MOST) -> Answer:
+    def once(
+        self, request: Request, *, into: memoryview | None = None, most: int = MOST, seconds: float | None = None
+    ) -> Answer:
         """The answer to one try, whatever it is; to another one if the credentials of the first were too old.
 
         The range that a 206 brings goes ``into`` memory if there is any given, every other body into ``Answer.body``; in
-        both cases what is longer than that, or than ``most``, is left. NoAnswer if none has come before the deadline.
+        both cases what is longer than that, or than ``most``, is left. NoAnswer if none has come before the deadline, which
+        ``seconds`` puts earlier.
         """
-        answer = self._try(request, into, most)
+        answer = self._try(request, into, most, seconds)
         if answer.status in (400, 401, 403) and self._authority.renewed(answer):
-            answer = self._try(request, into, most)
+            answer = self._try(request, into, most, seconds)
         return answer
 
     def ask(self, request: Request, *, most: int = MOST, stop: threading.Event | None = None) -> Answer:
@@ -232,9 +237,10 @@ class Endpoint:
         """Close the connections that nobody uses."""
         self._connections.close()
 
-    def _try(self, request: Request, into: memoryview | None, most: int) -> Answer:
+    def _try(self, request: Request, into: memoryview | None, most: int, seconds: float | None) -> Answer:
         carried = request.nbytes + (into.nbytes if into is not None else 0)
-        deadline = time.monotonic() + self._timeout + carried / SLOWEST
+        longest = self._timeout + carried / SLOWEST
+        deadline = time.monotonic() + (longest if seconds is None else min(seconds, longest))
         headers = {**request.headers, **self._authority.headers(request)}
         head = self._head(request, headers)
         kept = self._connections.kept()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 
 from distckpt.errors import DamagedError, ObjectNotFoundError, StorageError
 from distckpt.storage.remote.http import Answer, Endpoint, NoAnswer, Outcome, Request, retry_after
@@ -15,23 +16,29 @@ def fill(endpoint: Endpoint, request: Request, position: int, target: memoryview
 
     ``request`` asks for the whole object, in the version that is wanted. The object at ``where`` is known to be long
     enough: DamagedError if the server says several times that it is not. ObjectNotFoundError if it is gone, StorageError
-    if there is no answer.
+    if there is no answer. One that takes much longer than others usually take is given up once, and what is still missing
+    is asked for on another connection.
     """
     target = target.cast("B")
     done, short = 0, 0
+    limit = endpoint.usual.limit(target.nbytes)
     pauses = endpoint.pauses(is_read=True)
     while done < target.nbytes:
         first, last = position + done, position + target.nbytes - 1
         ranged = dataclasses.replace(request, headers={**request.headers, "Range": f"bytes={first}-{last}"})
-        asked_for, before = 0.0, done
+        asked_for, before, began = 0.0, done, time.monotonic()
         try:
-            answer = endpoint.once(ranged, into=target[done:])
+            answer = endpoint.once(ranged, into=target[done:], seconds=limit)
         except NoAnswer as error:
             done += error.received
+            if limit is not None and not error.is_final:
+                limit = None
+                continue
             reason, is_final = str(error), error.is_final
         else:
             if answer.status == 206 and _begins_at(answer, first):
                 done += answer.received
+                endpoint.usual.note(answer.received, time.monotonic() - began)
                 if done == target.nbytes:
                     return
             if answer.status == 404:

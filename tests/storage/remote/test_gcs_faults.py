@@ -257,6 +257,19 @@ def test_of_a_range_that_was_cut_off_only_the_rest_is_asked_for(
     assert ranges == [f"bytes=7-{last}", f"bytes={7 + MIB}-{last}"]
 
 
+def test_a_straggler_is_asked_for_on_another_connection(proxy: Proxy, bucket: str, outside: GcsBucket) -> None:
+    data = pattern(10_000)
+    outside.write("a", data)
+    source = GcsStore(Endpoint(proxy.url, timeout=1000), bucket, "run", Budget(4)).open("a")
+    for number in range(10):
+        if number == 9:
+            proxy.fail(Stall())  # for longer than this test may take
+        target = bytearray(1000)
+        source.read_into(1000 * number, memoryview(target))
+        assert target == data[1000 * number : 1000 * (number + 1)]
+    assert [seen.headers["range"] for seen in proxy.seen[-2:]] == ["bytes=9000-9999"] * 2
+
+
 def test_a_range_is_of_the_object_that_was_opened(store: GcsStore, outside: GcsBucket) -> None:
     outside.write("a", b"first")
     source = store.open("a")
