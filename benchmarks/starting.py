@@ -40,15 +40,17 @@ def start(kind: str, folder: Path, environment: dict[str, str]) -> Start:
     result.unlink(missing_ok=True)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", __file__]
     begin = time.monotonic()
-    subprocess.run(
+    done = subprocess.run(
         [*command, kind, str(folder / kind), str(result)],
         env=environment,
-        check=True,
+        check=False,
         timeout=TIME_LIMIT,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
     )
     whole = time.monotonic() - begin
+    if done.returncode:
+        raise RuntimeError(f"{kind} failed: {done.stderr[-4000:]}")
     found = json.loads(result.read_text())
     return Start(found["ready"], whole, found["processes"], found["megabytes"])
 

@@ -46,13 +46,13 @@ class Once:
 
 
 class Count(int):
-    """A number that may be short of memory when it is subtracted: ``max_to_keep`` is, in the machine, at a commit."""
+    """A number that may be short of memory when it is rounded: ``max_to_keep`` is, in the machine, at a commit."""
 
     once: Once
 
-    def __rsub__(self, other: int) -> int:
+    def __floor__(self) -> int:
         self.once.pass_by()
-        return other - int(self)
+        return int(self)
 
 
 class Seconds(float):

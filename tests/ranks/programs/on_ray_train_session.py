@@ -63,12 +63,12 @@ def train(config: dict[str, str]) -> None:
     checkpoint = distckpt.Checkpoint(model=model, optimizer=optimizer)
     before = belongings()
     with training_session(checkpoint, config["directory"], save_steps=2, save_timeout=30) as session:
-        with (notes / "changed").open("a") as changed:
-            changed.write("".join(f"{change}\n" for change in changes(before, belongings())))
         while session.global_step < STEPS and not session.should_stop():
             session.run(dangerous_step)
             if session.global_step % 4 == 0:
                 session.report({"rank": rank})
+        with (notes / "changed").open("a") as changed:  # now that saves have waited until Ray was joined
+            changed.write("".join(f"{change}\n" for change in changes(before, belongings())))
 
 
 class Reports(ray.train.UserCallback):
