@@ -59,8 +59,8 @@ class Store(Protocol):
         """Write a large object under a name that nobody else uses; durable on return.
 
         ``sections`` are consecutive and sum to ``size`` bytes; each but the last is a multiple of 1 MiB long, and may
-        be produced while the one before it is being written. An object that already exists is never touched:
-        AlreadyExistsError.
+        be produced while those before it are being written: their bytes stay as they are until this returns, and a
+        store lets go of each when it is written. An object that already exists is never touched: AlreadyExistsError.
         """
 
     def replace(self, path: str, data: bytes) -> None:

@@ -28,8 +28,8 @@ def checked(size: int, sections: Iterable[memoryview]) -> Iterator[memoryview]:
 def write_behind(sections: Iterable[memoryview], write: Callable[[memoryview], object]) -> None:
     """Give every section to ``write``, in order, in a thread beside the one that produces the next section.
 
-    When a section is asked for, at most the one before it is still being written, so a producer may alternate between
-    two buffers. Returns, or raises, with nothing being written any more. The first failure of ``write`` ends it.
+    When a section is asked for, at most the one before it is still being written. Returns, or raises, with nothing being
+    written any more. The first failure of ``write`` ends it.
     """
     writing: _Writing | None = None
     try:

@@ -59,7 +59,7 @@ class _Sending(Generic[_Sent]):
     """One part on its way, in a thread of its own."""
 
     def __init__(self, send: Callable[[], _Sent], free: threading.BoundedSemaphore, stop: threading.Event) -> None:
-        self._send = send
+        self._send: Callable[[], _Sent] | None = send
         self._free = free
         self._stop = stop
         self._sent: list[_Sent] = []
@@ -83,10 +83,13 @@ class _Sending(Generic[_Sent]):
         return self._sent[0]
 
     def _run(self) -> None:
+        send, self._send = self._send, None  # with it goes the part, whose memory somebody may be waiting for
+        assert send is not None
         try:
-            self._sent.append(self._send())
+            self._sent.append(send())
         except BaseException as error:  # noqa: BLE001  carried over to the thread that waits, which raises it
             self._error = error
             self._stop.set()
         finally:
+            del send
             self._free.release()
