@@ -1,0 +1,1 @@
+"""Stores at the other end of a network. Nothing here is imported before a URL asks for it."""
