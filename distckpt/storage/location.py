@@ -11,6 +11,7 @@ from urllib.parse import unquote
 from distckpt.storage.interface import Store
 from distckpt.storage.local import LocalStore
 from distckpt.storage.memory import MemoryStore
+from distckpt.storage.mounts import warn_of_late_views
 from distckpt.storage.paths import PathLike
 from distckpt.storage.patience import PatientStore
 
@@ -93,6 +94,7 @@ def _open_local(location: str, options: Mapping[str, Any]) -> Store:
     unknown = sorted(options.keys() - {"direct_io"})
     if unknown:
         raise ValueError(f"local directories have no storage option {', '.join(unknown)}; they have direct_io")
+    warn_of_late_views(location)
     direct_io = options.get("direct_io")
     return LocalStore(location, direct_io=None if direct_io is None else bool(direct_io))
 
