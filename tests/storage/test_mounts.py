@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from distckpt.errors import StorageError, StoreUnsuitableError
+from distckpt.errors import AlreadyExistsError, ObjectNotFoundError, StorageError, StoreUnsuitableError
 from distckpt.storage import LocalStore, Store, probe
 from distckpt.storage.mounts import Mount, mount_of, mounts, warn_of_late_views
 from distckpt.testing.conformance import StoreConformance
 from distckpt.testing.observing import Outside
+from tests.support.fuse import showing
 from tests.support.mounts import overlay, read_only, small_disk
 
 TABLE = """\
@@ -87,6 +88,49 @@ def test_a_read_only_file_system_can_be_read_and_says_so_to_writers(tmp_path: Pa
         with pytest.raises(StoreUnsuitableError, match="Read-only file system"):
             probe(store)
         assert [info.path for info in store.list("")] == ["a"]
+
+
+def test_a_file_system_without_hard_links_is_refused_with_the_cause_and_a_way_out(tmp_path: Path) -> None:
+    (tmp_path / "shown").mkdir()
+    with showing(tmp_path / "shown", tmp_path / "fuse", links=False) as folder:
+        for ask in (probe, lambda store: store.put_if_absent("a", b"x")):
+            with pytest.raises(
+                StoreUnsuitableError, match=r"the fuse\.shown file system at \S+ refuses hard links .* Use a "
+            ):
+                ask(LocalStore(folder / "run"))
+        assert list(folder.iterdir()) == []
+
+
+def test_where_a_missing_name_is_remembered_it_is_still_created_only_once(tmp_path: Path) -> None:
+    ours = LocalStore(tmp_path / "shown")
+    ours.put_if_absent("log/1", b"first")
+    with showing(tmp_path / "shown", tmp_path / "fuse", kept=3600) as folder:
+        theirs = LocalStore(folder)
+        assert theirs.stat("log/2") is None
+        ours.put_if_absent("log/2", b"ours")
+        assert theirs.stat("log/2") is None, "nothing is remembered, so this tests nothing"
+        with pytest.raises(ObjectNotFoundError):
+            theirs.read("log/2", 10)
+        with pytest.raises(AlreadyExistsError):
+            theirs.put_if_absent("log/2", b"theirs")
+        assert ours.read("log/2", 10) == b"ours"
+        assert theirs.read("log/1", 10) == b"first"
+
+
+class TestLocalStoreOnFuse(StoreConformance):
+    @pytest.fixture
+    def root(self, tmp_path: Path) -> Iterator[Path]:
+        (tmp_path / "shown").mkdir()
+        with showing(tmp_path / "shown", tmp_path / "fuse") as folder:
+            yield folder / "run"
+
+    @pytest.fixture
+    def store(self, root: Path) -> Store:
+        return LocalStore(root)
+
+    @pytest.fixture
+    def outside(self, root: Path) -> Outside:
+        return Files(root)
 
 
 class TestLocalStoreOnAnOverlay(StoreConformance):
