@@ -8,6 +8,7 @@ import os
 import pickle
 import time
 import uuid
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -149,6 +150,17 @@ class LooksThenWrites(Honest):
         self.publish(path, value, once=False)
 
 
+class LooksThenWritesQuickly(Honest):
+    """The same, in no time: few rounds of a race show it."""
+
+    protocol = "quickly"
+
+    def pipe_file(self, path: str, value: bytes, mode: str = "overwrite", **kwargs: Any) -> None:
+        if mode == "create" and self.exists(path):
+            raise FileExistsError(path)
+        self.publish(path, value, once=False)
+
+
 class TakesNoNotice(Honest):
     protocol = "takesnonotice"
 
@@ -197,7 +209,15 @@ class OfArrow(ArrowFSWrapper):
 
 
 HONEST = (Honest, LikeAzure, OpensOnce, Remembers)
-DISHONEST = (LooksThenWrites, TakesNoNotice, OpensAtOnce, WritesGradually, NeverForgets, OfArrow)
+DISHONEST = (
+    LooksThenWrites,
+    LooksThenWritesQuickly,
+    TakesNoNotice,
+    OpensAtOnce,
+    WritesGradually,
+    NeverForgets,
+    OfArrow,
+)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -238,6 +258,34 @@ def test_a_file_system_that_cannot_create_once_is_refused_and_told_what_was_trie
     store = open_store(f"{kind.protocol}://bucket/run", {"base": str(tmp_path), "patience": 1})
     with pytest.raises(StoreUnsuitableError, match=f"Tried was .*{kind.__name__}.*Use a directory"):
         probe(store)
+
+
+def test_a_forked_child_opens_a_file_system_of_its_own(tmp_path: Path) -> None:
+    made = tmp_path / "made"
+
+    class Counted(Honest):
+        protocol = "counted"
+
+        def __init__(self, base: str, **options: Any) -> None:
+            super().__init__(base, **options)
+            with made.open("a") as file:
+                file.write(f"{os.getpid()}\n")
+
+    fsspec.register_implementation("counted", Counted, clobber=True)
+    store = FsspecStore("counted://bucket", {"base": str(tmp_path)})
+    store.put_if_absent("a", b"of the parent")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of threads, which the child does without
+        child = os.fork()
+    if child == 0:
+        try:
+            store.put_if_absent("b", b"of the child")
+            os._exit(0)
+        finally:
+            os._exit(1)
+    assert os.waitpid(child, 0)[1] == 0
+    assert store.read("b", 100) == b"of the child"
+    assert made.read_text().split() == [str(os.getpid()), str(child)]
 
 
 @pytest.mark.parametrize("kind", [LooksThenWrites, TakesNoNotice, OpensAtOnce])
