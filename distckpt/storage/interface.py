@@ -105,3 +105,11 @@ class SupportsSweep(Protocol):
 
         Returns how many things went.
         """
+
+
+@runtime_checkable
+class SupportsExplaining(Protocol):
+    """A store of which it is known only when it is tried whether it keeps its promises."""
+
+    def explain(self) -> str:
+        """What it does to create an object once, for the message that says that this does not hold."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import os
 import re
@@ -13,7 +14,14 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-from distckpt.errors import AlreadyExistsError, BlockedError, DamagedError, ObjectNotFoundError, StorageError
+from distckpt.errors import (
+    AlreadyExistsError,
+    BlockedError,
+    DamagedError,
+    ObjectNotFoundError,
+    StorageError,
+    StoreUnsuitableError,
+)
 from distckpt.storage.direct import SequentialFile
 from distckpt.storage.folders import (
     Folders,
@@ -26,6 +34,7 @@ from distckpt.storage.folders import (
 )
 from distckpt.storage.holes import is_hollow
 from distckpt.storage.interface import ObjectInfo, Source
+from distckpt.storage.mounts import described
 from distckpt.storage.oserrors import deleting, published, publishing, reading, writing
 from distckpt.storage.paths import PathLike, folder_parts, is_part, object_parts
 from distckpt.storage.room import has_room
@@ -33,6 +42,7 @@ from distckpt.storage.sections import checked, write_behind
 
 _NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
 _EXISTING = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK  # O_NONBLOCK: a planted FIFO must not hang the reader
+_NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
 _READ_BYTES = 1 << 30
 _FOLDER_TRIES = 16
 _TEMPORARY = re.compile(r"\.[0-9a-f]{32}\.tmp")
@@ -356,13 +366,27 @@ def _object(parts: tuple[str, ...], entry: os.DirEntry[str]) -> ObjectInfo | Non
 
 
 def _link(new: _NewFile, name: str, full: str) -> bool:
-    """Give the file its final name too; False if another file has it. BlockedError if something else has."""
+    """Give the file its final name too; False if another file has it. BlockedError if something else has.
+
+    StoreUnsuitableError if the file system has no hard links, as exFAT, BeeGFS and some that FUSE serves.
+    """
     folder = new.folders.fd
     try:
         os.link(new.name, name, src_dir_fd=folder, dst_dir_fd=folder, follow_symlinks=False)
     except FileExistsError:
         return _is_linked(new, name, full)
+    except OSError as error:
+        if error.errno in _NO_LINKS:
+            raise StoreUnsuitableError(full, _without_links(full, error)) from error
+        raise
     return True
+
+
+def _without_links(full: str, error: OSError) -> str:
+    return (
+        f"could not be written: {described(full)} refuses hard links ({error.strerror}), and without them no writer can be the "
+        "only one to create an object. Use a directory on a file system that has them, or an object store"
+    )
 
 
 def _is_linked(new: _NewFile, name: str, full: str) -> bool:

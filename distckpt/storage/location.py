@@ -8,10 +8,10 @@ from collections.abc import Callable, Mapping
 from typing import Any
 from urllib.parse import unquote
 
-from distckpt.errors import StoreUnsuitableError
 from distckpt.storage.interface import Store
 from distckpt.storage.local import LocalStore
 from distckpt.storage.memory import MemoryStore
+from distckpt.storage.mounts import warn_of_late_views
 from distckpt.storage.paths import PathLike
 from distckpt.storage.patience import PatientStore
 
@@ -24,17 +24,13 @@ def open_store(directory: PathLike, storage_options: Mapping[str, Any] | None = 
     """The store whose root is ``directory``, patient with reads; opening it touches nothing there.
 
     Options for local paths: ``direct_io`` (bool), whether large files go around the page cache; by default those for
-    which memory has no room. StoreUnsuitableError names a scheme that this release cannot serve, ValueError an option
-    it does not know.
+    which memory has no room. A URL that has no store of its own is fsspec's, which gets the options as they are; whether
+    that is safe is for the probe to say. StoreUnsuitableError names a scheme that nothing serves, ValueError an option
+    that is not known.
     """
     location = canonical(directory)
     scheme = location.partition("://")[0] if "://" in location else "file"
-    opener = _OPENERS.get(scheme)
-    if opener is None:
-        served = ", ".join(f"{name}://" for name in sorted(_OPENERS))
-        raise StoreUnsuitableError(
-            location, f"this release has no store for {scheme}://, only local paths and {served}"
-        )
+    opener = _OPENERS.get(scheme, _open_fsspec)
     return PatientStore(opener(location, storage_options or {}))
 
 
@@ -98,6 +94,7 @@ def _open_local(location: str, options: Mapping[str, Any]) -> Store:
     unknown = sorted(options.keys() - {"direct_io"})
     if unknown:
         raise ValueError(f"local directories have no storage option {', '.join(unknown)}; they have direct_io")
+    warn_of_late_views(location)
     direct_io = options.get("direct_io")
     return LocalStore(location, direct_io=None if direct_io is None else bool(direct_io))
 
@@ -112,6 +109,12 @@ def _open_gcs(location: str, options: Mapping[str, Any]) -> Store:
     from distckpt.storage.remote.gcs import open_gcs
 
     return open_gcs(location, options)
+
+
+def _open_fsspec(location: str, options: Mapping[str, Any]) -> Store:
+    from distckpt.storage.remote.generic import open_fsspec
+
+    return open_fsspec(location, options)
 
 
 _OPENERS: dict[str, Opener] = {

@@ -9,7 +9,7 @@ from collections.abc import Callable, Hashable, Iterable, Iterator
 from typing import TypeVar
 
 from distckpt.errors import DamagedError, ObjectNotFoundError, StorageError
-from distckpt.storage.interface import ObjectInfo, Source, Store, SupportsCooling, SupportsSweep
+from distckpt.storage.interface import ObjectInfo, Source, Store, SupportsCooling, SupportsExplaining, SupportsSweep
 
 logger = logging.getLogger(__name__)
 
@@ -94,6 +94,10 @@ class PatientStore:
     def sweep(self, folder: str, min_age: float) -> int:
         """See SupportsSweep. Nothing is done by a store that does not support it."""
         return self._inner.sweep(folder, min_age) if isinstance(self._inner, SupportsSweep) else 0
+
+    def explain(self) -> str:
+        """See SupportsExplaining. Nothing is said of a store that does not support it."""
+        return self._inner.explain() if isinstance(self._inner, SupportsExplaining) else ""
 
 
 class _PatientSource:

@@ -59,7 +59,9 @@ def test_nothing_is_left_to_do() -> None:
     found = []
     for name, tree in modules().items():
         for number, line in enumerate(file_of(name).read_text().splitlines(), 1):
-            found += [f"{name}:{number}: {line.strip()}"] * bool(re.search(r"TODO|FIXME|NotImplementedError", line))
+            found += [f"{name}:{number}: {line.strip()}"] * bool(
+                re.search(r"TODO|FIXME|raise NotImplementedError", line)
+            )
         calls = (node for node in ast.walk(tree) if isinstance(node, ast.Call))
         found += [f"{name}:{call.lineno} prints" for call in calls if ast.unparse(call.func) == "print"]
     assert found == []

@@ -25,6 +25,7 @@ OF_OTHERS = {
     "_optimizer_state_dict_pre_hooks": "torch.optim",
     "_orig_mod": "torch.compile",
     "_parameters": "nn.Module",
+    "_pipe_file": "fsspec",
     "_register_atexit": "threading",
     "_restarting": "Lightning",
     "_set_sampler_epoch": "Lightning",

@@ -297,11 +297,16 @@ def test_a_folder_removed_under_a_writer_is_created_again(
     assert (tmp_path / "leases/a").read_bytes() == b"1"
 
 
-def test_a_file_system_without_links_is_refused_by_the_probe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("number", [errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS])
+def test_a_file_system_without_links_is_refused_with_the_cause_and_a_way_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
     def refusing(source: str, target: str, **options: Any) -> None:
-        raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+        raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(os, "link", refusing)
-    with pytest.raises(StoreUnsuitableError, match="put-if-absent creates an object"):
+    with pytest.raises(StoreUnsuitableError, match=r"file system at /\S* refuses hard links .* Use a directory on"):
+        LocalStore(tmp_path / "above/run").put_if_absent("a", b"x")
+    with pytest.raises(StoreUnsuitableError, match="refuses hard links"):
         probe(LocalStore(tmp_path / "above/run"))
     assert list(tmp_path.iterdir()) == []

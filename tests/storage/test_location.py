@@ -107,10 +107,10 @@ def test_memory_directories_are_shared_by_name() -> None:
     assert store.url == "memory://test-location/run-7"
 
 
-@pytest.mark.parametrize("url", ["ftp://host/run", "hdfs://name/run", "simplecache::gs://bucket/run"])
+@pytest.mark.parametrize("url", ["nothing://host/run", "simplecache::gs://bucket/run"])
 def test_an_unknown_scheme_is_named(url: str) -> None:
     scheme = url.partition("://")[0]
-    with pytest.raises(StoreUnsuitableError, match=rf"no store for {scheme}://.*file://.*memory://"):
+    with pytest.raises(StoreUnsuitableError, match=f"no store for {scheme}://"):
         open_store(url)
 
 

@@ -1,0 +1,204 @@
+"""A FUSE file system that shows a folder, and lacks what some file systems lack. It needs no library.
+
+``python -m tests.support.fuse FD FOLDER KEPT LINKS`` serves what is mounted with ``FD``, in a process of its own.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import struct
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from tests.support.gang import ROOT
+
+_IN = struct.Struct("<IIQQIIII")
+_OUT = struct.Struct("<IiQ")
+_ATTR = struct.Struct("<QQQQQQIIIIIIIIII")
+_MAX_WRITE = 1 << 17
+_NAMES = {
+    1: "lookup", 3: "getattr", 4: "setattr", 9: "mkdir", 10: "unlink", 11: "rmdir", 12: "rename", 13: "link", 14: "open",
+    15: "read", 16: "write", 17: "statfs", 18: "release", 20: "fsync", 25: "flush", 26: "init", 27: "opendir", 28: "readdir",
+    29: "releasedir", 30: "fsyncdir", 35: "create", 45: "rename2",
+}  # fmt: skip
+_FORGET, _BATCH_FORGET, _INTERRUPT = 2, 42, 36
+
+
+@contextmanager
+def showing(shown: Path, folder: Path, *, kept: int = 0, links: bool = True) -> Iterator[Path]:
+    """``shown`` at ``folder``, which is created. The kernel keeps names, missing ones too, for ``kept`` seconds, as of NFS.
+
+    Without ``links`` hard ones are refused with EPERM, as by BeeGFS.
+    """
+    folder.mkdir()
+    fd = os.open("/dev/fuse", os.O_RDWR)
+    try:
+        options = f"fd={fd},rootmode=40000,user_id={os.getuid()},group_id={os.getgid()},allow_other".encode()
+        if ctypes.CDLL(None, use_errno=True).mount(b"shown", bytes(folder), b"fuse.shown", 0, options) != 0:
+            pytest.skip("mounting is not permitted here")
+        command = [sys.executable, "-m", "tests.support.fuse", str(fd), str(shown), str(kept), str(int(links))]
+        with subprocess.Popen(command, pass_fds=[fd], cwd=ROOT) as server:
+            try:
+                yield folder
+            finally:
+                subprocess.run(["umount", "-l", str(folder)], check=True)
+                server.kill()
+    finally:
+        os.close(fd)
+
+
+class Shown:
+    """Answers to what the kernel asks. A node's number is the place of its path in ``paths``."""
+
+    def __init__(self, root: str, kept: int, links: bool) -> None:
+        self.root, self.kept, self.links = root, kept, links
+        self.paths = ["", "."]
+        self.known = {".": 1}
+
+    def path(self, node: int, name: bytes = b"") -> str:
+        return os.path.normpath(os.path.join(self.root, self.paths[node], os.fsdecode(name)))
+
+    def entry(self, node: int, name: bytes) -> bytes:
+        path = os.path.normpath(os.path.join(self.paths[node], os.fsdecode(name)))
+        try:
+            attributes = self.attributes(path)
+        except FileNotFoundError:
+            if not self.kept:
+                raise
+            return struct.pack("<QQQQII", 0, 0, self.kept, 0, 0, 0) + bytes(
+                _ATTR.size
+            )  # that it is missing is kept too
+        number = self.known.setdefault(path, len(self.paths))
+        if number == len(self.paths):
+            self.paths.append(path)
+        return struct.pack("<QQQQII", number, 0, self.kept, self.kept, 0, 0) + attributes
+
+    def attributes(self, path: str) -> bytes:
+        got = os.lstat(os.path.join(self.root, path))
+        seconds = [int(each) for each in (got.st_atime, got.st_mtime, got.st_ctime)]
+        nanos = [each % 1_000_000_000 for each in (got.st_atime_ns, got.st_mtime_ns, got.st_ctime_ns)]
+        return _ATTR.pack(got.st_ino, got.st_size, got.st_blocks, *seconds, *nanos, got.st_mode, got.st_nlink, got.st_uid,
+                          got.st_gid, 0, got.st_blksize, 0)  # fmt: skip
+
+    def do_init(self, node: int, body: bytes) -> bytes:
+        return struct.pack("<IIIIHHII", 7, 31, 1 << 20, 0, 12, 10, _MAX_WRITE, 1) + bytes(36)
+
+    def do_lookup(self, node: int, body: bytes) -> bytes:
+        return self.entry(node, body[:-1])
+
+    def do_getattr(self, node: int, body: bytes) -> bytes:
+        return struct.pack("<QII", self.kept, 0, 0) + self.attributes(self.paths[node])
+
+    def do_setattr(self, node: int, body: bytes) -> bytes:
+        valid, _, _, size = struct.unpack_from("<IIQQ", body)
+        if valid & 8:
+            os.truncate(self.path(node), size)
+        return self.do_getattr(node, b"")
+
+    def do_mkdir(self, node: int, body: bytes) -> bytes:
+        os.mkdir(self.path(node, body[8:-1]))
+        return self.entry(node, body[8:-1])
+
+    def do_unlink(self, node: int, body: bytes) -> bytes:
+        os.unlink(self.path(node, body[:-1]))
+        return b""
+
+    def do_rmdir(self, node: int, body: bytes) -> bytes:
+        os.rmdir(self.path(node, body[:-1]))
+        return b""
+
+    def do_rename(self, node: int, body: bytes, skip: int = 8) -> bytes:
+        target, (old, new) = struct.unpack_from("<Q", body)[0], body[skip:-1].split(b"\0")
+        os.replace(self.path(node, old), self.path(target, new))
+        return b""
+
+    def do_rename2(self, node: int, body: bytes) -> bytes:
+        return self.do_rename(node, body, 16)
+
+    def do_link(self, node: int, body: bytes) -> bytes:
+        if not self.links:
+            raise PermissionError(errno.EPERM, "no hard links here")
+        os.link(self.path(struct.unpack_from("<Q", body)[0]), self.path(node, body[8:-1]))
+        return self.entry(node, body[8:-1])
+
+    def do_open(self, node: int, body: bytes) -> bytes:
+        flags = struct.unpack_from("<I", body)[0] & ~(os.O_NOFOLLOW | os.O_DIRECT)
+        return struct.pack("<QII", os.open(self.path(node), flags), 0, 0)
+
+    def do_create(self, node: int, body: bytes) -> bytes:
+        flags, mode = struct.unpack_from("<II", body)
+        fd = os.open(self.path(node, body[16:-1]), flags & ~os.O_DIRECT, mode)
+        return self.entry(node, body[16:-1]) + struct.pack("<QII", fd, 0, 0)
+
+    def do_read(self, node: int, body: bytes) -> bytes:
+        fd, position, size = struct.unpack_from("<QQI", body)
+        return os.pread(fd, size, position)
+
+    def do_write(self, node: int, body: bytes) -> bytes:
+        fd, position, size = struct.unpack_from("<QQI", body)
+        return struct.pack("<II", os.pwrite(fd, body[40 : 40 + size], position), 0)
+
+    def do_release(self, node: int, body: bytes) -> bytes:
+        os.close(struct.unpack_from("<Q", body)[0])
+        return b""
+
+    def do_flush(self, node: int, body: bytes) -> bytes:
+        return b""
+
+    def do_fsync(self, node: int, body: bytes) -> bytes:
+        os.fsync(struct.unpack_from("<Q", body)[0])
+        return b""
+
+    def do_statfs(self, node: int, body: bytes) -> bytes:
+        return struct.pack("<QQQQQIIII24x", 1 << 20, 1 << 19, 1 << 19, 1 << 20, 1 << 19, 4096, 255, 4096, 0)
+
+    def do_opendir(self, node: int, body: bytes) -> bytes:
+        return struct.pack("<QII", os.open(self.path(node), os.O_RDONLY | os.O_DIRECTORY), 0, 0)
+
+    do_releasedir, do_fsyncdir = do_release, do_fsync
+
+    def do_readdir(self, node: int, body: bytes) -> bytes:
+        _, position, size = struct.unpack_from("<QQI", body)
+        out = b""
+        for place, name in enumerate(sorted(os.listdir(self.path(node)))):
+            encoded = os.fsencode(name)
+            item = struct.pack("<QQII", place + 2, place + 1, len(encoded), 0) + encoded
+            item += bytes(-len(item) % 8)
+            if place >= position:
+                if len(out) + len(item) > size:
+                    break
+                out += item
+        return out
+
+
+def serve(fd: int, shown: Shown) -> None:
+    """Until the file system is unmounted."""
+    while True:
+        try:
+            asked = os.read(fd, _MAX_WRITE + 4096)
+        except OSError as error:
+            if error.errno in (errno.EINTR, errno.EAGAIN, errno.ENOENT):
+                continue
+            return
+        _, code, unique, node = _IN.unpack_from(asked)[:4]
+        if code in (_FORGET, _BATCH_FORGET, _INTERRUPT):
+            continue
+        answer: Callable[[int, bytes], bytes] | None = getattr(shown, f"do_{_NAMES.get(code, '')}", None)
+        body, failed = b"", errno.ENOSYS
+        if answer is not None:
+            try:
+                body, failed = answer(node, asked[_IN.size :]), 0
+            except OSError as error:
+                failed = error.errno or errno.EIO
+        os.write(fd, _OUT.pack(_OUT.size + len(body), -failed, unique) + body)
+
+
+if __name__ == "__main__":
+    serve(int(sys.argv[1]), Shown(sys.argv[2], int(sys.argv[3]), sys.argv[4] == "1"))
