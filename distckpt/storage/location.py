@@ -114,8 +114,21 @@ def _open_gcs(location: str, options: Mapping[str, Any]) -> Store:
     return open_gcs(location, options)
 
 
+def _open_s3(location: str, options: Mapping[str, Any]) -> Store:
+    try:
+        from distckpt.storage.remote.s3 import open_s3
+    except ModuleNotFoundError as error:
+        if error.name != "botocore":
+            raise
+        raise StoreUnsuitableError(
+            location, "botocore is not installed, which finds credentials and endpoints: pip install 'distckpt[s3]'"
+        ) from error
+    return open_s3(location, options)
+
+
 _OPENERS: dict[str, Opener] = {
     "file": _open_local,
     "gs": _open_gcs,
     "memory": _open_memory,
+    "s3": _open_s3,
 }
