@@ -47,7 +47,7 @@ def outside(moto: Server, bucket: str) -> Bucket:
 
 
 def store_at(proxy: Proxy, outside: Bucket, **more: Any) -> S3Store:
-    return open_s3(f"s3://{outside.name}/run", {**options_for(proxy.url), "timeout": 1.0, **more})
+    return open_s3(f"s3://{outside.name}/run", {**options_for(proxy.url), "timeout": 3.0, **more})
 
 
 @pytest.fixture
