@@ -111,6 +111,18 @@ def _open_gcs(location: str, options: Mapping[str, Any]) -> Store:
     return open_gcs(location, options)
 
 
+def _open_s3(location: str, options: Mapping[str, Any]) -> Store:
+    try:
+        from distckpt.storage.remote.s3 import open_s3
+    except ModuleNotFoundError as error:
+        if error.name != "botocore":
+            raise
+        raise StoreUnsuitableError(
+            location, "botocore is not installed, which finds credentials and endpoints: pip install 'distckpt[s3]'"
+        ) from error
+    return open_s3(location, options)
+
+
 def _open_fsspec(location: str, options: Mapping[str, Any]) -> Store:
     from distckpt.storage.remote.generic import open_fsspec
 
@@ -121,4 +133,5 @@ _OPENERS: dict[str, Opener] = {
     "file": _open_local,
     "gs": _open_gcs,
     "memory": _open_memory,
+    "s3": _open_s3,
 }

@@ -104,7 +104,7 @@ def test_wall_clock_time_is_read_at_the_rim_and_through_time_time_alone() -> Non
     """So a test can set it, and what decides (the machine, retention) is told."""
     rim = {"coordinator.shell.shell", "coordinator.shell.housekeeping", "storage.local", "storage.memory"}
     rim |= {"coordinator.shell.leases", "export.task", "training.hooks", "directory.lease", "cli.adopting"}
-    rim |= {"storage.remote.generic"}
+    rim |= {"storage.remote.generic", "storage.remote.s3_signing"}
     harmless = {"time.monotonic", "time.perf_counter", "time.sleep"}
     calendar = ("datetime.now", "datetime.utcnow", "datetime.today", "date.today")
     readers, others = set(), set()

@@ -1,0 +1,137 @@
+"""What users of s3fs say about an S3, and what we ask on top of that."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from distckpt.storage.remote.budget import CONNECTIONS
+from distckpt.storage.remote.http import PATIENCE, TIMEOUT
+
+MIB = 1 << 20
+PART_BYTES = 16 * MIB
+"""Of a large object, so many bytes go up in one request."""
+
+LEAST_PART_BYTES = 5 * MIB
+"""S3 takes no smaller part but the last."""
+
+KNOWN = (
+    *("anon", "key", "secret", "token", "username", "password", "profile", "endpoint_url", "use_ssl"),
+    *(
+        "client_kwargs",
+        "config_kwargs",
+        "requester_pays",
+        "s3_additional_kwargs",
+        "timeout",
+        "patience",
+        "connections",
+        "part_size",
+    ),
+)
+_OF_CLIENT = (
+    *("region_name", "endpoint_url", "use_ssl", "verify"),
+    *("aws_access_key_id", "aws_secret_access_key", "aws_session_token"),
+)
+_OF_CONFIG = ("region_name", "signature_version", "s3", "use_dualstack_endpoint", "use_fips_endpoint")
+_WRITE_HEADERS = {
+    "ACL": "x-amz-acl",
+    "BucketKeyEnabled": "x-amz-server-side-encryption-bucket-key-enabled",
+    "SSEKMSEncryptionContext": "x-amz-server-side-encryption-context",
+    "SSEKMSKeyId": "x-amz-server-side-encryption-aws-kms-key-id",
+    "ServerSideEncryption": "x-amz-server-side-encryption",
+    "StorageClass": "x-amz-storage-class",
+    "Tagging": "x-amz-tagging",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class S3Options:
+    """How to reach an S3, and as whom. None is what botocore finds in the environment and in ``~/.aws``.
+
+    ``config`` goes to botocore's Config. ``write_headers`` go with everything that is created. ``part_bytes`` is a
+    multiple of 1 MiB.
+    """
+
+    anon: bool = False
+    key: str | None = None
+    secret: str | None = field(default=None, repr=False)
+    token: str | None = field(default=None, repr=False)
+    profile: str | None = None
+    endpoint_url: str | None = None
+    region: str | None = None
+    use_ssl: bool = True
+    verify: bool | str | None = None
+    config: Mapping[str, Any] = field(default_factory=dict)
+    requester_pays: bool = False
+    write_headers: Mapping[str, str] = field(default_factory=dict)
+    timeout: float = TIMEOUT
+    patience: float = PATIENCE
+    connections: int = CONNECTIONS
+    part_bytes: int = PART_BYTES
+
+
+def s3_options(given: Mapping[str, Any]) -> S3Options:
+    """From ``storage_options`` as s3fs takes them. ValueError for what is not known here, instead of ignoring it.
+
+    Ours are ``timeout`` (seconds a try), ``patience`` (seconds until a write is given up), ``connections`` (of a node)
+    and ``part_size`` (bytes).
+    """
+    _refuse_unknown("storage_options", given, KNOWN)
+    client, config = dict(given.get("client_kwargs") or {}), dict(given.get("config_kwargs") or {})
+    _refuse_unknown("client_kwargs", client, _OF_CLIENT)
+    _refuse_unknown("config_kwargs", config, _OF_CONFIG)
+    anon = bool(given.get("anon"))
+    signature = config.pop("signature_version", None)
+    if signature not in (None, "s3v4", "v4"):
+        raise ValueError(f"config_kwargs: only signature_version s3v4 is spoken here, not {signature!r}")
+    region = config.pop("region_name", None)
+    key = given.get("key") or given.get("username") or client.get("aws_access_key_id")
+    secret = given.get("secret") or given.get("password") or client.get("aws_secret_access_key")
+    if not anon and bool(key) != bool(secret):
+        raise ValueError("storage_options: key and secret go together, and one of them is missing")
+    return S3Options(
+        anon=anon,
+        key=key,
+        secret=secret,
+        token=given.get("token") or client.get("aws_session_token"),
+        profile=given.get("profile"),
+        endpoint_url=given.get("endpoint_url") or client.get("endpoint_url"),
+        region=client.get("region_name") or region,
+        use_ssl=bool(given.get("use_ssl", client.get("use_ssl", True))),
+        verify=client.get("verify"),
+        config=config,
+        requester_pays=bool(given.get("requester_pays")),
+        write_headers=_write_headers(given.get("s3_additional_kwargs") or {}),
+        timeout=_positive(given, "timeout", TIMEOUT),
+        patience=_positive(given, "patience", PATIENCE),
+        connections=int(_positive(given, "connections", CONNECTIONS)),
+        part_bytes=_part_bytes(_positive(given, "part_size", PART_BYTES)),
+    )
+
+
+def _refuse_unknown(where: str, given: Mapping[str, Any], known: Iterable[str]) -> None:
+    unknown = sorted(given.keys() - set(known))
+    if unknown:
+        raise ValueError(f"s3:// would ignore {', '.join(unknown)} in {where}; what it takes is {', '.join(known)}")
+
+
+def _write_headers(given: Mapping[str, Any]) -> dict[str, str]:
+    _refuse_unknown("s3_additional_kwargs", given, sorted(_WRITE_HEADERS))
+    return {
+        _WRITE_HEADERS[name]: str(value).lower() if isinstance(value, bool) else str(value)
+        for name, value in given.items()
+    }
+
+
+def _positive(given: Mapping[str, Any], name: str, default: float) -> float:
+    value = given.get(name, default)
+    if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
+        raise ValueError(f"storage_options: {name} is a number above 0, not {value!r}")
+    return float(value)
+
+
+def _part_bytes(size: float) -> int:
+    if size < LEAST_PART_BYTES or size % MIB:
+        raise ValueError(f"storage_options: part_size is a multiple of 1 MiB, and at least 5 MiB, not {size:g} bytes")
+    return int(size)
