@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 from urllib.parse import unquote
 
+from distckpt.errors import StoreUnsuitableError
 from distckpt.storage.interface import Store
 from distckpt.storage.local import LocalStore
 from distckpt.storage.memory import MemoryStore

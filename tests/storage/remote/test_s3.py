@@ -35,8 +35,6 @@ class _OnServer(StoreConformance):
     def outside(self, server: Server, bucket: str) -> Outside:
         return Bucket(server, bucket, self.folder)
 
-    test_put_unique_serves_a_producer_with_two_buffers = None  # sections stay as they are until all are sent
-
 
 class TestOnMoto(_OnServer):
     @pytest.fixture
