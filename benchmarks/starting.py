@@ -9,6 +9,7 @@ import contextlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -80,7 +81,7 @@ def _end_cluster(ray_folder: str) -> None:
     """Not ``ray stop``, which ends every cluster of the host."""
     for pid in _processes_of(ray_folder):
         with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, 15)
+            os.kill(pid, signal.SIGKILL)  # some of it would wait for ever for the rest, at any other
 
 
 def _processes_of(ray_folder: str) -> list[int]:

@@ -312,7 +312,8 @@ class StoreCouncil:
             if self._refuses:
                 self._refuses = False
                 self._store.add("refusals", -1)
-                self._store.delete_key(f"refusal/{self.rank}")
+                # Not deleted: who looks at it just now would wait for it to come again.
+                self._store.set(f"refusal/{self.rank}", "")
             return self._lead(text, decide, seconds) if self.rank == 0 else self._follow(text, seconds)
 
     def refuse(self, reason: str) -> None:
@@ -398,7 +399,7 @@ class StoreCouncil:
             for rank in range(self.size):
                 if rank != self.rank and self._store.check([f"refusal/{rank}"]):
                     name, _, reason = self._store.get(f"refusal/{rank}").decode().partition(" ")
-                    if self._refusals.get(rank) != name:
+                    if name and self._refusals.get(rank) != name:
                         self._refusals[rank] = name
                         raise Refusal(rank, reason)
 

@@ -3,9 +3,8 @@
 A rank's life: OpenRun once, and after that everything in an envelope, FromRank. For each save Join, Describe if asked,
 AwaitPlan if it has no valid plan, MakeRoom if the store is full, Receipt once its shards have landed (or Fail); for each
 restore Restore until it is done: first all ranks match, then all fill, then all finish. The answers to AwaitPlan,
-Receipt and Restore come when there is something to say; a rank that hears nothing
-simply asks again. Beside all that, a rank with a ``distckpt.Coordinator`` of the whole cluster sends AwaitStop again
-and again, to hear of stops of all ranks.
+Receipt and Restore come when there is something to say; a rank that hears nothing simply asks again. Beside all that, a
+rank with a ``distckpt.Coordinator`` of the whole cluster sends AwaitStop again and again, to hear of stops of all ranks.
 """
 
 from __future__ import annotations

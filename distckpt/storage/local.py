@@ -53,11 +53,12 @@ _Found = TypeVar("_Found")
 class LocalStore:
     """Objects as files below ``root``, which the first write creates together with its parents, and makes durable.
 
-    A write that fails leaves no folder behind that was made for it. ``root`` may be a symbolic link; nothing below it is followed if it is one. A root that this store has seen and
-    that is gone later is not created again: then writes fail, and reads find nothing. Temporary files begin with a dot
-    and are never listed. A deleted object takes the folders that it leaves empty with it. Safe to use from several
-    threads. Large objects go through the page cache where memory has room to keep them for readers (a quarter of what
-    is available, for all ranks of the host together), else around it; ``direct_io`` says True or False to that.
+    A write that fails leaves no folder behind that was made for it. ``root`` may be a symbolic link; nothing below it is
+    followed if it is one. A root that this store has seen and that is gone later is not created again: then writes fail,
+    and reads find nothing. Temporary files begin with a dot and are never listed. A deleted object takes the folders that
+    it leaves empty with it. Safe to use from several threads. Large objects go through the page cache where memory has
+    room to keep them for readers (a quarter of what is available, for all ranks of the host together), else around it;
+    ``direct_io`` says True or False to that.
     """
 
     def __init__(self, root: PathLike, *, direct_io: bool | None = None) -> None:

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
-from distckpt.errors import AgreementError
+from distckpt.errors import AgreementError, ranks_at_hosts
 from distckpt.world import find_world
 
 MOST_WISHES = 62
@@ -107,9 +107,9 @@ class Agreement:
             yield
         except RuntimeError as error:
             absent = self._absent(occasion)
-            whom = f" from {', '.join(f'rank {rank}' for rank in absent[:16])}" if absent else ""
+            whom = f" from {ranks_at_hosts(absent, {})}, which" if absent else ": another rank"
             raise AgreementError(
-                f"rank {self.rank} gets no answer{whom}, which has died, has left or does not come. "
+                f"rank {self.rank} gets no answer{whom} has died, has left or does not come. "
                 f"Every rank must {duty}: {error}"
             ) from error
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -145,6 +147,42 @@ def test_a_rank_that_begins_again_while_the_other_is_at_work_is_not_taken_for_th
     answers = ranks.ask(tried(newest.attempt, stage="fill"), Restore(2, None))
     assert ["rank 1 (right) has begun another restore" in str(answer) for answer in answers] == [True, True]
     assert isinstance(ranks.ask(Restore(3, None))[0], MatchWith)
+
+
+class Slow:
+    """A torch store that does something the first time that a key is found."""
+
+    def __init__(self, inner: HashStore, key: str, then: Callable[[], object]) -> None:
+        self._inner = inner
+        self._key = key
+        self._then: Callable[[], object] | None = then
+
+    def check(self, keys: list[str]) -> bool:
+        """See torch's."""
+        found = bool(self._inner.check(keys))
+        if found and self._key in keys and self._then is not None:
+            then, self._then = self._then, None
+            then()
+        return found
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inner, name)
+
+
+def test_who_comes_back_just_when_the_word_that_he_left_is_read_is_not_waited_for() -> None:
+    store = HashStore()
+    store.set_timeout(timedelta(seconds=2))
+    other = StoreCouncil(store, 1, 2, 20)
+    other.refuse("no memory")
+    with ThreadPoolExecutor(1) as pool:
+
+        def come_back() -> None:
+            pool.submit(other.consult, "here", " and ".join)
+            while not store.check(["call/1/1"]):
+                time.sleep(0.001)
+
+        first = StoreCouncil(Slow(store, "refusal/1", come_back), 0, 2, 20)
+        assert first.consult("here too", " and ".join) == "here too and here"
 
 
 def test_ranks_need_not_have_restored_equally_often(directory: Path) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import logging
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -13,8 +12,6 @@ from concurrent.futures import TimeoutError as FutureTimeoutError
 from distckpt.coordinator.client.line import Line
 from distckpt.coordinator.messages import FromRank, Leave, OpenRun, RankRequest, Refused, Reply, RunOpened, Unknown
 from distckpt.errors import CoordinatorUnavailableError, DistckptError, FencedError
-
-logger = logging.getLogger(__name__)
 
 OPEN_SECONDS = 60.0
 """How long a coordinator has at least to answer the first question: it may be starting, or restarting."""

@@ -62,8 +62,8 @@ class Gathering:
     """Answers Restore as a coordinator would, by a consultation of all ranks. Used from one thread.
 
     Rank 0 waits for the ``opening`` if an attempt on storage lacks nothing but its commit, which only a coordinator can
-    give it. ``newest`` is the newest checkpoint (its attempt, '' for none) when the first restore
-    came to its end, None before.
+    give it. ``newest`` is the newest checkpoint (its attempt, '' for none) when the first restore came to its end, None
+    before.
     """
 
     def __init__(
