@@ -28,12 +28,12 @@ from distckpt.rank.exit import close_at_exit, forget_at_exit
 from distckpt.rank.options import SaverOptions
 from distckpt.rank.pending import PendingSave, PendingSaves
 from distckpt.rank.restorer import Restorer
-from distckpt.rank.saved_steps import SavedSteps
+from distckpt.rank.saved_steps import SavedSteps, StepCounter
 from distckpt.rank.saver import Saver
 from distckpt.state.objects import NamedObjects
 from distckpt.state.selection import EVERYTHING, Rename, Selection
 from distckpt.state.status import LoadStatus
-from distckpt.storage import join, open_store
+from distckpt.storage import join, open_store, with_patience
 from distckpt.threads.coordinator import Coordinator
 from distckpt.threads.looper import LooperThread
 from distckpt.world import find_world
@@ -45,8 +45,6 @@ IDLE_SECONDS = 600.0
 CLOSE_SECONDS = 60.0
 LAST_SAVE_SECONDS = 30.0
 """How long a manager that is left by an exception still waits for a save in flight."""
-
-StepCounter = int | Callable[[], int] | Any
 
 
 class CheckpointManager:
@@ -73,7 +71,10 @@ class CheckpointManager:
         save_timeout: seconds until a rank that is missing fails the save for all.
         buffers: how many saves may be in the making at once; each costs host memory of this rank's part.
         on_busy: what a save does that finds its buffer still in use: "wait", or "skip" on all ranks alike.
-        storage_options: for the store behind ``directory``.
+        save_failures_allowed: how many saves in a row may fail, of the store or of a rank, and be only logged. ``wait``
+            and ``close`` raise such a failure if no commit followed it.
+        storage_options: for the store behind ``directory``. Stores with a ``patience`` have ``save_timeout``, unless they
+            are given one.
         rank, world_size: given, or found in torch.distributed, Ray Train, torchrun's variables; else a world of one.
         run_id: names this incarnation of the job; needed only with rank and world_size and without torch.distributed.
         verify: read every shard back and compare before it is reported as landed.
@@ -108,6 +109,7 @@ class CheckpointManager:
         save_timeout: float = 300.0,
         buffers: int = 1,
         on_busy: Literal["wait", "skip"] = "wait",
+        save_failures_allowed: int = 0,
         storage_options: Mapping[str, Any] | None = None,
         rank: int | None = None,
         world_size: int | None = None,
@@ -116,14 +118,24 @@ class CheckpointManager:
         check_copies: bool = False,
         progress: bool = False,
     ) -> None:
-        check_arguments(max_to_keep, checkpoint_name, step_counter, checkpoint_interval, save_timeout, buffers, on_busy)
+        check_arguments(
+            max_to_keep,
+            *(
+                checkpoint_name,
+                step_counter,
+                checkpoint_interval,
+                save_timeout,
+                buffers,
+                on_busy,
+                save_failures_allowed,
+            ),
+        )
         self._checkpoint = checkpoint
         self._name = checkpoint_name
-        self._step_counter = step_counter
-        self._interval = checkpoint_interval
         self._init_fn = init_fn
-        self._saved_steps = SavedSteps(last_checkpoint_step)
-        self._store = open_store(directory, storage_options)
+        self._saved_steps = SavedSteps(last_checkpoint_step, step_counter, checkpoint_interval)
+        options = with_patience(directory, storage_options, save_timeout)
+        self._store = open_store(directory, options)
         self._world = find_world(rank, world_size, run_id, save_timeout)
         opening = OpenRun(
             token="",
@@ -134,7 +146,6 @@ class CheckpointManager:
             retention=Retention(max_to_keep, keep_checkpoint_every_n_hours),
             save_timeout=save_timeout,
         )
-        options = dict(storage_options) if storage_options is not None else None
         meeting = meet(self._store, self._world)
         self._gathering: Gathering | None = None
         settings = Settings(idle_timeout=IDLE_SECONDS)
@@ -158,6 +169,7 @@ class CheckpointManager:
             skip_if_busy=on_busy == "skip",
             verify=verify,
             check_copies=check_copies,
+            failures_allowed=save_failures_allowed,
             shown=progress,
         )
         self._saver = Saver(self._client, self._store, checkpoint, saving, self._background)
@@ -186,7 +198,7 @@ class CheckpointManager:
     @property
     def checkpoint_interval(self) -> int | None:
         """Least number of steps between two saves."""
-        return self._interval
+        return self._saved_steps.interval
 
     @property
     def checkpoints(self) -> list[str]:
@@ -255,7 +267,7 @@ class CheckpointManager:
         late = self._pending.settle(timeout)
         if not late:
             self._saver.await_published()
-        self._pending.raise_failure(list(self._pending))
+        self._pending.raise_failure(list(self._pending), at_end=True)
         if late:
             raise CommitUnknownError(late[0].number, f"it is not decided after {timeout:g} s: does the store answer?")
 
@@ -264,8 +276,8 @@ class CheckpointManager:
         self.wait()
 
     def _begin(self, checkpoint_number: Any, check_interval: bool) -> PendingSave | None:
-        step = self._step()
-        if step is not None and self._too_early(step, check_interval):
+        step = self._saved_steps.now()
+        if step is not None and self._saved_steps.too_early(step, check_interval):
             return None
         many, counter = self._world.size > 1, self._checkpoint.save_counter
         number = counter + 1 if checkpoint_number is None else whole(checkpoint_number, "checkpoint_number")
@@ -287,18 +299,6 @@ class CheckpointManager:
             # Ranks could disagree on whether it failed.
             self._saved_steps.add(step, None if many else pending)
         return pending
-
-    def _too_early(self, step: int, check_interval: bool) -> bool:
-        last = self._saved_steps.last()
-        if self._interval is None or last is None:
-            return False
-        return step == last or (check_interval and step < last + self._interval)
-
-    def _step(self) -> int | None:
-        counter = self._step_counter
-        if self._interval is None or counter is None:
-            return None
-        return whole(counter() if callable(counter) else counter, "step_counter")
 
     # ---- restore -----------------------------------------------------------------------------------------------
 
@@ -355,7 +355,7 @@ class CheckpointManager:
             self._restored()
         if record is None:
             return None
-        self._saved_steps.restart(self._step())
+        self._saved_steps.restart()
         return self._path(record.name, record.number)
 
     # ---- life --------------------------------------------------------------------------------------------------

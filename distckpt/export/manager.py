@@ -16,8 +16,9 @@ from distckpt.export.listing import Exports, export_number
 from distckpt.export.packing import pack
 from distckpt.export.places import find_place
 from distckpt.export.recipes import Export, Recipe, recipes_of
-from distckpt.manager import CheckpointManager, StepCounter
+from distckpt.manager import CheckpointManager
 from distckpt.rank.pending import PendingSave, progress_of
+from distckpt.rank.saved_steps import StepCounter
 from distckpt.storage import PathLike
 
 

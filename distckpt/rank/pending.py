@@ -11,6 +11,7 @@ from concurrent.futures import TimeoutError as FutureTimeoutError
 from dataclasses import dataclass, field
 
 from distckpt.format.json.log import CheckpointRecord
+from distckpt.rank.tolerance import Tolerance
 from distckpt.transfer.staging import StagedCopy
 
 logger = logging.getLogger(__name__)
@@ -23,8 +24,12 @@ class Progress:
     ``turn`` belongs to whoever brings it to its end and takes it first: the background, or the call that began it and
     gives it up, whatever interrupts that call. ``began`` is when ``save`` was called, by a clock of this process; for
     ``stall`` seconds training stood still, and ``written`` seconds after its begin this rank's shards were on storage.
-    ``collected`` says that the caller has been told how it ended.
+    ``collected`` says that the caller has been told how it ended. A failure is ``excused`` if ``tolerance``, where there
+    is one, says that training may go on all the same.
     """
+
+    path: str = ""
+    tolerance: Tolerance | None = None
 
     staged: Future[StagedCopy] = field(default_factory=Future)
     ended: Future[CheckpointRecord] = field(default_factory=Future)
@@ -34,6 +39,7 @@ class Progress:
     stall: float = 0.0
     written: float | None = None
     over: float | None = None
+    excused: bool = False
 
     def seconds(self) -> float:
         """Since its begin."""
@@ -42,12 +48,15 @@ class Progress:
     def commit(self, record: CheckpointRecord) -> None:
         """It is committed."""
         self.over = self.seconds()
+        if self.tolerance is not None:
+            self.tolerance.committed()
         self.ended.set_result(record)
 
     def fail(self, error: BaseException) -> None:
         """It has failed, unless it had ended before."""
         if not self.ended.done():
             self.over = self.seconds()
+            self.excused = self.tolerance is not None and self.tolerance.excuses(self.path, error)
             self.ended.set_exception(error)
 
 
@@ -65,7 +74,7 @@ class PendingSave(str):
     def __new__(cls, path: str, number: int) -> PendingSave:
         made: PendingSave = super().__new__(cls, path)
         made.number = number
-        made._progress = Progress()
+        made._progress = Progress(path)
         return made
 
     def __reduce__(self) -> tuple[type[str], tuple[str]]:
@@ -140,11 +149,18 @@ def progress_of(pending: PendingSave) -> Progress:
     return pending._progress
 
 
+def failure_of(pending: PendingSave) -> BaseException | None:
+    """What went wrong and is to end the training, once it is decided; None if training may go on."""
+    error = pending.exception()
+    return None if progress_of(pending).excused else error
+
+
 class PendingSaves:
     """The saves of one manager, each until somebody has been told how it ended."""
 
     def __init__(self) -> None:
         self._saves: list[PendingSave] = []
+        self._excused: list[BaseException] = []
 
     def __iter__(self) -> Iterator[PendingSave]:
         return iter(tuple(self._saves))
@@ -159,11 +175,27 @@ class PendingSaves:
         late = wait(ends, timeout).not_done
         return [pending for end, pending in ends.items() if end in late]
 
-    def raise_failure(self, among: Sequence[PendingSave]) -> None:
-        """Raise the first failure ``among`` these of which nobody has been told; log the others."""
-        ended = [pending for pending in among if pending.done() and not progress_of(pending).collected]
-        failed = [error for pending in ended if (error := pending.exception()) is not None]
+    def raise_failure(self, among: Sequence[PendingSave], *, at_end: bool = False) -> None:
+        """Raise the first failure ``among`` these of which nobody has been told; log the others.
+
+        An excused one is raised ``at_end`` alone, and only if no save has been committed since.
+        """
+        failed: list[BaseException] = []
+        for pending in among:
+            progress = progress_of(pending)
+            if not pending.done() or progress.collected:
+                continue
+            error = pending.exception()
+            if error is None:
+                self._excused.clear()
+            elif progress.excused:
+                self._excused.append(error)
+            else:
+                failed.append(error)
         self._saves = [pending for pending in self._saves if not progress_of(pending).collected]
+        if at_end:
+            failed = [*self._excused, *failed]
+            self._excused.clear()
         for error in failed[1:]:
             logger.error("another save failed too: %s", error)
         if failed:

@@ -16,6 +16,7 @@ from distckpt.rank.layout import Layout
 from distckpt.rank.options import SaverOptions
 from distckpt.rank.pending import PendingSave, Progress, progress_of
 from distckpt.rank.step_order import StepOrder
+from distckpt.rank.tolerance import Tolerance
 from distckpt.rank.turns import Turns
 from distckpt.state.collector import Collector, Holding
 from distckpt.state.kinds import optimizers_of
@@ -41,6 +42,7 @@ class Saver:
         self._background = Background(store, self._dialogue, options, threads)
         self._buffers = [Buffer() for _ in range(options.buffers)]
         self._skip_if_busy = options.skip_if_busy
+        self._tolerance = Tolerance(options.failures_allowed)
         self._layout: Layout | None = None
         self._recent: list[PendingSave] = []
         self._committed = False
@@ -75,6 +77,7 @@ class Saver:
         """
         pending = PendingSave(path, number)
         order, progress = 0, progress_of(pending)
+        progress.tolerance = self._tolerance
         try:
             order = self._turns.begin(number)
             progress.ended.add_done_callback(lambda _: self._turns.end(order))
@@ -90,6 +93,7 @@ class Saver:
                 try:
                     self._dialogue.give_up(order, number, error)
                 finally:
+                    progress.tolerance = None  # it is raised at once, so nobody has to be told later
                     progress.fail(error)
                     self._turns.end(order)
             raise

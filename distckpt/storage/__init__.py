@@ -3,7 +3,7 @@
 from distckpt.storage.bounds import MOST_NAMES, at_most
 from distckpt.storage.interface import ObjectInfo, Source, Store, SupportsCooling, SupportsSweep
 from distckpt.storage.local import LocalStore
-from distckpt.storage.location import canonical, join, open_store, split_path
+from distckpt.storage.location import canonical, join, open_store, split_path, with_patience
 from distckpt.storage.memory import MemoryStore
 from distckpt.storage.paths import PathLike
 from distckpt.storage.patience import PatientStore, twice
@@ -32,4 +32,5 @@ __all__ = [
     "scratch_folder",
     "split_path",
     "twice",
+    "with_patience",
 ]

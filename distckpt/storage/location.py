@@ -35,6 +35,14 @@ def open_store(directory: PathLike, storage_options: Mapping[str, Any] | None = 
     return PatientStore(opener(location, storage_options or {}))
 
 
+def with_patience(directory: PathLike, storage_options: Mapping[str, Any] | None, seconds: float) -> dict[str, Any]:
+    """``storage_options``, and ``patience`` of so many seconds for a store that knows such an option and has none given."""
+    location = canonical(directory)
+    scheme = location.partition("://")[0] if "://" in location else "file"
+    is_patient = scheme in _PATIENT or scheme not in _OPENERS  # fsspec's are
+    return {**({"patience": seconds} if is_patient else {}), **(storage_options or {})}
+
+
 def canonical(directory: PathLike) -> str:
     """One spelling for one directory: an absolute local path, or a URL with no slash at its end.
 
@@ -129,6 +137,8 @@ def _open_fsspec(location: str, options: Mapping[str, Any]) -> Store:
 
     return open_fsspec(location, options)
 
+
+_PATIENT = {"gs", "s3"}
 
 _OPENERS: dict[str, Opener] = {
     "file": _open_local,

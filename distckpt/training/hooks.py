@@ -16,7 +16,7 @@ from distckpt.checkpoint import Checkpoint
 from distckpt.errors import SaveError
 from distckpt.format import names
 from distckpt.manager import CheckpointManager, abandon, settle
-from distckpt.rank.pending import PendingSave
+from distckpt.rank.pending import PendingSave, failure_of
 from distckpt.storage import canonical
 
 logger = logging.getLogger(__name__)
@@ -300,7 +300,7 @@ class CheckpointSaverHook(SessionRunHook):
     def wishes(self, run_context: SessionRunContext) -> tuple[bool, ...]:
         """Whether a save has failed, and whether one is due; by the clock, rank 0 alone says so."""
         session = run_context.session
-        failed = any(pending.done() and pending.exception() is not None for pending in self._pending)
+        failed = any(pending.done() and failure_of(pending) is not None for pending in self._pending)
         due = self._timer.should_trigger_for_step(session.global_step)
         return failed, due and (session.rank == 0 or not self._by_clock)
 
@@ -392,7 +392,8 @@ class CheckpointSaverHook(SessionRunHook):
             return False
         self._last = pending
         if self._waits:
-            pending.result()
+            if (error := failure_of(pending)) is not None:
+                raise error
         else:
             self._pending = [each for each in self._pending if not each.done() or each.exception() is not None]
             self._pending.append(pending)
@@ -401,7 +402,7 @@ class CheckpointSaverHook(SessionRunHook):
     def _raise_failure(self) -> None:
         """Some rank knows of a failed save: all wait until they do, and raise it together."""
         pending, self._pending = self._pending, []
-        errors = [error for each in pending if (error := each.exception()) is not None]
+        errors = [error for each in pending if (error := failure_of(each)) is not None]
         if errors:
             raise errors[0]
         number = self._last.number if self._last is not None else None

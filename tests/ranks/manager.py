@@ -9,8 +9,11 @@ import torch
 import torch.distributed as dist
 
 import distckpt
-from distckpt.errors import DistckptError
+from distckpt.errors import DistckptError, StorageError
+from distckpt.storage import LocalStore, ObjectInfo
 from distckpt.world import find_world
+from tests.support.small_runs import until
+from tests.support.swapped import write_to
 
 
 def save_on_after_a_failure(directory: str, fails_at: int, steps: int, interval: int | None, heard: bool) -> list[str]:
@@ -40,6 +43,37 @@ def save_on_after_a_failure(directory: str, fails_at: int, steps: int, interval:
             outcomes.append("begun" if pending is not None else "nothing")
             while heard and pending is not None and (step, rank) == (fails_at, 0) and not pending.done():
                 time.sleep(0.01)
+    return outcomes
+
+
+class Unwritable(LocalStore):
+    """No shard can be written."""
+
+    def put_unique(self, path: str, size: int, sections: object) -> ObjectInfo:
+        raise StorageError(path, "no")
+
+
+def save_on_a_bad_store(directory: str, fails_at: int, allowed: int) -> list[str]:
+    """Save four times, which rank 1 cannot write once; what came of each call, after which all wait for the end of it."""
+    mine: dict[str, Any] = {}
+    outcomes = []
+    with distckpt.CheckpointManager(
+        distckpt.Checkpoint(mine=distckpt.PerRank(mine)),
+        directory,
+        max_to_keep=None,
+        save_failures_allowed=allowed,
+        save_timeout=20,
+    ) as manager:
+        for step in range(1, 5):
+            mine["step"] = step
+            write_to(manager, Unwritable(directory) if (step, dist.get_rank()) == (fails_at, 1) else None)
+            try:
+                manager.save(step)
+                outcomes.append("begun")
+            except DistckptError:
+                outcomes.append("raised")
+            until(lambda: all(pending.done() for pending in manager._pending))
+            dist.barrier()
     return outcomes
 
 
