@@ -15,6 +15,7 @@ QUICK := $(addprefix tests/,format storage sharding transfer directory threads r
 	golden training/test_integrations.py training/test_quantization.py)
 
 SECONDS ?= 600
+STORE ?= local
 
 .PHONY: help install demo test test-floors explore soak check bench clean
 
@@ -32,8 +33,8 @@ $(SERVERS_READY): $(READY) tests/support/servers.txt
 
 install: $(READY) $(SERVERS_READY) ## a virtual environment with everything in it
 
-demo: $(READY)  ## the main job: train on two ranks, kill one, resume on three
-	$(BIN)/python demo/demo.py
+demo: $(READY) $(if $(filter-out local,$(STORE)),$(SERVERS_READY)) ## the main job: train on two ranks, kill one, resume on three; STORE=gs or s3
+	PYTHONPATH=. $(BIN)/python demo/demo.py --store $(STORE)
 
 test: $(READY) $(SERVERS_READY) ## the whole test suite, three files at a time
 	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder

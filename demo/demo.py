@@ -1,12 +1,14 @@
 """The main job, on one machine: train on two ranks, kill one while it saves, go on with three, evaluate all along.
 
-    make demo
+    make demo             # checkpoints go to a folder
+    make demo STORE=gs    # to a bucket: a server for it is started here; or STORE=s3
 
 Every claim that is printed has been checked; a check that fails ends the demo with exit status 1.
 """
 
 from __future__ import annotations
 
+import argparse
 import os
 import shutil
 import signal
@@ -33,6 +35,7 @@ from record import Commit, Record
 from report import draw, print_checks, print_table
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from stores import STORES, served
 
 import distckpt
 
@@ -78,6 +81,7 @@ class Demo:
             str(self.record.evaluations_path),
         ]
         self.evaluation = self.children.start("evaluation", [str(DEMO / "evaluation.py"), *options])
+        self.say(f"checkpoints go to [bold]{self.record.directory}[/bold]")
         self.say("evaluation follows the directory through [bold]checkpoints_iterator[/bold]")
 
     def train(self, phase: str, ranks: int, *more: str) -> Child:
@@ -199,16 +203,17 @@ def wait_for_evaluation(demo: Demo) -> None:
 
 def main() -> int:
     """Run the demo; the exit status."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--store", choices=STORES, default="local", help="where the checkpoints go")
+    store = parser.parse_args().store
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     shutil.rmtree(OUTPUT, ignore_errors=True)
     (OUTPUT / "digests").mkdir(parents=True)
     console = Console(width=None if sys.stdout.isatty() else 118)
-    record = Record(OUTPUT, str(OUTPUT / "checkpoints"))
     try:
-        # Short, because Ray puts sockets there. With a folder of its own it finds no cluster that runs here already.
-        with tempfile.TemporaryDirectory(prefix="demo-") as ray, Children(OUTPUT, environment(ray)) as children:
-            demo = Demo(console, children, record)
-            checks = run(demo)
+        with served(store, OUTPUT / "checkpoints") as (directory, variables):
+            os.environ.update(variables)
+            return show(console, Record(OUTPUT, directory))
     except DemoError as error:
         console.print(f"[bold red]The demo failed:[/bold red] {error}")
         for child in error.children:
@@ -218,6 +223,14 @@ def main() -> int:
     except KeyboardInterrupt:
         console.print("stopped; all processes have been ended")
         return 130
+
+
+def show(console: Console, record: Record) -> int:
+    """Run both phases and say what came of them; the exit status."""
+    # Short, because Ray puts sockets there. With a folder of its own it finds no cluster that runs here already.
+    with tempfile.TemporaryDirectory(prefix="demo-") as ray, Children(OUTPUT, environment(ray)) as children:
+        demo = Demo(console, children, record)
+        checks = run(demo)
     return conclude(demo, checks)
 
 

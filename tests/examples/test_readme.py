@@ -1,0 +1,74 @@
+"""The program that README begins with does what README says, word for word, in a bucket."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import distckpt
+from tests.support import servers
+from tests.support.warm import ROOT
+
+TRAINING, EVALUATION, *_ = re.findall(
+    r"^```python\n(.*?)^```$", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL
+)
+
+BEFORE = """
+import torch
+torch.manual_seed(0)
+model = torch.nn.Linear(4, 4)
+optimizer = torch.optim.AdamW(model.parameters())
+scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 100)
+progress, total = {"step": 0}, 300
+
+class Loader:
+    def state_dict(self):
+        return {"at": progress["step"]}
+    def load_state_dict(self, state):
+        assert state == {"at": 300}
+
+loader = Loader()
+
+def train_step():
+    optimizer.zero_grad()
+    model(torch.ones(4)).sum().backward()
+    optimizer.step()
+    scheduler.step()
+"""
+
+EVALUATED = """
+import distckpt, torch
+model = torch.nn.Linear(4, 4)
+evaluate = lambda model: float(model.weight.sum())
+training_is_over = lambda: True
+"""
+
+
+@pytest.fixture(scope="module")
+def environment() -> Iterator[dict[str, str]]:
+    """Of a process that finds README's bucket."""
+    with servers.fake_gcs() as server:
+        server.make_bucket("bucket")
+        yield {**os.environ, "STORAGE_EMULATOR_HOST": server.url, "PYTHONPATH": str(ROOT)}
+
+
+def test_the_programs_of_the_readme(
+    environment: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script = tmp_path / "train.py"
+    script.write_text(BEFORE + TRAINING)
+    for _ in range(2):  # the second restores what the first has saved
+        subprocess.run([sys.executable, str(script)], check=True, env=environment, timeout=120)
+    monkeypatch.setenv("STORAGE_EMULATOR_HOST", environment["STORAGE_EMULATOR_HOST"])
+    assert distckpt.latest_checkpoint("gs://bucket/run-7") == "gs://bucket/run-7/ckpt-300"
+    script.write_text(EVALUATED + EVALUATION.replace("timeout=600", "timeout=0.1"))
+    done = subprocess.run(
+        [sys.executable, str(script)], check=True, env=environment, timeout=120, stdout=subprocess.PIPE, text=True
+    )
+    assert re.findall(r"^gs://bucket/run-7/(\S+) -?\d", done.stdout, re.MULTILINE) == ["ckpt-300"]
