@@ -23,6 +23,7 @@ from typing import Protocol, cast
 from urllib3.exceptions import HTTPError
 
 from distckpt.storage.remote.connections import Connection, Connections
+from distckpt.storage.remote.throttle import Throttle
 from distckpt.storage.remote.usual import Usual
 from distckpt.storage.remote.wire import Piece, Wire
 
@@ -45,6 +46,7 @@ _READ_BYTES = 1 << 20
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.1, 16.0
 _NOT_YET = {408, 409, 425, 429}
 _NEVER = {501, 505}
+_TOO_MANY = {429, 503}
 _DAMAGE = re.compile(r"BadDigest|ChecksumMismatch|(CRC32C|MD5).*doesn't match", re.IGNORECASE | re.DOTALL)
 
 
@@ -192,6 +194,7 @@ class Endpoint:
         self.url = url.rstrip("/")
         self.patience = patience
         self.usual = Usual()
+        self._throttle = Throttle()
 
     @property
     def host_header(self) -> str:
@@ -238,6 +241,15 @@ class Endpoint:
         self._connections.close()
 
     def _try(self, request: Request, into: memoryview | None, most: int, seconds: float | None) -> Answer:
+        self._throttle.wait()
+        answer = self._answer(request, into, most, seconds)
+        if answer.status in _TOO_MANY:
+            self._throttle.turned_away()
+        else:
+            self._throttle.taken()
+        return answer
+
+    def _answer(self, request: Request, into: memoryview | None, most: int, seconds: float | None) -> Answer:
         carried = request.nbytes + (into.nbytes if into is not None else 0)
         longest = self._timeout + carried / SLOWEST
         deadline = time.monotonic() + (longest if seconds is None else min(seconds, longest))
