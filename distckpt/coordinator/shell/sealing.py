@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import crc32c
 import msgspec
@@ -29,7 +29,7 @@ from distckpt.format.arrow.receipt import ShardReceipt
 from distckpt.format.json.log import CheckpointRecord, Entry, State
 from distckpt.format.json.manifest import FORMAT, Manifest, ShardRecord
 from distckpt.format.json.sealed import seal
-from distckpt.storage import Store
+from distckpt.storage import ObjectInfo, Store
 
 STAT_THREADS = 16
 
@@ -81,7 +81,7 @@ def _shards(receipts: Mapping[int, Receipt]) -> Iterator[tuple[int, ShardReceipt
 def _check_shards(store: Store, action: Seal, folder: str) -> None:
     expected = list(_shards(action.receipts))
     paths = [f"{folder}/{names.shard_name(rank, shard.shard)}" for rank, shard in expected]
-    found = each(store.stat, paths, STAT_THREADS) if len(paths) >= STAT_THREADS else list(map(store.stat, paths))
+    found = _stats(store, folder, paths)
     unseen = sorted({rank for (rank, _), info in zip(expected, found, strict=True) if info is None})
     if unseen:
         hosts = {rank: action.hosts.get(rank, "") for rank in unseen}
@@ -93,6 +93,15 @@ def _check_shards(store: Store, action: Seal, folder: str) -> None:
                 f"{store.url}/{path} has {info.size if info else 0} bytes on the store and {shard.size} in its receipt"
             )
             raise RankFailedError(action.number, rank, action.hosts.get(rank, ""), reason)
+
+
+def _stats(store: Store, folder: str, paths: Sequence[str]) -> list[ObjectInfo | None]:
+    """What is at each path in ``folder``. Of a store behind a URL a page of its listing says it of hundreds at once."""
+    listed = {info.path: info for info in store.list(folder)} if "://" in store.url and len(paths) > 1 else {}
+    missing = [path for path in paths if path not in listed]
+    asked = each(store.stat, missing, STAT_THREADS) if len(missing) >= STAT_THREADS else map(store.stat, missing)
+    stats = dict(zip(missing, asked, strict=True))
+    return [listed.get(path) or stats[path] for path in paths]
 
 
 def _put(store: Store, action: Seal, path: str, data: bytes) -> None:
