@@ -59,7 +59,7 @@ check: $(READY) ## style and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(READY) ## the figures, with the peers measured beside us
+bench: $(READY) $(SERVERS_READY) ## the figures, with the peers measured beside us
 	$(BIN)/python benchmarks/run.py
 
 clean:          ## remove the virtual environment and what runs have left

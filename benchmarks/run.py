@@ -26,6 +26,7 @@ import coordination
 import planning
 import resizing as resized
 import starting
+from buckets import buckets, limits, links, requests, transports, uploads
 from figures import Figure, plain, ratio, table
 from machine import describe_machine
 from ranks import RankError, run_ranks
@@ -318,6 +319,12 @@ PARTS: dict[str, Callable[[Path, int], list[Figure]]] = {
     "keeping": keeping,
     "resizing": resizing,
     "agreeing": agreeing,
+    "links": links,
+    "transports": transports,
+    "buckets": buckets,
+    "uploads": uploads,
+    "requests": requests,
+    "limits": limits,
 }
 
 
