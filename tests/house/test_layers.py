@@ -102,8 +102,8 @@ def test_no_module_needs_itself() -> None:
 
 def test_wall_clock_time_is_read_at_the_rim_and_through_time_time_alone() -> None:
     """So a test can set it, and what decides (the machine, retention) is told."""
-    rim = {"coordinator.shell.shell", "coordinator.shell.housekeeping", "storage.local", "storage.memory"}
-    rim |= {"coordinator.shell.leases", "export.task", "training.hooks", "directory.lease", "cli.adopting"}
+    rim = {"coordinator.shell.shell", "storage.local", "storage.memory"}
+    rim |= {"coordinator.shell.leases", "directory.garbage", "export.task", "training.hooks", "directory.lease", "cli.adopting"}
     rim |= {"storage.remote.generic", "storage.remote.s3_signing"}
     harmless = {"time.monotonic", "time.perf_counter", "time.sleep"}
     calendar = ("datetime.now", "datetime.utcnow", "datetime.today", "date.today")
