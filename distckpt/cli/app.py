@@ -16,6 +16,7 @@ _HOMES = {
     "adopt": ("adopting", "adopt_checkpoints"),
     "pin": ("pinning", "pin_checkpoint"),
     "unpin": ("pinning", "unpin_checkpoint"),
+    "rm": ("removing", "remove_checkpoints"),
     "gc": ("collecting", "collect"),
 }
 
