@@ -14,6 +14,7 @@ _HOMES = {
     "show": ("showing", "show_checkpoint"),
     "verify": ("verifying", "verify_checkpoints"),
     "adopt": ("adopting", "adopt_checkpoints"),
+    "cp": ("copying", "copy_checkpoints"),
     "pin": ("pinning", "pin_checkpoint"),
     "unpin": ("pinning", "unpin_checkpoint"),
     "rm": ("removing", "remove_checkpoints"),

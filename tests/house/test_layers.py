@@ -105,7 +105,7 @@ def test_wall_clock_time_is_read_at_the_rim_and_through_time_time_alone() -> Non
     rim = {"coordinator.shell.shell", "storage.local", "storage.memory", "export.task"}
     rim |= {"directory.garbage", "directory.leases", "directory.lease", "training.hooks"}
     rim |= {"storage.remote.generic", "storage.remote.s3_signing"}
-    rim |= {f"cli.{command}" for command in ("adopting", "collecting", "pinning", "removing")}
+    rim |= {f"cli.{command}" for command in ("adopting", "collecting", "copying", "pinning", "removing")}
     harmless = {"time.monotonic", "time.perf_counter", "time.sleep"}
     calendar = ("datetime.now", "datetime.utcnow", "datetime.today", "date.today")
     readers, others = set(), set()
