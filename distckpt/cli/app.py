@@ -15,6 +15,7 @@ _HOMES = {
     "verify": ("verifying", "verify_checkpoints"),
     "adopt": ("adopting", "adopt_checkpoints"),
     "cp": ("copying", "copy_checkpoints"),
+    "doctor": ("examining", "examine_place"),
     "pin": ("pinning", "pin_checkpoint"),
     "unpin": ("pinning", "unpin_checkpoint"),
     "rm": ("removing", "remove_checkpoints"),
