@@ -7,7 +7,7 @@ import uuid
 from collections.abc import Iterable
 
 from distckpt.directory.contents import attempts, checkpoint_folders, is_there
-from distckpt.directory.log import Tail, append
+from distckpt.directory.log import Tail, append, prune
 from distckpt.directory.published import PublishedState
 from distckpt.errors import CoordinatorError, DamagedError, StorageError, StoreOutcomeUnknownError
 from distckpt.format import names
@@ -103,7 +103,7 @@ class Hand:
         entry = Entry(FORMAT, self._seq + 1, self._epoch, kind if self._has_claimed else "claim", now, commit_id, state)
         self._append(entry)
         self._seq, self._has_claimed = entry.seq, True
-        self._publish(state)
+        self._publish(entry)
         return entry
 
     def _append(self, entry: Entry) -> None:
@@ -123,9 +123,10 @@ class Hand:
                 "Let no job run here and run it again"
             )
 
-    def _publish(self, state: State) -> None:
-        """Refresh the state file, which is derived: the next manager does it again."""
+    def _publish(self, entry: Entry) -> None:
+        """Refresh the state file, which is derived, and prune the log: the next manager does it again."""
         try:
-            self._state_file.publish(state)
+            self._state_file.publish(entry.state)
+            prune(self._store, entry.seq)
         except (StorageError, DamagedError) as error:
-            logger.warning("%s/%s was not refreshed: %s", self._store.url, names.STATE_FILE, error)
+            logger.warning("%s/%s may not have been refreshed: %s", self._store.url, names.STATE_FILE, error)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
-from distckpt.directory.by_hand import Hand, check_nothing_sealed
+from distckpt.directory.by_hand import Hand, check_nothing_sealed, is_recent
 from distckpt.directory.contents import objects_of_attempt
 from distckpt.directory.garbage import (
     SWEPT,
@@ -20,6 +20,7 @@ from distckpt.directory.garbage import (
 )
 from distckpt.directory.leases import UNREADABLE_SECONDS, Leases
 from distckpt.directory.log import Tail
+from distckpt.directory.pins import pins
 from distckpt.directory.strays import read_run
 from distckpt.errors import DamagedError, StorageError
 from distckpt.format import names
@@ -72,12 +73,15 @@ def survey(store: Store, min_age: float, now: float) -> Collection:
     later: list[Garbage] = []
     for folder in attempt_folders(store):
         found += _hidden(store, folder, now - min_age)
-        found += attempts.garbage(folder)
+        found += attempts.abandoned(folder)
         later += attempts.of_the_newest(folder)
+        # A job that runs deletes them itself, and knows who restores one of them just now.
+        (later if is_recent(tail, now) else found).extend(attempts.retired(folder))
     for folder in SWEPT:
         found += _hidden(store, folder, now - min_age)
     found += [Garbage(PROBE, leftover(info.path, [info])) for info in old_probes(store, min_age)]
     found += [Garbage(LEASE, leftover(info.path, [info])) for info in attempts.dead_leases(now)]
+    found += [Garbage(LEASE, left) for left in attempts.lost_pins(now - min_age)]
     return Collection(tail, tuple(found), tuple(later))
 
 
@@ -127,11 +131,14 @@ class _Attempts:
         self._predecessors = Predecessors(store)
         self._predecessors.look()
 
-    def garbage(self, folder: str) -> Iterator[Garbage]:
+    def abandoned(self, folder: str) -> Iterator[Garbage]:
+        """What coordinators before the newest have begun."""
+        yield from self._dead(folder, self._epoch)
+
+    def retired(self, folder: str) -> Iterator[Garbage]:
+        """What the log has let go, and nobody reads or has pinned."""
         attempt = folder.rpartition("/")[2]
-        if attempt not in self._retiring:
-            yield from self._dead(folder, self._epoch)
-        elif not self._leased.failed and attempt not in self._leased.attempts:
+        if attempt in self._retiring and not self._leased.failed and attempt not in self._leased.attempts:
             yield Garbage(RETIRED, leftover(folder, list(objects_of_attempt(self._store, folder))))
 
     def of_the_newest(self, folder: str) -> Iterator[Garbage]:
@@ -142,6 +149,13 @@ class _Attempts:
     def dead_leases(self, now: float) -> Iterator[ObjectInfo]:
         yield from self._expired
         yield from (info for info in self._leases.unreadable if info.modified < now - UNREADABLE_SECONDS)
+
+    def lost_pins(self, before: float) -> Iterator[Leftover]:
+        """Pins of what is no more, and those that came too late for it and whose maker was killed before it saw that."""
+        for attempt, lease in pins(self._store).items():
+            is_lost = attempt not in self._known or (attempt in self._retiring and not lease.holds)
+            if is_lost and lease.since < before:
+                yield Leftover(names.pin_path(attempt), 0, lease.since)
 
     def _dead(self, folder: str, epoch: int) -> Iterator[Garbage]:
         bounds = Bounds(self._known, frozenset(), epoch)

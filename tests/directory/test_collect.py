@@ -5,17 +5,24 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import time
 import uuid
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from click.testing import CliRunner, Result
 
 from distckpt.cli import main
+from distckpt.directory.by_hand import Hand
 from distckpt.directory.log import read_tail
+from distckpt.directory.pins import pins
 from distckpt.errors import FencedError, StorageError
 from distckpt.format import names
+from distckpt.format.json.lease import Lease
+from distckpt.format.json.log import State
+from distckpt.format.json.sealed import seal
 from distckpt.storage import LocalStore
 from tests.support.checkpoints import append_state
 from tests.support.small_runs import (
@@ -128,13 +135,48 @@ def test_by_force_what_the_last_run_has_begun_goes_too_and_that_run_is_turned_aw
 def test_retired_checkpoints_go_unless_somebody_reads_them(tmp_path: Path) -> None:
     run(tmp_path, 1, 2)
     lease = lease_on(tmp_path, 1, seconds=60)
-    append_state(LocalStore(tmp_path), lambda state: type(state)(active=state.active[1:], retiring=state.active[:1]))
+    store = LocalStore(tmp_path)
+
+    def retire(state: State) -> State:
+        return msgspec.structs.replace(state, active=state.active[1:], retiring=state.active[:1])
+
+    append_state(store, retire)
+    assert found(tmp_path)["garbage"] == []
+    assert found(tmp_path)["later"] == [], "it is read"
+    Hand(store, read_tail(store), "test").write("claim", read_tail(store).state, time.time())
     assert found(tmp_path)["garbage"] == []
     (tmp_path / lease).unlink()
     [gone] = found(tmp_path)["garbage"]
     assert (gone["kind"], on_disk(tmp_path)) == ("retired checkpoint", [2])
     run(tmp_path, 3)
     assert read_tail(LocalStore(tmp_path)).state.retiring == ()
+
+
+def test_of_a_job_that_may_run_retired_checkpoints_are_left_to_the_job(tmp_path: Path) -> None:
+    run(tmp_path, 1, 2)
+    state = read_tail(LocalStore(tmp_path)).state
+    retired = msgspec.structs.replace(state, active=state.active[1:], retiring=state.active[:1])
+    append_state(LocalStore(tmp_path), lambda _: retired)
+    shown = found(tmp_path)
+    assert (shown["garbage"], [one["kind"] for one in shown["later"]]) == ([], ["retired checkpoint"])
+    assert on_disk(tmp_path) == [1, 2]
+    assert [one["deleted"] for one in found(tmp_path, "--force")["garbage"]] == [True]
+    assert on_disk(tmp_path) == [2]
+
+
+def test_pins_of_what_is_no_more_go_and_others_stay(tmp_path: Path) -> None:
+    run(tmp_path, 1, 2, 3)
+    store = LocalStore(tmp_path)
+    first, second, third = read_tail(store).state.active
+    gone = attempt(1)
+    for pinned, holds in ((first.attempt, False), (second.attempt, True), (third.attempt, False), (gone, True)):
+        lease = Lease(1, pinned, "somebody", None, since=1.0, holds=holds)
+        store.replace(names.pin_path(pinned), seal(lease))
+    append_state(
+        store, lambda state: msgspec.structs.replace(state, active=(third,), retiring=(first, second)), "retire"
+    )
+    assert {one["path"] for one in found(tmp_path)["garbage"]} == {names.pin_path(first.attempt), names.pin_path(gone)}
+    assert pins(store).keys() == {second.attempt, third.attempt}
 
 
 def test_what_cannot_be_deleted_is_told_and_keeps_nothing_else(
