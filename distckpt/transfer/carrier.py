@@ -29,9 +29,9 @@ SECTION = 8 << 20
 MEMORY = 256 << 20
 """For all objects under way together, but that a single large one may need more: see ``_window``."""
 
-_LEAST_WINDOW = 64 << 20
+LEAST_WINDOW = 64 << 20
 _PARTS = 32
-_STUCK_SECONDS = 5.0
+STUCK_SECONDS = 5.0
 _LOCAL_READERS = 4
 
 
@@ -145,7 +145,7 @@ def _window(size: int) -> int:
     A store that takes parts needs two of them: one that is on its way, and one that is being filled. The largest parts
     are those of Google Cloud Storage, of which an object has 32 at most.
     """
-    return min(size, max(_LEAST_WINDOW, 2 * (size // _PARTS) + SECTION))
+    return min(size, max(LEAST_WINDOW, 2 * (size // _PARTS) + SECTION))
 
 
 class _Memory:
@@ -181,7 +181,8 @@ class _Sections:
         self._freight = freight
         self._where = where
         self._room: SimpleQueue[None] = SimpleQueue()  # may be put to from wherever memory is let go of
-        for _ in range(max(2, window // SECTION)):
+        self._sections = max(2, window // SECTION)
+        for _ in range(self._sections):
             self._room.put(None)
         self._next = 0
         self._ahead: deque[Future[npt.NDArray[np.uint8]]] = deque()
@@ -216,11 +217,15 @@ class _Sections:
 
     def _has_room(self) -> bool:
         """Whether another section may be begun. With none under way it is waited for, and not for ever: a store may need
-        more than expected before it lets go of anything."""
+        more than expected before it lets go of anything, and is given twice as much then."""
         try:
-            self._room.get(block=not self._ahead, timeout=_STUCK_SECONDS)
+            self._room.get(block=not self._ahead, timeout=STUCK_SECONDS)
         except Empty:
-            return not self._ahead
+            if self._ahead:
+                return False
+            for _ in range(self._sections - 1):
+                self._room.put(None)
+            self._sections *= 2
         return True
 
     def _begin(self) -> None:
