@@ -116,8 +116,13 @@ class Carrier:
             if self._is_right(info, freight):
                 return True
             logger.info("%s was copied by the server, and is not what it should be: it is read here", freight.source)
-        except (AlreadyExistsError, ObjectNotFoundError):
+        except ObjectNotFoundError:
             raise
+        except AlreadyExistsError:  # by an earlier try, perhaps, of which no answer came
+            found = self._target.stat(freight.path)
+            if found is None or not self._is_right(found, freight):
+                raise
+            return True
         except StorageError as error:
             logger.info("the server does not copy %s, so it is read here: %s", freight.source, error)
         self._target.delete(freight.path)

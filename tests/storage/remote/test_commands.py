@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import crc32c
 import pytest
 import torch
 from click.testing import CliRunner, Result
@@ -17,6 +18,8 @@ from distckpt.cli import main
 from distckpt.errors import AlreadyExistsError, ObjectNotFoundError
 from distckpt.storage import Store, SupportsCopying, SupportsHidden, examine, open_store
 from distckpt.testing.observing import MIB, pattern, sections_of
+from distckpt.transfer.carrier import Carrier, Freight, Way
+from tests.support.proxy import Answer, Fault, Proxy, Reset, like
 from tests.support.s3_bucket import Bucket, options_for
 from tests.support.servers import Server
 from tests.support.stores import GcsBucket
@@ -104,6 +107,33 @@ def test_what_is_copied_by_the_server_is_checked_and_never_over_another(place: P
         store.copy(there, "ckpt-1/1.arrow", "ckpt-4/0.arrow", len(data))
     elsewhere = open_store(f"memory://{place[0][5:]}")
     assert store.copy(elsewhere, "ckpt-1/0.arrow", "ckpt-5/0.arrow", 1) is None
+
+
+def test_google_is_asked_again_until_a_long_copy_is_done(gs: Place, fake_gcs: Server, bucket: str) -> None:
+    with Proxy(fake_gcs.port) as proxy:
+        there, store = (open_store(f"{gs[0]}/{run}", {**gs[1], "endpoint_url": proxy.url}) for run in ("a", "b"))
+        assert isinstance(store, SupportsCopying)
+        there.put_if_absent("shard", b"content")
+        proxy.fail(Answer(200, b'{"done": false, "rewriteToken": "go on"}'), when=like("POST", "rewriteTo"), times=2)
+        info = store.copy(there, "shard", "shard", 7)
+        assert info is not None
+        assert (info.crc32c, proxy.planned) == (crc32c.crc32c(b"content"), 0)
+        assert [seen for seen in map(str, proxy.seen) if "rewriteToken=go" in seen]
+
+
+@pytest.mark.parametrize("fault", [Reset(applied=True), Answer(503), Answer(412, applied=True), Answer(501)], ids=repr)
+def test_whatever_becomes_of_the_servers_copy_what_is_wanted_is_there_in_the_end(
+    gs: Place, fake_gcs: Server, bucket: str, fault: Fault
+) -> None:
+    with Proxy(fake_gcs.port) as proxy:
+        there, store = (open_store(f"{gs[0]}/{run}", {**gs[1], "endpoint_url": proxy.url}) for run in ("a", "b"))
+        there.put_if_absent("shard", b"content")
+        proxy.fail(fault, when=like("POST", "rewriteTo"))
+        carrier = Carrier(there, store)
+        way = carrier.carry(Freight("shard", "shard", 7, crc32c.crc32c(b"content")))
+        carrier.close()
+        assert store.read("shard", 7) == b"content"
+        assert way is (Way.HERE if fault == Answer(501) else Way.SERVER)
 
 
 def test_interrupted_uploads_are_shown_with_size_and_deleted(
