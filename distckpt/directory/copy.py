@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -19,7 +19,15 @@ from distckpt.directory.garbage import delete_attempt
 from distckpt.directory.lease import hold
 from distckpt.directory.locate import Located, locate, located, read_sealed
 from distckpt.directory.log import Tail, read_tail
-from distckpt.errors import AlreadyExistsError, CheckpointNotFoundError, DamagedError, ObjectNotFoundError, StorageError
+from distckpt.directory.strays import strays
+from distckpt.errors import (
+    AlreadyExistsError,
+    CheckpointNotFoundError,
+    DamagedError,
+    LogMissingError,
+    ObjectNotFoundError,
+    StorageError,
+)
 from distckpt.format import names
 from distckpt.format.json.export import MAX_EXPORT_BYTES
 from distckpt.format.json.log import CheckpointRecord, State
@@ -95,13 +103,14 @@ class Copying:
 
     Each is committed there as soon as all of it has landed. In a directory in which no job has ever saved they are what
     they were, in the order in which they were saved; beside a job's own ones they are preserved, and the newest stays the
-    newest. ``clock`` gives epoch seconds. To be closed.
+    newest. ``clock`` gives epoch seconds. LogMissingError if there are other checkpoints and no log. To be closed.
     """
 
     def __init__(
         self, origin: Origin, target: Store, tail: Tail, clock: Callable[[], float], progress: Progress | None = None
     ) -> None:
         check_nothing_sealed(target, tail)
+        _check_claimable(target, tail, {one.record.attempt for one in origin.wanted})
         self._origin = origin
         self._target = target
         self._state = tail.state
@@ -228,6 +237,13 @@ class Copying:
         if state.run or wanted.is_preserved:
             return msgspec.structs.replace(state, preserved=(*state.preserved, record))
         return msgspec.structs.replace(state, active=tuple(in_save_order((*state.active, record))))
+
+
+def _check_claimable(target: Store, tail: Tail, ours: Collection[str]) -> None:
+    """Without a log nobody knows what counts of what is there, but for what an interrupted copy has left."""
+    folders = {} if tail.entry is not None else dict.fromkeys(stray.folder for stray in strays(target, ours))
+    if folders:
+        raise LogMissingError(target.url, list(folders))
 
 
 class _Journey:

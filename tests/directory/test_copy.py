@@ -213,6 +213,15 @@ def test_beside_a_jobs_own_checkpoints_copies_are_preserved_and_its_newest_stays
     trainer.manager.close()
 
 
+def test_beside_checkpoints_without_a_log_nothing_is_claimed(source: Path, tmp_path: Path) -> None:
+    there = tmp_path / "there"
+    shutil.copytree(source / "ckpt-1", there / "ckpt-1")
+    result = call("cp", source, there, "--newest")
+    assert (result.exit_code, "distckpt adopt" in result.stderr) == (1, True)
+    assert on_disk(there) == [1]
+    assert fates(source, there) == [("ckpt-1", "copied"), ("ckpt-2", "copied"), ("ckpt-3", "copied")]
+
+
 def test_exports_go_along_also_those_made_later(source: Path, tmp_path: Path) -> None:
     there = tmp_path / "there"
     export(source, 1)
