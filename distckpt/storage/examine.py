@@ -38,7 +38,12 @@ FIRST_BYTES, MOST_BYTES = 8 << 20, 256 << 20
 _TRANSFER_SECONDS = 4.0
 _PIECE = 8 << 20
 _STREAMS = 16
-_IN_MEMORY = {"tmpfs", "ramfs"}
+_PATIENCE = 30.0
+_PASSING = {
+    "tmpfs": "it is in memory: all is lost when this host goes down",
+    "ramfs": "it is in memory: all is lost when this host goes down",
+    "overlay": "it belongs to a container, and is gone with it",
+}
 _ROOM = 1 << 30
 _FEW_FILES = 10_000
 
@@ -101,7 +106,7 @@ def examine(
             for finding in _file_system(location):
                 note(finding)
         try:
-            trial = _Trial(open_store(folder, storage_options), note)
+            trial = _Trial(open_store(folder, _hurried(location, storage_options)), note)
         except DistckptError as error:
             note(
                 Finding(
@@ -114,6 +119,12 @@ def examine(
         finally:
             trial.clean_up()
     return Examination(location, tuple(findings), trial.speed, is_safe)
+
+
+def _hurried(location: str, storage_options: Mapping[str, Any] | None) -> Mapping[str, Any]:
+    """The options, with less patience than a job has for a store that does not answer, unless they say something else."""
+    is_far = "://" in location and not location.startswith("memory:")
+    return {**({"patience": _PATIENCE} if is_far else {}), **(storage_options or {})}
 
 
 # ---- a local path ---------------------------------------------------------------------------------------------------
@@ -140,8 +151,8 @@ def _file_system(location: str) -> Iterator[Finding]:
         yield Finding("file system", "careful", "the system does not say which one it is")
     else:
         shown = f"{mount.kind} at {mount.point}, {','.join(dict.fromkeys(mount.options))}"
-        if mount.kind in _IN_MEMORY:
-            yield Finding("file system", "careful", shown, "it is in memory: all is lost when this host goes down")
+        if mount.kind in _PASSING:
+            yield Finding("file system", "careful", shown, _PASSING[mount.kind])
         elif mount.seconds_behind:
             yield Finding(
                 "file system",
@@ -272,12 +283,7 @@ class _Trial:
                 source.read_into(begin, memoryview(target))
                 if target != data[begin:end]:
                     return "bad", "a range has other bytes than were sent", "save elsewhere"
-        kept = (
-            "the store keeps CRC32C itself"
-            if info.crc32c is not None
-            else "the store keeps no CRC32C: readers compare ours"
-        )
-        return "good", kept, ""
+        return "good", f"the store keeps {'no ' if info.crc32c is None else ''}CRC32C itself; readers compare ours", ""
 
     def _latency(self) -> _Found:
         creates = _timed(lambda number: self._put(f"small-{number}", b"x" * 1000))
