@@ -79,8 +79,8 @@ def survey(store: Store, min_age: float, now: float) -> Collection:
         (later if is_recent(tail, now) else found).extend(attempts.retired(folder))
     for folder in SWEPT:
         found += _hidden(store, folder, now - min_age)
-    found += [Garbage(PROBE, leftover(info.path, [info])) for info in old_probes(store, min_age)]
-    found += [Garbage(LEASE, leftover(info.path, [info])) for info in attempts.dead_leases(now)]
+    found += [Garbage(PROBE, left) for left in old_probes(store, min_age)]
+    found += [Garbage(LEASE, leftover(store, info.path, [info])) for info in attempts.dead_leases(now)]
     found += [Garbage(LEASE, left) for left in attempts.lost_pins(now - min_age)]
     return Collection(tail, tuple(found), tuple(later))
 
@@ -94,9 +94,9 @@ def delete(
     for one in garbage:
         try:
             if one.kind in (ATTEMPT, RETIRED):
-                delete_attempt(store, one.left.path)
+                delete_attempt(one.left.store, one.left.path)
             elif one.kind != HIDDEN:
-                store.delete(one.left.path)
+                one.left.store.delete(one.left.path)
             elif isinstance(store, SupportsSweep) and one.folder not in swept:
                 swept.add(one.folder)
                 store.sweep(one.folder, min_age)
@@ -139,7 +139,7 @@ class _Attempts:
         """What the log has let go, and nobody reads or has pinned."""
         attempt = folder.rpartition("/")[2]
         if attempt in self._retiring and not self._leased.failed and attempt not in self._leased.attempts:
-            yield Garbage(RETIRED, leftover(folder, list(objects_of_attempt(self._store, folder))))
+            yield Garbage(RETIRED, leftover(self._store, folder, list(objects_of_attempt(self._store, folder))))
 
     def of_the_newest(self, folder: str) -> Iterator[Garbage]:
         """What would be garbage if the newest coordinator were not there any more."""
@@ -155,7 +155,7 @@ class _Attempts:
         for attempt, lease in pins(self._store).items():
             is_lost = attempt not in self._known or (attempt in self._retiring and not lease.holds)
             if is_lost and lease.since < before:
-                yield Leftover(names.pin_path(attempt), 0, lease.since)
+                yield Leftover(self._store, names.pin_path(attempt), 0, lease.since)
 
     def _dead(self, folder: str, epoch: int) -> Iterator[Garbage]:
         bounds = Bounds(self._known, frozenset(), epoch)
@@ -168,4 +168,4 @@ def _hidden(store: Store, folder: str, before: float) -> Iterator[Garbage]:
     if isinstance(store, SupportsHidden):
         for info in store.hidden(folder):
             if info.modified <= before:
-                yield Garbage(HIDDEN, leftover(info.path, [info]), folder)
+                yield Garbage(HIDDEN, leftover(store, info.path, [info]), folder)

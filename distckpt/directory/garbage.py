@@ -50,8 +50,10 @@ class Bounds:
 
 @dataclass(frozen=True, slots=True)
 class Leftover:
-    """The folder, or the object, at ``path`` that nobody needs: ``nbytes`` in all, last touched at ``modified``."""
+    """The folder, or the object, at ``path`` of ``store`` that nobody needs: ``nbytes`` in all, last touched at
+    ``modified``."""
 
+    store: Store
     path: str
     nbytes: int
     modified: float
@@ -130,19 +132,19 @@ def dead(store: Store, folder: str, bounds: Bounds, min_age: float, predecessors
         return None
     if not whole and not _untouched(objects, _least_age(attempt, bounds, predecessors, min_age)):
         return None
-    return leftover(folder, objects)
+    return leftover(store, folder, objects)
 
 
-def leftover(path: str, objects: list[ObjectInfo]) -> Leftover:
+def leftover(store: Store, path: str, objects: list[ObjectInfo]) -> Leftover:
     """All of these objects as one, as old as the youngest of them."""
     modified = max((info.modified for info in objects), default=0.0)
-    return Leftover(path, sum(info.size for info in objects), modified)
+    return Leftover(store, path, sum(info.size for info in objects), modified)
 
 
-def old_probes(store: Store, min_age: float) -> list[ObjectInfo]:
+def old_probes(store: Store, min_age: float) -> list[Leftover]:
     """What killed processes have left that were testing the store."""
     probes = at_most(MOST_NAMES, store.list(PROBES), f"{store.url}/{PROBES}")
-    return [info for info in probes if info.modified < time.time() - min_age]
+    return [leftover(store, info.path, [info]) for info in probes if info.modified < time.time() - min_age]
 
 
 def delete_attempt(store: Store, folder: str) -> None:

@@ -49,11 +49,12 @@ def collect_garbage(store: Store, action: CollectGarbage, min_age: float, predec
     gone = 0
     for folder in attempt_folders(store):
         gone += _sweep(store, folder, min_age)
-        if dead(store, folder, bounds, min_age, predecessors) is not None:
-            gone += _collected(store, folder)
+        found = dead(store, folder, bounds, min_age, predecessors)
+        if found is not None:
+            gone += _collected(found.store, found.path)
     probes = old_probes(store, min_age)
-    for info in probes:
-        store.delete(info.path)
+    for probe in probes:
+        probe.store.delete(probe.path)
     return gone + len(probes) + sum(_sweep(store, folder, min_age) for folder in SWEPT)
 
 
