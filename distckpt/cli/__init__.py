@@ -1,4 +1,4 @@
-"""The ``distckpt`` command: look at checkpoints, and check them, from a shell."""
+"""The ``distckpt`` command: look at checkpoints, check, copy, keep and remove them, from a shell."""
 
 from distckpt.cli.app import main
 

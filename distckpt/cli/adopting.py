@@ -13,11 +13,11 @@ from rich.text import Text
 
 from distckpt.cli import options, text
 from distckpt.cli.verifying import check
-from distckpt.directory.adopt import RECENT_SECONDS, Found, Survey, adopt, is_recent, survey
-from distckpt.directory.log import Tail, read_tail
-from distckpt.errors import CoordinatorError
+from distckpt.directory.adopt import Found, Survey, adopt, survey
+from distckpt.directory.by_hand import check_quiet
+from distckpt.directory.log import read_tail
 from distckpt.format import names
-from distckpt.storage import Store, open_store
+from distckpt.storage import open_store
 from distckpt.terminal.sizes import human_bytes
 
 _STYLES = {"active": "green", "preserved": "cyan", "damaged": "bold red", "passed over": "yellow"}
@@ -45,11 +45,13 @@ def adopt_checkpoints(
     Exit status 0 if all is well, 1 if something is damaged, 2 if nothing could be done.
     """
     store = open_store(directory, storage_options)
-    _check_quiet(store, read_tail(store), force or dry_run)
+    if not (force or dry_run):
+        check_quiet(store, read_tail(store), time.time(), "adopting")
     what = survey(store, check)
     entry = None
     if what.adopts and not dry_run:
-        _check_quiet(store, what.tail, force)
+        if not force:
+            check_quiet(store, what.tail, time.time(), "adopting")
         entry = names.entry_path(adopt(store, what, time.time()).seq)
     if as_json:
         text.print_json({"directory": store.url, "entry": entry, "checkpoints": [_as_json(one) for one in what.found]})
@@ -57,14 +59,6 @@ def adopt_checkpoints(
         _print(what, entry, dry_run)
     if any(one.fate == "damaged" for one in what.found):
         ctx.exit(1)
-
-
-def _check_quiet(store: Store, tail: Tail, force: bool) -> None:
-    if not force and is_recent(tail, time.time()):
-        raise CoordinatorError(
-            f"{store.url}: its log was written to less than {RECENT_SECONDS / 60:g} minutes ago, so a job may be "
-            "running, which adopting would stop. Make sure that none is, and pass --force; or look with --dry-run"
-        )
 
 
 def _as_json(one: Found) -> dict[str, Any]:

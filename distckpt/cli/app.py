@@ -1,4 +1,4 @@
-"""The commands together, and how they end: 0 all is well, 1 damage was found, 2 wrong usage or nothing there."""
+"""The commands together, and how they end: 0 all is well, 1 damage was found, 2 wrong usage, or nothing could be done."""
 
 from __future__ import annotations
 
@@ -14,6 +14,12 @@ _HOMES = {
     "show": ("showing", "show_checkpoint"),
     "verify": ("verifying", "verify_checkpoints"),
     "adopt": ("adopting", "adopt_checkpoints"),
+    "cp": ("copying", "copy_checkpoints"),
+    "doctor": ("examining", "examine_place"),
+    "pin": ("pinning", "pin_checkpoint"),
+    "unpin": ("pinning", "unpin_checkpoint"),
+    "rm": ("removing", "remove_checkpoints"),
+    "gc": ("collecting", "collect"),
 }
 
 
@@ -53,9 +59,8 @@ class _Commands(click.Group):
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="distckpt")
 def main() -> None:
-    """Look at checkpoints, and check them.
+    """Look at checkpoints, check, copy, keep and remove them.
 
-    DIR is the directory that a run saves to, such as /shared/run-7. PATH is one checkpoint in it, such as
-    /shared/run-7/ckpt-42, or the directory, which means its newest. Nothing is ever changed, but for the log that adopt
-    writes.
+    DIR is the directory that a run saves to, such as /shared/run-7 or gs://bucket/run-7. PATH is one checkpoint in it, such
+    as /shared/run-7/ckpt-42, or the directory, which means its newest. ls, show and verify only read.
     """

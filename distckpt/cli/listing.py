@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,9 +12,11 @@ from rich.text import Text
 
 from distckpt.cli import options, text
 from distckpt.directory.newest import has_manifest
+from distckpt.directory.pins import pins
 from distckpt.directory.strays import read_run
 from distckpt.errors import CheckpointNotFoundError
 from distckpt.format import names
+from distckpt.format.json.lease import Lease
 from distckpt.format.json.log import CheckpointRecord, State
 from distckpt.storage import Store, open_store
 from distckpt.terminal.sizes import human_bytes
@@ -46,11 +48,13 @@ def list_checkpoints(directory: str, as_json: bool, storage_options: Mapping[str
     are in the log, but were deleted by other means than distckpt.
     """
     store = open_store(directory, storage_options)
-    listed = in_order(*_settled(store))
+    state, missing = _settled(store)
+    pinned = pins(store)
+    listed = in_order(state, missing, pinned.keys())
     if not listed:
         raise CheckpointNotFoundError(store.url, "no checkpoint has been committed here")
     if as_json:
-        text.print_json({"directory": store.url, "checkpoints": [_as_json(one) for one in listed]})
+        text.print_json({"directory": store.url, "checkpoints": [_as_json(one, pinned) for one in listed]})
     else:
         _print(listed)
 
@@ -66,10 +70,13 @@ def _settled(store: Store) -> tuple[State, frozenset[str]]:
     return state, missing
 
 
-def in_order(state: State, missing: frozenset[str] = frozenset()) -> list[Listed]:
+def in_order(
+    state: State, missing: Collection[str] = frozenset(), pinned: Collection[str] = frozenset()
+) -> list[Listed]:
     """Every checkpoint of the log once: retiring ones first, then the others in the order in which they were saved.
 
-    ``missing`` are attempts of which there is no manifest; the newest is the newest of the others.
+    ``missing`` are attempts of which there is no manifest; the newest is the newest of the others. ``pinned`` are attempts
+    that have a pin beside the log.
     """
     active = {record.attempt for record in state.active}
     preserved = {record.attempt for record in state.preserved}
@@ -80,14 +87,15 @@ def in_order(state: State, missing: frozenset[str] = frozenset()) -> list[Listed
         marks = ["newest"] if record == newest else ["active"] if record.attempt in active else []
         marks = ["missing"] if record.attempt in missing else marks
         marks += ["preserved"] if record.attempt in preserved else []
-        marks += ["pinned"] if record.pinned else []
+        marks += ["pinned"] if record.pinned or record.attempt in pinned else []
         listed.append(Listed(record, tuple(marks)))
     return listed
 
 
-def _as_json(listed: Listed) -> dict[str, Any]:
+def _as_json(listed: Listed, pinned: Mapping[str, Lease]) -> dict[str, Any]:
     record: dict[str, Any] = msgspec.to_builtins(listed.record)
-    return {"checkpoint": listed.name, "state": list(listed.marks), **record}
+    pin = text.pin_as_json(pinned.get(listed.record.attempt))
+    return {"checkpoint": listed.name, "state": list(listed.marks), **record, "pin": pin}
 
 
 def _print(listed: Iterable[Listed]) -> None:

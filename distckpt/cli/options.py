@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 import click
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
+
+_SECONDS = {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 
 
 def as_json(command: _Command) -> _Command:
@@ -18,15 +21,32 @@ def as_json(command: _Command) -> _Command:
     )
 
 
+def seconds(ctx: click.Context, parameter: click.Parameter, value: str) -> float:
+    """Callback for an age: ``90``, ``30m``, ``12h`` or ``7d``."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)([smhd]?)", value)
+    if found is None:
+        raise click.BadParameter(f"{value!r} is no age, such as 30m, 12h or 7d", ctx, parameter)
+    return float(found[1]) * _SECONDS[found[2]]
+
+
 def storage_options(command: _Command) -> _Command:
     """``-o key=value``, any number of them, for the store."""
+    return _options_of(command, "-o", "storage_options", "the store")
+
+
+def destination_options(command: _Command) -> _Command:
+    """``--to-option key=value``, where ``-o`` is for the source."""
+    return _options_of(command, "--to-option", "destination_options", "the store of the destination")
+
+
+def _options_of(command: _Command, flag: str, name: str, whose: str) -> _Command:
     return click.option(
-        "-o",
-        "storage_options",
+        flag,
+        name,
         metavar="KEY=VALUE",
         multiple=True,
         callback=_parsed,
-        help="An option for the store, such as token=anon; may be repeated.",
+        help=f"An option for {whose}, such as token=anon; may be repeated.",
     )(command)
 
 

@@ -12,6 +12,7 @@ import msgspec
 from distckpt.cli import options, text
 from distckpt.directory.exports import read_export
 from distckpt.directory.locate import Located, locate, read_index
+from distckpt.directory.pins import pin_of
 from distckpt.format import names
 from distckpt.format.arrow.dtypes import VALUE
 from distckpt.format.tree.tree import RankStep, Step, decode_path
@@ -20,6 +21,7 @@ from distckpt.terminal.sizes import counted, human_bytes
 if TYPE_CHECKING:
     from distckpt.format.arrow.index import Index, KeyInfo
     from distckpt.format.json.export import ExportManifest
+    from distckpt.format.json.lease import Lease
 
 MOST_RANKS = 16
 
@@ -33,10 +35,11 @@ def show_checkpoint(path: str, as_json: bool, storage_options: Mapping[str, Any]
     where = locate(path, storage_options)
     index = read_index(where)
     export = read_export(where.store, where.folder)
+    pin = pin_of(where.store, where.manifest.attempt)
     if as_json:
-        text.print_json(_as_json(where, index, export))
+        text.print_json(_as_json(where, index, export, pin))
     else:
-        _print(where, index, export)
+        _print(where, index, export, pin)
 
 
 # ---- for people ---------------------------------------------------------------------------------------------------
@@ -53,7 +56,7 @@ class _Branch:
     children: dict[Step, _Branch] = field(default_factory=dict)
 
 
-def _print(where: Located, index: Index, export: ExportManifest | None) -> None:
+def _print(where: Located, index: Index, export: ExportManifest | None, pin: Lease | None) -> None:
     console = text.console()
     manifest = where.manifest
     tensors = sum(dtype != VALUE for dtype in index.dtypes)
@@ -71,6 +74,8 @@ def _print(where: Located, index: Index, export: ExportManifest | None) -> None:
         exported = ", ".join(module.name for module in export.modules)
         nbytes = sum(file.size for _, file in export.files())
         console.print(f"exported {text.local_time(export.time)}: {exported}, {human_bytes(nbytes)}")
+    if pin is not None:
+        console.print(text.pin_in_words(pin))
     console.print()
     table = text.table(["key", "shape", "type", "size", "written by"], right=["size"])
     for guide, branch in _lines(_tree(where, index)):
@@ -157,7 +162,7 @@ def _count(ranks: Any) -> dict[int, int]:
 # ---- for programs -------------------------------------------------------------------------------------------------
 
 
-def _as_json(where: Located, index: Index, export: ExportManifest | None) -> dict[str, Any]:
+def _as_json(where: Located, index: Index, export: ExportManifest | None, pin: Lease | None) -> dict[str, Any]:
     manifest = msgspec.to_builtins(where.manifest)
     for shard in manifest["shards"]:
         shard["file"] = names.shard_name(shard["rank"], shard["shard"])
@@ -166,6 +171,7 @@ def _as_json(where: Located, index: Index, export: ExportManifest | None) -> dic
         "nbytes": sum(shard.size for shard in where.manifest.shards),
         **manifest,
         "export": msgspec.to_builtins(export),
+        "pin": text.pin_as_json(pin),
         "keys": [{**_key_as_json(index.info(key)), "chunks": _chunks_as_json(index, key)} for key in index.names],
     }
 

@@ -14,6 +14,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from distckpt.format.json.lease import Lease
+
 PIPED_COLUMNS = 100
 """Columns where the terminal does not say: enough for every table, and for most pagers."""
 
@@ -24,6 +26,25 @@ def local_time(seconds: float) -> str:
         return f"{datetime.fromtimestamp(seconds).astimezone():%Y-%m-%d %H:%M:%S}"
     except (ValueError, OverflowError, OSError):
         return f"{seconds:g}"
+
+
+def duration(seconds: float) -> str:
+    """About how long, in one unit: ``3 d``, ``45 s``, ``12 ms``."""
+    units = (("d", 86400.0), ("h", 3600.0), ("min", 60.0), ("s", 1.0))
+    unit, length = next((one for one in units if seconds >= one[1]), ("ms", 0.001))
+    amount = seconds / length
+    return f"{amount:.1f} {unit}" if amount < 9.95 and unit != "d" else f"{amount:.0f} {unit}"
+
+
+def pin_in_words(lease: Lease) -> str:
+    """``pinned by alice@host since 2026-11-21 05:41:49: to be compared with``."""
+    note = f": {lease.note}" if lease.note else ""
+    return f"pinned by {lease.holder or 'somebody'} since {local_time(lease.since)}{note}"
+
+
+def pin_as_json(lease: Lease | None) -> dict[str, Any] | None:
+    """A pin for programs."""
+    return None if lease is None else {"by": lease.holder, "since": lease.since, "note": lease.note}
 
 
 def number_ranges(numbers: Iterable[int]) -> str:

@@ -4,34 +4,28 @@ from __future__ import annotations
 
 import logging
 import math
-import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import msgspec
 
+from distckpt.directory.by_hand import Hand, in_save_order
 from distckpt.directory.locate import Located, read_sealed
-from distckpt.directory.log import Tail, append, read_tail
-from distckpt.directory.published import PublishedState
+from distckpt.directory.log import Tail, read_tail
 from distckpt.directory.strays import Stray, strays
 from distckpt.directory.verify import Damage, VerifyReport
 from distckpt.errors import (
     CheckpointNotFoundError,
-    CoordinatorError,
     DamagedError,
     ObjectNotFoundError,
     StorageError,
-    StoreOutcomeUnknownError,
 )
 from distckpt.format import names
-from distckpt.format.json.log import FORMAT, CheckpointRecord, Entry, State
+from distckpt.format.json.log import CheckpointRecord, Entry, State
 from distckpt.state_file import MAX_STATE_BYTES, CheckpointState, parse
-from distckpt.storage import Store, join, probe
+from distckpt.storage import Store, join
 
 logger = logging.getLogger(__name__)
-
-RECENT_SECONDS = 600.0
-"""A log whose newest entry is younger than this may belong to a job that runs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,38 +84,13 @@ def survey(store: Store, check: Callable[[Located], VerifyReport]) -> Survey:
     return Survey(tail, (*rest, *adopted), _state(store, tail.state, adopted))
 
 
-def is_recent(tail: Tail, now: float) -> bool:
-    """Whether the log was written to so lately that a job may still run. ``now`` is in epoch seconds."""
-    return tail.entry is not None and now - tail.entry.time < RECENT_SECONDS
-
-
 def adopt(store: Store, what: Survey, now: float) -> Entry:
     """Append the entry that lists what the survey adopts; it counts on return. Never overwrites or deletes a checkpoint.
 
-    The entry claims a new epoch, so a coordinator that still runs is fenced, and it holds the whole state, so that
-    nothing is half done if this process is killed. ``now`` is in epoch seconds. Raises CoordinatorError if somebody
-    else has written to the log since the survey, or if no reader would take the entry, StoreUnsuitableError or
-    StorageError if the store fails.
+    ``now`` is in epoch seconds. Raises what ``Hand.write`` raises.
     """
-    probe(store)
-    tail = what.tail
     epochs = [names.attempt_epoch(one.stray.attempt) for one in what.found]
-    epochs.append(tail.entry.epoch if tail.entry is not None else 0)
-    entry = Entry(FORMAT, tail.seq + 1, max(epochs) + 1, "claim", now, uuid.uuid4().hex, what.state)
-    path = join(store.url, names.entry_path(entry.seq))
-    result = append(store, entry)
-    if result.outcome == "refused":
-        raise CoordinatorError(f"{store.url}: nothing was adopted: {result.reason}")
-    if result.outcome == "unknown" or 0 < result.newest < entry.seq:
-        reason = result.reason or "a listing does not show it"
-        raise StoreOutcomeUnknownError(path, f"may or may not have been written ({reason}). Adopt again, which looks")
-    if result.outcome == "taken" or result.newest > entry.seq:
-        raise CoordinatorError(
-            f"{store.url}: somebody else has written to the log meanwhile, so nothing was adopted. "
-            "Let no job run here and adopt again"
-        )
-    _publish(store, entry.state)
-    return entry
+    return Hand(store, what.tail, "adopt", epochs).write("claim", what.state, now)
 
 
 # ---- what there is ------------------------------------------------------------------------------------------------
@@ -166,14 +135,8 @@ def _sorted_out(tail: Tail, found: Sequence[Found]) -> tuple[list[Found], list[F
 
 
 def _oldest_first(whole: Sequence[Found]) -> list[Found]:
-    """By the order in which their saves began, which no clock has a say in; by time if they are of several runs.
-
-    In one directory an epoch has one coordinator. So two in one epoch were copied from different directories.
-    """
-    claims = {(names.attempt_epoch(one.stray.attempt), names.claim_of(one.stray.attempt)) for one in whole}
-    if len({epoch for epoch, _ in claims}) == len(claims):
-        return sorted(whole, key=lambda one: names.attempt_age(one.stray.attempt))
-    return sorted(whole, key=lambda one: _record(one).time)
+    order = {record.attempt: at for at, record in enumerate(in_save_order(map(_record, whole)))}
+    return sorted(whole, key=lambda one: order[_record(one).attempt])
 
 
 def _lacks_its_entry(tail: Tail, record: CheckpointRecord) -> bool:
@@ -241,11 +204,3 @@ def _state_file(store: Store) -> CheckpointState:
         logger.warning("%s/%s is passed over: %s", store.url, names.STATE_FILE, error)
         return nothing
     return state if math.isfinite(state.last_preserved_timestamp) else nothing
-
-
-def _publish(store: Store, state: State) -> None:
-    """Refresh the state file, which is derived: the next manager does it again."""
-    try:
-        PublishedState(store).publish(state)
-    except (StorageError, DamagedError) as error:
-        logger.warning("%s/%s was not refreshed: %s", store.url, names.STATE_FILE, error)

@@ -15,6 +15,7 @@ CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 WEIGHTS_INDEX = "model.safetensors.index.json"
 
+_PIN = "pin-"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _ATTEMPT = re.compile(r"e([0-9]{1,18})-[0-9a-f]{32}")
 _ENTRY = re.compile(r"([0-9]{20})\.json")
@@ -93,6 +94,18 @@ def kept_state_file(digest: str) -> str:
 def lease_path(lease: str) -> str:
     """The lease with that id."""
     return f"{LEASES}/{lease}.json"
+
+
+def pin_path(attempt: str) -> str:
+    """The pin of an attempt, which is a lease of its own kind: there is one at most."""
+    return lease_path(f"{_PIN}{attempt}")
+
+
+def pinned_attempt(path: str) -> str | None:
+    """The attempt that the lease at ``path`` pins, or None if it is a reader's."""
+    name = path.removeprefix(f"{LEASES}/").removesuffix(".json")
+    attempt = name.removeprefix(_PIN)
+    return attempt if attempt != name and is_attempt(attempt) else None
 
 
 def export_folder(export: str) -> str:

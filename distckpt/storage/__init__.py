@@ -1,7 +1,15 @@
 """Stores: where objects are kept, and what is asked of the place."""
 
 from distckpt.storage.bounds import MOST_NAMES, at_most
-from distckpt.storage.interface import ObjectInfo, Source, Store, SupportsCooling, SupportsSweep
+from distckpt.storage.interface import (
+    ObjectInfo,
+    Source,
+    Store,
+    SupportsCooling,
+    SupportsCopying,
+    SupportsHidden,
+    SupportsSweep,
+)
 from distckpt.storage.local import LocalStore
 from distckpt.storage.location import canonical, join, open_store, split_path, with_patience
 from distckpt.storage.memory import MemoryStore
@@ -22,6 +30,8 @@ __all__ = [
     "Source",
     "Store",
     "SupportsCooling",
+    "SupportsCopying",
+    "SupportsHidden",
     "SupportsSweep",
     "at_most",
     "canonical",

@@ -108,6 +108,29 @@ class SupportsSweep(Protocol):
 
 
 @runtime_checkable
+class SupportsHidden(Protocol):
+    """A store in which something may lie that no listing shows, and that can tell what."""
+
+    def hidden(self, folder: str) -> Iterator[ObjectInfo]:
+        """What writers that live or were killed have directly below ``folder``; all of the store, if it keeps that in one place
+
+        and ``folder`` is the root. A thing has one path, the size of all its parts, and the time of its last touch.
+        """
+
+
+@runtime_checkable
+class SupportsCopying(Protocol):
+    """A store that can have an object of another one copied without its bytes coming here."""
+
+    def copy(self, source: Store, source_path: str, path: str, size: int) -> ObjectInfo | None:
+        """Create ``path`` with what is at ``source_path`` of ``source``, of ``size`` bytes; durable on return.
+
+        None if this store cannot do that with that source or that size: then nothing was done. AlreadyExistsError if
+        ``path`` exists; ObjectNotFoundError if there is nothing to copy.
+        """
+
+
+@runtime_checkable
 class SupportsExplaining(Protocol):
     """A store of which it is known only when it is tried whether it keeps its promises."""
 

@@ -168,6 +168,16 @@ class LocalStore:
                 folders.prune(parts)
         return gone
 
+    def hidden(self, folder: str) -> Iterator[ObjectInfo]:
+        """Temporary files, of writers that live too."""
+        parts = folder_parts(folder)
+        with contextlib.suppress(ObjectNotFoundError), reading(self._full(folder)):  # noqa: SIM117
+            with self._visit(parts) as folders, os.scandir(folders.fd) as entries:
+                for entry in entries:
+                    found = _object(parts, entry) if _TEMPORARY.fullmatch(entry.name) else None
+                    if found is not None:
+                        yield found
+
     def delete(self, path: str) -> None:
         """Remove an object, and the folders that are empty then. After a power loss it may be there again."""
         *above, name = object_parts(path)

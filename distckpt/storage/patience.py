@@ -9,7 +9,16 @@ from collections.abc import Callable, Hashable, Iterable, Iterator
 from typing import TypeVar
 
 from distckpt.errors import DamagedError, ObjectNotFoundError, StorageError
-from distckpt.storage.interface import ObjectInfo, Source, Store, SupportsCooling, SupportsExplaining, SupportsSweep
+from distckpt.storage.interface import (
+    ObjectInfo,
+    Source,
+    Store,
+    SupportsCooling,
+    SupportsCopying,
+    SupportsExplaining,
+    SupportsHidden,
+    SupportsSweep,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -94,6 +103,18 @@ class PatientStore:
     def sweep(self, folder: str, min_age: float) -> int:
         """See SupportsSweep. Nothing is done by a store that does not support it."""
         return self._inner.sweep(folder, min_age) if isinstance(self._inner, SupportsSweep) else 0
+
+    def hidden(self, folder: str) -> Iterator[ObjectInfo]:
+        """See SupportsHidden. Nothing is found in a store that does not support it."""
+        inner = self._inner
+        if isinstance(inner, SupportsHidden):
+            yield from self._patience.each(lambda: inner.hidden(folder), lambda info: info.path)
+
+    def copy(self, source: Store | PatientStore, source_path: str, path: str, size: int) -> ObjectInfo | None:
+        """See SupportsCopying. Nothing is copied by a store that does not support it."""
+        if not isinstance(self._inner, SupportsCopying):
+            return None
+        return self._inner.copy(source._inner if isinstance(source, PatientStore) else source, source_path, path, size)
 
     def explain(self) -> str:
         """See SupportsExplaining. Nothing is said of a store that does not support it."""

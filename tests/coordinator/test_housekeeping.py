@@ -11,8 +11,9 @@ import pytest
 
 import distckpt
 from distckpt.coordinator.machine.actions import CollectGarbage
-from distckpt.coordinator.shell.housekeeping import Predecessors, collect_garbage, delete_checkpoints
+from distckpt.coordinator.shell.housekeeping import collect_garbage, delete_checkpoints
 from distckpt.directory import log
+from distckpt.directory.garbage import Predecessors
 from distckpt.directory.log import append, read_tail
 from distckpt.format import names
 from distckpt.format.json.log import CheckpointRecord, Entry, Kind, State

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from distckpt.coordinator.machine.intentions import BeginRun, Claim, Commit, Discard, Forget, Retire, SetPin
+from distckpt.coordinator.machine.intentions import BeginRun, Claim, Commit, Discard, Forget, Reprieve, Retire, SetPin
 from distckpt.coordinator.machine.records import never_committed
 from distckpt.coordinator.messages import OpenRun, Retention
 from distckpt.format.json.log import CheckpointRecord, State
@@ -64,9 +64,10 @@ def test_a_log_is_named_by_its_first_claim_for_ever(before: str, after: str) -> 
         Forget(frozenset({THREE.attempt})),
         SetPin(1, 7, "ckpt", True),
         SetPin(1, 1, "ckpt", False),
+        Reprieve(frozenset({ONE.attempt, THREE.attempt})),
     ],
 )
-def test_what_changes_nothing_is_not_logged(intention: Retire | Discard | Forget | SetPin) -> None:
+def test_what_changes_nothing_is_not_logged(intention: Retire | Discard | Forget | SetPin | Reprieve) -> None:
     assert intention.apply(State(active=(ONE, TWO))) is None
 
 
@@ -75,6 +76,12 @@ def test_a_failed_save_is_to_be_deleted_and_forgotten() -> None:
     state = Discard(failed).apply(State(active=(ONE,)))
     assert state == State(active=(ONE,), retiring=(failed,))
     assert Forget(frozenset({THREE.attempt})).apply(state) == State(active=(ONE,))
+
+
+def test_what_was_pinned_in_time_comes_back_and_what_never_was_a_checkpoint_does_not() -> None:
+    failed = never_committed("ckpt", 3, THREE.attempt, 1.0, 1)
+    after = Reprieve(frozenset({ONE.attempt, THREE.attempt})).apply(State(active=(TWO,), retiring=(ONE, failed)))
+    assert after == State(active=(TWO,), preserved=(ONE,), retiring=(failed,))
 
 
 def test_the_newest_of_a_number_is_pinned_and_all_of_them_are_unpinned() -> None:

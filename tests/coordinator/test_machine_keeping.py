@@ -328,6 +328,37 @@ def test_answers_to_deletions_that_nobody_asked_for_change_nothing():
     assert driver.machine.state.active == (saved,)
 
 
+def test_what_was_pinned_after_the_leases_were_read_comes_back_and_is_not_deleted():
+    driver = Driver().lead()
+    run = saving(driver, 1)
+    old = driver.save(run, 1, 1, 1)
+    driver.land(run, driver.plan(run, 1, 2, 2))
+    driver.settle(Delete, ReadLeases)
+    while driver.machine.state.retiring == ():
+        driver.take(ReadLeases)
+        driver.feed(LeasesRead(frozenset()))
+        driver.settle(Delete, ReadLeases)
+    driver.take(ReadLeases)
+    driver.feed(LeasesRead(frozenset({old.attempt}), "", frozenset({old.attempt})))
+    driver.settle()
+    assert last(driver).kind == "pin"
+    assert (driver.machine.state.preserved, driver.machine.state.retiring) == ((old,), ())
+    assert not any(isinstance(action, Delete) for action in driver.done)
+
+
+def test_what_a_reader_has_leased_does_not_come_back():
+    driver = Driver().lead()
+    run = saving(driver, 1)
+    old = driver.save(run, 1, 1, 1)
+    driver.land(run, driver.plan(run, 1, 2, 2))
+    driver.settle(ReadLeases)
+    driver.take(ReadLeases)
+    driver.feed(LeasesRead(frozenset()))
+    driver.leased = frozenset({old.attempt})
+    driver.settle()
+    assert driver.machine.state.retiring == (old,)
+
+
 def test_a_pinned_checkpoint_stays_and_goes_once_it_is_unpinned():
     driver = Driver().lead()
     run = saving(driver, 1)

@@ -10,9 +10,8 @@ import pytest
 import torch
 
 import distckpt
-from distckpt.coordinator.machine.actions import LeasesRead
-from distckpt.coordinator.shell.leases import Leases
 from distckpt.directory.lease import LEASE_SECONDS, hold
+from distckpt.directory.leases import Leased, Leases
 from distckpt.directory.log import read_tail
 from distckpt.errors import CheckpointNotFoundError, StorageError
 from distckpt.format import names
@@ -158,7 +157,7 @@ def test_one_lease_that_cannot_be_deleted_takes_no_other_away(store: MemoryStore
     faulty = FaultyStore(store, FaultOn("delete", Fault.BEFORE, "_leases/"))
     first, second = committed(store), committed(store, 2)
     with hold(faulty, first, "gone", seconds=-1), hold(faulty, second, "a test"):
-        assert Leases(faulty).read() == LeasesRead(frozenset({second}))
+        assert Leases(faulty).read() == Leased(frozenset({second}))
 
 
 def test_a_lease_that_cannot_be_read_counts_for_as_long_as_somebody_renews_it(

@@ -17,8 +17,9 @@ from click.testing import CliRunner
 import distckpt
 from distckpt.cli import main
 from distckpt.coordinator.machine.actions import CollectGarbage
-from distckpt.coordinator.shell.housekeeping import Predecessors, collect_garbage
-from distckpt.coordinator.shell.leases import Leases
+from distckpt.coordinator.shell.housekeeping import collect_garbage
+from distckpt.directory.garbage import Predecessors
+from distckpt.directory.leases import Leases
 from distckpt.errors import DistckptError
 from distckpt.format import names
 from distckpt.storage import LocalStore, ObjectInfo

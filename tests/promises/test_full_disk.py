@@ -11,7 +11,8 @@ import torch
 
 import distckpt
 from distckpt.coordinator.machine.actions import CollectGarbage
-from distckpt.coordinator.shell.housekeeping import Predecessors, collect_garbage
+from distckpt.coordinator.shell.housekeeping import collect_garbage
+from distckpt.directory.garbage import Predecessors
 from distckpt.directory.log import read_tail
 from distckpt.errors import StorageFullError
 from distckpt.format import names

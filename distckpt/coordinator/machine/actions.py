@@ -130,10 +130,14 @@ class StepFailed:
 
 @dataclass(frozen=True, slots=True)
 class LeasesRead:
-    """Attempts that live leases name now. ``failed`` is why they could not be read ('' if they could)."""
+    """Attempts that live leases name now. ``failed`` is why they could not be read ('' if they could).
+
+    ``pinned`` are those of them that somebody had pinned before they were retired, if they are.
+    """
 
     attempts: frozenset[str]
     failed: str = ""
+    pinned: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)

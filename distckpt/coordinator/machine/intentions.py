@@ -147,6 +147,22 @@ class SetPin:
 
 
 @dataclass(frozen=True, slots=True)
+class Reprieve:
+    """Checkpoints that retired although somebody had pinned them: the pin came after the leases had been read."""
+
+    kind: ClassVar[Kind] = "pin"
+    attempts: frozenset[str]
+
+    def apply(self, state: State) -> State | None:
+        """They are preserved, as another one may have their number by now. What was never committed stays retiring."""
+        back = tuple(record for record in state.retiring if record.attempt in self.attempts and record.manifest_size)
+        if not back:
+            return None
+        left = tuple(record for record in state.retiring if record not in back)
+        return msgspec.structs.replace(state, preserved=(*state.preserved, *back), retiring=left)
+
+
+@dataclass(frozen=True, slots=True)
 class Confirm:
     """Nothing is to be logged, only made sure of: that the log has nothing newer. ``asked`` says for whom."""
 
@@ -156,4 +172,4 @@ class Confirm:
         """Nothing changes."""
 
 
-Intention = Claim | BeginRun | Commit | Discard | Retire | Forget | SetPin
+Intention = Claim | BeginRun | Commit | Discard | Retire | Forget | SetPin | Reprieve

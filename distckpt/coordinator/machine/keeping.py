@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from distckpt.coordinator.machine.actions import CollectGarbage, Delete, Deleted, LeasesRead, ReadLeases
 from distckpt.coordinator.machine.desk import Desk
-from distckpt.coordinator.machine.intentions import Forget, Retire
+from distckpt.coordinator.machine.intentions import Forget, Reprieve, Retire
 from distckpt.coordinator.machine.ledger import Ledger
 from distckpt.coordinator.machine.restores import Restores
 from distckpt.coordinator.machine.retention import sweep
@@ -100,6 +100,7 @@ class Keeping:
             self._look_later()
         else:
             spared = event.attempts | self._restores.protected
+            self._reprieve(event.pinned)
             self._retire(spared)
             self._delete(retiring, spared)
 
@@ -130,6 +131,12 @@ class Keeping:
 
     def _look_later(self) -> None:
         self._look_at = self._desk.mono + LOOK_AGAIN
+
+    def _reprieve(self, pinned: frozenset[str]) -> None:
+        """A pin that holds was there before its checkpoint retired, so that nothing of it can have been deleted."""
+        back = pinned & {record.attempt for record in self._ledger.state.retiring} - self._deleting
+        if back:
+            self._ledger.intend(Reprieve(back))
 
     def _retire(self, spared: frozenset[str]) -> None:
         """Nothing retires before the run's first commit: a manager that is only made deletes nothing."""

@@ -39,6 +39,7 @@ from distckpt.coordinator.machine.intentions import (
     Discard,
     Forget,
     Intention,
+    Reprieve,
     Retire,
     SetPin,
 )
@@ -380,6 +381,8 @@ class Machine:
                 self._keeping.look()
             case Discard():
                 self._keeping.look()
+            case Reprieve():
+                self._publishing.publish(entry)
             case SetPin(pinned=False):
                 self._keeping.look()
             case SetPin() | Forget() | Confirm():
@@ -395,7 +398,7 @@ class Machine:
             case SetPin(ticket):
                 if ticket in self._pinning:
                     self._desk.answer(ticket, Refused(CoordinatorError(f"{self._desk.directory}: {reason}")))
-            case Claim() | Discard() | Retire() | Forget():
+            case Claim() | Discard() | Retire() | Forget() | Reprieve():
                 pass
 
     def _lead(self, entry: Entry) -> None:

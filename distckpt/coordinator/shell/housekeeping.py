@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import logging
-import math
-import time
 
 from distckpt.coordinator.machine.actions import CollectGarbage, Deleted
-from distckpt.directory.contents import attempts, checkpoint_folders, objects_of_attempt
-from distckpt.directory.log import read_commit_id, read_entry, sequence_numbers
-from distckpt.errors import DamagedError, ObjectNotFoundError
+from distckpt.directory.garbage import (
+    SWEPT,
+    Bounds,
+    Predecessors,
+    attempt_folders,
+    dead,
+    delete_attempt,
+    is_replaced,
+    old_probes,
+)
 from distckpt.format import names
 from distckpt.format.json.log import CheckpointRecord
-from distckpt.storage import MOST_NAMES, PROBES, ObjectInfo, Store, SupportsSweep, at_most
+from distckpt.storage import Store, SupportsSweep
 
 logger = logging.getLogger(__name__)
-
-FAILED_AGE = 60.0
-"""Seconds until what a failed attempt has written is deleted, at most: it can never be committed, and takes room."""
 
 
 def delete_checkpoints(store: Store, records: tuple[CheckpointRecord, ...]) -> Deleted:
@@ -26,7 +28,7 @@ def delete_checkpoints(store: Store, records: tuple[CheckpointRecord, ...]) -> D
     for record in records:
         folder = names.attempt_folder(record.name, record.number, record.attempt)
         try:
-            _delete_attempt(store, folder)
+            delete_attempt(store, folder)
         except Exception as error:  # noqa: BLE001 - one that cannot be deleted must not keep the others
             logger.warning("%s could not be deleted and stays in the log as retiring: %s", folder, error)
         else:
@@ -34,133 +36,37 @@ def delete_checkpoints(store: Store, records: tuple[CheckpointRecord, ...]) -> D
     return Deleted(tuple(done))
 
 
-def _delete_attempt(store: Store, folder: str) -> None:
-    store.delete(f"{folder}/{names.MANIFEST}")
-    for info in list(objects_of_attempt(store, folder)):
-        store.delete(info.path)
-
-
-class Predecessors:
-    """The coordinators that wrote to a directory's log before the present one, and how far each had come."""
-
-    def __init__(self, store: Store) -> None:
-        self._store = store
-        self._newest: dict[str, tuple[int, str]] | None = None
-
-    def look(self) -> None:
-        """Learn who they are, once: while the log still names them, for what is pruned may be the last word of one."""
-        if self._newest is None:
-            self._newest = self._read()
-
-    def began(self, attempt: str) -> bool:
-        """Whether one of them, or the present one, has begun this attempt: no copy from elsewhere has such a name."""
-        return names.claim_of(attempt) in (self._newest or {})
-
-    def left(self, attempt: str) -> bool:
-        """Whether one of them has sealed this attempt and never committed it.
-
-        Saves are committed in the order in which they begin, so what is younger than the last one of its coordinator
-        never was a checkpoint. What people copy to where it was, from a backup say, has been one.
-        """
-        newest = (self._newest or {}).get(names.claim_of(attempt))
-        return newest is not None and names.attempt_age(attempt) > newest
-
-    def _read(self) -> dict[str, tuple[int, str]]:
-        newest: dict[str, tuple[int, str]] = {}
-        try:
-            for seq in reversed(sequence_numbers(self._store)):
-                claim = names.claim_of(read_commit_id(self._store, seq))
-                if claim not in newest:  # this is its last entry
-                    known = read_entry(self._store, seq).state.known()
-                    ages = [names.attempt_age(attempt) for attempt in known if names.claim_of(attempt) == claim]
-                    newest[claim] = max(ages, default=(0, ""))
-        except ObjectNotFoundError:
-            pass  # pruned meanwhile, as all before it
-        except DamagedError as error:
-            logger.warning("what former coordinators have left is not collected: %s", error)
-            return {}
-        return newest
-
-
 def collect_garbage(store: Store, action: CollectGarbage, min_age: float, predecessors: Predecessors) -> int:
-    """Delete attempts that came to nothing and that nobody has touched for ``min_age`` seconds; returns how many.
+    """Delete attempts that came to nothing, as ``garbage.dead`` judges them; returns how many things went.
 
-    Those of earlier epochs that the log does not know, and those of this epoch that have failed, which need not be as
-    old; those that a predecessor had finished but for the entry in the log go at once. Any other whole checkpoint is left
-    alone: somebody copied it here. A coordinator that has been replaced deletes nothing.
-
-    If it is urgent, what this coordinator or a predecessor has begun may be of any age: it can never be committed, whoever
-    still writes to it. A rank whose file is gone has its save fail when its shards are looked at, before anything is
-    sealed. What has not begun here may be a copy in the making.
+    What killed processes left beside them goes too: probes, and what no listing shows. A coordinator that has been
+    replaced deletes nothing.
     """
-    gone = 0
     predecessors.look()
-    if _is_replaced(store, action.epoch):
+    if is_replaced(store, action.epoch):
         return 0  # that is for a newer coordinator to do
-    for folder in checkpoint_folders(store):
-        for attempt in attempts(store, folder):
-            gone += _sweep_folder(store, f"{folder}/{attempt}", min_age)
-            if not _is_garbage(attempt, action):
-                continue
-            objects = list(objects_of_attempt(store, f"{folder}/{attempt}"))
-            whole = any(info.path.endswith(f"/{names.MANIFEST}") for info in objects)
-            if whole and not predecessors.left(attempt):
-                logger.warning(
-                    "%s/%s is not of this directory's log and is left alone; `distckpt adopt %s` adds it to the log",
-                    folder,
-                    attempt,
-                    store.url,
-                )
-            elif whole or _untouched(objects, _least_age(attempt, action, predecessors, min_age)):
-                gone += _collected(store, f"{folder}/{attempt}")
-    return gone + _sweep(store, min_age)
-
-
-def _is_replaced(store: Store, epoch: int) -> bool:
-    newest = max(sequence_numbers(store), default=0)
-    try:
-        return newest > 0 and read_entry(store, newest).epoch > epoch
-    except ObjectNotFoundError:  # there is a newer one, whosever it is
-        return True
-    except DamagedError:  # it is no one's word
-        return False
-
-
-def _least_age(attempt: str, action: CollectGarbage, predecessors: Predecessors, min_age: float) -> float:
-    if action.urgent and (attempt in action.failed or predecessors.began(attempt)):
-        return -math.inf  # whatever the clocks say
-    return min(FAILED_AGE, min_age) if attempt in action.failed else min_age
+    bounds = Bounds(action.known, action.live, action.epoch, action.failed, action.urgent)
+    gone = 0
+    for folder in attempt_folders(store):
+        gone += _sweep(store, folder, min_age)
+        found = dead(store, folder, bounds, min_age, predecessors)
+        if found is not None:
+            gone += _collected(found.store, found.path)
+    probes = old_probes(store, min_age)
+    for probe in probes:
+        probe.store.delete(probe.path)
+    return gone + len(probes) + sum(_sweep(store, folder, min_age) for folder in SWEPT)
 
 
 def _collected(store: Store, folder: str) -> int:
     logger.info("collecting the unfinished attempt %s", folder)
     try:
-        _delete_attempt(store, folder)
+        delete_attempt(store, folder)
     except Exception as error:  # noqa: BLE001 - one that cannot be deleted must not keep the others
         logger.warning("the unfinished attempt %s could not be deleted: %s", folder, error)
         return 0
     return 1
 
 
-def _untouched(objects: list[ObjectInfo], min_age: float) -> bool:
-    return all(info.modified < time.time() - min_age for info in objects)
-
-
-def _sweep(store: Store, min_age: float) -> int:
-    """What killed processes left beside the attempts: probes, and temporary files."""
-    probes = at_most(MOST_NAMES, store.list(PROBES), f"{store.url}/{PROBES}")
-    old = [info for info in probes if info.modified < time.time() - min_age]
-    for info in old:
-        store.delete(info.path)
-    return len(old) + sum(_sweep_folder(store, folder, min_age) for folder in ("", names.LOG, names.LEASES, PROBES))
-
-
-def _sweep_folder(store: Store, folder: str, min_age: float) -> int:
+def _sweep(store: Store, folder: str, min_age: float) -> int:
     return store.sweep(folder, min_age) if isinstance(store, SupportsSweep) else 0
-
-
-def _is_garbage(attempt: str, action: CollectGarbage) -> bool:
-    if attempt in action.known or attempt in action.live:
-        return False
-    epoch = names.attempt_epoch(attempt)
-    return epoch < action.epoch or attempt in action.failed

@@ -45,10 +45,11 @@ from distckpt.coordinator.machine.actions import (
 )
 from distckpt.coordinator.machine.machine import Machine
 from distckpt.coordinator.messages import Refused, Reply, Request
-from distckpt.coordinator.shell.housekeeping import Predecessors, collect_garbage, delete_checkpoints
-from distckpt.coordinator.shell.leases import Leases
+from distckpt.coordinator.shell.housekeeping import collect_garbage, delete_checkpoints
 from distckpt.coordinator.shell.sealing import read_log_tail, seal_checkpoint
 from distckpt.coordinator.shell.workers import Workers
+from distckpt.directory.garbage import GARBAGE_SECONDS, Predecessors
+from distckpt.directory.leases import Leases
 from distckpt.directory.locate import foreign_advice
 from distckpt.directory.log import append, prune, read_tail, sequence_numbers
 from distckpt.directory.published import PublishedState
@@ -79,7 +80,7 @@ END_SECONDS = 5.0
 class Settings:
     """How a coordinator behaves: seconds until an unfinished attempt is garbage, and until an idle one exits."""
 
-    garbage_age: float = 3600.0
+    garbage_age: float = GARBAGE_SECONDS
     idle_timeout: float | None = None
 
 
@@ -325,7 +326,8 @@ class Shell:
                 table = cast(ShardingPlan, action.plan).table
                 return self._with_room(lambda: seal_checkpoint(self._store, action, table))
             case ReadLeases():
-                return self._leases.read()
+                found = self._leases.read()
+                return LeasesRead(found.attempts, found.failed, found.pinned)
             case Delete():
                 return delete_checkpoints(self._store, action.records)
             case CollectGarbage():

@@ -13,12 +13,12 @@ from typing import Any
 import crc32c
 
 from distckpt.errors import AlreadyExistsError, DamagedError, ObjectNotFoundError, StorageError, StoreUnsuitableError
-from distckpt.storage.interface import ObjectInfo, Source
+from distckpt.storage.interface import ObjectInfo, Source, Store
 from distckpt.storage.paths import folder_parts, is_part, object_parts
 from distckpt.storage.remote.budget import CONNECTIONS, Budget, share_of_node
 from distckpt.storage.remote.creating import create
 from distckpt.storage.remote.gcs_credentials import authority
-from distckpt.storage.remote.gcs_requests import UPLOAD, Page, Requests, abandoned, crc_of, crc_of_all, info_of
+from distckpt.storage.remote.gcs_requests import UPLOAD, Page, Requests, abandoned, crc_of, crc_of_all, info_of, uploads
 from distckpt.storage.remote.http import MOST, PATIENCE, TIMEOUT, Answer, Endpoint, NoAnswer, Outcome, Request
 from distckpt.storage.remote.parts import Part, parts_of, send_all
 from distckpt.storage.remote.ranges import fill
@@ -202,6 +202,32 @@ class GcsStore:
                 self._delete(name)
             swept += 1
         return swept
+
+    def hidden(self, folder: str) -> Iterator[ObjectInfo]:
+        """Parts that are not put together yet, by their uploads."""
+        if not folder_parts(folder):
+            pages = self._pages(f"{PARTS}/", "items(name,size,updated),nextPageToken")
+            yield from uploads(pages, self._prefix)
+
+    def copy(self, source: Store | GcsStore, source_path: str, path: str, size: int) -> ObjectInfo | None:
+        """Have Google copy an object of a bucket that is reached in the same way. See SupportsCopying."""
+        object_parts(path)
+        if not isinstance(source, GcsStore) or source._endpoint.url != self._endpoint.url:
+            return None
+        name, token = source._prefix + source_path, ""
+        if self.stat(path) is not None:
+            raise AlreadyExistsError(self._full(path))
+        while True:
+            with self._budget.request():
+                answer = self._ask(self._requests.rewrite(name, source._bucket, path, token), path)
+            if answer.status == 412:
+                raise AlreadyExistsError(self._full(path))
+            if self._is_missing(answer, path):
+                raise ObjectNotFoundError(source._full(source_path))
+            progress = self._json(answer, path)
+            if progress.get("done"):
+                return info_of(path, progress["resource"])
+            token = str(progress["rewriteToken"])
 
     def _put_whole(self, path: str, pieces: Part) -> ObjectInfo:
         crc = crc_of_all(pieces)

@@ -76,6 +76,14 @@ class Requests:
         body = (json.dumps(order).encode(),)
         return Request("POST", target, {"Content-Type": "application/json"}, body, repeatable=False)
 
+    def rewrite(self, source: str, source_bucket: str, path: str, token: str) -> Request:
+        """Copy the object ``source``, a whole name, to a name that is free; ``token`` goes on where an answer stopped."""
+        there = f"/storage/v1/b/{quote(source_bucket, safe='')}/o/{quote(source, safe='')}/rewriteTo"
+        here = f"/b/{self._bucket}/o/{quote(self._prefix + path, safe='')}"
+        query = {"ifGenerationMatch": "0", **({"rewriteToken": token} if token else {}), **self._payer}
+        headers = {"Content-Type": "application/json"}
+        return Request("POST", f"{there}{here}?{urlencode(query)}", headers, repeatable=False)
+
     def get(self, path: str, **query: str) -> Request:
         """The content, of one ``generation`` if that is given."""
         return Request("GET", self._target("/download", path, alt="media", **query))
@@ -109,6 +117,18 @@ def abandoned(pages: Iterable[Page], min_age: float) -> Iterator[Sequence[str]]:
             upload = resource["name"].rpartition("-")[0]
             uploads.setdefault(upload, []).append((_time(resource["updated"]), resource["name"]))
     return ([name for _, name in parts] for parts in uploads.values() if max(parts)[0] <= now - min_age)
+
+
+def uploads(pages: Iterable[Page], prefix: str) -> Iterator[ObjectInfo]:
+    """Each upload of which there are parts: all of them as one, as old as the youngest."""
+    found: dict[str, ObjectInfo] = {}
+    for page in pages:
+        for resource in page.items:
+            path = resource["name"].removeprefix(prefix).rpartition("-")[0]
+            before = found.get(path, ObjectInfo(path, 0, 0.0))
+            modified = max(before.modified, _time(resource["updated"]))
+            found[path] = ObjectInfo(path, before.size + int(resource["size"]), modified)
+    yield from found.values()
 
 
 def info_of(path: str, resource: Mapping[str, Any]) -> ObjectInfo:

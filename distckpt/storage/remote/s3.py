@@ -11,7 +11,7 @@ from urllib.parse import quote
 import crc32c
 
 from distckpt.errors import AlreadyExistsError, DamagedError, ObjectNotFoundError, StorageError
-from distckpt.storage.interface import ObjectInfo, Source
+from distckpt.storage.interface import ObjectInfo, Source, Store
 from distckpt.storage.paths import folder_parts, object_parts
 from distckpt.storage.remote import s3_answers as answers
 from distckpt.storage.remote.budget import Budget, share_of_node
@@ -25,6 +25,7 @@ from distckpt.storage.remote.s3_upload import S3Upload
 from distckpt.storage.sections import checked
 
 _PIECE = 8 << 20
+_MOST_COPIED = 5 << 30
 _ASK_CRC = {"x-amz-checksum-mode": "ENABLED"}
 _ONLY_NEW = {"If-None-Match": "*"}
 
@@ -152,6 +153,34 @@ class S3Store:
                 swept += not gone
         return swept
 
+    def hidden(self, folder: str) -> Iterator[ObjectInfo]:
+        """Uploads that are not finished, with the parts that have come."""
+        if folder_parts(folder):
+            return
+        for upload, _ in self._uploads():
+            size, touched = self._parts(upload)
+            yield ObjectInfo(upload.key.removeprefix(self._root), size, touched or upload.begun)
+
+    def copy(self, source: Store | S3Store, source_path: str, path: str, size: int) -> ObjectInfo | None:
+        """Have the server copy an object of at most 5 GiB from a bucket that is reached in the same way.
+
+        See SupportsCopying.
+        """
+        object_parts(path)
+        if not isinstance(source, S3Store) or size > _MOST_COPIED or not self._options.reaches_as(source._options):
+            return None
+        if self.stat(path) is not None:
+            raise AlreadyExistsError(self._full(path))
+        what = {"x-amz-copy-source": quote(f"{source._bucket.name}/{source._root}{source_path}")}
+        headers = {**self._options.write_headers, **what, "x-amz-checksum-algorithm": "CRC32C"}
+        with self._budget.request():
+            answer = self._ask(self._request("PUT", path, headers), path)
+        if self._is_missing(answer, path):
+            raise ObjectNotFoundError(source._full(source_path))
+        with self._understanding(path):
+            answers.check_copied(answer.body)
+        return self._stored(path)
+
     # ---- writing ----------------------------------------------------------------------------------------------------
 
     def _put_whole(self, path: str, size: int, pieces: Part) -> ObjectInfo:
@@ -248,17 +277,21 @@ class S3Store:
 
     def _touched(self, upload: answers.Upload) -> float:
         """When the newest part of an upload came, by the server's clock; 0 if none has, or the upload is gone."""
-        newest = 0.0
+        return self._parts(upload)[1]
+
+    def _parts(self, upload: answers.Upload) -> tuple[int, float]:
+        """How many bytes of an upload have come, and when the last of them did, as ``_touched`` says it."""
+        size, newest = 0, 0.0
         following: str | None = "0"
         while following is not None:
             target = f"{_target_of(upload)}&part-number-marker={quote(following, safe='')}"
             answer = self._ask(Request("GET", target, dict(self._payer)), "", most=answers.MOST_XML)
             if self._is_missing(answer, ""):
-                return 0.0
+                return 0, 0.0
             with self._understanding(""):
-                found, following = answers.touched_of(answer.body)
-            newest = max(newest, found)
-        return newest
+                found, touched, following = answers.parts_of(answer.body)
+            size, newest = size + found, max(newest, touched)
+        return size, newest
 
     def _list(self, query: Mapping[str, str], folder: str) -> Answer:
         asked = "&".join(f"{name}={quote(value, safe='')}" for name, value in sorted(query.items()))

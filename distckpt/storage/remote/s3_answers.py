@@ -121,11 +121,18 @@ def uploads_of(body: bytes) -> Uploads:
     return Uploads(tuple(found), (plain(_text(tree, "NextKeyMarker")), tree.findtext("NextUploadIdMarker") or ""))
 
 
-def touched_of(body: bytes) -> tuple[float, str | None]:
-    """Of one page of ListParts, when the newest part came, 0 if none has; and what to ask the next page with."""
+def parts_of(body: bytes) -> tuple[int, float, str | None]:
+    """Of one page of ListParts: bytes, when the newest part came (0 if none has), and what to ask the next page with."""
     tree = _parse(body, "ListPartsResult")
-    newest = max((_iso_time(_text(entry, "LastModified")) for entry in tree.iterfind("Part")), default=0.0)
-    return newest, tree.findtext("NextPartNumberMarker") if tree.findtext("IsTruncated") == "true" else None
+    parts = tree.findall("Part")
+    newest = max((_iso_time(_text(part, "LastModified")) for part in parts), default=0.0)
+    size = sum(_number(_text(part, "Size")) for part in parts)
+    return size, newest, tree.findtext("NextPartNumberMarker") if tree.findtext("IsTruncated") == "true" else None
+
+
+def check_copied(body: bytes) -> None:
+    """NotUnderstood if an object was not copied: a server may say 200 first, and only then that it failed."""
+    _parse(body, "CopyObjectResult")
 
 
 def completed_crc_of(body: bytes) -> int | None:

@@ -15,7 +15,7 @@ class S3Bucket:
     """The bucket ``name``, and the region that it is in: Amazon is asked for that once, others are not."""
 
     def __init__(self, name: str, options: S3Options) -> None:
-        self._name = name
+        self.name = name
         self._options = options
         self._verify = certificates(options)
         self._first = self._endpoint_at(locate(name, options))
@@ -35,9 +35,9 @@ class S3Bucket:
             region = self._first.ask(Request("HEAD", "/")).headers.get("x-amz-bucket-region", "")
         except NoAnswer:
             return self._first  # whoever asks next is told what is wrong
-        here = locate(self._name, self._options)
+        here = locate(self.name, self._options)
         return (
-            self._first if region in ("", here.region) else self._endpoint_at(locate(self._name, self._options, region))
+            self._first if region in ("", here.region) else self._endpoint_at(locate(self.name, self._options, region))
         )
 
     def _endpoint_at(self, bucket: Bucket) -> Endpoint:

@@ -70,6 +70,11 @@ class S3Options:
     connections: int = CONNECTIONS
     part_bytes: int = PART_BYTES
 
+    def reaches_as(self, other: S3Options) -> bool:
+        """Whether the server and the credentials are those of ``other``; regions may differ."""
+        reached = ("anon", "key", "secret", "token", "profile", "endpoint_url", "use_ssl", "requester_pays")
+        return all(getattr(self, name) == getattr(other, name) for name in reached)
+
 
 def s3_options(given: Mapping[str, Any]) -> S3Options:
     """From ``storage_options`` as s3fs takes them. ValueError for what is not known here, instead of ignoring it.

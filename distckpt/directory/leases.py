@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
+from dataclasses import dataclass
 
-from distckpt.coordinator.machine.actions import LeasesRead
 from distckpt.errors import DamagedError, ObjectNotFoundError, StorageError
 from distckpt.format import names
 from distckpt.format.json.lease import MAX_LEASE_BYTES, Lease
@@ -16,6 +16,18 @@ logger = logging.getLogger(__name__)
 
 UNREADABLE_SECONDS = 3600.0
 """How long a lease that cannot be read counts while nobody renews it. Holders renew theirs every half minute."""
+
+
+@dataclass(frozen=True, slots=True)
+class Leased:
+    """Attempts that somebody has a claim on, or why that cannot be told ('' if it can).
+
+    ``pinned`` are those of them that are pinned, by a pin that was there before anybody retired them.
+    """
+
+    attempts: frozenset[str]
+    failed: str = ""
+    pinned: frozenset[str] = frozenset()
 
 
 class Leases:
@@ -31,15 +43,29 @@ class Leases:
         self._told: set[tuple[str, str]] = set()
         self._unreadable: dict[ObjectInfo, float] = {}
 
-    def read(self) -> LeasesRead:
-        """Attempts that somebody is reading now, or why that cannot be told."""
+    @property
+    def unreadable(self) -> tuple[ObjectInfo, ...]:
+        """The leases that could not be read when it was looked last."""
+        return tuple(self._unreadable)
+
+    def read(self) -> Leased:
+        """Attempts that somebody is reading now or has pinned, or why that cannot be told. What has expired is deleted."""
+        found, expired = self.look()
+        for info in expired:
+            self._delete(info)
+        return found
+
+    def look(self) -> tuple[Leased, tuple[ObjectInfo, ...]]:
+        """As ``read``, with the leases that have expired, and deletes nothing."""
         try:
             found = at_most(MOST_NAMES, self._store.list(names.LEASES), f"{self._store.url}/{names.LEASES}")
         except (DamagedError, StorageError) as error:
             self._tell("", "nothing is deleted while the leases cannot be listed: %s", error)
-            return LeasesRead(frozenset(), str(error))
+            return Leased(frozenset(), str(error)), ()
         self._forget_all_but(found)
         attempts: set[str] = set()
+        pinned: set[str] = set()
+        expired = []
         failed = ""
         for info in found:
             try:
@@ -49,11 +75,14 @@ class Leases:
             except Exception as error:  # noqa: BLE001 - whatever is wrong with one, retention looks at the others
                 failed = self._is_held(info, error) or failed
                 continue
-            if lease.expires > time.time():
-                attempts.add(lease.attempt)
-            else:
-                self._delete(info)
-        return LeasesRead(frozenset() if failed else frozenset(attempts), failed)
+            if not lease.counts(time.time()):
+                expired.append(info)
+                continue
+            attempts.add(lease.attempt)
+            if lease.holds:
+                pinned.add(lease.attempt)
+        leased = Leased(frozenset(), failed) if failed else Leased(frozenset(attempts), "", frozenset(pinned))
+        return leased, tuple(expired)
 
     def _is_held(self, info: ObjectInfo, error: Exception) -> str:
         """Why nothing may be deleted because of a lease that cannot be read; '' if nobody holds it any more."""

@@ -1,0 +1,71 @@
+"""Checkpoints of a log by the paths that people write, for what changes how they are kept."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from distckpt.directory.locate import foreign_advice
+from distckpt.directory.log import Tail, read_tail
+from distckpt.directory.newest import newest_there
+from distckpt.errors import CheckpointNotFoundError
+from distckpt.format import names
+from distckpt.format.json.log import CheckpointRecord
+from distckpt.storage import Store, join, open_store, split_path
+
+
+@dataclass(frozen=True, slots=True)
+class Chosen:
+    """The attempts that the log has under one name and number, the one that counts first. ``tail`` is the log."""
+
+    store: Store
+    tail: Tail
+    records: tuple[CheckpointRecord, ...]
+
+    @property
+    def folder(self) -> str:
+        """``ckpt-42``."""
+        return names.checkpoint_folder(self.records[0].name, self.records[0].number)
+
+    @property
+    def path(self) -> str:
+        """What people call it."""
+        return join(self.store.url, self.folder)
+
+
+def choose(path: str, storage_options: Mapping[str, Any] | None = None) -> Chosen:
+    """The committed checkpoint at ``path``, or the newest of the directory at ``path``.
+
+    CheckpointNotFoundError if there is none in a log: a folder that was copied alone is nobody's to keep or to delete.
+    """
+    store = open_store(path, storage_options)
+    tail = read_tail(store)
+    if tail.entry is not None:
+        newest = newest_there(store, tail.state) or tail.state.newest()
+        if newest is None:
+            raise CheckpointNotFoundError(store.url, "no checkpoint has been committed here")
+        return _chosen(store, tail, names.checkpoint_folder(newest.name, newest.number))
+    directory, folder = split_path(store.url)
+    return choose_in(open_store(directory, storage_options), folder)
+
+
+def choose_in(store: Store, folder: str) -> Chosen:
+    """The committed checkpoint of that name in a directory. Raises as ``choose``."""
+    tail = read_tail(store)
+    if tail.entry is None or names.parse_checkpoint(folder) is None:
+        raise CheckpointNotFoundError(
+            join(store.url, folder), "neither a directory with committed checkpoints nor one of its checkpoints"
+        )
+    return _chosen(store, tail, folder)
+
+
+def _chosen(store: Store, tail: Tail, folder: str) -> Chosen:
+    found = [
+        record for record in tail.state.newest_first() if names.checkpoint_folder(record.name, record.number) == folder
+    ]
+    if not found:
+        advice = foreign_advice(store, folder, tail.state.known())
+        path = join(store.url, folder)
+        raise CheckpointNotFoundError(path, f"not a committed checkpoint of {store.url}{advice}")
+    return Chosen(store, tail, tuple(found))
