@@ -20,6 +20,7 @@ from distckpt.format.arrow.index import Index
 from distckpt.format.names import shard_name
 from distckpt.sharding.match import Transfers
 from distckpt.storage.interface import Source, Store
+from distckpt.storage.node import ranks_here
 from distckpt.transfer.progress import Meter, Progress
 from distckpt.transfer.read_plan import Batch, Read, Scatter, plan_reads
 
@@ -64,9 +65,8 @@ def pace_of(store: Store) -> Pace:
 
 def default_threads() -> int:
     """The processors that this process may use, shared with the other ranks of its host."""
-    ranks = os.environ.get("LOCAL_WORLD_SIZE", "1")
     processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, processors // max(1, int(ranks) if ranks.isdigit() else 1))
+    return max(1, processors // ranks_here())
 
 
 def read_transfers(

@@ -15,7 +15,7 @@ import crc32c
 from distckpt.errors import AlreadyExistsError, DamagedError, ObjectNotFoundError, StorageError, StoreUnsuitableError
 from distckpt.storage.interface import ObjectInfo, Source
 from distckpt.storage.paths import folder_parts, is_part, object_parts
-from distckpt.storage.remote.budget import CONNECTIONS, Budget, share_of_node
+from distckpt.storage.remote.budget import CONNECTIONS, Budget, budget_of
 from distckpt.storage.remote.creating import create
 from distckpt.storage.remote.gcs_credentials import authority
 from distckpt.storage.remote.gcs_requests import UPLOAD, Page, Requests, abandoned, crc_of, crc_of_all, info_of
@@ -33,7 +33,7 @@ MOST_PARTS = 32
 
 OPTIONS = {
     *("project", "access", "token", "endpoint_url", "requester_pays", "requests_timeout"),
-    *("timeout", "patience", "connections", "verify"),
+    *("timeout", "patience", "connections", "bandwidth", "verify"),
 }
 
 _ADVICE = {
@@ -47,8 +47,9 @@ _DAMAGED_TRIES = 3
 def open_gcs(location: str, options: Mapping[str, Any]) -> GcsStore:
     """The store of ``gs://bucket/folder``. Options are those of gcsfs for credentials, endpoint and who pays; and
 
-    ``timeout`` (seconds for one try), ``patience`` (seconds until a write is given up), ``connections`` (of a node) and
-    ``verify`` (certificates: a path, or False). ValueError for one that would be ignored. Nothing is asked of anybody.
+    ``timeout`` (seconds for one try), ``patience`` (seconds until a write is given up), ``connections`` and ``bandwidth``
+    (of a node; the latter in bytes a second, each way) and ``verify`` (certificates: a path, or False). ValueError for one
+    that would be ignored. Nothing is asked of anybody.
     """
     unknown = sorted(options.keys() - OPTIONS)
     if unknown:
@@ -62,6 +63,7 @@ def open_gcs(location: str, options: Mapping[str, Any]) -> GcsStore:
         who,
         timeout=float(options.get("timeout") or options.get("requests_timeout") or TIMEOUT),
         patience=float(options.get("patience", PATIENCE)),
+        bandwidth=options.get("bandwidth"),
         verify=options.get("verify", True),
     )
     pays = options.get("requester_pays", False)
@@ -70,8 +72,8 @@ def open_gcs(location: str, options: Mapping[str, Any]) -> GcsStore:
             "requester_pays=True needs the option project, which pays; or name the project instead of True"
         )
     bucket, _, folder = location.partition("://")[2].partition("/")
-    connections = share_of_node(int(options.get("connections", CONNECTIONS)))
-    return GcsStore(endpoint, bucket, folder, Budget(connections), payer=project if pays is True else pays or None)
+    budget = budget_of(endpoint.url, int(options.get("connections", CONNECTIONS)))
+    return GcsStore(endpoint, bucket, folder, budget, payer=project if pays is True else pays or None)
 
 
 def _endpoint_of_environment() -> str:
@@ -205,7 +207,7 @@ class GcsStore:
 
     def _put_whole(self, path: str, pieces: Part) -> ObjectInfo:
         crc = crc_of_all(pieces)
-        request = self._requests.insert(path, pieces, crc, absent=True)
+        request = self._requests.insert(path, pieces, crc, absent=True, bulk=True)
         size = sum(piece.nbytes for piece in pieces)
 
         def look() -> bool | None:
@@ -223,7 +225,7 @@ class GcsStore:
 
         def send(number: int, part: Part, stop: threading.Event) -> None:
             crc = crc_of_all(part)
-            request = self._requests.insert(names[number], part, crc, absent=False)
+            request = self._requests.insert(names[number], part, crc, absent=False, bulk=True)
             for _ in range(_DAMAGED_TRIES):
                 answer = self._done(self._ask(request, path, stop=stop), path)
                 if crc_of(self._json(answer, path)) in (None, crc):
