@@ -19,7 +19,14 @@ def as_json(command: _Command) -> _Command:
 
 
 def storage_options(command: _Command) -> _Command:
-    """``-o key=value``, any number of them, for the store."""
+    """``-o key=value``, any number of them, for the store; and ``--data URL``, which is one of them."""
+    with_data = click.option(
+        "--data",
+        metavar="URL",
+        callback=_noted,
+        expose_value=False,
+        help="Where the shards are, if the manager was given data=URL.",
+    )(command)
     return click.option(
         "-o",
         "storage_options",
@@ -27,7 +34,7 @@ def storage_options(command: _Command) -> _Command:
         multiple=True,
         callback=_parsed,
         help="An option for the store, such as token=anon; may be repeated.",
-    )(command)
+    )(with_data)
 
 
 def _parsed(ctx: click.Context, parameter: click.Parameter, pairs: tuple[str, ...]) -> dict[str, Any]:
@@ -37,7 +44,13 @@ def _parsed(ctx: click.Context, parameter: click.Parameter, pairs: tuple[str, ..
         if not key or not equals:
             raise click.BadParameter(f"{pair!r} is not KEY=VALUE", ctx, parameter)
         options[key] = _value(text)
-    return options
+    return {**options, **ctx.params.get(parameter.name or "", {})}
+
+
+def _noted(ctx: click.Context, _: click.Parameter, url: str | None) -> None:
+    """Among the storage options, whichever of the two comes first."""
+    if url is not None:
+        ctx.params["storage_options"] = {**ctx.params.get("storage_options", {}), "data": url}
 
 
 def _value(text: str) -> Any:

@@ -3,13 +3,14 @@
 from distckpt.storage.bounds import MOST_NAMES, at_most
 from distckpt.storage.interface import ObjectInfo, Source, Store, SupportsCooling, SupportsSweep
 from distckpt.storage.local import LocalStore
-from distckpt.storage.location import canonical, join, open_store, split_path
+from distckpt.storage.location import canonical, join, open_store, placed, placed_among, split_path
 from distckpt.storage.memory import MemoryStore
 from distckpt.storage.paths import PathLike
-from distckpt.storage.patience import PatientStore, twice
+from distckpt.storage.patience import PatientStore, cool, twice
 from distckpt.storage.probe import FOLDER as PROBES
 from distckpt.storage.probe import probe
 from distckpt.storage.scratch import put_file, scratch_folder
+from distckpt.storage.split import SplitStore, mark_of, parts_of, place_of
 
 __all__ = [
     "MOST_NAMES",
@@ -20,13 +21,20 @@ __all__ = [
     "PathLike",
     "PatientStore",
     "Source",
+    "SplitStore",
     "Store",
     "SupportsCooling",
     "SupportsSweep",
     "at_most",
     "canonical",
+    "cool",
     "join",
+    "mark_of",
     "open_store",
+    "parts_of",
+    "place_of",
+    "placed",
+    "placed_among",
     "probe",
     "put_file",
     "scratch_folder",

@@ -12,7 +12,7 @@ from distckpt.directory.log import read_commit_id, read_entry, sequence_numbers
 from distckpt.errors import DamagedError, ObjectNotFoundError
 from distckpt.format import names
 from distckpt.format.json.log import CheckpointRecord
-from distckpt.storage import MOST_NAMES, PROBES, ObjectInfo, Store, SupportsSweep, at_most
+from distckpt.storage import MOST_NAMES, PROBES, ObjectInfo, Store, SupportsSweep, at_most, parts_of
 
 logger = logging.getLogger(__name__)
 
@@ -102,7 +102,11 @@ def collect_garbage(store: Store, action: CollectGarbage, min_age: float, predec
             gone += _sweep_folder(store, f"{folder}/{attempt}", min_age)
             if not _is_garbage(attempt, action):
                 continue
-            objects = list(objects_of_attempt(store, f"{folder}/{attempt}"))
+            # Where shards are apart, those of other directories may lie among them.
+            where = store if predecessors.began(attempt) else parts_of(store)[0]
+            objects = list(objects_of_attempt(where, f"{folder}/{attempt}"))
+            if not objects and where is not store:
+                continue
             whole = any(info.path.endswith(f"/{names.MANIFEST}") for info in objects)
             if whole and not predecessors.left(attempt):
                 logger.warning(
@@ -112,7 +116,7 @@ def collect_garbage(store: Store, action: CollectGarbage, min_age: float, predec
                     store.url,
                 )
             elif whole or _untouched(objects, _least_age(attempt, action, predecessors, min_age)):
-                gone += _collected(store, f"{folder}/{attempt}")
+                gone += _collected(where, f"{folder}/{attempt}")
     return gone + _sweep(store, min_age)
 
 
@@ -148,11 +152,14 @@ def _untouched(objects: list[ObjectInfo], min_age: float) -> bool:
 
 def _sweep(store: Store, min_age: float) -> int:
     """What killed processes left beside the attempts: probes, and temporary files."""
-    probes = at_most(MOST_NAMES, store.list(PROBES), f"{store.url}/{PROBES}")
-    old = [info for info in probes if info.modified < time.time() - min_age]
-    for info in old:
-        store.delete(info.path)
-    return len(old) + sum(_sweep_folder(store, folder, min_age) for folder in ("", names.LOG, names.LEASES, PROBES))
+    gone = 0
+    for part in parts_of(store):
+        probes = at_most(MOST_NAMES, part.list(PROBES), f"{part.url}/{PROBES}")
+        old = [info for info in probes if info.modified < time.time() - min_age]
+        for info in old:
+            part.delete(info.path)
+        gone += len(old)
+    return gone + sum(_sweep_folder(store, folder, min_age) for folder in ("", names.LOG, names.LEASES, PROBES))
 
 
 def _sweep_folder(store: Store, folder: str, min_age: float) -> int:
