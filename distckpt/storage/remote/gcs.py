@@ -86,9 +86,10 @@ def _endpoint_of_environment() -> str:
 class GcsStore:
     """The objects of ``bucket`` below ``folder`` ('' is all of it), at ``endpoint``; ``payer`` is a project or None.
 
-    An object of at most two times ``part_bytes`` is one request under the condition that the name is free. A larger one is
-    sent in parts, as many at once as ``budget`` allows, which lie in a hidden folder until they are put together under that
-    condition, and are deleted then. Nothing is cached. For many threads; a forked child opens its own connections.
+    An object of at most two times ``part_bytes``, and any in a zonal bucket, is one request under the condition that the
+    name is free. A larger one is sent in parts, as many at once as ``budget`` allows, which lie in a hidden folder until
+    they are put together under that condition, and are deleted then. Nothing is cached. For many threads; a forked child
+    opens its own connections.
     """
 
     def __init__(
@@ -107,7 +108,7 @@ class GcsStore:
         self._budget = budget
         self._requests = Requests(bucket, self._prefix, payer)
         self._part_bytes = part_bytes
-        self._is_suitable = False
+        self._zonal: bool | None = None
 
     @property
     def url(self) -> str:
@@ -121,7 +122,10 @@ class GcsStore:
         StoreUnsuitableError in a zonal bucket, where creating overwrites.
         """
         object_parts(path)
-        self._require_suitable()
+        if self._is_zonal():
+            reason = "is a zonal bucket (Rapid Storage), in which creating an object may overwrite another one"
+            advice = "A log needs a regional or multi-regional bucket; only shards may lie in a zonal one, by data=..."
+            raise StoreUnsuitableError(self.url, f"{self._bucket} {reason}. {advice}")
 
         def look() -> bool | None:
             answer = self._endpoint.once(self._requests.get(path), most=len(data) + 1)
@@ -138,7 +142,7 @@ class GcsStore:
         """Create ``path``; size and CRC32C are what the server says that it holds. AlreadyExistsError if it exists."""
         object_parts(path)
         pieces = checked(size, sections)
-        if size <= 2 * self._part_bytes:
+        if size <= 2 * self._part_bytes or self._is_zonal():  # which puts no parts together
             return self._put_whole(path, tuple(pieces))
         if self.stat(path) is not None:
             raise AlreadyExistsError(self._full(path))
@@ -280,20 +284,15 @@ class GcsStore:
             yield Page(found.get("items", ()), found.get("prefixes", ()), answer.headers.get("date", ""))
             token = found.get("nextPageToken")
 
-    def _require_suitable(self) -> None:
-        """A zonal bucket (Rapid Storage) has appendable objects alone, and creating one overwrites."""
-        if self._is_suitable:
-            return
-        answer = self._ask(self._requests.kind(), "")
-        if answer.outcome is Outcome.DONE:
-            bucket = self._json(answer, "")
-            if bucket.get("locationType") == "zone" or bucket.get("storageClass") == "RAPID":
-                reason = "is a zonal bucket (Rapid Storage), in which creating an object may overwrite another one"
-                advice = "A log needs a regional or multi-regional bucket; only shards may lie in a zonal one"
-                raise StoreUnsuitableError(self.url, f"{self._bucket} {reason}. {advice}")
-        elif answer.status != 403:  # who may write objects need not be allowed to look at the bucket
-            self._done(answer, "")
-        self._is_suitable = True
+    def _is_zonal(self) -> bool:
+        """Whether the bucket has appendable objects alone (Rapid Storage). No, if who asks may not look at the bucket."""
+        if self._zonal is None:
+            answer = self._ask(self._requests.kind(), "")
+            if answer.outcome is not Outcome.DONE and answer.status != 403:
+                self._done(answer, "")
+            bucket = self._json(answer, "") if answer.outcome is Outcome.DONE else {}
+            self._zonal = bucket.get("locationType") == "zone" or bucket.get("storageClass") == "RAPID"
+        return self._zonal
 
     # ---- answers ----------------------------------------------------------------------------------------------------
 
