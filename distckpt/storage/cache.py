@@ -21,6 +21,8 @@ from collections.abc import Callable, Iterator
 import crc32c
 import numpy as np
 
+from distckpt.storage.remote.budget import CONNECTIONS, Budget
+
 logger = logging.getLogger(__name__)
 
 BLOCK_BYTES = 8 << 20
@@ -50,38 +52,31 @@ class BlockCache:
 
     def __init__(self, directory: str, limit: int = CACHE_BYTES) -> None:
         self.folder = os.path.join(directory, f"distckpt-{os.geteuid()}")
+        self.fetching = Budget(CONNECTIONS)
         self._limit = limit
         self._full_until = 0.0
-        self._is_off = False
+        self._is_usable: bool | None = None
         self._takes_more = True
-        try:
-            os.makedirs(directory, exist_ok=True)
-            with contextlib.suppress(FileExistsError):
-                os.mkdir(self.folder, 0o700)
-            found = os.lstat(self.folder)
-            if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid() or stat.S_IMODE(found.st_mode) & 0o077:
-                raise PermissionError("it is no folder that is yours alone (mode 0700)")
-        except OSError as error:
-            self._is_off = True
-            logger.warning("%s cannot be used as a cache, and everything is downloaded: %s", self.folder, error)
 
     def entry(self, key: str) -> Entry | None:
         """The place for blocks of the object that ``key`` names for ever; None if there can be none."""
-        if self._is_off:
+        if not self._made():
             return None
         path = os.path.join(self.folder, hashlib.sha256(key.encode()).hexdigest()[:32])
-        try:
-            for _ in range(_TRIES):
+        for _ in range(_TRIES):
+            folder = -1
+            try:
                 with contextlib.suppress(FileExistsError):
                     os.mkdir(path, 0o700)
                 folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY | _FLAGS)
                 if _locked(folder, fcntl.LOCK_SH, _LOCK_SECONDS) and _is_at(path, folder):
                     return Entry(self, folder)
+            except FileNotFoundError:  # somebody makes room just now, or has deleted it all
+                self._is_usable = self._make()
+            except OSError as error:
+                self.give_up(error)
+            if folder >= 0:
                 _let_go(folder)
-        except FileNotFoundError:  # somebody makes room just now
-            pass
-        except OSError as error:
-            self.give_up(error)
         return None
 
     def has_room(self, part: int, nbytes: int) -> bool:
@@ -99,10 +94,29 @@ class BlockCache:
             return False
 
     def give_up(self, error: OSError) -> None:
-        """Keep nothing more, after a failure of the disk."""
-        if self._takes_more:
+        """Keep nothing more, after a failure of the disk. That something was deleted is none."""
+        if self._takes_more and not isinstance(error, FileNotFoundError):
             self._takes_more = False
             logger.warning("%s takes no more, and downloads are not kept: %s", self.folder, error.strerror or error)
+
+    def _made(self) -> bool:
+        """Whether the folder is there, and the user's alone; found out once."""
+        if self._is_usable is None:
+            self._is_usable = self._make()
+        return self._is_usable
+
+    def _make(self) -> bool:
+        try:
+            os.makedirs(os.path.dirname(self.folder), exist_ok=True)
+            with contextlib.suppress(FileExistsError):
+                os.mkdir(self.folder, 0o700)
+            found = os.lstat(self.folder)
+            if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid() or stat.S_IMODE(found.st_mode) & 0o077:
+                raise PermissionError("it is no folder that is yours alone (mode 0700)")
+        except OSError as error:
+            logger.warning("%s cannot be used as a cache, and everything is downloaded: %s", self.folder, error)
+            return False
+        return True
 
     def _reserve(self, usage: int, part: int, nbytes: int) -> bool:
         said = os.pread(usage, 32, 0).strip()
@@ -120,7 +134,7 @@ class BlockCache:
 
     def _swept(self, most: int) -> int:
         """How many bytes are there, after objects were deleted until there are at most so many, if they can be."""
-        found = sorted(map(_look, self._objects()), key=lambda object: object[1])
+        found = sorted(map(_look, self._objects()), key=lambda one: one[1])
         used = sum(size for size, _, _ in found)
         for size, _, path in found:
             if used <= most:
@@ -153,12 +167,13 @@ class Entry:
         with self._claim(number) as part:
             if self._kept(number, size, first, target):  # somebody else has fetched it meanwhile
                 return
-            whole = target if target.nbytes == size else memoryview(bytearray(size))
-            fetch(whole)
-            if part is not None:
-                self._keep(number, part, whole)
-            if whole is not target:
-                target[:] = whole[first : first + target.nbytes]
+            with self._cache.fetching.request():  # as many blocks are in memory at once as there are connections
+                whole = target if target.nbytes == size else memoryview(bytearray(size))
+                fetch(whole)
+                if part is not None:
+                    self._keep(number, part, whole)
+                if whole is not target:
+                    target[:] = whole[first : first + target.nbytes]
 
     def drop(self) -> None:
         """Have nothing kept of the object."""
@@ -230,8 +245,6 @@ class Entry:
                     count = os.pwrite(part, piece, position)
                     piece, position = piece[count:], position + count
             os.rename(f"{number}.part", str(number), src_dir_fd=self._folder, dst_dir_fd=self._folder)
-        except FileNotFoundError:  # it was dropped
-            pass
         except OSError as error:
             self._cache.give_up(error)
 

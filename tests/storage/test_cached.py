@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import logging
 import os
+import shutil
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -229,6 +230,20 @@ def test_a_full_disk_is_said_once_and_reading_goes_on(
         assert [path.name for path in files(cache)] == ["0"]
         assert [record.levelno for record in caplog.records] == [logging.WARNING]
         assert "takes no more" in caplog.text
+
+
+def test_a_cache_may_be_deleted_at_any_time(inner: Counting, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    cache = BlockCache(str(tmp_path / "cache"))
+    store = CachedStore(inner, cache)
+    source, target = store.open(SHARD), bytearray(SIZE)
+    source.read_into(0, memoryview(target)[:5])
+    shutil.rmtree(tmp_path / "cache")
+    source.read_into(0, memoryview(target))
+    assert target == pattern(SIZE)
+    for _ in range(2):
+        assert read(store, SHARD, 0, SIZE) == pattern(SIZE)
+    assert [path.name for path in files(cache)] == ["0", "1", "2"]
+    assert caplog.text == ""
 
 
 def test_a_folder_that_others_may_enter_is_no_cache(
