@@ -58,8 +58,11 @@ class BlockCache:
         self._is_usable: bool | None = None
         self._takes_more = True
 
-    def entry(self, key: str) -> Entry | None:
-        """The place for blocks of the object that ``key`` names for ever; None if there can be none."""
+    def entry(self, key: str, *, anew: bool = True) -> Entry | None:
+        """The place for blocks of the object that ``key`` names for ever, made ``anew`` if there is none.
+
+        None if there is none, or can be none.
+        """
         if not self._made():
             return None
         path = os.path.join(self.folder, hashlib.sha256(key.encode()).hexdigest()[:32])
@@ -67,11 +70,14 @@ class BlockCache:
             folder = -1
             try:
                 with contextlib.suppress(FileExistsError):
-                    os.mkdir(path, 0o700)
+                    if anew:
+                        os.mkdir(path, 0o700)
                 folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY | _FLAGS)
                 if _locked(folder, fcntl.LOCK_SH, _LOCK_SECONDS) and _is_at(path, folder):
                     return Entry(self, folder)
             except FileNotFoundError:  # somebody makes room just now, or has deleted it all
+                if not anew:
+                    break
                 self._is_usable = self._make()
             except OSError as error:
                 self.give_up(error)

@@ -19,13 +19,12 @@ class CachedStore:
     """``inner``, of which what can never change is read through ``cache``; everything else goes to it as it is.
 
     Opening asks ``inner`` whether the object is there, and how long: what was deleted is not read from the cache. What
-    somebody finds damaged he cools, and reads again: from then on this store goes around the cache for it.
+    somebody finds damaged he cools, and reads again: then it is fetched again.
     """
 
     def __init__(self, inner: Store, cache: BlockCache) -> None:
         self._inner = inner
         self._cache = cache
-        self._around: set[str] = set()
 
     @property
     def url(self) -> str:
@@ -46,20 +45,20 @@ class CachedStore:
 
     def read(self, path: str, max_bytes: int) -> bytes:
         """See Store. From the cache only if the store has a checksum to compare it with."""
-        info = self._inner.stat(path) if self._is_kept(path) else None
+        info = self._inner.stat(path) if is_lasting(path) else None
         if info is not None and info.crc32c is not None and info.size <= max_bytes:
             with contextlib.closing(self.open(path)) as source:
                 data = bytearray(source.size)
                 source.read_into(0, memoryview(data))
             if len(data) == info.size and crc32c.crc32c(data) == info.crc32c:
                 return bytes(data)
-            self.cool(path)
+            self._drop(path)
         return self._inner.read(path, max_bytes)
 
     def open(self, path: str) -> Source:
         """See Store."""
         source = self._inner.open(path)
-        entry = self._cache.entry(self._key(path, source.size)) if self._is_kept(path) else None
+        entry = self._cache.entry(self._key(path)) if is_lasting(path) else None
         return source if entry is None else CachedSource(source, entry, f"{self.url}/{path}")
 
     def stat(self, path: str) -> ObjectInfo | None:
@@ -79,15 +78,8 @@ class CachedStore:
         self._inner.delete(path)
 
     def cool(self, path: str) -> None:
-        """See SupportsCooling: drop what the cache has of it, and go around it from now on."""
-        if self._is_kept(path):
-            self._around.add(path)
-            with contextlib.suppress(Exception):  # it raises nothing; who reads next is told what is wrong
-                info = self._inner.stat(path)
-                entry = self._cache.entry(self._key(path, info.size)) if info is not None else None
-                if entry is not None:
-                    entry.drop()
-                    entry.close()
+        """See SupportsCooling: whoever reads it next fetches it."""
+        self._drop(path)
         cool(self._inner, path)
 
     def sweep(self, folder: str, min_age: float) -> int:
@@ -98,11 +90,14 @@ class CachedStore:
         """See SupportsExplaining."""
         return self._inner.explain() if isinstance(self._inner, SupportsExplaining) else ""
 
-    def _is_kept(self, path: str) -> bool:
-        return is_lasting(path) and path not in self._around
+    def _drop(self, path: str) -> None:
+        entry = self._cache.entry(self._key(path), anew=False) if is_lasting(path) else None
+        if entry is not None:
+            entry.drop()
+            entry.close()
 
-    def _key(self, path: str, size: int) -> str:
-        return f"{self.url}/{path}\0{size}"
+    def _key(self, path: str) -> str:
+        return f"{self.url}/{path}"
 
 
 class CachedSource:
