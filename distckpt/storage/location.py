@@ -104,9 +104,14 @@ def placed(
     data: PathLike | None = None,
     data_options: Mapping[str, Any] | None = None,
 ) -> dict[str, Any] | None:
-    """``storage_options`` with those of what else was given; None if nothing was."""
+    """``storage_options`` with those of what else was given; None if nothing was. Paths mean the same in any process."""
     given = {"cache_dir": cache_dir, "data": data, "data_options": data_options}
-    return {**(storage_options or {}), **{name: value for name, value in given.items() if value is not None}} or None
+    options = {**(storage_options or {}), **{name: value for name, value in given.items() if value is not None}}
+    if options.get("cache_dir"):
+        options["cache_dir"] = _absolute(options["cache_dir"])
+    if options.get("data"):
+        options["data"] = canonical(options["data"])
+    return options or None
 
 
 def placed_among(arguments: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -132,7 +137,11 @@ def _cache_of(options: dict[str, Any]) -> tuple[str, int] | None:
     limit = options.pop("cache_bytes", None) or os.environ.get("DISTCKPT_CACHE_BYTES") or CACHE_BYTES
     if isinstance(limit, bool) or not str(limit).isdecimal() or not int(limit):
         raise ValueError(f"cache_bytes is a number of bytes above 0, not {limit!r}")
-    return (os.path.abspath(os.path.expanduser(os.fspath(directory))), int(limit)) if directory else None
+    return (_absolute(directory), int(limit)) if directory else None
+
+
+def _absolute(directory: PathLike) -> str:
+    return os.path.abspath(os.path.expanduser(os.fspath(directory)))
 
 
 def _file_url_path(url: str) -> str:

@@ -18,7 +18,7 @@ from distckpt.coordinator.machine.actions import CollectGarbage
 from distckpt.coordinator.shell.housekeeping import Predecessors, collect_garbage
 from distckpt.errors import DataElsewhereError, StorageError, StoreUnsuitableError
 from distckpt.format import names
-from distckpt.storage import LocalStore, MemoryStore, ObjectInfo, SplitStore, Store, open_store
+from distckpt.storage import LocalStore, MemoryStore, ObjectInfo, SplitStore, Store, open_store, placed
 from distckpt.storage.names import holds_shards, is_lasting, is_shard
 from distckpt.storage.probe import probe
 from distckpt.testing.conformance import StoreConformance
@@ -222,6 +222,16 @@ def test_of_a_store_for_data_only_that_is_asked_which_it_must_do(home: Path) -> 
 
     with pytest.raises(StoreUnsuitableError, match="missing from the listing"):
         probe(SplitStore(LocalStore(home), Forgetful()))
+
+
+def test_a_relative_place_is_the_same_for_every_process_of_a_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    options = placed({"direct_io": False}, data="shards", cache_dir="cache")
+    assert options == {"direct_io": False, "data": str(tmp_path / "shards"), "cache_dir": str(tmp_path / "cache")}
+    assert placed({"data": "gs://bucket/run/"}) == {"data": "gs://bucket/run"}
+    assert placed(None) is None
 
 
 def test_wrong_places_for_data_are_refused(home: Path) -> None:
