@@ -15,7 +15,7 @@ from distckpt.state.filler import restore_objects
 from distckpt.state.objects import NamedObjects, PerRank, RandomState
 from distckpt.state.selection import Rename, Selection
 from distckpt.state.status import LoadStatus, describe
-from distckpt.storage import open_store
+from distckpt.storage import open_store, placed
 from distckpt.world import find_rank
 
 __all__ = ["Checkpoint", "LoadStatus", "PerRank", "RandomState"]
@@ -46,6 +46,9 @@ class Checkpoint(NamedObjects):
         select: str | Sequence[str] | None = None,
         rename: Rename | None = None,
         progress: bool = False,
+        cache_dir: str | os.PathLike[str] | None = None,
+        data: str | os.PathLike[str] | None = None,
+        data_options: Mapping[str, Any] | None = None,
     ) -> LoadStatus:
         """Fill the objects in place from the checkpoint at ``path``, every byte checked before it counts.
 
@@ -57,7 +60,8 @@ class Checkpoint(NamedObjects):
         ``select`` restores only what these keys of the checkpoint begin with, ``"model"`` say, and leaves all else as it
         is. ``rename`` maps what keys of the checkpoint begin with to what they are called here, or is a function from key
         to key; None leaves a key out: ``restore(other_run, select="model.encoder", rename={"model.encoder": "encoder"})``.
-        ``progress`` has rank 0 show on its terminal how far it has come.
+        ``progress`` has rank 0 show on its terminal how far it has come. ``cache_dir``, ``data`` and ``data_options`` are
+        as for ``distckpt.open``.
 
         Raises CheckpointNotFoundError, DamagedError, ResizeError, and MismatchError, before anything is changed, for
         keys that do not fit and when objects and checkpoint have nothing in common; KeyError for a selector that no key
@@ -67,7 +71,7 @@ class Checkpoint(NamedObjects):
         """
         if path is None:
             return LoadStatus("no checkpoint", list(self.objects), ())
-        where = locate(path, storage_options)
+        where = locate(path, placed(storage_options, cache_dir=cache_dir, data=data, data_options=data_options))
         rank, world_size = find_rank()
         selection = Selection.of(select, rename)
         status = restore_objects(self, where, read_index(where), rank, world_size, partial, selection, progress)

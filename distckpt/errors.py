@@ -13,6 +13,7 @@
     - LogMissingError             checkpoints in a directory that has no log: copied there, or the log was deleted
     - StateFileError              also a ValueError: a state file that names no newest checkpoint
   - CheckpointNotFoundError       also a FileNotFoundError: no committed checkpoint answers to that name
+  - DataElsewhereError            the shards of a checkpoint are in another place, which was not given, or wrongly
   - SaveError                     one save failed on every rank; the previous checkpoint stands
     - EncodeError                 also a TypeError: a value that cannot be stored without pickle
     - PlanError                   a hole, an overlap, or ranks that disagree
@@ -156,6 +157,10 @@ class CheckpointNotFoundError(DistckptError, FileNotFoundError):
         self.message = message
 
 
+class DataElsewhereError(DistckptError):
+    """The shards of a checkpoint lie in another place than the directory, and not where they were looked for."""
+
+
 class SaveError(DistckptError):
     """The save of checkpoint ``number`` failed on every rank. The previous checkpoint stands."""
 
@@ -270,9 +275,7 @@ class FencedError(CoordinatorError):
             f"{directory}: the coordinator of epoch {epoch} was replaced by epoch {newer}. "
             "Another manager saves to this directory now; this one must stop"
         )
-        self.directory = directory
-        self.epoch = epoch
-        self.newer = newer
+        self.directory, self.epoch, self.newer = directory, epoch, newer
 
 
 class StaleRunError(CoordinatorError):
@@ -283,9 +286,7 @@ class StaleRunError(CoordinatorError):
             f"{directory}: this process belongs to run {run} of the job, and run {newer} has started since. "
             "It can neither save nor retire anything any more; let it end"
         )
-        self.directory = directory
-        self.run = run
-        self.newer = newer
+        self.directory, self.run, self.newer = directory, run, newer
 
 
 class DirectoryLostError(CoordinatorError):
@@ -297,9 +298,7 @@ class DirectoryLostError(CoordinatorError):
             f"{f'is another one, of {found} runs' if found else 'knows of none'}. The directory was deleted or unmounted, or "
             "another is in its place. Nothing was written there. Saves go on once it is back; else start the job again"
         )
-        self.directory = directory
-        self.run = run
-        self.found = found
+        self.directory, self.run, self.found = directory, run, found
 
 
 class CoordinatorUnavailableError(CoordinatorError):
@@ -429,9 +428,7 @@ class ResizeError(RestoreError):
             f"{key}: per-rank state of {saved} ranks cannot be restored on {now} ranks. "
             'Say what to do with PerRank(..., on_resize="drop") or a callable'
         )
-        self.key = key
-        self.saved = saved
-        self.now = now
+        self.key, self.saved, self.now = key, saved, now
 
 
 class NoGoodCheckpointError(RestoreError):

@@ -33,7 +33,7 @@ from distckpt.rank.saver import Saver
 from distckpt.state.objects import NamedObjects
 from distckpt.state.selection import EVERYTHING, Rename, Selection
 from distckpt.state.status import LoadStatus
-from distckpt.storage import join, open_store, with_patience
+from distckpt.storage import join, open_store, placed, with_patience
 from distckpt.threads.coordinator import Coordinator
 from distckpt.threads.looper import LooperThread
 from distckpt.world import find_world
@@ -75,6 +75,8 @@ class CheckpointManager:
             and ``close`` raise such a failure if no commit followed it.
         storage_options: for the store behind ``directory``. Stores with a ``patience`` have ``save_timeout``, unless they
             are given one.
+        data, data_options: a path or URL where shards go instead, alone, and options for the store there; readers need both.
+        cache_dir: a directory of this host in which restores find what another process there has downloaded.
         rank, world_size: given, or found in torch.distributed, Ray Train, torchrun's variables; else a world of one.
         run_id: names this incarnation of the job; needed only with rank and world_size and without torch.distributed.
         verify: read every shard back and compare before it is reported as landed.
@@ -86,6 +88,7 @@ class CheckpointManager:
         ValueError: wrong arguments.
         StorageError, StoreUnsuitableError: the directory cannot be used.
         LogMissingError: it has checkpoints, but no log.
+        DataElsewhereError: the newest checkpoint has its shards in another place than this manager was told.
         AbsentRanksError: ranks that have not made theirs within ``save_timeout`` seconds, named.
 
     What stays, and what numbers, intervals, restarts and clocks that go back mean, is as in TensorFlow. Where
@@ -111,6 +114,9 @@ class CheckpointManager:
         on_busy: Literal["wait", "skip"] = "wait",
         save_failures_allowed: int = 0,
         storage_options: Mapping[str, Any] | None = None,
+        data: str | os.PathLike[str] | None = None,
+        data_options: Mapping[str, Any] | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
         rank: int | None = None,
         world_size: int | None = None,
         run_id: str | None = None,
@@ -134,6 +140,7 @@ class CheckpointManager:
         self._name = checkpoint_name
         self._init_fn = init_fn
         self._saved_steps = SavedSteps(last_checkpoint_step, step_counter, checkpoint_interval)
+        storage_options = placed(storage_options, cache_dir=cache_dir, data=data, data_options=data_options)
         options = with_patience(directory, storage_options, save_timeout)
         self._store = open_store(directory, options)
         self._world = find_world(rank, world_size, run_id, save_timeout)
@@ -154,7 +161,7 @@ class CheckpointManager:
             if self._gathering is not None:
                 self._gathering.check_newest()
 
-        self._client: Client = client_of(self._store, options, self._world, meeting, opening, settings, check)
+        self._client: Client = client_of(self._store, storage_options, self._world, meeting, opening, settings, check)
         if meeting.council is not None:
             council, hosts = meeting.council, meeting.hosts
             self._gathering = Gathering(council, self._store, checkpoint_name, hosts, save_timeout, self._client)
@@ -416,14 +423,7 @@ class CheckpointManager:
     def _abandon(self, error: BaseException) -> None:
         """Leave the run because of ``error``, which ended the training loop. Failed saves are only logged."""
         self._cluster.fail(error)
-        deadline = time.monotonic() + LAST_SAVE_SECONDS
-        for pending in self._pending:
-            try:
-                failure = pending.exception(max(0.0, deadline - time.monotonic()))
-            except TimeoutError as late:
-                failure = late
-            if failure is not None and failure is not error:
-                logger.error("while the training loop ended with %r, a save failed too: %s", error, failure)
+        self._pending.log_failures(error, LAST_SAVE_SECONDS)
         self._closed = True
         if all(pending.done() for pending in self._pending):
             self._leave()

@@ -18,7 +18,7 @@ from distckpt.format.json.manifest import Manifest
 from distckpt.format.tree.select import select_paths, unknown_key
 from distckpt.format.tree.tree import Path, decode_path, unflatten
 from distckpt.state_file import get_checkpoint_state
-from distckpt.storage import PathLike, join, open_store
+from distckpt.storage import PathLike, join, open_store, placed
 from distckpt.transfer.progress import Progress
 
 if TYPE_CHECKING:
@@ -41,23 +41,42 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 
-def open(path: PathLike, storage_options: Mapping[str, Any] | None = None) -> CheckpointReader:
+def open(
+    path: PathLike,
+    storage_options: Mapping[str, Any] | None = None,
+    *,
+    cache_dir: PathLike | None = None,
+    data: PathLike | None = None,
+    data_options: Mapping[str, Any] | None = None,
+) -> CheckpointReader:
     """The checkpoint at ``path``, open for reading: ``<directory>/ckpt-42``, a directory (its newest), or a lone copy.
 
-    Of a directory whose newest was deleted by hand it is the next one, with a warning. Raises CheckpointNotFoundError
+    Of a directory whose newest was deleted by hand it is the next one, with a warning. ``cache_dir`` is a directory of
+    this host in which all its processes find what one of them has downloaded of shards. ``data``, with ``data_options``
+    for the store there, is where shards are if the manager was given it: a DataElsewhereError says so to whoever reads
+    without, or in another place. Raises CheckpointNotFoundError
     when nothing committed answers to the path, LogMissingError for a directory that has checkpoints but no log,
     DamagedError when manifest or index is not what was written.
     """
-    return CheckpointReader(locate(path, storage_options))
+    return CheckpointReader(
+        locate(path, placed(storage_options, cache_dir=cache_dir, data=data, data_options=data_options))
+    )
 
 
 def load(
     path: PathLike,
     select: str | Sequence[str] | None = None,
     storage_options: Mapping[str, Any] | None = None,
+    *,
+    cache_dir: PathLike | None = None,
+    data: PathLike | None = None,
+    data_options: Mapping[str, Any] | None = None,
 ) -> Any:
-    """What was saved, as a tree of dicts, lists and tuples with CPU tensors and plain values; see CheckpointReader.load."""
-    with open(path, storage_options) as reader:
+    """What was saved, as a tree of dicts, lists and tuples with CPU tensors and plain values; see CheckpointReader.load.
+
+    ``cache_dir``, ``data`` and ``data_options`` as for ``open``.
+    """
+    with open(path, storage_options, cache_dir=cache_dir, data=data, data_options=data_options) as reader:
         return reader.load(select)
 
 
@@ -103,12 +122,21 @@ def list_variables(
         return [(key, list(reader.info(key).shape)) for key in sorted(reader.keys())]
 
 
-def load_variable(ckpt_dir_or_file: PathLike, name: str, *, storage_options: Mapping[str, Any] | None = None) -> Any:
+def load_variable(
+    ckpt_dir_or_file: PathLike,
+    name: str,
+    *,
+    storage_options: Mapping[str, Any] | None = None,
+    cache_dir: PathLike | None = None,
+    data: PathLike | None = None,
+    data_options: Mapping[str, Any] | None = None,
+) -> Any:
     """One tensor, whole and on the CPU, or plain value of a checkpoint. KeyError, naming similar keys, for an unknown one.
 
-    TensorFlow's is a NumPy array: ``load_variable(...).numpy()``, for dtypes that NumPy has.
+    TensorFlow's is a NumPy array: ``load_variable(...).numpy()``, for dtypes that NumPy has. ``cache_dir``, ``data`` and
+    ``data_options`` as for ``open``.
     """
-    with open(ckpt_dir_or_file, storage_options) as reader:
+    with open(ckpt_dir_or_file, storage_options, cache_dir=cache_dir, data=data, data_options=data_options) as reader:
         return reader.value(name) if reader.info(name).dtype == VALUE else reader.tensor(name)
 
 

@@ -30,8 +30,15 @@ def seconds(ctx: click.Context, parameter: click.Parameter, value: str) -> float
 
 
 def storage_options(command: _Command) -> _Command:
-    """``-o key=value``, any number of them, for the store."""
-    return _options_of(command, "-o", "storage_options", "the store")
+    """``-o key=value``, any number of them, for the store; and ``--data URL``, which is one of them."""
+    with_data = click.option(
+        "--data",
+        metavar="URL",
+        callback=_noted,
+        expose_value=False,
+        help="Where the shards are, if the manager was given data=URL.",
+    )(command)
+    return _options_of(with_data, "-o", "storage_options", "the store")
 
 
 def destination_options(command: _Command) -> _Command:
@@ -57,7 +64,13 @@ def _parsed(ctx: click.Context, parameter: click.Parameter, pairs: tuple[str, ..
         if not key or not equals:
             raise click.BadParameter(f"{pair!r} is not KEY=VALUE", ctx, parameter)
         options[key] = _value(text)
-    return options
+    return {**options, **ctx.params.get(parameter.name or "", {})}
+
+
+def _noted(ctx: click.Context, _: click.Parameter, url: str | None) -> None:
+    """Among the storage options, whichever of the two comes first."""
+    if url is not None:
+        ctx.params["storage_options"] = {**ctx.params.get("storage_options", {}), "data": url}
 
 
 def _value(text: str) -> Any:

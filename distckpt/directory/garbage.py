@@ -12,7 +12,7 @@ from distckpt.directory.contents import attempts, checkpoint_folders, objects_of
 from distckpt.directory.log import read_commit_id, read_entry, sequence_numbers
 from distckpt.errors import DamagedError, ObjectNotFoundError
 from distckpt.format import names
-from distckpt.storage import MOST_NAMES, PROBES, ObjectInfo, Store, at_most
+from distckpt.storage import MOST_NAMES, PROBES, ObjectInfo, Store, at_most, parts_of
 
 logger = logging.getLogger(__name__)
 
@@ -121,7 +121,11 @@ def dead(store: Store, folder: str, bounds: Bounds, min_age: float, predecessors
     attempt = folder.rpartition("/")[2]
     if not bounds.admit(attempt):
         return None
-    objects = list(objects_of_attempt(store, folder))
+    # Where shards are apart, those of other directories may lie among them.
+    where = store if predecessors.began(attempt) else parts_of(store)[0]
+    objects = list(objects_of_attempt(where, folder))
+    if not objects and where is not store:
+        return None
     whole = any(info.path == f"{folder}/{names.MANIFEST}" for info in objects)
     if whole and not predecessors.left(attempt):
         logger.warning(
@@ -132,7 +136,7 @@ def dead(store: Store, folder: str, bounds: Bounds, min_age: float, predecessors
         return None
     if not whole and not _untouched(objects, _least_age(attempt, bounds, predecessors, min_age)):
         return None
-    return leftover(store, folder, objects)
+    return leftover(where, folder, objects)
 
 
 def leftover(store: Store, path: str, objects: list[ObjectInfo]) -> Leftover:
@@ -143,8 +147,12 @@ def leftover(store: Store, path: str, objects: list[ObjectInfo]) -> Leftover:
 
 def old_probes(store: Store, min_age: float) -> list[Leftover]:
     """What killed processes have left that were testing the store."""
-    probes = at_most(MOST_NAMES, store.list(PROBES), f"{store.url}/{PROBES}")
-    return [leftover(store, info.path, [info]) for info in probes if info.modified < time.time() - min_age]
+    return [
+        leftover(part, info.path, [info])
+        for part in parts_of(store)
+        for info in at_most(MOST_NAMES, part.list(PROBES), f"{part.url}/{PROBES}")
+        if info.modified < time.time() - min_age
+    ]
 
 
 def delete_attempt(store: Store, folder: str) -> None:

@@ -19,7 +19,7 @@ from distckpt.format.arrow.index import Index, decode_index
 from distckpt.format.json.log import CheckpointRecord
 from distckpt.format.json.manifest import MAX_MANIFEST_BYTES, Manifest
 from distckpt.format.json.sealed import unseal
-from distckpt.storage import PathLike, Store, open_store, twice
+from distckpt.storage import PathLike, Store, cool, open_store, parts_of, twice
 from distckpt.transfer.checksums import stored_size_and_crc
 
 LARGE_INDEX = 64 << 20
@@ -105,7 +105,7 @@ def _located(store: Store, record: CheckpointRecord) -> Located:
 
 def read_index(where: Located) -> Index:
     """The checkpoint's index, checked against its manifest."""
-    return twice(lambda: _index(where))
+    return twice(lambda: _index(where), lambda: cool(where.store, where.object_path(names.INDEX)))
 
 
 def _index(where: Located) -> Index:
@@ -183,7 +183,7 @@ def _own_manifest(store: Store, attempt: str) -> Manifest:
 def _lone_copy(store: Store) -> Located:
     found = [
         Located(store, attempt, store.url, _own_manifest(store, attempt))
-        for attempt in attempts(store, "")
+        for attempt in attempts(parts_of(store)[0], "")
         if is_there(store, f"{attempt}/{names.MANIFEST}")
     ]
     if not found:

@@ -9,7 +9,7 @@ from distckpt.directory.contents import attempts, checkpoint_folders, is_there
 from distckpt.directory.log import Tail, read_tail
 from distckpt.errors import LogMissingError
 from distckpt.format import names
-from distckpt.storage import Store
+from distckpt.storage import Store, parts_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,13 +27,13 @@ class Stray:
 
 def strays(store: Store, known: Collection[str]) -> Iterator[Stray]:
     """Every attempt with a manifest that is not among ``known``. What never came to a manifest is none."""
-    for folder in sorted(checkpoint_folders(store)):
+    for folder in sorted(checkpoint_folders(parts_of(store)[0])):
         yield from strays_in(store, folder, known)
 
 
 def strays_in(store: Store, folder: str, known: Collection[str]) -> Iterator[Stray]:
     """Those of one checkpoint folder."""
-    for attempt in sorted(attempts(store, folder)):
+    for attempt in sorted(attempts(parts_of(store)[0], folder)):
         if attempt not in known:
             stray = Stray(folder, attempt)
             if is_there(store, f"{stray.path}/{names.MANIFEST}"):

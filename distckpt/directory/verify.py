@@ -11,6 +11,7 @@ from typing import NamedTuple
 import crc32c
 import numpy as np
 
+from distckpt.directory.elsewhere import require_shards
 from distckpt.directory.exports import file_problem, read_export
 from distckpt.directory.locate import Located, read_index, read_manifest
 from distckpt.errors import DamagedError, StorageError
@@ -19,7 +20,7 @@ from distckpt.format.arrow.index import Index
 from distckpt.format.arrow.shard_rows import Payload, compare_rows, sparse_image
 from distckpt.format.json.manifest import ShardRecord
 from distckpt.sharding.match import Wanted, match
-from distckpt.storage import Source, SupportsCooling
+from distckpt.storage import Source, cool, place_of
 from distckpt.transfer.progress import Meter, Progress
 from distckpt.transfer.reader import default_threads, pace_of
 
@@ -57,8 +58,10 @@ def verify(where: Located, index: Index, progress: Progress | None = None) -> Ve
     An export of the checkpoint is read and checked too.
 
     ``index`` is the checkpoint's, as it was read before. ``progress`` is called now and then, from any thread but one
-    at a time, with the bytes done and the bytes there are. Nothing is raised for what cannot be read: it is damage.
+    at a time, with the bytes done and the bytes there are. Nothing is raised for what cannot be read: it is damage;
+    but DataElsewhereError if shards lie where ``where.store`` does not look for them.
     """
+    require_shards(where)
     shards = where.manifest.shards
     meter = Meter(sum(shard.size for shard in shards) + where.manifest.index_size, progress)
     damages = [*_manifest_damage(where), *_index_damage(where, index)]
@@ -144,9 +147,8 @@ def _shard_damage(where: Located, index: Index, record: ShardRecord, meter: Mete
 
 def _shard_damage_once(where: Located, index: Index, record: ShardRecord, meter: Meter) -> Iterator[Damage]:
     relative = where.shard_path(record.rank, record.shard)
-    path = f"{where.store.url}/{relative}"
-    if isinstance(where.store, SupportsCooling):
-        where.store.cool(relative)  # what memory keeps of it is not what is stored
+    path = place_of(where.store, relative)
+    cool(where.store, relative)  # what memory or a cache keeps of it is not what is stored
     try:
         source = where.store.open(relative)
     except (DamagedError, StorageError) as error:

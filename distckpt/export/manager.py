@@ -19,7 +19,7 @@ from distckpt.export.recipes import Export, Recipe, recipes_of
 from distckpt.manager import CheckpointManager
 from distckpt.rank.pending import PendingSave, progress_of
 from distckpt.rank.saved_steps import StepCounter
-from distckpt.storage import PathLike
+from distckpt.storage import PathLike, placed_among
 
 
 class ExportCheckpointManager(CheckpointManager):
@@ -102,7 +102,7 @@ class ExportCheckpointManager(CheckpointManager):
             super().close()
             raise
         self._exporter = Exporter(
-            self._store, self._name, options.get("storage_options"), recipes, place, options.get("progress", False)
+            self._store, self._name, placed_among(options), recipes, place, options.get("progress", False)
         )
         self._exporter.wake()
 

@@ -20,7 +20,7 @@ from distckpt.checkpoint import Checkpoint, PerRank, RandomState
 from distckpt.errors import DistckptError
 from distckpt.integrations.carrying import CarriedRun, Saving, first_rank
 from distckpt.reader import latest_checkpoint, load
-from distckpt.storage import scratch_folder
+from distckpt.storage import placed_among, scratch_folder
 from distckpt.training.hooks import CheckpointSaverListener
 from distckpt.world import find_world
 
@@ -108,7 +108,7 @@ class DistckptCallback(TrainerCallback):
         return state
 
     def _read_state(self, path: str | None) -> str:
-        options = self._saving.options.get("storage_options")
+        options = placed_among(self._saving.options)
         try:
             path = path or latest_checkpoint(self._saving.directory, storage_options=options)
             return str(load(path, "trainer@0.state", options)) if path is not None else NO_STATE

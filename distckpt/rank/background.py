@@ -25,7 +25,7 @@ from distckpt.rank.dialogue import Dialogue
 from distckpt.rank.layout import Layout
 from distckpt.rank.options import SaverOptions
 from distckpt.rank.pending import Progress
-from distckpt.storage import Store, SupportsCooling, join
+from distckpt.storage import Store, cool, join
 from distckpt.terminal.bar import bar
 from distckpt.terminal.sizes import counted, human_bytes
 from distckpt.threads.coordinator import Coordinator
@@ -225,6 +225,5 @@ class _Newest:
                 before = paths
             else:
                 before, self._paths, self._attempt = self._paths, paths, attempt
-        if isinstance(self._store, SupportsCooling):
-            for path in before:
-                self._store.cool(path)
+        for path in before:
+            cool(self._store, path)

@@ -175,6 +175,17 @@ class PendingSaves:
         late = wait(ends, timeout).not_done
         return [pending for end, pending in ends.items() if end in late]
 
+    def log_failures(self, error: BaseException, seconds: float) -> None:
+        """Log how those end that have failed, or not ended in so many seconds, while ``error`` ended the training loop."""
+        deadline = time.monotonic() + seconds
+        for pending in self:
+            try:
+                failure = pending.exception(max(0.0, deadline - time.monotonic()))
+            except TimeoutError as late:
+                failure = late
+            if failure is not None and failure is not error:
+                logger.error("while the training loop ended with %r, a save failed too: %s", error, failure)
+
     def raise_failure(self, among: Sequence[PendingSave], *, at_end: bool = False) -> None:
         """Raise the first failure ``among`` these of which nobody has been told; log the others.
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from distckpt.directory.elsewhere import require_shards
 from distckpt.directory.locate import Located
 from distckpt.errors import DamagedError
 from distckpt.format.arrow.index import Index
@@ -64,6 +65,7 @@ def check_tensors(
 def read_values(where: Located, index: Index, keys: Iterable[str]) -> dict[str, Any]:
     """The plain values of these keys. DamagedError names shard and key."""
     wanted = [Wanted(key, (), ()) for key in keys]
+    require_shards(where)
     for one in wanted:
         if index.info(one.key).nbytes > LARGE_VALUE:
             _check_text(where, index, one.key)
@@ -100,6 +102,7 @@ def _read(
 
 
 def _transfers(where: Located, index: Index, wanted: Sequence[Wanted]) -> Transfers:
+    require_shards(where)
     transfers = match(index, wanted)
     if transfers.uncovered:
         key = transfers.keys[transfers.uncovered[0]]

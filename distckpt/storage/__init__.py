@@ -11,13 +11,14 @@ from distckpt.storage.interface import (
     SupportsSweep,
 )
 from distckpt.storage.local import LocalStore
-from distckpt.storage.location import canonical, join, open_store, split_path, with_patience
+from distckpt.storage.location import canonical, join, open_store, placed, placed_among, split_path, with_patience
 from distckpt.storage.memory import MemoryStore
 from distckpt.storage.paths import PathLike
-from distckpt.storage.patience import PatientStore, twice
+from distckpt.storage.patience import PatientStore, cool, twice
 from distckpt.storage.probe import FOLDER as PROBES
 from distckpt.storage.probe import probe
 from distckpt.storage.scratch import put_file, scratch_folder
+from distckpt.storage.split import SplitStore, mark_of, parts_of, place_of
 
 __all__ = [
     "MOST_NAMES",
@@ -28,6 +29,7 @@ __all__ = [
     "PathLike",
     "PatientStore",
     "Source",
+    "SplitStore",
     "Store",
     "SupportsCooling",
     "SupportsCopying",
@@ -35,8 +37,14 @@ __all__ = [
     "SupportsSweep",
     "at_most",
     "canonical",
+    "cool",
     "join",
+    "mark_of",
     "open_store",
+    "parts_of",
+    "place_of",
+    "placed",
+    "placed_among",
     "probe",
     "put_file",
     "scratch_folder",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 from collections.abc import Callable, Mapping
@@ -9,38 +10,63 @@ from typing import Any
 from urllib.parse import unquote
 
 from distckpt.errors import StoreUnsuitableError
+from distckpt.storage.cache import CACHE_BYTES, cache_in
+from distckpt.storage.cached import CachedStore
 from distckpt.storage.interface import Store
 from distckpt.storage.local import LocalStore
 from distckpt.storage.memory import MemoryStore
 from distckpt.storage.mounts import warn_of_late_views
 from distckpt.storage.paths import PathLike
 from distckpt.storage.patience import PatientStore
+from distckpt.storage.split import SplitStore
+
+logger = logging.getLogger(__name__)
 
 Opener = Callable[[str, Mapping[str, Any]], Store]
 
+_told: set[str] = set()
 _ONE_SLASH = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/(?!/)")
 
 
 def open_store(directory: PathLike, storage_options: Mapping[str, Any] | None = None) -> Store:
     """The store whose root is ``directory``, patient with reads; opening it touches nothing there.
 
+    Options for all stores: ``cache_dir`` (else the environment's DISTCKPT_CACHE_DIR), a directory of this host that keeps
+    what was downloaded of shards, at most ``cache_bytes`` (else DISTCKPT_CACHE_BYTES, else 64 GiB). Local directories are
+    read as they are. ``data``, a path or URL, is where shards are if not in the directory, and ``data_options`` are for
+    the store there.
+
     Options for local paths: ``direct_io`` (bool), whether large files go around the page cache; by default those for
     which memory has no room. A URL that has no store of its own is fsspec's, which gets the options as they are; whether
     that is safe is for the probe to say. StoreUnsuitableError names a scheme that nothing serves, ValueError an option
     that is not known.
     """
+    options = dict(storage_options or {})
+    is_asked_for = bool(options.get("cache_dir"))
+    cache = _cache_of(options)
     location = canonical(directory)
-    scheme = location.partition("://")[0] if "://" in location else "file"
-    opener = _OPENERS.get(scheme, _open_fsspec)
-    return PatientStore(opener(location, storage_options or {}))
+    if is_asked_for and "://" not in f"{location} {options.get('data')}" and location not in _told:
+        _told.add(location)
+        logger.warning("%s is a local directory: it is read as it is, without the cache", location)
+    data, data_options = options.pop("data", None), options.pop("data_options", None)
+    if not data:
+        if data_options:
+            raise ValueError("data_options are for the store that data names, and there is none")
+        return _behind(cache, _opened(location, options))
+    place = canonical(data)
+    if place == location:
+        raise ValueError(f"data is another place for shards than the directory, not {location!r} too")
+    return SplitStore(_behind(cache, _opened(location, options)), _behind(cache, _opened(place, data_options or {})))
 
 
 def with_patience(directory: PathLike, storage_options: Mapping[str, Any] | None, seconds: float) -> dict[str, Any]:
-    """``storage_options``, and ``patience`` of so many seconds for a store that knows such an option and has none given."""
-    location = canonical(directory)
+    """``storage_options``, and ``patience`` of so many seconds for each store that knows such an option and has none given."""
+    location, options = canonical(directory), dict(storage_options or {})
+    if options.get("data"):
+        options["data_options"] = with_patience(options["data"], options.get("data_options"), seconds)
     scheme = location.partition("://")[0] if "://" in location else "file"
     is_patient = scheme in _PATIENT or scheme not in _OPENERS  # fsspec's are
-    return {**({"patience": seconds} if is_patient else {}), **(storage_options or {})}
+    return {**({"patience": seconds} if is_patient else {}), **options}
 
 
 def canonical(directory: PathLike) -> str:
@@ -79,6 +105,53 @@ def split_path(path: PathLike) -> tuple[str, str]:
     if not folder or directory.endswith(":/"):
         raise ValueError(f"{location!r} has no directory above it")
     return directory or "/", folder
+
+
+def placed(
+    storage_options: Mapping[str, Any] | None,
+    *,
+    cache_dir: PathLike | None = None,
+    data: PathLike | None = None,
+    data_options: Mapping[str, Any] | None = None,
+) -> dict[str, Any] | None:
+    """``storage_options`` with those of what else was given; None if nothing was. Paths mean the same in any process."""
+    given = {"cache_dir": cache_dir, "data": data, "data_options": data_options}
+    options = {**(storage_options or {}), **{name: value for name, value in given.items() if value is not None}}
+    if options.get("cache_dir"):
+        options["cache_dir"] = _absolute(options["cache_dir"])
+    if options.get("data"):
+        options["data"] = canonical(options["data"])
+    return options or None
+
+
+def placed_among(arguments: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The same of a manager's keyword arguments."""
+    named = {name: arguments.get(name) for name in ("cache_dir", "data", "data_options")}
+    return placed(arguments.get("storage_options"), **named)
+
+
+def _opened(location: str, options: Mapping[str, Any]) -> Store:
+    scheme = location.partition("://")[0] if "://" in location else "file"
+    return _OPENERS.get(scheme, _open_fsspec)(location, options)
+
+
+def _behind(cache: tuple[str, int] | None, store: Store) -> Store:
+    if cache is not None and "://" in store.url:
+        store = CachedStore(store, cache_in(*cache))
+    return PatientStore(store)
+
+
+def _cache_of(options: dict[str, Any]) -> tuple[str, int] | None:
+    """Directory and limit, as ``options``, from which they are taken, and the environment say. None for no cache."""
+    directory = options.pop("cache_dir", os.environ.get("DISTCKPT_CACHE_DIR"))
+    limit = options.pop("cache_bytes", None) or os.environ.get("DISTCKPT_CACHE_BYTES") or CACHE_BYTES
+    if isinstance(limit, bool) or not str(limit).isdecimal() or not int(limit):
+        raise ValueError(f"cache_bytes is a number of bytes above 0, not {limit!r}")
+    return (_absolute(directory), int(limit)) if directory else None
+
+
+def _absolute(directory: PathLike) -> str:
+    return os.path.abspath(os.path.expanduser(os.fspath(directory)))
 
 
 def _file_url_path(url: str) -> str:

@@ -28,12 +28,19 @@ PAUSES = (0.0, 0.1, 0.5, 2.0)
 _Answer = TypeVar("_Answer")
 
 
-def twice(read: Callable[[], _Answer]) -> _Answer:
+def cool(store: Store, path: str) -> None:
+    """Whoever reads that object next reads what is stored, if ``store`` knows how."""
+    if isinstance(store, SupportsCooling):
+        store.cool(path)
+
+
+def twice(read: Callable[[], _Answer], before_again: Callable[[], object] = bool) -> _Answer:
     """What ``read`` finds. It is damaged if it is so a second time: one reading proves nothing about the bytes."""
     try:
         return read()
     except DamagedError as error:
         first = str(error)  # not the error itself, whose traceback holds what was read
+    before_again()
     found = read()
     logger.warning("one reading was damaged and the next was not, which counts: %s", first)
     return found
@@ -97,8 +104,7 @@ class PatientStore:
 
     def cool(self, path: str) -> None:
         """See SupportsCooling. Nothing is done by a store that does not support it."""
-        if isinstance(self._inner, SupportsCooling):
-            self._inner.cool(path)
+        cool(self._inner, path)
 
     def sweep(self, folder: str, min_age: float) -> int:
         """See SupportsSweep. Nothing is done by a store that does not support it."""

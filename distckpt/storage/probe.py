@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from distckpt.errors import AlreadyExistsError, ObjectNotFoundError, StorageError, StoreUnsuitableError
 from distckpt.storage.bounds import MOST_NAMES, at_most
 from distckpt.storage.interface import Store, SupportsExplaining
+from distckpt.storage.split import parts_of
 
 FOLDER = "_probe"
 _RACERS = 4
@@ -20,6 +21,38 @@ is likely; where it takes a tenth of a millisecond a round misses it one time in
 
 
 def probe(store: Store) -> None:
+    """Make sure that the store can keep what commits rest on; of one for data, that it keeps what is written once.
+
+    StoreUnsuitableError names the promise that was not kept, ``probe_log`` and ``probe_data`` say what is tried.
+    """
+    log, *data = parts_of(store)
+    probe_log(log)
+    for each in data:
+        probe_data(each)
+
+
+def probe_data(store: Store) -> None:
+    """Make sure that what is written under a name of its own can be read, listed and deleted.
+
+    Six requests. That a name is taken once is not asked of a store for data: there each is used by one writer alone.
+    """
+    path = f"{FOLDER}/{uuid.uuid4().hex}-data"
+    content = f"data {path}".encode()
+    try:
+        with _step(store, "what is written can be read back"):
+            info = store.put_unique(path, len(content), [memoryview(content)])
+            _require(store, info.size == len(content), "an object was not as long as what was written")
+            _require(store, _holds(store, path, [content]), "what was read back differs from what was written")
+        with _step(store, "a new object is listed at once"):
+            _require(store, _is_listed(store, path), "a new object was missing from the listing")
+        with _step(store, "an object can be deleted"):
+            store.delete(path)
+            _require(store, store.stat(path) is None, "a deleted object was still there")
+    finally:
+        _clean_up(store, [path])
+
+
+def probe_log(store: Store) -> None:
     """Make sure that the store can create an object once and only once, and shows at once what is there.
 
     Writes a few small objects with unique names into ``_probe/`` and removes them. Of a directory four writers race

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Iterator
+
+from distckpt.storage.node import ranks_here
 
 SHARE = 4
 """Of the memory that is available a file, together with those of the other ranks on the host, may take one part of four."""
@@ -15,8 +16,7 @@ _UNLIMITED = 1 << 60
 
 def has_room(nbytes: int) -> bool:
     """Whether memory can keep a file of that size from each rank of this host within the budget."""
-    ranks = os.environ.get("LOCAL_WORLD_SIZE", "1")
-    return nbytes * (int(ranks) if ranks.isdigit() else 1) * SHARE <= available()
+    return nbytes * ranks_here() * SHARE <= available()
 
 
 def available() -> int:

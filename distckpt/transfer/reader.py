@@ -20,6 +20,9 @@ from distckpt.format.arrow.index import Index
 from distckpt.format.names import shard_name
 from distckpt.sharding.match import Transfers
 from distckpt.storage.interface import Source, Store
+from distckpt.storage.node import ranks_here
+from distckpt.storage.patience import cool
+from distckpt.storage.split import parts_of, place_of
 from distckpt.transfer.progress import Meter, Progress
 from distckpt.transfer.read_plan import Batch, Read, Scatter, plan_reads
 
@@ -58,15 +61,14 @@ REMOTE = Pace(piece=8 << 20, small=1 << 20, gap=256 << 10, batch=16 << 20, threa
 
 
 def pace_of(store: Store) -> Pace:
-    """How to ask that store: REMOTE if its root is a URL."""
-    return REMOTE if "://" in store.url else LOCAL
+    """How to ask that store for what is in shards: REMOTE if the root of where they are is a URL."""
+    return REMOTE if "://" in parts_of(store)[-1].url else LOCAL
 
 
 def default_threads() -> int:
     """The processors that this process may use, shared with the other ranks of its host."""
-    ranks = os.environ.get("LOCAL_WORLD_SIZE", "1")
     processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, processors // max(1, int(ranks) if ranks.isdigit() else 1))
+    return max(1, processors // ranks_here())
 
 
 def read_transfers(
@@ -214,7 +216,7 @@ class _Shards:
 
     def path(self, batch: Batch) -> str:
         """The batch's shard, as people see it."""
-        return f"{self._store.url}/{self._relative(batch)}"
+        return place_of(self._store, self._relative(batch))
 
     def _relative(self, batch: Batch) -> str:
         return "/".join(filter(None, (self._folder, shard_name(batch.rank, batch.shard))))
@@ -236,7 +238,8 @@ class _Shards:
                     self._open.pop(shard).close()
 
     def anew(self, batch: Batch) -> Source:
-        """The batch's shard, opened once more, for the caller to close."""
+        """The batch's shard, opened once more to read what is stored, for the caller to close."""
+        cool(self._store, self._relative(batch))
         return self._store.open(self._relative(batch))
 
     def close(self) -> None:

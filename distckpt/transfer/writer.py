@@ -10,8 +10,9 @@ import numpy as np
 
 from distckpt.errors import DamagedError
 from distckpt.format.arrow.receipt import ShardReceipt
-from distckpt.storage.interface import ObjectInfo, Store, SupportsCooling
-from distckpt.storage.patience import twice
+from distckpt.storage.interface import ObjectInfo, Store
+from distckpt.storage.patience import cool, twice
+from distckpt.storage.split import place_of
 from distckpt.transfer.checksums import stored_size_and_crc
 from distckpt.transfer.staging import StagedShard
 
@@ -35,7 +36,7 @@ def write_shard(
     sums = _Sums(shard)
     info = store.put_unique(path, shard.image.size, sums.sections(section_bytes, wrote))
     receipt = sums.receipt()
-    _check(info, receipt, f"{store.url}/{path}")
+    _check(info, receipt, place_of(store, path))
     return receipt
 
 
@@ -43,10 +44,9 @@ def read_back(store: Store, path: str, receipt: ShardReceipt) -> None:
     """Read what was written once more, not what memory keeps of it. DamagedError if the store returns something else."""
 
     def compare() -> None:
-        if isinstance(store, SupportsCooling):
-            store.cool(path)
+        cool(store, path)
         if stored_size_and_crc(store, path) != (receipt.size, receipt.crc32c):
-            raise DamagedError(f"{store.url}/{path}", "what the store returns is not what was written")
+            raise DamagedError(place_of(store, path), "what the store returns is not what was written")
 
     twice(compare)
 

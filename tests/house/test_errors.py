@@ -26,6 +26,7 @@ EXAMPLES: list[errors.DistckptError] = [
     errors.LogMissingError("/x", ["ckpt-1", "ckpt-2"]),
     errors.StateFileError("/x/checkpoint"),
     errors.CheckpointNotFoundError("/x/ckpt-1", "not there"),
+    errors.DataElsewhereError("/x/ckpt-1: its shards are not in gs://b"),
     errors.SaveError(3, "failed"),
     errors.EncodeError("state.bad", "needs pickle"),
     errors.PlanError(3, "w", [0, 2], "a hole"),

@@ -26,6 +26,7 @@ from distckpt.coordinator.shell.shell import Settings, Shell
 from distckpt.directory.strays import read_run
 from distckpt.errors import CoordinatorError, DistckptError
 from distckpt.storage import Store, probe
+from distckpt.storage.node import met
 from distckpt.terminal.sizes import counted
 from distckpt.world import Council, World, new_token
 
@@ -61,6 +62,7 @@ def meet(store: Store, world: World) -> Meeting:
     if said["problem"]:
         raise from_text(said["problem"])
     hosts = dict(enumerate(said["hosts"]))
+    met(hosts.values(), world.host)
     return Meeting(_unused(store.url, said["token"]), said["directory"], hosts, world.council.apart(said["id"]))
 
 

@@ -12,6 +12,7 @@ from distckpt.coordinator.machine.actions import Seal, Sealed, TailRead
 from distckpt.coordinator.messages import Receipt
 from distckpt.coordinator.shell.workers import each
 from distckpt.directory.contents import attempts, checkpoint_folders
+from distckpt.directory.elsewhere import require_shards_of_newest
 from distckpt.directory.locate import read_sealed
 from distckpt.directory.newest import has_manifest
 from distckpt.directory.strays import read_run
@@ -29,7 +30,7 @@ from distckpt.format.arrow.receipt import ShardReceipt
 from distckpt.format.json.log import CheckpointRecord, Entry, State
 from distckpt.format.json.manifest import FORMAT, Manifest, ShardRecord
 from distckpt.format.json.sealed import seal
-from distckpt.storage import ObjectInfo, Store
+from distckpt.storage import ObjectInfo, Store, mark_of, parts_of, place_of
 
 STAT_THREADS = 16
 
@@ -45,7 +46,7 @@ def seal_checkpoint(store: Store, action: Seal, plan_table: pa.Table) -> Sealed:
     _check_shards(store, action, folder)
     try:
         index = encode_index(plan_table, action.receipts, action.number, action.hosts)
-        manifest = seal(_manifest(action, index))
+        manifest = seal(_manifest(action, index, mark_of(store)))
     except ValueError as error:
         raise UnreadableError(action.number, f"{error}. Save fewer tensors or values, or from fewer ranks") from error
     _put(store, action, f"{folder}/{names.INDEX}", index)
@@ -54,7 +55,7 @@ def seal_checkpoint(store: Store, action: Seal, plan_table: pa.Table) -> Sealed:
     return Sealed(action.attempt, len(manifest), crc32c.crc32c(manifest), nbytes)
 
 
-def _manifest(action: Seal, index: bytes) -> Manifest:
+def _manifest(action: Seal, index: bytes, data: str) -> Manifest:
     return Manifest(
         format=FORMAT,
         name=action.name,
@@ -69,6 +70,7 @@ def _manifest(action: Seal, index: bytes) -> Manifest:
             ShardRecord(rank=rank, shard=shard.shard, size=shard.size, crc32c=shard.crc32c)
             for rank, shard in _shards(action.receipts)
         ),
+        data=data,
     )
 
 
@@ -85,13 +87,11 @@ def _check_shards(store: Store, action: Seal, folder: str) -> None:
     unseen = sorted({rank for (rank, _), info in zip(expected, found, strict=True) if info is None})
     if unseen:
         hosts = {rank: action.hosts.get(rank, "") for rank in unseen}
-        raise NotSharedError(action.number, store.url, unseen, hosts)
+        raise NotSharedError(action.number, parts_of(store)[-1].url, unseen, hosts)
     for (rank, shard), path, info in zip(expected, paths, found, strict=True):
         wrong = info is not None and (info.size != shard.size or info.crc32c not in (None, shard.crc32c))
         if wrong:
-            reason = (
-                f"{store.url}/{path} has {info.size if info else 0} bytes on the store and {shard.size} in its receipt"
-            )
+            reason = f"{place_of(store, path)} has {info.size if info else 0} bytes on the store and {shard.size} in its receipt"
             raise RankFailedError(action.number, rank, action.hosts.get(rank, ""), reason)
 
 
@@ -119,11 +119,13 @@ def read_log_tail(store: Store) -> TailRead:
     When the newest entries are damaged, the one before them is used, and checkpoints that it lists but that have no
     manifest any more move to ``retiring``: one of the lost entries may have retired them. LogMissingError if there is
     no log although there are checkpoints: they belong to somebody, and the directory is not to be claimed.
+    DataElsewhereError if the newest has its shards where ``store`` does not look for them.
     """
     tail = read_run(store)
     if tail.entry is None:
         return TailRead(tail.seq, None)
     entry = tail.entry
+    require_shards_of_newest(store, entry.state)
     if tail.damaged:
         entry = msgspec.structs.replace(entry, state=_without_vanished(store, entry.state))
     return TailRead(tail.seq, entry, tuple(_complete(store, tail.entry)))
@@ -140,8 +142,9 @@ def _without_vanished(store: Store, state: State) -> State:
 
 def _complete(store: Store, entry: Entry) -> Iterator[CheckpointRecord]:
     known = entry.state.known()
-    for folder in checkpoint_folders(store):
-        for attempt in attempts(store, folder):
+    home = parts_of(store)[0]  # which has the manifests
+    for folder in checkpoint_folders(home):
+        for attempt in attempts(home, folder):
             # Of the same coordinator as the newest entry: a folder that was copied here from another run is not ours.
             if names.claim_of(attempt) == names.claim_of(entry.commit_id) and attempt not in known:
                 record = _complete_record(store, f"{folder}/{attempt}")

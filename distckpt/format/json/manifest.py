@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator
 from typing import ClassVar
 
@@ -23,6 +24,8 @@ from distckpt.format.names import is_attempt, is_name
 FORMAT = 1
 MAX_MANIFEST_BYTES = 64 << 20
 
+_DIGEST = re.compile(r"(?:[0-9a-f]{16})?")
+
 
 class ShardRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Shard ``shard`` of ``rank``; its path is derived from the two, never stored."""
@@ -33,8 +36,12 @@ class ShardRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     crc32c: int
 
 
-class Manifest(Sealed, frozen=True, forbid_unknown_fields=True):
-    """All shards with size and CRC32C, in order of rank and shard, and the index that says what is in them."""
+class Manifest(Sealed, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """All shards with size and CRC32C, in order of rank and shard, and the index that says what is in them.
+
+    ``data`` is '' if the shards are beside it, else a digest of the URL of where they are: no path, which readers are
+    given, but enough to tell them that they were given none, or another one.
+    """
 
     MAX_BYTES: ClassVar[int] = MAX_MANIFEST_BYTES
 
@@ -48,6 +55,7 @@ class Manifest(Sealed, frozen=True, forbid_unknown_fields=True):
     index_size: int
     index_crc32c: int
     shards: tuple[ShardRecord, ...]
+    data: str = ""
 
     def problems(self) -> Iterator[str]:
         """See Sealed."""
@@ -65,6 +73,8 @@ class Manifest(Sealed, frozen=True, forbid_unknown_fields=True):
             yield "its time is not a number"
         if not (0 <= self.index_size <= MAX_INDEX_BYTES and 0 <= self.index_crc32c <= MAX_CRC32C):
             yield f"index size {self.index_size} or CRC32C {self.index_crc32c} is out of bounds"
+        if not _DIGEST.fullmatch(self.data):
+            yield f"{shown(self.data)} is no digest of where its shards are"
         yield from _shard_problems(self.shards, self.world_size)
 
 

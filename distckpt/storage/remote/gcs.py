@@ -15,7 +15,7 @@ import crc32c
 from distckpt.errors import AlreadyExistsError, DamagedError, ObjectNotFoundError, StorageError, StoreUnsuitableError
 from distckpt.storage.interface import ObjectInfo, Source, Store
 from distckpt.storage.paths import folder_parts, is_part, object_parts
-from distckpt.storage.remote.budget import CONNECTIONS, Budget, share_of_node
+from distckpt.storage.remote.budget import CONNECTIONS, Budget, budget_of
 from distckpt.storage.remote.creating import create
 from distckpt.storage.remote.gcs_credentials import authority
 from distckpt.storage.remote.gcs_requests import UPLOAD, Page, Requests, abandoned, crc_of, crc_of_all, info_of, uploads
@@ -33,7 +33,7 @@ MOST_PARTS = 32
 
 OPTIONS = {
     *("project", "access", "token", "endpoint_url", "requester_pays", "requests_timeout"),
-    *("timeout", "patience", "connections", "verify"),
+    *("timeout", "patience", "connections", "bandwidth", "verify"),
 }
 
 _ADVICE = {
@@ -47,8 +47,9 @@ _DAMAGED_TRIES = 3
 def open_gcs(location: str, options: Mapping[str, Any]) -> GcsStore:
     """The store of ``gs://bucket/folder``. Options are those of gcsfs for credentials, endpoint and who pays; and
 
-    ``timeout`` (seconds for one try), ``patience`` (seconds until a write is given up), ``connections`` (of a node) and
-    ``verify`` (certificates: a path, or False). ValueError for one that would be ignored. Nothing is asked of anybody.
+    ``timeout`` (seconds for one try), ``patience`` (seconds until a write is given up), ``connections`` and ``bandwidth``
+    (of a node; the latter in bytes a second, each way) and ``verify`` (certificates: a path, or False). ValueError for one
+    that would be ignored. Nothing is asked of anybody.
     """
     unknown = sorted(options.keys() - OPTIONS)
     if unknown:
@@ -62,6 +63,7 @@ def open_gcs(location: str, options: Mapping[str, Any]) -> GcsStore:
         who,
         timeout=float(options.get("timeout") or options.get("requests_timeout") or TIMEOUT),
         patience=float(options.get("patience", PATIENCE)),
+        bandwidth=options.get("bandwidth"),
         verify=options.get("verify", True),
     )
     pays = options.get("requester_pays", False)
@@ -70,8 +72,8 @@ def open_gcs(location: str, options: Mapping[str, Any]) -> GcsStore:
             "requester_pays=True needs the option project, which pays; or name the project instead of True"
         )
     bucket, _, folder = location.partition("://")[2].partition("/")
-    connections = share_of_node(int(options.get("connections", CONNECTIONS)))
-    return GcsStore(endpoint, bucket, folder, Budget(connections), payer=project if pays is True else pays or None)
+    budget = budget_of(endpoint.url, int(options.get("connections", CONNECTIONS)))
+    return GcsStore(endpoint, bucket, folder, budget, payer=project if pays is True else pays or None)
 
 
 def _endpoint_of_environment() -> str:
@@ -84,9 +86,10 @@ def _endpoint_of_environment() -> str:
 class GcsStore:
     """The objects of ``bucket`` below ``folder`` ('' is all of it), at ``endpoint``; ``payer`` is a project or None.
 
-    An object of at most two times ``part_bytes`` is one request under the condition that the name is free. A larger one is
-    sent in parts, as many at once as ``budget`` allows, which lie in a hidden folder until they are put together under that
-    condition, and are deleted then. Nothing is cached. For many threads; a forked child opens its own connections.
+    An object of at most two times ``part_bytes``, and any in a zonal bucket, is one request under the condition that the
+    name is free. A larger one is sent in parts, as many at once as ``budget`` allows, which lie in a hidden folder until
+    they are put together under that condition, and are deleted then. Nothing is cached. For many threads; a forked child
+    opens its own connections.
     """
 
     def __init__(
@@ -105,7 +108,7 @@ class GcsStore:
         self._budget = budget
         self._requests = Requests(bucket, self._prefix, payer)
         self._part_bytes = part_bytes
-        self._is_suitable = False
+        self._zonal: bool | None = None
 
     @property
     def url(self) -> str:
@@ -119,7 +122,10 @@ class GcsStore:
         StoreUnsuitableError in a zonal bucket, where creating overwrites.
         """
         object_parts(path)
-        self._require_suitable()
+        if self._is_zonal():
+            reason = "is a zonal bucket (Rapid Storage), in which creating an object may overwrite another one"
+            advice = "A log needs a regional or multi-regional bucket; only shards may lie in a zonal one, by data=..."
+            raise StoreUnsuitableError(self.url, f"{self._bucket} {reason}. {advice}")
 
         def look() -> bool | None:
             answer = self._endpoint.once(self._requests.get(path), most=len(data) + 1)
@@ -136,7 +142,7 @@ class GcsStore:
         """Create ``path``; size and CRC32C are what the server says that it holds. AlreadyExistsError if it exists."""
         object_parts(path)
         pieces = checked(size, sections)
-        if size <= 2 * self._part_bytes:
+        if size <= 2 * self._part_bytes or self._is_zonal():  # which puts no parts together
             return self._put_whole(path, tuple(pieces))
         if self.stat(path) is not None:
             raise AlreadyExistsError(self._full(path))
@@ -231,7 +237,7 @@ class GcsStore:
 
     def _put_whole(self, path: str, pieces: Part) -> ObjectInfo:
         crc = crc_of_all(pieces)
-        request = self._requests.insert(path, pieces, crc, absent=True)
+        request = self._requests.insert(path, pieces, crc, absent=True, bulk=True)
         size = sum(piece.nbytes for piece in pieces)
 
         def look() -> bool | None:
@@ -249,7 +255,7 @@ class GcsStore:
 
         def send(number: int, part: Part, stop: threading.Event) -> None:
             crc = crc_of_all(part)
-            request = self._requests.insert(names[number], part, crc, absent=False)
+            request = self._requests.insert(names[number], part, crc, absent=False, bulk=True)
             for _ in range(_DAMAGED_TRIES):
                 answer = self._done(self._ask(request, path, stop=stop), path)
                 if crc_of(self._json(answer, path)) in (None, crc):
@@ -304,20 +310,15 @@ class GcsStore:
             yield Page(found.get("items", ()), found.get("prefixes", ()), answer.headers.get("date", ""))
             token = found.get("nextPageToken")
 
-    def _require_suitable(self) -> None:
-        """A zonal bucket (Rapid Storage) has appendable objects alone, and creating one overwrites."""
-        if self._is_suitable:
-            return
-        answer = self._ask(self._requests.kind(), "")
-        if answer.outcome is Outcome.DONE:
-            bucket = self._json(answer, "")
-            if bucket.get("locationType") == "zone" or bucket.get("storageClass") == "RAPID":
-                reason = "is a zonal bucket (Rapid Storage), in which creating an object may overwrite another one"
-                advice = "A log needs a regional or multi-regional bucket; only shards may lie in a zonal one"
-                raise StoreUnsuitableError(self.url, f"{self._bucket} {reason}. {advice}")
-        elif answer.status != 403:  # who may write objects need not be allowed to look at the bucket
-            self._done(answer, "")
-        self._is_suitable = True
+    def _is_zonal(self) -> bool:
+        """Whether the bucket has appendable objects alone (Rapid Storage). No, if who asks may not look at the bucket."""
+        if self._zonal is None:
+            answer = self._ask(self._requests.kind(), "")
+            if answer.outcome is not Outcome.DONE and answer.status != 403:
+                self._done(answer, "")
+            bucket = self._json(answer, "") if answer.outcome is Outcome.DONE else {}
+            self._zonal = bucket.get("locationType") == "zone" or bucket.get("storageClass") == "RAPID"
+        return self._zonal
 
     # ---- answers ----------------------------------------------------------------------------------------------------
 

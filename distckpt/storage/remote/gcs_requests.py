@@ -51,7 +51,7 @@ class Requests:
         query = {"prefix": self._prefix + above, "delimiter": "/", "fields": fields, "maxResults": str(_PAGE)}
         return Request("GET", self._target("", None, **query, **({"pageToken": token} if token else {})))
 
-    def insert(self, path: str, pieces: Sequence[Piece], crc: int, *, absent: bool) -> Request:
+    def insert(self, path: str, pieces: Sequence[Piece], crc: int, *, absent: bool, bulk: bool = False) -> Request:
         """Metadata and content in one request. Google refuses it if the CRC32C of what comes is another one.
 
         Of all the ways to upload this is the one of which emulators check the condition, too.
@@ -64,7 +64,7 @@ class Requests:
         target = self._target("/upload", None, uploadType="multipart", fields=_FIELDS, **condition)
         headers = {"Content-Type": f"multipart/related; boundary={boundary}"}
         body = (head.encode(), *pieces, f"\r\n--{boundary}--\r\n".encode())
-        return Request("POST", target, headers, body, repeatable=not absent)
+        return Request("POST", target, headers, body, repeatable=not absent, bulk=bulk)
 
     def compose(self, path: str, names: Sequence[str], upload: str) -> Request:
         """Put parts together under a name that is free; ``upload`` is noted, so that what came of it is known by."""

@@ -22,6 +22,7 @@ from typing import Protocol, cast
 
 from urllib3.exceptions import HTTPError
 
+from distckpt.storage.remote.budget import bandwidths_of
 from distckpt.storage.remote.connections import Connection, Connections
 from distckpt.storage.remote.throttle import Throttle
 from distckpt.storage.remote.usual import Usual
@@ -86,7 +87,8 @@ class Request:
     """What is asked. ``target`` is path and query, encoded already; ``body`` are pieces of memory that stay as they are.
 
     ``repeatable``: doing it twice is doing it once, so that it goes again at once if a kept connection turns out to be
-    dead. Not so for what is done under a condition, where the second answer would be another one.
+    dead. Not so for what is done under a condition, where the second answer would be another one. ``bulk`` is what waits
+    for its share of the bandwidth of the node, if that is limited; all else goes at once.
     """
 
     method: str
@@ -94,6 +96,7 @@ class Request:
     headers: Mapping[str, str] = field(default_factory=dict)
     body: tuple[Piece, ...] = ()
     repeatable: bool = True
+    bulk: bool = False
 
     @property
     def nbytes(self) -> int:
@@ -175,7 +178,8 @@ class Anonymous:
 class Endpoint:
     """The server at ``url``. ``timeout`` and ``patience`` are seconds, see TIMEOUT and PATIENCE; for many threads.
 
-    ``verify`` and ``client_cert`` as in Connections. Every target is below the path of ``url``, if that has one.
+    ``bandwidth`` is how many bytes a second the node may send, and how many receive; None for all it can. ``verify`` and
+    ``client_cert`` as in Connections. Every target is below the path of ``url``, if that has one.
     """
 
     def __init__(
@@ -185,12 +189,14 @@ class Endpoint:
         *,
         timeout: float = TIMEOUT,
         patience: float = PATIENCE,
+        bandwidth: float | None = None,
         verify: bool | str = True,
         client_cert: str | tuple[str, str] | None = None,
     ) -> None:
         self._connections = Connections(url, verify=verify, client_cert=client_cert)
         self._authority = authority if authority is not None else Anonymous()
         self._timeout = timeout
+        self._bandwidths = bandwidths_of(bandwidth)
         self.url = url.rstrip("/")
         self.patience = patience
         self.usual = Usual()
@@ -299,7 +305,7 @@ class Endpoint:
         deadline: float,
     ) -> Answer:
         """Ask on a connection, which goes back to the others if all was said, and is closed if not."""
-        wire = Wire(cast("socket.socket", connection.sock), deadline)
+        wire = Wire(cast("socket.socket", connection.sock), deadline, self._bandwidths, request.bulk)
         is_good = False
         reader: _Reader | None = None
         try:

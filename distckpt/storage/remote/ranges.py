@@ -25,7 +25,8 @@ def fill(endpoint: Endpoint, request: Request, position: int, target: memoryview
     pauses = endpoint.pauses(is_read=True)
     while done < target.nbytes:
         first, last = position + done, position + target.nbytes - 1
-        ranged = dataclasses.replace(request, headers={**request.headers, "Range": f"bytes={first}-{last}"})
+        headers = {**request.headers, "Range": f"bytes={first}-{last}"}
+        ranged = dataclasses.replace(request, headers=headers, bulk=True)
         asked_for, before, began = 0.0, done, time.monotonic()
         try:
             answer = endpoint.once(ranged, into=target[done:], seconds=limit)

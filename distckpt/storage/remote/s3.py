@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Iterable, Iterator, Mapping
 from email.utils import parsedate_to_datetime
 from typing import Any
@@ -14,7 +15,7 @@ from distckpt.errors import AlreadyExistsError, DamagedError, ObjectNotFoundErro
 from distckpt.storage.interface import ObjectInfo, Source, Store
 from distckpt.storage.paths import folder_parts, object_parts
 from distckpt.storage.remote import s3_answers as answers
-from distckpt.storage.remote.budget import Budget, share_of_node
+from distckpt.storage.remote.budget import Budget, budget_of
 from distckpt.storage.remote.creating import create
 from distckpt.storage.remote.http import MOST, Answer, Endpoint, NoAnswer, Outcome, Request
 from distckpt.storage.remote.parts import Part
@@ -49,7 +50,7 @@ class S3Store:
         self._root = f"{folder}/" if folder else ""
         self._options = options
         self._bucket = S3Bucket(name, options)
-        self._budget = Budget(share_of_node(options.connections))
+        self._budget = budget_of(options.endpoint_url or "s3", options.connections)
 
     @property
     def url(self) -> str:
@@ -76,8 +77,9 @@ class S3Store:
         object_parts(path)
         pieces = checked(size, sections)
         if size <= self._options.part_bytes:
+            whole = tuple(pieces)  # before there is room for the request: they may be read from the same server
             with self._budget.request():
-                return self._put_whole(path, size, tuple(pieces))
+                return self._put_whole(path, size, whole)
         if self.stat(path) is not None:
             raise AlreadyExistsError(self._full(path))
         upload = S3Upload(self._endpoint, self._budget, self._target(path), self._full(path))
@@ -187,7 +189,7 @@ class S3Store:
         crc = 0
         for piece in pieces:
             crc = crc32c.crc32c(piece, crc)
-        request = self._put(path, pieces, crc, _ONLY_NEW)
+        request = dataclasses.replace(self._put(path, pieces, crc, _ONLY_NEW), bulk=True)
         answer = create(self._endpoint, request, lambda: self._is_ours(path, size, crc), self._full(path))
         if answer is not None:
             info = answers.info_of(path, size, answer.headers)

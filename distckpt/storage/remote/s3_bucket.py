@@ -46,5 +46,6 @@ class S3Bucket:
             S3Authority(bucket, self._options),
             timeout=self._options.timeout,
             patience=self._options.patience,
+            bandwidth=self._options.bandwidth,
             verify=self._verify,
         )

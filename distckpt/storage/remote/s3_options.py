@@ -26,6 +26,7 @@ KNOWN = (
         "timeout",
         "patience",
         "connections",
+        "bandwidth",
         "part_size",
     ),
 )
@@ -68,6 +69,7 @@ class S3Options:
     timeout: float = TIMEOUT
     patience: float = PATIENCE
     connections: int = CONNECTIONS
+    bandwidth: float | None = None
     part_bytes: int = PART_BYTES
 
     def reaches_as(self, other: S3Options) -> bool:
@@ -79,8 +81,8 @@ class S3Options:
 def s3_options(given: Mapping[str, Any]) -> S3Options:
     """From ``storage_options`` as s3fs takes them. ValueError for what is not known here, instead of ignoring it.
 
-    Ours are ``timeout`` (seconds a try), ``patience`` (seconds until a write is given up), ``connections`` (of a node)
-    and ``part_size`` (bytes).
+    Ours are ``timeout`` (seconds a try), ``patience`` (seconds until a write is given up), ``connections`` and
+    ``bandwidth`` (of a node; the latter in bytes a second, each way) and ``part_size`` (bytes).
     """
     _refuse_unknown("storage_options", given, KNOWN)
     client, config = dict(given.get("client_kwargs") or {}), dict(given.get("config_kwargs") or {})
@@ -111,6 +113,7 @@ def s3_options(given: Mapping[str, Any]) -> S3Options:
         timeout=_positive(given, "timeout", TIMEOUT),
         patience=_positive(given, "patience", PATIENCE),
         connections=int(_positive(given, "connections", CONNECTIONS)),
+        bandwidth=given.get("bandwidth"),
         part_bytes=_part_bytes(_positive(given, "part_size", PART_BYTES)),
     )
 

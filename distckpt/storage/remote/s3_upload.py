@@ -81,7 +81,8 @@ class _Begun:
         for piece in part:
             crc = crc32c.crc32c(piece, crc)
         headers = {**self._headers, "x-amz-checksum-crc32c": answers.crc_header(crc)}
-        request = Request("PUT", f"{self._target}?partNumber={number + 1}&{self._upload}", headers, part)
+        target = f"{self._target}?partNumber={number + 1}&{self._upload}"
+        request = Request("PUT", target, headers, part, bulk=True)
         etag = _ask(self._endpoint, request, self._where, stop).headers.get("etag")
         if not etag:
             raise StorageError(self._where, f"the store took part {number + 1} and gave no ETag for it")

@@ -18,7 +18,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
-from distckpt.storage.remote.budget import Budget, share_of_node
+from distckpt.storage.remote.budget import Bandwidth, Budget, bandwidths_of, share_of_node
 from distckpt.storage.remote.http import Answer, Endpoint, NoAnswer, Outcome, Pauses, Request, outcome, retry_after
 from distckpt.storage.remote.parts import parts_of, send_all
 from distckpt.testing.observing import pattern
@@ -337,6 +337,33 @@ def test_a_node_shares_its_connections_among_its_ranks(monkeypatch: pytest.Monke
     assert share_of_node(32) == 32
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     assert (share_of_node(32), share_of_node(8), share_of_node(2)) == (8, 4, 2)
+
+
+def test_data_has_its_share_of_the_bandwidth_of_a_node(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    bandwidth = Bandwidth(100)
+    assert [round(bandwidth.count(50), 1) for _ in range(3)] == [1.9, 3.9, 5.9]
+    assert bandwidths_of(100) is bandwidths_of(100.0)  # one for all stores of a process
+    for wrong in (0, -1, True, "fast"):
+        with pytest.raises(ValueError, match="bandwidth is a number of bytes a second"):
+            bandwidths_of(wrong)
+
+
+def test_a_request_of_data_waits_for_bandwidth_and_is_not_late_for_that_while_a_commit_goes_at_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    with Scripted(ok(), ok(), ok()) as server:
+        rate = 1 << 17
+        asked = endpoint(server, timeout=0.05, bandwidth=rate)
+        body = pattern(1 << 17)
+        assert (
+            asked.once(Request("PUT", "/a", body=(body,), bulk=True)).status == 200
+        )  # 0.9 s; without, late after 0.55
+        assert bandwidths_of(rate)[0].count(1 << 22) > 30  # type: ignore[index]
+        assert asked.once(Request("PUT", "/log", body=(b"an entry",))).status == 200
+        assert server.bodies == [body, b"an entry"]
+        asked.close()
 
 
 def test_no_more_than_the_budget_are_under_way_and_a_child_has_its_own() -> None:
