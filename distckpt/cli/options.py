@@ -31,19 +31,14 @@ def seconds(ctx: click.Context, parameter: click.Parameter, value: str) -> float
 
 def storage_options(command: _Command) -> _Command:
     """``-o key=value``, any number of them, for the store; and ``--data URL``, which is one of them."""
-    with_data = click.option(
-        "--data",
-        metavar="URL",
-        callback=_noted,
-        expose_value=False,
-        help="Where the shards are, if the manager was given data=URL.",
-    )(command)
-    return _options_of(with_data, "-o", "storage_options", "the store")
+    where = "Where the shards are, if the manager was given data=URL."
+    return _with_data(_options_of(command, "-o", "storage_options", "the store"), "--data", "storage_options", where)
 
 
 def destination_options(command: _Command) -> _Command:
-    """``--to-option key=value``, where ``-o`` is for the source."""
-    return _options_of(command, "--to-option", "destination_options", "the store of the destination")
+    """``--to-option key=value`` and ``--to-data URL``, where ``-o`` and ``--data`` are for the source."""
+    with_options = _options_of(command, "--to-option", "destination_options", "the store of the destination")
+    return _with_data(with_options, "--to-data", "destination_options", "Where to put the shards, if not in DST.")
 
 
 def _options_of(command: _Command, flag: str, name: str, whose: str) -> _Command:
@@ -57,6 +52,15 @@ def _options_of(command: _Command, flag: str, name: str, whose: str) -> _Command
     )(command)
 
 
+def _with_data(command: _Command, flag: str, name: str, what: str) -> _Command:
+    def noted(ctx: click.Context, _: click.Parameter, url: str | None) -> None:
+        """Among the options of that store, whichever of the two comes first."""
+        if url is not None:
+            ctx.params[name] = {**ctx.params.get(name, {}), "data": url}
+
+    return click.option(flag, metavar="URL", callback=noted, expose_value=False, help=what)(command)
+
+
 def _parsed(ctx: click.Context, parameter: click.Parameter, pairs: tuple[str, ...]) -> dict[str, Any]:
     options = {}
     for pair in pairs:
@@ -65,12 +69,6 @@ def _parsed(ctx: click.Context, parameter: click.Parameter, pairs: tuple[str, ..
             raise click.BadParameter(f"{pair!r} is not KEY=VALUE", ctx, parameter)
         options[key] = _value(text)
     return {**options, **ctx.params.get(parameter.name or "", {})}
-
-
-def _noted(ctx: click.Context, _: click.Parameter, url: str | None) -> None:
-    """Among the storage options, whichever of the two comes first."""
-    if url is not None:
-        ctx.params["storage_options"] = {**ctx.params.get("storage_options", {}), "data": url}
 
 
 def _value(text: str) -> Any:

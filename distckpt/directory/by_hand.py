@@ -12,7 +12,7 @@ from distckpt.directory.published import PublishedState
 from distckpt.errors import CoordinatorError, DamagedError, StorageError, StoreOutcomeUnknownError
 from distckpt.format import names
 from distckpt.format.json.log import FORMAT, CheckpointRecord, Entry, Kind, State
-from distckpt.storage import Store, join, probe
+from distckpt.storage import Store, join, parts_of, probe
 
 logger = logging.getLogger(__name__)
 
@@ -52,8 +52,9 @@ def check_nothing_sealed(store: Store, tail: Tail) -> None:
         return
     active = tail.state.active
     last = names.attempt_age(active[-1].attempt) if active else (0, "")
-    for folder in checkpoint_folders(store):
-        for attempt in attempts(store, folder):
+    home = parts_of(store)[0]  # which has the manifests
+    for folder in checkpoint_folders(home):
+        for attempt in attempts(home, folder):
             is_of_last = names.claim_of(attempt) == names.claim_of(tail.entry.commit_id)
             if not is_of_last or attempt in tail.state.known() or names.attempt_age(attempt) < last:
                 continue

@@ -24,7 +24,7 @@ from distckpt.directory.pins import pins
 from distckpt.directory.strays import read_run
 from distckpt.errors import DamagedError, StorageError
 from distckpt.format import names
-from distckpt.storage import ObjectInfo, Store, SupportsHidden, SupportsSweep, join, parts_of
+from distckpt.storage import ObjectInfo, Store, SupportsHidden, SupportsSweep, join
 
 ATTEMPT = "unfinished save"
 RETIRED = "retired checkpoint"
@@ -165,8 +165,7 @@ class _Attempts:
 
 
 def _hidden(store: Store, folder: str, before: float) -> Iterator[Garbage]:
-    for part in parts_of(store):
-        if isinstance(part, SupportsHidden):
-            for info in part.hidden(folder):
-                if info.modified <= before:
-                    yield Garbage(HIDDEN, leftover(part, info.path, [info]), folder)
+    if isinstance(store, SupportsHidden):
+        for info in store.hidden(folder):
+            if info.modified <= before:
+                yield Garbage(HIDDEN, leftover(store, info.path, [info]), folder)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
 from distckpt.errors import ObjectNotFoundError
-from distckpt.storage.interface import ObjectInfo, Source, Store, SupportsExplaining, SupportsSweep
+from distckpt.storage.interface import ObjectInfo, Source, Store, SupportsExplaining, SupportsHidden, SupportsSweep
 from distckpt.storage.names import holds_shards, is_shard
 from distckpt.storage.patience import cool
 
@@ -80,6 +80,12 @@ class SplitStore:
     def sweep(self, folder: str, min_age: float) -> int:
         """See SupportsSweep. Of both."""
         return sum(store.sweep(folder, min_age) for store in parts_of(self) if isinstance(store, SupportsSweep))
+
+    def hidden(self, folder: str) -> Iterator[ObjectInfo]:
+        """See SupportsHidden. Of both."""
+        for store in parts_of(self):
+            if isinstance(store, SupportsHidden):
+                yield from store.hidden(folder)
 
     def explain(self) -> str:
         """See SupportsExplaining. Of the store that has the log."""
