@@ -111,6 +111,13 @@ def abandoned(pages: Iterable[Page], min_age: float) -> Iterator[Sequence[str]]:
     return ([name for _, name in parts] for parts in uploads.values() if max(parts)[0] <= now - min_age)
 
 
+def below(name: str, prefix: str, above: str) -> str:
+    """The path of an object, or of a folder, in a listing of what is below ``above``. ValueError if it is not."""
+    if not name.startswith(prefix + above):
+        raise ValueError(f"{name!r} was not asked for")
+    return name.removeprefix(prefix)
+
+
 def info_of(path: str, resource: Mapping[str, Any]) -> ObjectInfo:
     """An object as Google describes it."""
     return ObjectInfo(path, int(resource["size"]), _time(resource["updated"]), crc_of(resource))
