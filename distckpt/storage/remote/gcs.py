@@ -16,7 +16,7 @@ from distckpt.errors import AlreadyExistsError, DamagedError, ObjectNotFoundErro
 from distckpt.storage.interface import ObjectInfo, Source
 from distckpt.storage.paths import folder_parts, is_part, object_parts
 from distckpt.storage.remote.budget import CONNECTIONS, Budget, share_of_node
-from distckpt.storage.remote.creating import create
+from distckpt.storage.remote.creating import create, require_ours
 from distckpt.storage.remote.gcs_credentials import authority
 from distckpt.storage.remote.gcs_requests import (
     UPLOAD,
@@ -140,12 +140,10 @@ class GcsStore:
             answer = self._endpoint.once(self._requests.get(path), most=len(data) + 1)
             return None if self._is_missing(answer, path) else answer.body == data
 
-        create(
-            self._endpoint,
-            self._requests.insert(path, (data,), crc32c.crc32c(data), absent=True),
-            look,
-            self._full(path),
-        )
+        crc = crc32c.crc32c(data)
+        answer = create(self._endpoint, self._requests.insert(path, (data,), crc, absent=True), look, self._full(path))
+        if answer is not None and not self._says(answer, crc):
+            require_ours(look, self._full(path))
 
     def put_unique(self, path: str, size: int, sections: Iterable[memoryview]) -> ObjectInfo:
         """Create ``path``; size and CRC32C are what the server says that it holds. AlreadyExistsError if it exists."""
@@ -249,9 +247,8 @@ class GcsStore:
             request = self._requests.insert(names[number], part, crc, absent=False)
             for _ in range(_DAMAGED_TRIES):
                 answer = self._done(self._ask(request, path, stop=stop), path)
-                with self._understanding(path):
-                    if crc_of(self._json(answer, path)) in (None, crc):
-                        return
+                if self._says(answer, crc):
+                    return
             raise DamagedError(self._full(path), f"the store holds other bytes than were sent, {_DAMAGED_TRIES} times")
 
         def look() -> bool | None:
@@ -281,7 +278,8 @@ class GcsStore:
     def _created(self, path: str, answer: Answer | None) -> ObjectInfo:
         """What the server says of an object that it has just created; it is asked again if that answer got lost."""
         if answer is not None:
-            return self._info(answer, path)
+            with contextlib.suppress(StorageError):  # it came damaged
+                return self._info(answer, path)
         info = self.stat(path)
         if info is None:
             raise StorageError(self._full(path), "it was created and is gone already")
@@ -349,6 +347,12 @@ class GcsStore:
             return answer
         advice = _ADVICE.get(answer.status, "")
         raise StorageError(self._full(path), f"the store says {answer.said}{advice}")
+
+    def _says(self, answer: Answer, crc: int) -> bool:
+        """Whether the server says that it holds bytes of that CRC32C, or says nothing of it."""
+        with contextlib.suppress(StorageError), self._understanding(""):
+            return crc_of(self._json(answer, "")) in (None, crc)
+        return False
 
     def _info(self, answer: Answer, path: str) -> ObjectInfo:
         with self._understanding(path):

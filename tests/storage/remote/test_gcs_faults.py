@@ -435,3 +435,22 @@ def test_a_listing_that_came_damaged_hides_nothing_and_is_asked_for_again(
 def test_a_probe_whose_first_request_comes_late_does_not_refuse_the_store(store: GcsStore, proxy: Proxy) -> None:
     proxy.fail(Late(1.0), when=like("POST", "ifGenerationMatch"))
     probe(store)
+
+
+def test_what_arrived_damaged_is_not_taken_for_created(store: GcsStore, proxy: Proxy) -> None:
+    proxy.fail(Flip(600, upload=True), when=like("POST", "ifGenerationMatch"))
+    with pytest.raises(StorageError, match="they came there damaged"):
+        store.put_if_absent("log/1", bytes(1000))
+
+
+@pytest.mark.parametrize("body", [b'{"crc32c": "AAAAAA=="', b'{"crc32c": "AAAAAA=="}', b"{}"])
+@pytest.mark.parametrize("size", [1000, SIZE])
+def test_an_answer_that_came_damaged_does_not_fail_what_is_there(
+    store: GcsStore, proxy: Proxy, outside: GcsBucket, body: bytes, size: int
+) -> None:
+    proxy.fail(Answer(200, body, applied=True), when=like("POST", "ifGenerationMatch"))
+    store.put_if_absent("log/1", b"ours")
+    assert outside.read("log/1") == b"ours"
+    proxy.fail(Answer(200, body, applied=True), when=like("POST", "ifGenerationMatch"))
+    info = store.put_unique("shard", size, sections_of(pattern(size), MIB))
+    assert (outside.read("shard"), info.size) == (pattern(size), size)
