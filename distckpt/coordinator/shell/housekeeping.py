@@ -8,13 +8,16 @@ import time
 
 from distckpt.coordinator.machine.actions import CollectGarbage, Deleted
 from distckpt.directory.contents import attempts, checkpoint_folders, objects_of_attempt
-from distckpt.directory.log import read_commit_id, read_entry, sequence_numbers
-from distckpt.errors import DamagedError, ObjectNotFoundError
+from distckpt.directory.log import read_commit_id, read_entry, read_tail, sequence_numbers
+from distckpt.errors import DamagedError, ObjectNotFoundError, StorageFullError, StoreUnsuitableError
 from distckpt.format import names
 from distckpt.format.json.log import CheckpointRecord
-from distckpt.storage import MOST_NAMES, PROBES, ObjectInfo, Store, SupportsSweep, at_most
+from distckpt.storage import MOST_NAMES, PROBES, ObjectInfo, Store, SupportsSweep, at_most, probe
 
 logger = logging.getLogger(__name__)
+
+GARBAGE_AGE = 3600.0
+"""Seconds for which nobody must have touched what earlier coordinators have left, for it to be deleted."""
 
 FAILED_AGE = 60.0
 """Seconds until what a failed attempt has written is deleted, at most: it can never be committed, and takes room."""
@@ -114,6 +117,30 @@ def collect_garbage(store: Store, action: CollectGarbage, min_age: float, predec
             elif whole or _untouched(objects, _least_age(attempt, action, predecessors, min_age)):
                 gone += _collected(store, f"{folder}/{attempt}")
     return gone + _sweep(store, min_age)
+
+
+def collect_unclaimed(store: Store, min_age: float, predecessors: Predecessors) -> int:
+    """Delete what is garbage even though nobody here has claimed the directory; returns how much that was.
+
+    That is what epochs before the newest have left and nobody has touched for ``min_age`` seconds. What the newest has
+    in the making may still be committed, as its coordinator may live.
+    """
+    entry = read_tail(store).entry
+    if entry is None:
+        return 0
+    action = CollectGarbage("", entry.state.known(), frozenset(), entry.epoch)
+    return collect_garbage(store, action, min_age, predecessors)
+
+
+def probe_with_room(store: Store, predecessors: Predecessors, min_age: float = GARBAGE_AGE) -> None:
+    """Probe the store; if it is full, once more after garbage has been deleted. Raises what ``probe`` raises."""
+    try:
+        probe(store)
+    except StoreUnsuitableError as error:
+        if not isinstance(error.__cause__, StorageFullError) or not collect_unclaimed(store, min_age, predecessors):
+            raise
+        logger.warning("%s; it was full, and is usable since garbage has been deleted", store.url)
+        probe(store)
 
 
 def _is_replaced(store: Store, epoch: int) -> bool:

@@ -45,7 +45,14 @@ from distckpt.coordinator.machine.actions import (
 )
 from distckpt.coordinator.machine.machine import Machine
 from distckpt.coordinator.messages import Refused, Reply, Request
-from distckpt.coordinator.shell.housekeeping import Predecessors, collect_garbage, delete_checkpoints
+from distckpt.coordinator.shell.housekeeping import (
+    GARBAGE_AGE,
+    Predecessors,
+    collect_garbage,
+    collect_unclaimed,
+    delete_checkpoints,
+    probe_with_room,
+)
 from distckpt.coordinator.shell.leases import Leases
 from distckpt.coordinator.shell.sealing import read_log_tail, seal_checkpoint
 from distckpt.coordinator.shell.workers import Workers
@@ -64,7 +71,7 @@ from distckpt.errors import (
 from distckpt.format.json.entry_sealer import EntrySealer
 from distckpt.format.json.log import Entry
 from distckpt.sharding.plan import ShardingPlan, make_plan
-from distckpt.storage import Store, probe
+from distckpt.storage import Store
 
 logger = logging.getLogger(__name__)
 
@@ -79,7 +86,7 @@ END_SECONDS = 5.0
 class Settings:
     """How a coordinator behaves: seconds until an unfinished attempt is garbage, and until an idle one exits."""
 
-    garbage_age: float = 3600.0
+    garbage_age: float = GARBAGE_AGE
     idle_timeout: float | None = None
 
 
@@ -128,7 +135,7 @@ class Shell:
 
         The directory is claimed when the first request comes.
         """
-        probe(self._store)
+        probe_with_room(self._store, self._predecessors, self._settings.garbage_age)
         self._timer.start()
 
     def submit(self, request: Request) -> Future[Reply]:
@@ -350,12 +357,12 @@ class Shell:
         try:
             return write()
         except StorageFullError as error:
-            if self._garbage is None:
-                raise
             logger.warning("%s; it is tried again once garbage has been deleted", error)
-            collect_garbage(
-                self._store, replace(self._garbage, urgent=True), self._settings.garbage_age, self._predecessors
-            )
+            if self._garbage is not None:
+                urgent = replace(self._garbage, urgent=True)
+                collect_garbage(self._store, urgent, self._settings.garbage_age, self._predecessors)
+            elif not collect_unclaimed(self._store, self._settings.garbage_age, self._predecessors):
+                raise
             return write()
 
     def _append(self, action: Append) -> Event:
