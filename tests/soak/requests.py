@@ -172,6 +172,8 @@ class Requests:
             yield from (_case(request, name, dice) for request in dice.sample(early, ALONE))
 
     def _is_possible(self, request: tuple[str, int], name: str) -> bool:
+        if name == "flipped-up" and PROTOCOLS[self.protocol].damaged == "kept":
+            return False  # nobody could know
         carries = TROUBLES[name].carries
         return not carries or bool(getattr(self.counted[request[0]][request[1]], carries))
 
@@ -259,7 +261,7 @@ def _passes(struck: Struck, protocol: Protocols) -> bool:
         return protocol.scheme == "gs"  # where the credentials of this test can be renewed
     if struck.name == "flipped-down" and struck.wanted == "begin":
         return False  # the name of an upload that nobody knows
-    if struck.name == "flipped-up" and not protocol.checks:
+    if struck.name == "flipped-up" and protocol.damaged != "refused":
         return False
     return TROUBLES[struck.name].passes
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from distckpt.storage import SupportsSweep, open_store
 from tests.support import servers
@@ -39,8 +39,8 @@ class Protocols(Protocol):
     scheme: str
     elements: int
     """Of 8 bytes, so that a shard goes up in several parts."""
-    checks: bool
-    """Whether the server refuses what comes to it damaged."""
+    damaged: Literal["refused", "told", "kept"]
+    """What becomes of what comes to the server damaged: it is refused, or its other checksum told, or neither."""
 
     def serving(self) -> Any:
         """A context manager with a server."""
@@ -69,7 +69,7 @@ class Gs:
 
     scheme = "gs"
     elements = 20_000
-    checks = False
+    damaged: Literal["refused", "told", "kept"] = "told"
 
     def serving(self) -> Any:
         """See Protocols."""
@@ -116,7 +116,7 @@ class S3:
 
     scheme = "s3"
     elements = 700_000
-    checks = False
+    damaged: Literal["refused", "told", "kept"] = "kept"
 
     def serving(self) -> Any:
         """See Protocols."""
@@ -169,7 +169,7 @@ class S3:
 class S3Checked(S3):
     """S3, on a seaweedfs, which checks signatures and checksums."""
 
-    checks = True
+    damaged: Literal["refused", "told", "kept"] = "refused"
 
     def serving(self) -> Any:
         """See Protocols."""
