@@ -82,8 +82,12 @@ def _check_race(store: Store, path: str, racers: int) -> None:
             errors[content] = error
         else:
             won.append(content)
-        with contextlib.suppress(StorageError):
+        try:
             whole.append(_holds(store, path, contents))
+        except StorageError:
+            pass  # no answer says nothing of what is there
+        except Exception as error:  # noqa: BLE001 - likewise
+            errors[content] = error
 
     threads = [threading.Thread(target=race, args=(content,)) for content in contents]
     for thread in threads:
