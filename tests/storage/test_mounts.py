@@ -166,13 +166,14 @@ class TestLocalStoreOnAnOverlay(StoreConformance):
         return Files(root)
 
 
-class _OnDisk(StoreConformance):
-    @pytest.fixture(scope="class")
-    def mounted(self, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Iterator[Path]:
-        folder = tmp_path_factory.mktemp("disk")
-        with disk(folder / "disk", request.cls.kind, folder / "image") as mounted:
-            yield mounted
+@pytest.fixture(scope="module", params=["ext4", "xfs", "btrfs"])
+def mounted(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    folder = tmp_path_factory.mktemp(request.param)
+    with disk(folder / "disk", request.param, folder / "image") as mounted:
+        yield mounted
 
+
+class TestLocalStoreOnADisk(StoreConformance):
     @pytest.fixture
     def root(self, mounted: Path) -> Path:
         return mounted / uuid.uuid4().hex
@@ -184,18 +185,6 @@ class _OnDisk(StoreConformance):
     @pytest.fixture
     def outside(self, root: Path) -> Outside:
         return Files(root)
-
-
-class TestLocalStoreOnExt4(_OnDisk):
-    kind = "ext4"
-
-
-class TestLocalStoreOnXfs(_OnDisk):
-    kind = "xfs"
-
-
-class TestLocalStoreOnBtrfs(_OnDisk):
-    kind = "btrfs"
 
 
 class Files:
