@@ -34,7 +34,7 @@ OUTAGE_SECONDS = 4.0
 """How impatient a run is where nothing gets better before it ends."""
 
 LATE = 0.3
-TOGETHER, ALONE = 10, 1
+TOGETHER, ALONE = 14, 1
 """In a sample: how many requests of one run, and how many of each trouble that a run need not survive."""
 
 HANGS = 400.0
