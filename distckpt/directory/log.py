@@ -57,10 +57,23 @@ class AppendResult:
 
 
 def sequence_numbers(store: Store) -> list[int]:
-    """Every number in the log, ascending."""
+    """Every number in the log, ascending.
+
+    A log has no gaps, and there is nothing else in its folder. A listing that says otherwise is made once more, and then
+    believed: no checksum covers it, and a number that is not there would tell a coordinator that it has been replaced.
+    """
+    numbers, others = _listed_numbers(store)
+    if others or numbers[-1:] != [numbers[0] + len(numbers) - 1 for _ in numbers[:1]]:
+        numbers, _ = _listed_numbers(store)
+    return numbers
+
+
+def _listed_numbers(store: Store) -> tuple[list[int], int]:
+    """Those of the entries, ascending, and how many other objects there are."""
     listed = at_most(MOST_NAMES, store.list(names.LOG), f"{store.url}/{names.LOG}")
-    found = (names.entry_seq(info.path) for info in listed)
-    return sorted(seq for seq in found if seq is not None)
+    found = [names.entry_seq(info.path) for info in listed]
+    numbers = sorted(seq for seq in found if seq is not None)
+    return numbers, len(found) - len(numbers)
 
 
 def read_entry(store: Store, seq: int) -> Entry:

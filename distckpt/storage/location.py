@@ -188,7 +188,7 @@ def _open_memory(location: str, options: Mapping[str, Any]) -> Store:
 
 
 def _open_gcs(location: str, options: Mapping[str, Any]) -> Store:
-    from distckpt.storage.remote.gcs import open_gcs
+    from distckpt.storage.remote.gcs_options import open_gcs
 
     return open_gcs(location, options)
 

@@ -118,6 +118,16 @@ def _why(error: OSError) -> str:
         return "a socket, or a device that there is not, is in its place"
     if error.errno == errno.ENOTDIR:
         return "a file is where a folder should be. Move it away"
+    if error.errno == errno.EROFS:
+        return (
+            "Read-only file system. What is there can be read, with Checkpoint.restore and distckpt.load; a manager needs "
+            "one that can be written to"
+        )
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return (
+            f"{error.strerror}. Make room: `distckpt gc` deletes what dead attempts have left, and a smaller max_to_keep "
+            "leaves less"
+        )
     if error.errno == errno.EISDIR:
         return "a folder is where a file should be. Move it away"
     return error.strerror or str(error)

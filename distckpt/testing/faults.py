@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Literal, Protocol
 
 Operation = Literal[
-    "put_if_absent", "put_unique", "replace", "delete", "read", "open", "read_into", "stat", "list", "folders"
+    "put_if_absent", "put_unique", "replace", "delete", "read", "open", "read_into", "stat", "list", "folders", "sweep"
 ]
 Outcome = Literal["pending", "done", "refused", "failed"]
 
@@ -25,7 +25,10 @@ class Fault(Enum):
     LATE = "StoreOutcomeUnknownError; it is done just before the next call"
     LOST_ANSWER = "StoreOutcomeUnknownError, although it was done"
     LOST_ANSWER_AS_REFUSAL = "AlreadyExistsError, although this very call did it, as after a silent retry"
+    REFUSED = "AlreadyExistsError, although there is nothing, as from a client that takes a 409 or 412 at its word"
     TORN = "StorageError; half of the object is there"
+    SHORT = "half of the content, as if that were all; DamagedError where it was known how much there is"
+    FLIPPED = "the content with one bit changed"
     DELAYED = "done, after a while"
     GONE = "StorageError, now and for every later call, as if this process were cut off or dead"
     NO_MEMORY = "MemoryError; nothing was done"
@@ -33,19 +36,19 @@ class Fault(Enum):
 
 _EVERY = (Fault.BEFORE, Fault.DELAYED, Fault.GONE)
 _UNCLEAR = (Fault.FULL, Fault.NO_ANSWER, Fault.LOST_ANSWER)
+_MORE: Mapping[Operation, tuple[Fault, ...]] = {
+    "put_if_absent": (*_UNCLEAR, Fault.LATE, Fault.LOST_ANSWER_AS_REFUSAL, Fault.REFUSED),
+    "put_unique": (*_UNCLEAR, Fault.LOST_ANSWER_AS_REFUSAL, Fault.REFUSED, Fault.TORN),
+    "replace": (*_UNCLEAR, Fault.LATE),
+    "delete": (Fault.NO_ANSWER, Fault.LOST_ANSWER, Fault.LATE),
+    "read": (Fault.SHORT, Fault.FLIPPED),
+    "read_into": (Fault.SHORT, Fault.FLIPPED),
+}
 
 
 def faults_of(operation: Operation) -> tuple[Fault, ...]:
     """The faults of a store that make a difference to an operation. NO_MEMORY, which every operation may meet, is none."""
-    if operation == "put_if_absent":
-        return (*_EVERY, *_UNCLEAR, Fault.LATE, Fault.LOST_ANSWER_AS_REFUSAL)
-    if operation == "put_unique":
-        return (*_EVERY, *_UNCLEAR, Fault.LOST_ANSWER_AS_REFUSAL, Fault.TORN)
-    if operation == "replace":
-        return (*_EVERY, *_UNCLEAR, Fault.LATE)
-    if operation == "delete":
-        return (*_EVERY, Fault.NO_ANSWER, Fault.LOST_ANSWER)
-    return _EVERY
+    return (*_EVERY, *_MORE.get(operation, ()))
 
 
 @dataclass(frozen=True, slots=True)

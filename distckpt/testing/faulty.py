@@ -20,11 +20,12 @@ from typing import TypeVar
 
 from distckpt.errors import (
     AlreadyExistsError,
+    DamagedError,
     StorageError,
     StorageFullError,
     StoreOutcomeUnknownError,
 )
-from distckpt.storage.interface import ObjectInfo, Source, Store
+from distckpt.storage.interface import ObjectInfo, Source, Store, SupportsSweep
 from distckpt.storage.sections import SECTION_MULTIPLE
 from distckpt.testing.faults import (
     Call,
@@ -116,7 +117,7 @@ class FaultyStore:
 
     def read(self, path: str, max_bytes: int) -> bytes:
         """The whole content, or fail on cue."""
-        return self._call("read", path, lambda: self.inner.read(path, max_bytes))
+        return self._call("read", path, lambda: self.inner.read(path, max_bytes), spoil=_spoiled)
 
     def open(self, path: str) -> Source:
         """Open an object whose reads fail on cue, or fail on cue itself."""
@@ -138,6 +139,13 @@ class FaultyStore:
         """Remove an object, or fail on cue."""
         self._call("delete", path, lambda: self.inner.delete(path))
 
+    def sweep(self, folder: str, min_age: float) -> int:
+        """Remove what killed writers left, if the store underneath can, or fail on cue."""
+        inner = self.inner
+        if not isinstance(inner, SupportsSweep):
+            return 0
+        return self._call("sweep", folder, lambda: inner.sweep(folder, min_age))
+
     def _call(
         self,
         operation: Operation,
@@ -146,11 +154,12 @@ class FaultyStore:
         *,
         size: int | None = None,
         tear: Callable[[], None] | None = None,
+        spoil: Callable[[T, Fault], T] | None = None,
     ) -> T:
         self._finish_late()
         call = self._begin(operation, path, size)
         try:
-            result = self._perform(call, apply, tear)
+            result = self._perform(call, apply, tear, spoil)
         except BaseException as error:
             self._update(call, outcome="refused" if isinstance(error, AlreadyExistsError) else "failed")
             raise
@@ -168,12 +177,20 @@ class FaultyStore:
             self._calls.append(call)
         return call
 
-    def _perform(self, call: Call, apply: Callable[[], T], tear: Callable[[], None] | None) -> T:
+    def _perform(
+        self,
+        call: Call,
+        apply: Callable[[], T],
+        tear: Callable[[], None] | None,
+        spoil: Callable[[T, Fault], T] | None,
+    ) -> T:
         fault = _effective(call)
         if fault is Fault.DELAYED:
             self._sleep(self._delay)
         if fault in (None, Fault.DELAYED):
             return self._apply(call, apply)
+        if fault in (Fault.SHORT, Fault.FLIPPED) and spoil is not None:
+            return spoil(self._apply(call, apply), fault)
         if fault is Fault.TORN and tear is not None:
             self._apply(call, tear)
         if fault is Fault.LATE:
@@ -222,10 +239,23 @@ class _FaultySource:
         return self._inner.size
 
     def read_into(self, position: int, target: memoryview) -> None:
-        self._store._call("read_into", self._path, lambda: self._inner.read_into(position, target))
+        def spoil(_: None, fault: Fault) -> None:
+            if fault is Fault.SHORT:
+                raise DamagedError(f"{self._store.url}/{self._path}", "scripted: ends too early")
+            if target.nbytes:
+                target.cast("B")[target.nbytes // 2] ^= 1
+
+        self._store._call("read_into", self._path, lambda: self._inner.read_into(position, target), spoil=spoil)
 
     def close(self) -> None:
         self._inner.close()
+
+
+def _spoiled(content: bytes, fault: Fault) -> bytes:
+    half = len(content) // 2
+    if fault is Fault.SHORT or not content:
+        return content[:half]
+    return content[:half] + bytes([content[half] ^ 1]) + content[half + 1 :]
 
 
 def _effective(call: Call) -> Fault | None:
@@ -239,7 +269,7 @@ def _error(where: str, fault: Fault | None) -> StorageError:
         return StorageFullError(where, "scripted: no space left")
     if fault in (Fault.NO_ANSWER, Fault.LATE, Fault.LOST_ANSWER):
         return StoreOutcomeUnknownError(where, "scripted: no answer came")
-    if fault is Fault.LOST_ANSWER_AS_REFUSAL:
+    if fault in (Fault.LOST_ANSWER_AS_REFUSAL, Fault.REFUSED):
         return AlreadyExistsError(where, "scripted: exists already")
     return StorageError(where, "scripted: the call failed")
 

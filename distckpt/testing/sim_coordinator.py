@@ -41,6 +41,7 @@ from distckpt.errors import PlanError, SaveError
 from distckpt.format.json.log import Entry
 from distckpt.format.names import attempt_epoch
 from distckpt.testing.history import INDEX, MANIFEST, Promised, Whole
+from distckpt.testing.sim_requests import Creation, Outcome
 from distckpt.testing.sim_store import SimulatedPlan, make_plan, record_of
 from distckpt.testing.sim_world import SimulatedWorld
 
@@ -174,28 +175,16 @@ class SimulatedCoordinator:
             if world.random.random() < world.faults.refused_commit:
                 self._later(lambda: self.feed(AppendRefused(entry, "too long to be read")))
                 return
-        fault = world.pick(
-            lost=world.faults.lost_acknowledgement, late=world.faults.late_write, never=world.faults.failed_write
-        )
-        if fault in ("late", "never"):
-            self._later(lambda: self.feed(AppendUnknown(entry, "no answer")))
-            if fault == "late":
-                world.later(world.random.uniform(0.0, 40.0), lambda: self._write_late(entry))
-            return
         world.about_to_append(self)
-        self._later(lambda: self._put(entry, acknowledged=fault != "lost"))
+        Creation(world, self.name, entry, self._later, self._created).begin()
 
-    def _write_late(self, entry: Entry) -> None:
-        self._world.store.put_entry(self.name, entry, heard=False)
-
-    def _put(self, entry: Entry, *, acknowledged: bool) -> None:
-        store = self._world.store
-        if store.put_entry(self.name, entry) and acknowledged:
-            self._later(lambda: self.feed(Appended(entry, self._newest(entry))))
-        elif self._world.random.random() < 0.5:
-            self._later(lambda: self.feed(NameTaken(entry, store.log.get(entry.seq), self._newest(entry))))
+    def _created(self, entry: Entry, outcome: Outcome, found: Entry | None) -> None:
+        if outcome == "appended":
+            self.feed(Appended(entry, self._newest(entry)))
+        elif outcome == "taken":
+            self.feed(NameTaken(entry, found, self._newest(entry)))
         else:
-            self._later(lambda: self.feed(AppendUnknown(entry, "the answer was lost")))
+            self.feed(AppendUnknown(entry, "no answer"))
 
     def _newest(self, entry: Entry) -> int:
         return entry.seq if "ignore_newest" in self._world.unsafe else self._world.store.newest()
@@ -224,10 +213,13 @@ class SimulatedCoordinator:
             self.feed(StepFailed(action.attempt, SaveError(action.number, f"shards missing: {missing}")))
             return
         store.put(action.attempt, INDEX, whole, self._world.time)
+        self._world.again(lambda: store.put_if_absent(action.attempt, INDEX, whole, self._world.time))
         self._later(lambda: self._write_manifest(action, whole))
 
     def _write_manifest(self, action: Seal, whole: Whole) -> None:
-        self._world.store.put(action.attempt, MANIFEST, whole, self._world.time)
+        store = self._world.store
+        store.put(action.attempt, MANIFEST, whole, self._world.time)
+        self._world.again(lambda: store.put_if_absent(action.attempt, MANIFEST, whole, self._world.time))
         if self._world.random.random() < self._world.faults.failed_seal:
             self._later(lambda: self.feed(StepFailed(action.attempt, SaveError(action.number, "no answer"))))
         else:
@@ -261,6 +253,7 @@ class SimulatedCoordinator:
             then()
             return
         self._world.store.erase(self.name, attempt, names[0])
+        self._world.again(lambda: self._world.store.erase(self.name, attempt, names[0]))
         self._later(lambda: self._erase_objects(attempt, then), 0.3)
 
     def _collect(self, action: CollectGarbage) -> None:

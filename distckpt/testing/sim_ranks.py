@@ -395,7 +395,9 @@ class Rank(Process):
             yield from self._ask(Fail(attempt, "disk full"))
             raise SaveError(number, "disk full")
         piece = Piece(self.run, order, number, self.rank, rows, chunks)
-        self.world.store.put(attempt, str(self.rank), piece, self.world.time)
+        store = self.world.store
+        store.put(attempt, str(self.rank), piece, self.world.time)
+        self.world.again(lambda: store.put_if_absent(attempt, str(self.rank), piece, self.world.time))
 
 
 class Reader(Process):

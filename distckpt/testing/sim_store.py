@@ -61,6 +61,11 @@ class SimulatedStore:
         self.history.add(Wrote(attempt, name, content, name in objects))
         objects[name] = Stored(content, time)
 
+    def put_if_absent(self, attempt: str, name: str, content: Content, time: float) -> None:
+        """Create an object of an attempt if there is none, as a request that comes a second time does."""
+        if name not in self.attempts.get(attempt, {}):
+            self.put(attempt, name, content, time)
+
     def get(self, attempt: str, name: str) -> Content | None:
         """An object's content, or None."""
         stored = self.attempts.get(attempt, {}).get(name)

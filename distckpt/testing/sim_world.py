@@ -10,6 +10,9 @@ from dataclasses import dataclass
 from distckpt.testing.history import History
 from distckpt.testing.sim_store import SimulatedStore
 
+LATEST = 40.0
+"""So many seconds after a request was given up it may still be done."""
+
 
 @dataclass(slots=True)
 class Faults:
@@ -22,6 +25,8 @@ class Faults:
     lost_acknowledgement: float = 0.0
     late_write: float = 0.0
     failed_write: float = 0.0
+    repeated_write: float = 0.0
+    late_repeat: float = 0.0
     refused_commit: float = 0.0
     failed_seal: float = 0.0
     full_disk: float = 0.0
@@ -66,6 +71,11 @@ class SimulatedWorld:
         """How long one operation on the store or one message takes, in seconds; sometimes very long."""
         slow = self.random.random() < self.faults.slow
         return self.random.uniform(1.0, 6.0) if slow else self.random.expovariate(20.0)
+
+    def again(self, write: Callable[[], None]) -> None:
+        """Perhaps do ``write`` once more, a while from now: a try that was given up, and comes after all."""
+        if self.random.random() < self.faults.late_repeat:
+            self.later(self.random.uniform(0.0, LATEST), write)
 
     def pick(self, **chances: float) -> str:
         """One of the names with its probability, else ''."""

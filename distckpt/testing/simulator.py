@@ -19,6 +19,7 @@ UNSAFE = {
     "overwrite": "the store overwrites log entries instead of refusing to",
     "restore_unasked": "what was restored is told without a look whether the log has anything newer",
     "collect_by_age": "garbage is whatever is old and was not known when the collection was asked for",
+    "no_read_back": "an entry whose creation was refused or not answered counts as another's, and nobody looks",
 }
 """Rules that a simulation can be told to break, to show that it would notice."""
 
@@ -66,6 +67,8 @@ class Simulation:
             ("lost_acknowledgement", 0.2),
             ("late_write", 0.1),
             ("failed_write", 0.1),
+            ("repeated_write", 0.1),
+            ("late_repeat", 0.1),
             ("refused_commit", 0.1),
             ("failed_seal", 0.1),
             ("full_disk", 0.3),

@@ -36,7 +36,10 @@ def write_shard(
     sums = _Sums(shard)
     info = store.put_unique(path, shard.image.size, sums.sections(section_bytes, wrote))
     receipt = sums.receipt()
-    _check(info, receipt, place_of(store, path))
+    if _difference(info, receipt):
+        info = store.stat(path) or info  # the answer may have come damaged, and not the shard
+    if difference := _difference(info, receipt):
+        raise DamagedError(place_of(store, path), difference)
     return receipt
 
 
@@ -51,11 +54,13 @@ def read_back(store: Store, path: str, receipt: ShardReceipt) -> None:
     twice(compare)
 
 
-def _check(info: ObjectInfo, receipt: ShardReceipt, path: str) -> None:
+def _difference(info: ObjectInfo, receipt: ShardReceipt) -> str:
+    """What is wrong with what the store says it holds; '' if nothing is."""
     if info.size != receipt.size:
-        raise DamagedError(path, f"the store holds {info.size} bytes, {receipt.size} were written")
+        return f"the store holds {info.size} bytes, {receipt.size} were written"
     if info.crc32c is not None and info.crc32c != receipt.crc32c:
-        raise DamagedError(path, f"the store holds bytes of CRC32C {info.crc32c:08x}, not {receipt.crc32c:08x}")
+        return f"the store holds bytes of CRC32C {info.crc32c:08x}, not {receipt.crc32c:08x}"
+    return ""
 
 
 class _Sums:

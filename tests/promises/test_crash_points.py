@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import os
 import random
-import re
 import shutil
 import signal
 import threading
 import time
 import uuid
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -22,8 +20,9 @@ from distckpt.coordinator.client import client
 from distckpt.coordinator.machine import ledger
 from distckpt.errors import CommitUnknownError, DistckptError, StorageError
 from distckpt.storage import LocalStore, patience
-from distckpt.testing.faulty import Call, Fault, FaultyStore, Operation, faults_of, rewritten
+from distckpt.testing.faulty import Call, Fault, FaultyStore, faults_of, rewritten
 from tests.support import crashing
+from tests.support.calls import FaultAtPlace, Place
 from tests.support.crashing import Ended, save_and_die
 from tests.support.damage import copied
 from tests.support.small_runs import (
@@ -64,44 +63,6 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 # ---- one call goes wrong ----------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, order=True)
-class Place:
-    """A store call by what it does: ids are left out, so that it is found again in another run."""
-
-    operation: Operation
-    path: str
-    nth: int
-
-    def __str__(self) -> str:
-        return f"{self.operation} {self.path} #{self.nth}"
-
-
-def _pattern(path: str) -> str:
-    return re.sub(r"e\d+-[0-9a-f]{32}|[0-9a-f]{32}|\d{20}", "*", path)
-
-
-@dataclass
-class FaultAtPlace:
-    """One fault, at one place; notes all places that it passes."""
-
-    place: Place | None = None
-    kind: Fault | None = None
-    hit: bool = False
-    passed: list[Place] = field(default_factory=list)
-    _counts: Counter[tuple[str, str]] = field(default_factory=Counter)
-
-    def fault(self, call: Call) -> Fault | None:
-        """The fault, if this is the place."""
-        pattern = _pattern(call.path)
-        place = Place(call.operation, pattern, self._counts[call.operation, pattern])
-        self._counts[call.operation, pattern] += 1
-        self.passed.append(place)
-        if place != self.place:
-            return None
-        self.hit = True
-        return self.kind
 
 
 @dataclass

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +16,7 @@ from distckpt.coordinator.machine.actions import CollectGarbage
 from distckpt.coordinator.shell.housekeeping import collect_garbage
 from distckpt.directory.garbage import Predecessors
 from distckpt.directory.log import read_tail
-from distckpt.errors import StorageFullError
+from distckpt.errors import StorageFullError, StoreUnsuitableError
 from distckpt.format import names
 from distckpt.format.json.log import Entry
 from distckpt.storage import LocalStore
@@ -22,7 +24,7 @@ from distckpt.testing.faulty import Call, Fault, FaultyStore
 from tests.support.checkpoints import new_attempt
 from tests.support.gang import Gang
 from tests.support.mounts import small_disk
-from tests.support.small_runs import Trainer, assert_loads, mount, mounting, numbers, run
+from tests.support.small_runs import Trainer, assert_loads, files, mount, mounting, numbers, run
 
 KIB = 1 << 10
 
@@ -71,6 +73,47 @@ def test_room_is_made_for_every_rank(gang2: Gang, tmp_path: Path) -> None:
         assert not dead.exists()
         with distckpt.open(disk / "ckpt-3") as reader:
             assert reader.verify().damages == ()
+
+
+def test_a_job_that_starts_on_a_full_disk_first_deletes_what_dead_ones_have_left(tmp_path: Path) -> None:
+    with small_disk(tmp_path / "small", "2m") as disk:
+        run(disk, 1)
+        dead = dead_attempt(disk, newest(disk), 900 * KIB)
+        os.utime(dead, (0, 0))
+        run(disk, 2)  # the next epoch, and not yet old enough for what it collects
+        if not dead.exists():
+            dead.parent.mkdir(parents=True)
+            dead.write_bytes(bytes(900 * KIB))
+        os.utime(dead, (0, 0))
+        fill(disk / "filler")
+        with distckpt.CheckpointManager(distckpt.Checkpoint(weights=torch.ones(100 * KIB)), disk) as manager:
+            pending = manager.save(3)
+            assert pending is not None
+            assert pending.result(60) == f"{disk}/ckpt-3"
+        assert not dead.exists()
+        assert_loads(disk / "ckpt-2", 2)
+
+
+def test_a_job_that_starts_on_a_disk_full_of_other_things_is_told_what_to_do_and_leaves_it_alone(
+    tmp_path: Path,
+) -> None:
+    with small_disk(tmp_path / "small", "1m") as disk:
+        run(disk, 1)
+        fill(disk / "filler")
+        before = files(disk)
+        with pytest.raises(StoreUnsuitableError, match=r"No space left on device. Make room: `distckpt gc`"):
+            distckpt.CheckpointManager(distckpt.Checkpoint(weights=torch.ones(1)), disk)
+        assert files(disk) == before
+        assert_loads(disk / "ckpt-1", 1)
+        (disk / "filler").unlink()
+        run(disk, 2)
+
+
+def fill(file: Path) -> None:
+    """Take all the room that there is, to the last byte."""
+    with file.open("wb", buffering=0) as filling, contextlib.suppress(OSError):
+        while True:
+            filling.write(bytes(KIB))
 
 
 def test_a_disk_that_stays_full_says_so(tmp_path: Path) -> None:

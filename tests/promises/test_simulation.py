@@ -108,6 +108,7 @@ def test_the_same_seed_gives_the_same_story():
         ("overwrite", {"G2", "G4"}),
         ("collect_by_age", {"G1"}),
         ("restore_unasked", {"G6"}),
+        ("no_read_back", {"G8"}),
     ],
 )
 def test_breaking_a_rule_breaks_promises(rule, promises):

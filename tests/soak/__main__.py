@@ -23,8 +23,13 @@ from tests.soak.flips import Flips
 from tests.soak.kills import Kills
 from tests.soak.power import Power
 from tests.soak.ranks import Ranks
+from tests.soak.requests import Requests
+from tests.soak.stores import Stores
 
-ATTACKS: tuple[Attack, ...] = (Kills(), Calls(), Power(), Flips(), Ranks())
+ATTACKS: tuple[Attack, ...] = (
+    *(Kills(), Calls(), Power(), Flips(), Ranks(), Stores()),
+    *(Requests("gs"), Requests("s3"), Requests("moto"), Kills("gs"), Kills("moto")),
+)
 
 console = Console(highlight=False, soft_wrap=True)
 

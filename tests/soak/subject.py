@@ -6,9 +6,8 @@ import contextlib
 import faulthandler
 import os
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from torch.distributed.tensor import DTensor
 import distckpt
 from distckpt.coordinator.client import client
 from distckpt.coordinator.machine import ledger
+from distckpt.storage import join
 from tests.support.crashing import Crashing, Say
 from tests.support.small_runs import fill, holds, numbers, tree
 
@@ -100,18 +100,22 @@ def impatience() -> Iterator[None]:
 # ---- what a later process finds ---------------------------------------------------------------------------------------
 
 
-def read(path: str | os.PathLike[str]) -> int:
+Options = Mapping[str, Any] | None
+"""The storage options for a directory."""
+
+
+def read(path: str | os.PathLike[str], options: Options = None) -> int:
     """The stamp of the checkpoint at ``path``. DistckptError; AssertionError if it is not what was saved."""
-    with distckpt.open(path) as reader:
+    with distckpt.open(path, options) as reader:
         loaded = reader.load()
         found = stamp_of(loaded["state"], loaded["large"])
         assert number_of(found) == reader.manifest.number, f"{reader.path} holds {found}"
         return found
 
 
-def lost(directory: str, acknowledged: Iterable[int], keep: int) -> Iterator[str]:
+def lost(directory: str, acknowledged: Iterable[int], keep: int, options: Options = None) -> Iterator[str]:
     """What is missing, or another one, of the stamps that were acknowledged. What is not as it was saved raises."""
-    found = {number: read(Path(directory, f"ckpt-{number}")) for number in numbers(directory)}
+    found = {number: read(join(directory, f"ckpt-{number}"), options) for number in numbers(directory, options)}
     for stamped in acknowledged:
         number = number_of(stamped)
         if number not in found and sum(other > number for other in found) < keep:
@@ -120,16 +124,18 @@ def lost(directory: str, acknowledged: Iterable[int], keep: int) -> Iterator[str
             yield f"{stamped} was acknowledged, and {found[number]} is in its place"
 
 
-def complaints(directory: str, acknowledged: Sequence[int], keep: int, elements: int) -> Iterator[str]:
+def complaints(
+    directory: str, acknowledged: Sequence[int], keep: int, elements: int, options: Options = None
+) -> Iterator[str]:
     """Everything that is broken when a run opens the directory, restores, saves and ends.
 
     ``acknowledged`` are the stamps that were told to be committed, ``keep`` is the retention of all runs.
     """
     try:
-        if os.path.isdir(directory):
-            yield from lost(directory, acknowledged, keep)
-        with Subject(directory, elements, max_to_keep=keep) as subject:
-            known = numbers(directory)
+        if is_there(directory):
+            yield from lost(directory, acknowledged, keep, options)
+        with Subject(directory, elements, max_to_keep=keep, storage_options=options) as subject:
+            known = numbers(directory, options)
             restored = subject.restore()
             if (None if restored is None else number_of(restored)) != (known[-1] if known else None):
                 yield f"{restored} was restored, and there are {known}"
@@ -138,12 +144,17 @@ def complaints(directory: str, acknowledged: Sequence[int], keep: int, elements:
             added = max(known, default=0) + 1
             subject.save(added).result(PATIENCE)
         kept = [*known, added][-keep:]
-        if numbers(directory) != kept:
-            yield f"after the next save there are {numbers(directory)}, and not {kept}"
+        if numbers(directory, options) != kept:
+            yield f"after the next save there are {numbers(directory, options)}, and not {kept}"
         for number in kept:
-            assert number_of(read(Path(directory, f"ckpt-{number}"))) == number
+            assert number_of(read(join(directory, f"ckpt-{number}"), options)) == number
     except Exception:  # noqa: BLE001 - whatever it is, it is what was looked for
         yield traceback.format_exc()
+
+
+def is_there(directory: str) -> bool:
+    """Whether there is anything to look at: a folder, or whatever a URL leads to."""
+    return "://" in directory or os.path.isdir(directory)
 
 
 @dataclass
@@ -186,9 +197,9 @@ def found_later(look: Callable[..., None], **arguments: Any) -> list[str]:
     return found
 
 
-def save(say: Say, directory: str, numbers: Sequence[int], keep: int, elements: int) -> None:
+def save(say: Say, directory: str, numbers: Sequence[int], keep: int, elements: int, options: Options = None) -> None:
     """Save these numbers, and end in order."""
-    with Subject(directory, elements, max_to_keep=keep) as subject:
+    with Subject(directory, elements, max_to_keep=keep, storage_options=options) as subject:
         for number in numbers:
             subject.save(number).result(PATIENCE)
 
@@ -197,14 +208,16 @@ def inspect(say: Say, directory: str, acknowledged: Sequence[int], keep: int) ->
     """Say everything that a later reader finds broken."""
     faulthandler.dump_traceback_later(HANGS - 5)
     try:
-        for complaint in lost(directory, acknowledged, keep) if os.path.isdir(directory) else ():
+        for complaint in lost(directory, acknowledged, keep) if is_there(directory) else ():
             say(complaint)
     except Exception:  # noqa: BLE001 - whatever it is, it is what was looked for
         say(traceback.format_exc())
 
 
-def judge(say: Say, directory: str, acknowledged: Sequence[int], keep: int, elements: int) -> None:
+def judge(
+    say: Say, directory: str, acknowledged: Sequence[int], keep: int, elements: int, options: Options = None
+) -> None:
     """Say everything that a later run finds broken."""
     faulthandler.dump_traceback_later(HANGS - 5)
-    for complaint in complaints(directory, acknowledged, keep, elements):
+    for complaint in complaints(directory, acknowledged, keep, elements, options):
         say(complaint)

@@ -10,6 +10,7 @@ import pytest
 
 from distckpt.errors import (
     AlreadyExistsError,
+    DamagedError,
     ObjectNotFoundError,
     StorageError,
     StorageFullError,
@@ -42,6 +43,7 @@ def faulty(fault: Fault, index: int = 0) -> tuple[FaultyStore, MemoryStore]:
         (Fault.NO_ANSWER, StoreOutcomeUnknownError, False),
         (Fault.LOST_ANSWER, StoreOutcomeUnknownError, True),
         (Fault.LOST_ANSWER_AS_REFUSAL, AlreadyExistsError, True),
+        (Fault.REFUSED, AlreadyExistsError, False),
         (Fault.GONE, StorageError, False),
     ],
 )
@@ -128,15 +130,42 @@ def test_every_fault_has_a_meaning_for_every_operation(fault: Fault) -> None:
         yield store.open("a").read_into(0, memoryview(bytearray(1)))
         yield store.delete("a")
 
-    for index in range(6):
+    spoiling = {(0, Fault.SHORT), (0, Fault.FLIPPED), (5, Fault.FLIPPED)}
+    for index in range(7):
         store, inner = faulty(fault, index)
         inner.put_if_absent("a", b"1")
-        if fault is Fault.DELAYED:
+        if fault is Fault.DELAYED or (index, fault) in spoiling:
             assert len(list(calls(store))) == 6
         else:
-            with pytest.raises(MemoryError if fault is Fault.NO_MEMORY else StorageError):
+            with pytest.raises(MemoryError if fault is Fault.NO_MEMORY else (StorageError, DamagedError)):
                 list(calls(store))
         assert store.calls[index].fault is fault
+
+
+@pytest.mark.parametrize(("fault", "found"), [(Fault.SHORT, b"12"), (Fault.FLIPPED, b"12245")])
+def test_what_is_read_is_spoiled(fault: Fault, found: bytes) -> None:
+    store, inner = faulty(fault)
+    inner.put_if_absent("a", b"12345")
+    assert store.read("a", 10) == found
+    assert store.read("a", 10) == b"12345"
+    store, inner = faulty(fault, index=1)
+    inner.put_if_absent("a", b"12345")
+    source, target = store.open("a"), bytearray(5)
+    if fault is Fault.SHORT:
+        with pytest.raises(DamagedError):
+            source.read_into(0, memoryview(target))
+    else:
+        source.read_into(0, memoryview(target))
+        assert target == found
+
+
+def test_a_late_delete_is_done_before_the_next_call() -> None:
+    store, inner = faulty(Fault.LATE)
+    inner.put_if_absent("a", b"1")
+    with pytest.raises(StoreOutcomeUnknownError):
+        store.delete("a")
+    assert inner.read("a", 10) == b"1"
+    assert store.stat("a") is None
 
 
 def test_reads_of_an_open_object_count() -> None:

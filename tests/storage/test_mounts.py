@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from distckpt.storage.mounts import Mount, mount_of, mounts, warn_of_late_views
 from distckpt.testing.conformance import StoreConformance
 from distckpt.testing.observing import Outside
 from tests.support.fuse import showing
-from tests.support.mounts import overlay, read_only, small_disk
+from tests.support.mounts import disk, overlay, read_only, small_disk
 
 TABLE = """\
 27 1 254:0 / / rw,relatime - ext4 /dev/vda rw,discard
@@ -117,6 +118,23 @@ def test_where_a_missing_name_is_remembered_it_is_still_created_only_once(tmp_pa
         assert theirs.read("log/1", 10) == b"first"
 
 
+def test_where_a_missing_name_is_remembered_what_others_commit_is_listed_and_read_at_once(tmp_path: Path) -> None:
+    """Every listing opens the folder anew, and nobody asks for a name before a listing has shown it."""
+    ours = LocalStore(tmp_path / "shown")
+    ours.put_if_absent("log/1", b"first")
+    with showing(tmp_path / "shown", tmp_path / "fuse", kept=3600) as folder:
+        theirs = LocalStore(folder)
+        for number in range(2, 5):
+            assert number not in numbers_in(theirs)
+            ours.put_if_absent(f"log/{number}", b"%d" % number)
+            assert numbers_in(theirs)[-1] == number
+            assert theirs.read(f"log/{number}", 10) == b"%d" % number
+
+
+def numbers_in(store: LocalStore) -> list[int]:
+    return sorted(int(info.path.rpartition("/")[2]) for info in store.list("log"))
+
+
 class TestLocalStoreOnFuse(StoreConformance):
     @pytest.fixture
     def root(self, tmp_path: Path) -> Iterator[Path]:
@@ -138,6 +156,27 @@ class TestLocalStoreOnAnOverlay(StoreConformance):
     def root(self, tmp_path: Path) -> Iterator[Path]:
         with overlay(tmp_path / "overlay", tmp_path / "layers") as folder:
             yield folder / "run"
+
+    @pytest.fixture
+    def store(self, root: Path) -> Store:
+        return LocalStore(root)
+
+    @pytest.fixture
+    def outside(self, root: Path) -> Outside:
+        return Files(root)
+
+
+@pytest.fixture(scope="module", params=["ext4", "xfs", "btrfs"])
+def mounted(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    folder = tmp_path_factory.mktemp(request.param)
+    with disk(folder / "disk", request.param, folder / "image") as mounted:
+        yield mounted
+
+
+class TestLocalStoreOnADisk(StoreConformance):
+    @pytest.fixture
+    def root(self, mounted: Path) -> Path:
+        return mounted / uuid.uuid4().hex
 
     @pytest.fixture
     def store(self, root: Path) -> Store:

@@ -15,7 +15,8 @@ import distckpt
 from distckpt import CheckpointManager, errors
 from distckpt.cli.app import main
 from distckpt.coordinator.machine.actions import CollectGarbage
-from distckpt.coordinator.shell.housekeeping import Predecessors, collect_garbage
+from distckpt.coordinator.shell.housekeeping import collect_garbage
+from distckpt.directory.garbage import Predecessors
 from distckpt.errors import DataElsewhereError, StorageError, StoreUnsuitableError
 from distckpt.format import names
 from distckpt.storage import LocalStore, MemoryStore, ObjectInfo, SplitStore, Store, open_store, placed

@@ -72,7 +72,19 @@ class Flip:
     upload: bool = False
 
 
-Fault = Reset | Stall | Answer | Cut | Flip
+@dataclass(frozen=True)
+class Late:
+    """The server gets the request ``seconds`` after the client has given it up, and does it then."""
+
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Twice:
+    """The server gets the request twice, as from a proxy that was not sure of the first time; the second answer counts."""
+
+
+Fault = Reset | Stall | Answer | Cut | Flip | Late | Twice
 
 
 @dataclass
@@ -221,8 +233,12 @@ class Proxy:
                 seen.sent += len(piece) * counts
             return self._end(fault, client, seen)
         time.sleep(self._latency)
-        early = self._pass_on(head, client, server, seen, fault)
-        answer = early or _final(server)
+        early = None
+        if isinstance(fault, Late | Twice):
+            answer = self._keep_back(fault, head, client, server, seen)
+        else:
+            early = self._pass_on(head, client, server, seen, fault)
+            answer = early or _final(server)
         seen.served = answer.status
         if isinstance(fault, Reset | Stall | Answer):
             for _ in server.body(answer, seen.method):
@@ -230,7 +246,7 @@ class Proxy:
             return self._end(fault, client, seen) and not answer.closes
         seen.status = answer.status
         client.send(answer.raw.replace(self._named(self._server), self._named(self.port)))
-        damage = fault if fault is not None and not fault.upload else None
+        damage = fault if isinstance(fault, Cut | Flip) and not fault.upload else None
         for piece, counts in _damaged(server.body(answer, seen.method), damage):
             client.send(piece)
             seen.received += len(piece) * counts
@@ -238,8 +254,7 @@ class Proxy:
 
     def _pass_on(self, head: _Head, client: _Link, server: _Link, seen: Seen, fault: Fault | None) -> _Head | None:
         """Give the server the request. What it answers if it does not wait for the body."""
-        ours, theirs = self._named(self.port), self._named(self._server)
-        server.send(head.raw.replace(b": " + ours + b"\r\n", b": " + theirs + b"\r\n") if self._as_server else head.raw)
+        server.send(self._for_server(head))
         if head.expects:
             interim = server.head()
             if interim is None:
@@ -259,6 +274,27 @@ class Proxy:
             except OSError:  # it has answered already, and the client is to hear that
                 deaf = True
         return None
+
+    def _keep_back(self, fault: Late | Twice, head: _Head, client: _Link, server: _Link, seen: Seen) -> _Head:
+        """Take all of the request, and give it to the server when it is time to, as often as it is to have it."""
+        if head.expects:
+            client.send(b"HTTP/1.1 100 Continue\r\n\r\n")
+        body = list(client.body(head))
+        seen.sent += sum(len(piece) * counts for piece, counts in body)
+        if isinstance(fault, Late):
+            client.wait_for_the_end()
+            time.sleep(fault.seconds)
+        request = b"".join((self._for_server(head), *(piece for piece, _ in body)))
+        server.send(request)
+        if isinstance(fault, Twice):
+            for _ in server.body(_final(server), seen.method):
+                pass
+            server.send(request)
+        return _final(server)
+
+    def _for_server(self, head: _Head) -> bytes:
+        ours, theirs = self._named(self.port), self._named(self._server)
+        return head.raw.replace(b": " + ours + b"\r\n", b": " + theirs + b"\r\n") if self._as_server else head.raw
 
     def _note(self, head: _Head) -> tuple[Seen, Fault | None]:
         method, target = head.first[:2]

@@ -20,15 +20,15 @@ def options_for(url: str, **more: Any) -> Mapping[str, Any]:
 
 
 class Bucket:
-    """A bucket, below a folder, as botocore's client sees it."""
+    """A bucket of a server, or of that at a port here, below a folder, as botocore's client sees it."""
 
-    def __init__(self, server: Server, name: str, folder: str) -> None:
+    def __init__(self, server: Server | int, name: str, folder: str) -> None:
         self.name = name
         self._prefix = f"{folder}/" if folder else ""
         self.client: Any = botocore.session.Session().create_client(
             "s3",
             region_name="us-east-1",
-            endpoint_url=server.url,
+            endpoint_url=f"http://127.0.0.1:{server if isinstance(server, int) else server.port}",
             aws_access_key_id=KEY,
             aws_secret_access_key=SECRET,
             config=Config(s3={"addressing_style": "path"}),

@@ -95,9 +95,9 @@ def fake_gcs() -> Iterator[Server]:
 
 @contextmanager
 def moto() -> Iterator[Server]:
-    """An S3 in Python, objects in memory. It takes any credentials, and any checksum without looking."""
+    """An S3 in Python, objects in memory. It takes any credentials, and any checksum without looking. See moto_server.py."""
     port = free_port()
-    command = [str(environment() / "bin/moto_server"), "-H", "127.0.0.1", "-p", str(port)]
+    command = [str(environment() / "bin/python"), str(ROOT / "tests/support/moto_server.py"), str(port)]
     with _serving("moto", port, command, lambda name: request(port, "PUT", f"/{name}")) as server:
         yield server
 
@@ -130,7 +130,15 @@ def rclone() -> Iterator[Server]:
     """An S3 on disk that lies: conditions are ignored, and everybody who creates an object has won."""
     port = free_port()
     with _folder() as folder:
-        command = [str(environment() / "bin/rclone"), "serve", "s3", "--addr", f"127.0.0.1:{port}"]
+        command = [
+            str(environment() / "bin/rclone"),
+            "serve",
+            "s3",
+            "--addr",
+            f"127.0.0.1:{port}",
+            "--dir-cache-time",
+            "0",
+        ]
         command += ["--auth-key", f"{KEY},{SECRET}", str(folder)]
         with _serving("rclone", port, command, lambda name: (folder / name).mkdir()) as server:
             yield server

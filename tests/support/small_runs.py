@@ -109,14 +109,14 @@ def assert_loads(path: PathLike, number: int) -> None:
         assert holds(reader.load("state"), number), path
 
 
-def records(directory: PathLike) -> list[CheckpointRecord]:
+def records(directory: PathLike, options: Mapping[str, Any] | None = None) -> list[CheckpointRecord]:
     """The active checkpoints of the log, oldest first."""
-    return list(read_tail(LocalStore(directory)).state.active)
+    return list(read_tail(location.open_store(directory, options)).state.active)
 
 
-def numbers(directory: PathLike) -> list[int]:
+def numbers(directory: PathLike, options: Mapping[str, Any] | None = None) -> list[int]:
     """The numbers of the active checkpoints, oldest first."""
-    return [record.number for record in records(directory)]
+    return [record.number for record in records(directory, options)]
 
 
 def attempt_folder(directory: PathLike, number: int) -> Path:

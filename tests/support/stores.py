@@ -10,10 +10,10 @@ from tests.support.servers import Server
 
 
 class GcsBucket:
-    """The objects of a bucket of a fake GCS, below a folder."""
+    """The objects of a bucket of a fake GCS, or of that at a port here, below a folder."""
 
-    def __init__(self, server: Server, name: str, folder: str) -> None:
-        self._server = server
+    def __init__(self, server: Server | int, name: str, folder: str) -> None:
+        self._port = server if isinstance(server, int) else server.port
         self._name = name
         self._prefix = f"{folder}/" if folder else ""
 
@@ -36,7 +36,7 @@ class GcsBucket:
         return {each["name"].removeprefix(self._prefix) for each in json.loads(body).get("items", ())}
 
     def _request(self, method: str, target: str, body: bytes = b"") -> tuple[int, bytes]:
-        connection = http.client.HTTPConnection("127.0.0.1", self._server.port)
+        connection = http.client.HTTPConnection("127.0.0.1", self._port)
         connection.request(method, target, body)
         answer = connection.getresponse()
         found = answer.status, answer.read()

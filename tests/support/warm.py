@@ -37,6 +37,8 @@ SLOW_TO_IMPORT = (
     "distckpt.directory.verify",
     "distckpt.manager",
     "distckpt.reader",
+    "distckpt.storage.remote.gcs",
+    "distckpt.storage.remote.s3",
     "distckpt.testing.faulty",
     "tests.ranks.saves",
     "tests.soak.subject",

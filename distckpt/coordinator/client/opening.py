@@ -22,10 +22,12 @@ from distckpt.coordinator.client.client import Client
 from distckpt.coordinator.client.error_text import from_text, to_text
 from distckpt.coordinator.client.line import Line, LocalLine
 from distckpt.coordinator.messages import OpenRun, RunOpened
+from distckpt.coordinator.shell.housekeeping import probe_with_room
 from distckpt.coordinator.shell.shell import Settings, Shell
+from distckpt.directory.garbage import Predecessors
 from distckpt.directory.strays import read_run
 from distckpt.errors import CoordinatorError, DistckptError
-from distckpt.storage import Store, probe
+from distckpt.storage import Store
 from distckpt.storage.node import met
 from distckpt.terminal.sizes import counted
 from distckpt.world import Council, World, new_token
@@ -78,7 +80,7 @@ def _first_look(store: Store, token: str | None, hosts: Sequence[str]) -> str:
     """Rank 0 looks for all, before anybody does anything else."""
     problem = ""
     try:
-        probe(store)
+        probe_with_room(store, Predecessors(store))
         read_run(store)
     except DistckptError as error:
         problem = to_text(error)

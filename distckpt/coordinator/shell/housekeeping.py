@@ -6,6 +6,7 @@ import logging
 
 from distckpt.coordinator.machine.actions import CollectGarbage, Deleted
 from distckpt.directory.garbage import (
+    GARBAGE_SECONDS,
     SWEPT,
     Bounds,
     Predecessors,
@@ -15,9 +16,11 @@ from distckpt.directory.garbage import (
     is_replaced,
     old_probes,
 )
+from distckpt.directory.log import read_tail
+from distckpt.errors import StorageFullError, StoreUnsuitableError
 from distckpt.format import names
 from distckpt.format.json.log import CheckpointRecord
-from distckpt.storage import Store, SupportsSweep
+from distckpt.storage import Store, SupportsSweep, probe
 
 logger = logging.getLogger(__name__)
 
@@ -53,9 +56,33 @@ def collect_garbage(store: Store, action: CollectGarbage, min_age: float, predec
         if found is not None:
             gone += _collected(found.store, found.path)
     probes = old_probes(store, min_age)
-    for probe in probes:
-        probe.store.delete(probe.path)
+    for left in probes:
+        left.store.delete(left.path)
     return gone + len(probes) + sum(_sweep(store, folder, min_age) for folder in SWEPT)
+
+
+def collect_unclaimed(store: Store, min_age: float, predecessors: Predecessors) -> int:
+    """Delete what is garbage even though nobody here has claimed the directory; returns how much that was.
+
+    That is what epochs before the newest have left and nobody has touched for ``min_age`` seconds. What the newest has
+    in the making may still be committed, as its coordinator may live.
+    """
+    entry = read_tail(store).entry
+    if entry is None:
+        return 0
+    action = CollectGarbage("", entry.state.known(), frozenset(), entry.epoch)
+    return collect_garbage(store, action, min_age, predecessors)
+
+
+def probe_with_room(store: Store, predecessors: Predecessors, min_age: float = GARBAGE_SECONDS) -> None:
+    """Probe the store; if it is full, once more after garbage has been deleted. Raises what ``probe`` raises."""
+    try:
+        probe(store)
+    except StoreUnsuitableError as error:
+        if not isinstance(error.__cause__, StorageFullError) or not collect_unclaimed(store, min_age, predecessors):
+            raise
+        logger.warning("%s; it was full, and is usable since garbage has been deleted", store.url)
+        probe(store)
 
 
 def _collected(store: Store, folder: str) -> int:

@@ -45,7 +45,12 @@ from distckpt.coordinator.machine.actions import (
 )
 from distckpt.coordinator.machine.machine import Machine
 from distckpt.coordinator.messages import Refused, Reply, Request
-from distckpt.coordinator.shell.housekeeping import collect_garbage, delete_checkpoints
+from distckpt.coordinator.shell.housekeeping import (
+    collect_garbage,
+    collect_unclaimed,
+    delete_checkpoints,
+    probe_with_room,
+)
 from distckpt.coordinator.shell.sealing import read_log_tail, seal_checkpoint
 from distckpt.coordinator.shell.workers import Workers
 from distckpt.directory.garbage import GARBAGE_SECONDS, Predecessors
@@ -65,7 +70,7 @@ from distckpt.errors import (
 from distckpt.format.json.entry_sealer import EntrySealer
 from distckpt.format.json.log import Entry
 from distckpt.sharding.plan import ShardingPlan, make_plan
-from distckpt.storage import Store, probe
+from distckpt.storage import Store
 
 logger = logging.getLogger(__name__)
 
@@ -129,7 +134,7 @@ class Shell:
 
         The directory is claimed when the first request comes.
         """
-        probe(self._store)
+        probe_with_room(self._store, self._predecessors, self._settings.garbage_age)
         self._timer.start()
 
     def submit(self, request: Request) -> Future[Reply]:
@@ -352,12 +357,12 @@ class Shell:
         try:
             return write()
         except StorageFullError as error:
-            if self._garbage is None:
-                raise
             logger.warning("%s; it is tried again once garbage has been deleted", error)
-            collect_garbage(
-                self._store, replace(self._garbage, urgent=True), self._settings.garbage_age, self._predecessors
-            )
+            if self._garbage is not None:
+                urgent = replace(self._garbage, urgent=True)
+                collect_garbage(self._store, urgent, self._settings.garbage_age, self._predecessors)
+            elif not collect_unclaimed(self._store, self._settings.garbage_age, self._predecessors):
+                raise
             return write()
 
     def _append(self, action: Append) -> Event:

@@ -47,3 +47,14 @@ def create(endpoint: Endpoint, request: Request, look: Callable[[], bool | None]
         if not pauses.wait(asked_for):
             message = f"no answer in {endpoint.patience:g} s says whether it was created; the last one: {reason}"
             raise StoreOutcomeUnknownError(where, message)
+
+
+def require_ours(look: Callable[[], bool | None], where: str) -> None:
+    """Look at what was created, as the server's word on it is another one. StorageError if it is not what was sent."""
+    try:
+        ours = look()
+    except NoAnswer as error:
+        message = f"it was created, perhaps of other bytes than were sent, and cannot be read: {error}"
+        raise StoreOutcomeUnknownError(where, message) from error
+    if not ours:
+        raise StorageError(where, "the store took it in and holds other bytes than were sent: they came there damaged")

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import threading
 import uuid
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import crc32c
@@ -15,11 +14,20 @@ import crc32c
 from distckpt.errors import AlreadyExistsError, DamagedError, ObjectNotFoundError, StorageError, StoreUnsuitableError
 from distckpt.storage.interface import ObjectInfo, Source, Store
 from distckpt.storage.paths import folder_parts, is_part, object_parts
-from distckpt.storage.remote.budget import CONNECTIONS, Budget, budget_of
-from distckpt.storage.remote.creating import create
-from distckpt.storage.remote.gcs_credentials import authority
-from distckpt.storage.remote.gcs_requests import UPLOAD, Page, Requests, abandoned, crc_of, crc_of_all, info_of, uploads
-from distckpt.storage.remote.http import MOST, PATIENCE, TIMEOUT, Answer, Endpoint, NoAnswer, Outcome, Request
+from distckpt.storage.remote.budget import Budget
+from distckpt.storage.remote.creating import create, require_ours
+from distckpt.storage.remote.gcs_requests import (
+    UPLOAD,
+    Page,
+    Requests,
+    abandoned,
+    below,
+    crc_of,
+    crc_of_all,
+    info_of,
+    uploads,
+)
+from distckpt.storage.remote.http import MOST, Answer, Endpoint, NoAnswer, Outcome, Request
 from distckpt.storage.remote.parts import Part, parts_of, send_all
 from distckpt.storage.remote.ranges import fill
 from distckpt.storage.sections import checked
@@ -31,56 +39,13 @@ PART_BYTES = 8 << 20
 MOST_PARTS = 32
 """That Google puts together at once."""
 
-OPTIONS = {
-    *("project", "access", "token", "endpoint_url", "requester_pays", "requests_timeout"),
-    *("timeout", "patience", "connections", "bandwidth", "verify"),
-}
-
 _ADVICE = {
     401: ". Look at the option token, or at what gcsfs finds in the environment",
     403: ". Who writes needs storage.objects.create, get, list and delete, as in the role Storage Object User",
 }
 _PAGE_BYTES = 16 << 20
+_OF_PAGE = {"kind", "items", "prefixes", "nextPageToken"}
 _DAMAGED_TRIES = 3
-
-
-def open_gcs(location: str, options: Mapping[str, Any]) -> GcsStore:
-    """The store of ``gs://bucket/folder``. Options are those of gcsfs for credentials, endpoint and who pays; and
-
-    ``timeout`` (seconds for one try), ``patience`` (seconds until a write is given up), ``connections`` and ``bandwidth``
-    (of a node; the latter in bytes a second, each way) and ``verify`` (certificates: a path, or False). ValueError for one
-    that would be ignored. Nothing is asked of anybody.
-    """
-    unknown = sorted(options.keys() - OPTIONS)
-    if unknown:
-        known = ", ".join(sorted(OPTIONS))
-        raise ValueError(f"gs:// has no storage option {', '.join(unknown)}; it has {known}")
-    url = options.get("endpoint_url") or _endpoint_of_environment()
-    project = options.get("project") or os.environ.get("GCSFS_DEFAULT_PROJECT") or None
-    who = authority(url, project, options.get("access", "full_control"), options.get("token"))
-    endpoint = Endpoint(
-        url,
-        who,
-        timeout=float(options.get("timeout") or options.get("requests_timeout") or TIMEOUT),
-        patience=float(options.get("patience", PATIENCE)),
-        bandwidth=options.get("bandwidth"),
-        verify=options.get("verify", True),
-    )
-    pays = options.get("requester_pays", False)
-    if pays is True and not project:
-        raise ValueError(
-            "requester_pays=True needs the option project, which pays; or name the project instead of True"
-        )
-    bucket, _, folder = location.partition("://")[2].partition("/")
-    budget = budget_of(endpoint.url, int(options.get("connections", CONNECTIONS)))
-    return GcsStore(endpoint, bucket, folder, budget, payer=project if pays is True else pays or None)
-
-
-def _endpoint_of_environment() -> str:
-    emulator = os.environ.get("STORAGE_EMULATOR_HOST", "")
-    if emulator not in ("", "default"):
-        return emulator if emulator.startswith(("http://", "https://")) else f"http://{emulator}"
-    return f"https://storage.{os.environ.get('GOOGLE_CLOUD_UNIVERSE_DOMAIN', 'googleapis.com')}"
 
 
 class GcsStore:
@@ -131,12 +96,10 @@ class GcsStore:
             answer = self._endpoint.once(self._requests.get(path), most=len(data) + 1)
             return None if self._is_missing(answer, path) else answer.body == data
 
-        create(
-            self._endpoint,
-            self._requests.insert(path, (data,), crc32c.crc32c(data), absent=True),
-            look,
-            self._full(path),
-        )
+        crc = crc32c.crc32c(data)
+        answer = create(self._endpoint, self._requests.insert(path, (data,), crc, absent=True), look, self._full(path))
+        if answer is not None and not self._says(answer, crc):
+            require_ours(look, self._full(path))
 
     def put_unique(self, path: str, size: int, sections: Iterable[memoryview]) -> ObjectInfo:
         """Create ``path``; size and CRC32C are what the server says that it holds. AlreadyExistsError if it exists."""
@@ -166,8 +129,10 @@ class GcsStore:
         """Open an object as it is now: what comes in its place later is not read. ObjectNotFoundError if there is none."""
         object_parts(path)
         resource = self._json(self._found(self._ask(self._requests.metadata(path), path), path), path)
-        request = self._requests.get(path, generation=str(resource["generation"]))
-        return GcsSource(self._endpoint, self._budget, request, int(resource["size"]), self._full(path))
+        with self._understanding(path):
+            request = self._requests.get(path, generation=str(int(resource["generation"])))
+            size = int(resource["size"])
+        return GcsSource(self._endpoint, self._budget, request, size, self._full(path))
 
     def stat(self, path: str) -> ObjectInfo | None:
         """What is at ``path`` now, or None."""
@@ -175,23 +140,26 @@ class GcsStore:
         answer = self._ask(self._requests.metadata(path), path)
         if self._is_missing(answer, path):
             return None
-        return info_of(path, self._json(self._done(answer, path), path))
+        return self._info(answer, path)
 
     def list(self, folder: str) -> Iterator[ObjectInfo]:
         """Every object directly below ``folder``, page by page."""
         above = "/".join((*folder_parts(folder), ""))
         for page in self._pages(above, "items(name,size,crc32c,updated),nextPageToken"):
             for resource in page.items:
-                path = resource["name"].removeprefix(self._prefix)
+                with self._understanding(above):
+                    path = below(resource["name"], self._prefix, above)
+                    info = info_of(path, resource)
                 if is_part(path.removeprefix(above)):
-                    yield info_of(path, resource)
+                    yield info
 
     def folders(self, folder: str) -> Iterator[str]:
         """Names of the folders directly below ``folder``, page by page."""
         above = "/".join((*folder_parts(folder), ""))
         for page in self._pages(above, "prefixes,nextPageToken"):
-            names = (prefix.removeprefix(self._prefix + above).rstrip("/") for prefix in page.prefixes)
-            yield from filter(is_part, names)
+            with self._understanding(above):
+                paths = [below(prefix, self._prefix, above) for prefix in page.prefixes]
+            yield from filter(is_part, (path.removeprefix(above).rstrip("/") for path in paths))
 
     def delete(self, path: str) -> None:
         """Remove an object; no error if it is gone already."""
@@ -203,7 +171,9 @@ class GcsStore:
         if folder_parts(folder):
             return 0
         swept = 0
-        for names in abandoned(self._pages(f"{PARTS}/", "items(name,updated),nextPageToken"), min_age):
+        with self._understanding(PARTS):
+            left = abandoned(self._pages(f"{PARTS}/", "items(name,updated),nextPageToken"), min_age)
+        for names in left:
             for name in names:
                 self._delete(name)
             swept += 1
@@ -242,7 +212,8 @@ class GcsStore:
 
         def look() -> bool | None:
             there = self._look(path)
-            return None if there is None else (int(there["size"]), crc_of(there)) == (size, crc)
+            with self._understanding(path):
+                return None if there is None else (int(there["size"]), crc_of(there)) == (size, crc)
 
         with self._budget.request():
             answer = create(self._endpoint, request, look, self._full(path))
@@ -258,7 +229,7 @@ class GcsStore:
             request = self._requests.insert(names[number], part, crc, absent=False, bulk=True)
             for _ in range(_DAMAGED_TRIES):
                 answer = self._done(self._ask(request, path, stop=stop), path)
-                if crc_of(self._json(answer, path)) in (None, crc):
+                if self._says(answer, crc):
                     return
             raise DamagedError(self._full(path), f"the store holds other bytes than were sent, {_DAMAGED_TRIES} times")
 
@@ -289,7 +260,8 @@ class GcsStore:
     def _created(self, path: str, answer: Answer | None) -> ObjectInfo:
         """What the server says of an object that it has just created; it is asked again if that answer got lost."""
         if answer is not None:
-            return info_of(path, self._json(answer, path))
+            with contextlib.suppress(StorageError):  # it came damaged
+                return self._info(answer, path)
         info = self.stat(path)
         if info is None:
             raise StorageError(self._full(path), "it was created and is gone already")
@@ -307,6 +279,10 @@ class GcsStore:
             request = self._requests.page(above.lstrip("/"), fields, token)
             answer = self._done(self._ask(request, above, most=_PAGE_BYTES), above)
             found = self._json(answer, above)
+            if not _OF_PAGE.issuperset(found):  # a listing has no checksum, and a damaged word in it would hide objects
+                raise StorageError(
+                    self._full(above), f"the store's listing has {sorted(found.keys() - _OF_PAGE)} in it"
+                )
             yield Page(found.get("items", ()), found.get("prefixes", ()), answer.headers.get("date", ""))
             token = found.get("nextPageToken")
 
@@ -348,6 +324,24 @@ class GcsStore:
             return answer
         advice = _ADVICE.get(answer.status, "")
         raise StorageError(self._full(path), f"the store says {answer.said}{advice}")
+
+    def _says(self, answer: Answer, crc: int) -> bool:
+        """Whether the server says that it holds bytes of that CRC32C, or says nothing of it."""
+        with contextlib.suppress(StorageError), self._understanding(""):
+            return crc_of(self._json(answer, "")) in (None, crc)
+        return False
+
+    def _info(self, answer: Answer, path: str) -> ObjectInfo:
+        with self._understanding(path):
+            return info_of(path, self._json(self._done(answer, path), path))
+
+    @contextlib.contextmanager
+    def _understanding(self, path: str) -> Iterator[None]:
+        try:
+            yield
+        except (KeyError, ValueError, TypeError, AttributeError) as error:
+            reason = f"the store's answer is not understood: {type(error).__name__}: {error}"
+            raise StorageError(self._full(path), reason) from error
 
     def _json(self, answer: Answer, path: str) -> dict[str, Any]:
         try:

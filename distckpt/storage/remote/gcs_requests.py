@@ -131,6 +131,13 @@ def uploads(pages: Iterable[Page], prefix: str) -> Iterator[ObjectInfo]:
     yield from found.values()
 
 
+def below(name: str, prefix: str, above: str) -> str:
+    """The path of an object, or of a folder, in a listing of what is below ``above``. ValueError if it is not."""
+    if not name.startswith(prefix + above):
+        raise ValueError(f"{name!r} was not asked for")
+    return name.removeprefix(prefix)
+
+
 def info_of(path: str, resource: Mapping[str, Any]) -> ObjectInfo:
     """An object as Google describes it."""
     return ObjectInfo(path, int(resource["size"]), _time(resource["updated"]), crc_of(resource))

@@ -16,7 +16,7 @@ from distckpt.storage.interface import ObjectInfo, Source, Store
 from distckpt.storage.paths import folder_parts, object_parts
 from distckpt.storage.remote import s3_answers as answers
 from distckpt.storage.remote.budget import Budget, budget_of
-from distckpt.storage.remote.creating import create
+from distckpt.storage.remote.creating import create, require_ours
 from distckpt.storage.remote.http import MOST, Answer, Endpoint, NoAnswer, Outcome, Request
 from distckpt.storage.remote.parts import Part
 from distckpt.storage.remote.ranges import fill
@@ -68,9 +68,11 @@ class S3Store:
             answer = self._endpoint.once(self._request("GET", path), most=len(data) + 1)
             return None if self._is_missing(answer, path) else answer.body == data
 
-        create(
-            self._endpoint, self._put(path, (memoryview(data),), crc32c.crc32c(data), _ONLY_NEW), look, self._full(path)
-        )
+        crc = crc32c.crc32c(data)
+        request = self._put(path, (memoryview(data),), crc, _ONLY_NEW)
+        answer = create(self._endpoint, request, look, self._full(path))
+        if answer is not None and answers.info_of(path, len(data), answer.headers).crc32c not in (None, crc):
+            require_ours(look, self._full(path))
 
     def put_unique(self, path: str, size: int, sections: Iterable[memoryview]) -> ObjectInfo:
         """Create ``path``; the CRC32C is what the server says that it holds. AlreadyExistsError if it exists."""

@@ -89,18 +89,30 @@ def page_of(body: bytes, root: str, prefix: str) -> Page:
     plain = _plain(tree)
     objects, folders = [], []
     for entry in tree.iterfind("Contents"):
-        key = plain(_text(entry, "Key"))
-        if key.startswith(prefix) and is_part(key[len(prefix) :]):
+        key = _below(prefix, plain(_text(entry, "Key")))
+        if is_part(key[len(prefix) :]):
             # Headers have whole seconds, and the same object is of the same time everywhere.
             begun = float(int(_iso_time(_text(entry, "LastModified"))))
             objects.append(ObjectInfo(key[len(root) :], _number(_text(entry, "Size")), begun))
     for entry in tree.iterfind("CommonPrefixes"):
-        folder = plain(_text(entry, "Prefix"))
-        name = folder[len(prefix) :].removesuffix("/")
-        if folder.startswith(prefix) and is_part(name):
+        name = _below(prefix, plain(_text(entry, "Prefix")))[len(prefix) :].removesuffix("/")
+        if is_part(name):
             folders.append(name)
-    following = tree.findtext("NextContinuationToken") if tree.findtext("IsTruncated") == "true" else None
+    following = tree.findtext("NextContinuationToken") if _goes_on(tree) else None
     return Page(tuple(objects), tuple(folders), following)
+
+
+def _below(prefix: str, key: str) -> str:
+    if not key.startswith(prefix):
+        raise NotUnderstood(f"a listing with {key[:100]!r} in it, which was not asked for")
+    return key
+
+
+def _goes_on(tree: ElementTree.Element) -> bool:
+    text = tree.findtext("IsTruncated", "false")
+    if text not in ("true", "false"):
+        raise NotUnderstood(f"a listing of which it is not clear whether it goes on: {text[:100]!r}")
+    return text == "true"
 
 
 def upload_id_of(body: bytes) -> str:
@@ -116,7 +128,7 @@ def uploads_of(body: bytes) -> Uploads:
         Upload(plain(_text(entry, "Key")), _text(entry, "UploadId"), _iso_time(_text(entry, "Initiated")))
         for entry in tree.iterfind("Upload")
     ]
-    if tree.findtext("IsTruncated") != "true":
+    if not _goes_on(tree):
         return Uploads(tuple(found), None)
     return Uploads(tuple(found), (plain(_text(tree, "NextKeyMarker")), tree.findtext("NextUploadIdMarker") or ""))
 
@@ -127,7 +139,7 @@ def parts_of(body: bytes) -> tuple[int, float, str | None]:
     parts = tree.findall("Part")
     newest = max((_iso_time(_text(part, "LastModified")) for part in parts), default=0.0)
     size = sum(_number(_text(part, "Size")) for part in parts)
-    return size, newest, tree.findtext("NextPartNumberMarker") if tree.findtext("IsTruncated") == "true" else None
+    return size, newest, tree.findtext("NextPartNumberMarker") if _goes_on(tree) else None
 
 
 def check_copied(body: bytes) -> None:

@@ -19,11 +19,13 @@ from distckpt.errors import (
     StoreOutcomeUnknownError,
     StoreUnsuitableError,
 )
+from distckpt.storage import open_store, probe
 from distckpt.storage.remote.budget import Budget
-from distckpt.storage.remote.gcs import PARTS, GcsStore, open_gcs
+from distckpt.storage.remote.gcs import PARTS, GcsStore
+from distckpt.storage.remote.gcs_options import open_gcs
 from distckpt.storage.remote.http import Endpoint
 from distckpt.testing.observing import MIB, MOST, pattern, sections_of
-from tests.support.proxy import Answer, Cut, Fault, Flip, Proxy, Reset, Stall, at, like
+from tests.support.proxy import Answer, Cut, Fault, Flip, Late, Proxy, Reset, Stall, at, like
 from tests.support.servers import Server
 from tests.support.stores import GcsBucket
 
@@ -408,3 +410,52 @@ def test_an_emulator_is_found_in_the_environment(
     monkeypatch.setenv("STORAGE_EMULATOR_HOST", proxy.url.removeprefix("http://"))
     open_gcs(f"gs://{bucket}/run", {}).replace("a", b"x")
     assert outside.read("a") == b"x"
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        {"itels": [{"name": "run/log/1", "size": "1", "updated": "2026-01-01T00:00:00Z"}]},
+        {"items": [{"nale": "run/log/1", "size": "1", "updated": "2026-01-01T00:00:00Z"}]},
+        {"items": [{"name": "rum/log/1", "size": "1", "updated": "2026-01-01T00:00:00Z"}]},
+        {"items": [{"name": "run/log/1", "size": "x", "updated": "2026-01-01T00:00:00Z"}]},
+        {"prefixes": ["run/lof/a/"]},
+    ],
+)
+def test_a_listing_that_came_damaged_hides_nothing_and_is_asked_for_again(
+    proxy: Proxy, bucket: str, outside: GcsBucket, answer: dict[str, object]
+) -> None:
+    outside.write("log/1", b"1")
+    outside.write("log/a/1", b"1")
+    options = {"endpoint_url": proxy.url, "token": "anon"}
+    asked = like("GET", "fields=prefixes" if "prefixes" in answer else "fields=items")
+    proxy.fail(Answer(200, json.dumps(answer).encode()), when=asked)
+    with pytest.raises(StorageError):
+        [*open_gcs(f"gs://{bucket}/run", options).list("log"), *open_gcs(f"gs://{bucket}/run", options).folders("log")]
+    proxy.fail(Answer(200, json.dumps(answer).encode()), when=asked)
+    patient = open_store(f"gs://{bucket}/run", options)
+    assert [info.path for info in patient.list("log")] + list(patient.folders("log")) == ["log/1", "a"]
+
+
+def test_a_probe_whose_first_request_comes_late_does_not_refuse_the_store(store: GcsStore, proxy: Proxy) -> None:
+    proxy.fail(Late(1.0), when=like("POST", "ifGenerationMatch"))
+    probe(store)
+
+
+def test_what_arrived_damaged_is_not_taken_for_created(store: GcsStore, proxy: Proxy) -> None:
+    proxy.fail(Flip(600, upload=True), when=like("POST", "ifGenerationMatch"))
+    with pytest.raises(StorageError, match="they came there damaged"):
+        store.put_if_absent("log/1", bytes(1000))
+
+
+@pytest.mark.parametrize("body", [b'{"crc32c": "AAAAAA=="', b'{"crc32c": "AAAAAA=="}', b"{}"])
+@pytest.mark.parametrize("size", [1000, SIZE])
+def test_an_answer_that_came_damaged_does_not_fail_what_is_there(
+    store: GcsStore, proxy: Proxy, outside: GcsBucket, body: bytes, size: int
+) -> None:
+    proxy.fail(Answer(200, body, applied=True), when=like("POST", "ifGenerationMatch"))
+    store.put_if_absent("log/1", b"ours")
+    assert outside.read("log/1") == b"ours"
+    proxy.fail(Answer(200, body, applied=True), when=like("POST", "ifGenerationMatch"))
+    info = store.put_unique("shard", size, sections_of(pattern(size), MIB))
+    assert (outside.read("shard"), info.size) == (pattern(size), size)

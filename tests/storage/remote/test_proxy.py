@@ -11,7 +11,7 @@ import pytest
 import urllib3
 from urllib3.exceptions import HTTPError, IncompleteRead, ProtocolError
 
-from tests.support.proxy import Answer, Cut, Flip, Proxy, Reset, Stall, at, like
+from tests.support.proxy import Answer, Cut, Flip, Late, Proxy, Reset, Stall, Twice, at, like
 from tests.support.servers import Server
 
 MIB = 1 << 20
@@ -133,6 +133,23 @@ def test_another_answer_than_the_servers(proxy: Proxy, client: Client, direct: C
     assert [client.put("a", b"x"), client.put("a", b"x"), client.put("b", b"x")] == [fault.status, fault.status, 200]
     assert (direct.get("a") is not None) == fault.applied
     assert proxy.planned == 0
+
+
+def test_a_request_that_is_done_when_nobody_waits_for_it_any_more(proxy: Proxy, client: Client, direct: Client) -> None:
+    proxy.fail(Late())
+    with pytest.raises(HTTPError):
+        client.put("a", b"late", timeout=0.2)
+    until(lambda: proxy.seen[0].served == 200)
+    assert direct.get("a") == b"late"
+
+
+def test_a_request_that_is_done_twice(proxy: Proxy, client: Client, direct: Client) -> None:
+    direct.put("a", b"first")
+    proxy.fail(Twice())
+    answer = client.pool.request("DELETE", f"{client.url}/storage/v1/b/{client.bucket}/o/a")
+    assert answer.status == 404, "it was gone the second time"
+    assert client.put("b", bytes(MIB)) == 200
+    assert client.get("b") == bytes(MIB)
 
 
 def test_an_answer_that_is_cut(proxy: Proxy, client: Client, direct: Client) -> None:

@@ -59,6 +59,13 @@ def test_what_is_no_page_is_refused(body: bytes) -> None:
         answers.page_of(body, "run/", "run/a/")
 
 
+@pytest.mark.parametrize(("sound", "damaged"), [(b"run/a/", b"run/b/"), (b"<IsTruncated>true", b"<IsTruncated>trud")])
+def test_a_page_that_is_damaged_does_not_hide_anything(sound: bytes, damaged: bytes) -> None:
+    assert sound in PAGE
+    with pytest.raises(NotUnderstood):
+        answers.page_of(PAGE.replace(sound, damaged), "run/", "run/a/")
+
+
 def test_the_error_in_an_answer_of_200_is_told() -> None:
     with pytest.raises(NotUnderstood, match="InternalError: try again"):
         answers.completed_crc_of(b"\n\n <Error><Code>InternalError</Code><Message>try again</Message></Error>")
