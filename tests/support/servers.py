@@ -130,15 +130,8 @@ def rclone() -> Iterator[Server]:
     """An S3 on disk that lies: conditions are ignored, and everybody who creates an object has won."""
     port = free_port()
     with _folder() as folder:
-        command = [
-            str(environment() / "bin/rclone"),
-            "serve",
-            "s3",
-            "--addr",
-            f"127.0.0.1:{port}",
-            "--dir-cache-time",
-            "0",
-        ]
+        command = [str(environment() / "bin/rclone"), "serve", "s3", "--addr", f"127.0.0.1:{port}"]
+        command += ["--dir-cache-time", "20ms"]  # a bucket that was made since it looked must be found
         command += ["--auth-key", f"{KEY},{SECRET}", str(folder)]
         with _serving("rclone", port, command, lambda name: (folder / name).mkdir()) as server:
             yield server
