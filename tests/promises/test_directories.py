@@ -391,16 +391,21 @@ def test_a_destination_of_other_shapes_is_refused_and_the_run_goes_on(tmp_path: 
 
 @dataclass
 class Hold:
-    """Holds calls back that write, or do what ``operation`` says with, what ends in ``name``, until they may go on."""
+    """Holds calls back that write, or do what ``operation`` says with, what ends in ``name``, until they may go on.
+
+    Not before it ``is_set``.
+    """
 
     name: str
     operation: str = "put"
+    is_set: bool = True
     reached: threading.Event = field(default_factory=threading.Event)
     go_on: threading.Event = field(default_factory=threading.Event)
 
     def fault(self, call: Call) -> Fault | None:
         """A delay."""
-        return Fault.DELAYED if call.operation.startswith(self.operation) and call.path.endswith(self.name) else None
+        is_held = self.is_set and call.operation.startswith(self.operation) and call.path.endswith(self.name)
+        return Fault.DELAYED if is_held else None
 
     def sleep(self, _: float) -> None:
         """For as long as it is held back."""
@@ -602,8 +607,9 @@ def test_who_is_superseded_while_it_restores_does_not_go_on_with_an_older_checkp
         trainer.saved(1)
         trainer.pin(1)
         trainer.saved(2)
-    hold = Hold(names.MANIFEST, "read")
+    hold = Hold(names.MANIFEST, "read", is_set=False)
     old = Trainer(mount(hold.around(tmp_path)))
+    hold.is_set = True  # who claims the directory looks at the newest manifest, too
     told: list[BaseException] = []
 
     def restore() -> None:

@@ -256,6 +256,10 @@ class DisagreeingStore(MemoryStore):
     def put_unique(self, path, size, sections):
         return replace(super().put_unique(path, size, sections), **self.changes)
 
+    def stat(self, path):
+        found = super().stat(path)
+        return found and replace(found, **self.changes)
+
 
 @pytest.mark.parametrize("changes", [{"size": 17}, {"crc32c": 17}])
 def test_a_store_that_disagrees_is_not_believed(changes):
