@@ -23,7 +23,7 @@ from distckpt.errors import CheckpointNotFoundError, CommitUnknownError, Coordin
 from distckpt.format import names
 from distckpt.format.limits import MAX_NUMBER
 from distckpt.rank.alone import Alone
-from distckpt.rank.arguments import check_arguments, wanted_folder, whole
+from distckpt.rank.arguments import check_allowed, check_arguments, wanted_folder, whole
 from distckpt.rank.exit import close_at_exit, forget_at_exit
 from distckpt.rank.options import SaverOptions
 from distckpt.rank.pending import PendingSave, PendingSaves
@@ -124,25 +124,15 @@ class CheckpointManager:
         check_copies: bool = False,
         progress: bool = False,
     ) -> None:
-        check_arguments(
-            max_to_keep,
-            *(
-                checkpoint_name,
-                step_counter,
-                checkpoint_interval,
-                save_timeout,
-                buffers,
-                on_busy,
-                save_failures_allowed,
-            ),
-        )
+        check_arguments(max_to_keep, checkpoint_name, step_counter, checkpoint_interval, save_timeout, buffers, on_busy)
+        check_allowed(save_failures_allowed)
         self._checkpoint = checkpoint
         self._name = checkpoint_name
         self._init_fn = init_fn
         self._saved_steps = SavedSteps(last_checkpoint_step, step_counter, checkpoint_interval)
         storage_options = placed(storage_options, cache_dir=cache_dir, data=data, data_options=data_options)
-        options = with_patience(directory, storage_options, save_timeout)
-        self._store = open_store(directory, options)
+        storage_options = with_patience(directory, storage_options, save_timeout)
+        self._store = open_store(directory, storage_options)
         self._world = find_world(rank, world_size, run_id, save_timeout)
         opening = OpenRun(
             token="",

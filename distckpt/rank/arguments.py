@@ -27,7 +27,6 @@ def check_arguments(
     save_timeout: float,
     buffers: int,
     on_busy: str,
-    failures_allowed: int,
 ) -> None:
     """ValueError, saying which, for an argument of a manager that means nothing."""
     if max_to_keep is not None and max_to_keep <= 0:
@@ -40,10 +39,14 @@ def check_arguments(
         raise ValueError(f"save_timeout must be a positive number of seconds, not {save_timeout!r}")
     if buffers < 1:
         raise ValueError(f"buffers must be at least 1, not {buffers!r}")
-    if failures_allowed < 0:
-        raise ValueError(f"save_failures_allowed must not be negative, as {failures_allowed!r} is")
     if on_busy not in ("wait", "skip"):
         raise ValueError(f'on_busy must be "wait" or "skip", not {on_busy!r}')
+
+
+def check_allowed(failures: int) -> None:
+    """ValueError if so many saves cannot be allowed to fail in a row."""
+    if failures < 0:
+        raise ValueError(f"save_failures_allowed must not be negative, as {failures!r} is")
 
 
 def wanted_folder(which: int | str | os.PathLike[str] | None, directory: str) -> int | str | None:

@@ -12,7 +12,8 @@ class SaverOptions:
     ``name`` is the first part of a checkpoint's folder; ``timeout`` is the seconds until a missing rank fails a save;
     ``buffers`` saves may be in the making at once, and one too many waits, or is left out by all ranks with
     ``skip_if_busy``; ``verify`` reads every shard back before it is reported; ``check_copies`` compares what
-    several ranks hold at every save; ``failures_allowed`` saves in a row may fail while training goes on; ``shown`` has rank 0 show on its terminal how far the first save has come.
+    several ranks hold at every save; ``failures_allowed`` saves in a row may fail while training goes on; ``shown``
+    has rank 0 show on its terminal how far the first save has come.
     """
 
     rank: int

@@ -30,7 +30,6 @@ class Progress:
 
     path: str = ""
     tolerance: Tolerance | None = None
-
     staged: Future[StagedCopy] = field(default_factory=Future)
     ended: Future[CheckpointRecord] = field(default_factory=Future)
     turn: threading.Lock = field(default_factory=threading.Lock)
