@@ -17,22 +17,7 @@ from distckpt.storage.memory import StoredObject
 from distckpt.testing.conformance import StoreConformance
 from distckpt.testing.faulty import FaultyStore
 from distckpt.testing.observing import Outside
-
-
-class Files:
-    """The files below a folder, as any other program sees them."""
-
-    def __init__(self, root: Path) -> None:
-        self.root = root
-
-    def read(self, path: str) -> bytes | None:
-        file = self.root / path
-        return file.read_bytes() if file.is_file() else None
-
-    def write(self, path: str, data: bytes) -> None:
-        file = self.root / path
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_bytes(data)
+from tests.support.stores import Files
 
 
 class Dictionary:

@@ -16,6 +16,7 @@ from distckpt.testing.conformance import StoreConformance
 from distckpt.testing.observing import Outside
 from tests.support.fuse import showing
 from tests.support.mounts import disk, overlay, read_only, small_disk
+from tests.support.stores import Files
 
 TABLE = """\
 27 1 254:0 / / rw,relatime - ext4 /dev/vda rw,discard
@@ -135,35 +136,31 @@ def numbers_in(store: LocalStore) -> list[int]:
     return sorted(int(info.path.rpartition("/")[2]) for info in store.list("log"))
 
 
-class TestLocalStoreOnFuse(StoreConformance):
+class OnAFolder(StoreConformance):
+    """The kit for a LocalStore at the fixture ``root``."""
+
+    @pytest.fixture
+    def store(self, root: Path) -> Store:
+        return LocalStore(root)
+
+    @pytest.fixture
+    def outside(self, root: Path) -> Outside:
+        return Files(root)
+
+
+class TestLocalStoreOnFuse(OnAFolder):
     @pytest.fixture
     def root(self, tmp_path: Path) -> Iterator[Path]:
         (tmp_path / "shown").mkdir()
         with showing(tmp_path / "shown", tmp_path / "fuse") as folder:
             yield folder / "run"
 
-    @pytest.fixture
-    def store(self, root: Path) -> Store:
-        return LocalStore(root)
 
-    @pytest.fixture
-    def outside(self, root: Path) -> Outside:
-        return Files(root)
-
-
-class TestLocalStoreOnAnOverlay(StoreConformance):
+class TestLocalStoreOnAnOverlay(OnAFolder):
     @pytest.fixture
     def root(self, tmp_path: Path) -> Iterator[Path]:
         with overlay(tmp_path / "overlay", tmp_path / "layers") as folder:
             yield folder / "run"
-
-    @pytest.fixture
-    def store(self, root: Path) -> Store:
-        return LocalStore(root)
-
-    @pytest.fixture
-    def outside(self, root: Path) -> Outside:
-        return Files(root)
 
 
 @pytest.fixture(scope="module", params=["ext4", "xfs", "btrfs"])
@@ -173,29 +170,7 @@ def mounted(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
         yield mounted
 
 
-class TestLocalStoreOnADisk(StoreConformance):
+class TestLocalStoreOnADisk(OnAFolder):
     @pytest.fixture
     def root(self, mounted: Path) -> Path:
         return mounted / uuid.uuid4().hex
-
-    @pytest.fixture
-    def store(self, root: Path) -> Store:
-        return LocalStore(root)
-
-    @pytest.fixture
-    def outside(self, root: Path) -> Outside:
-        return Files(root)
-
-
-class Files:
-    def __init__(self, root: Path) -> None:
-        self.root = root
-
-    def read(self, path: str) -> bytes | None:
-        file = self.root / path
-        return file.read_bytes() if file.is_file() else None
-
-    def write(self, path: str, data: bytes) -> None:
-        file = self.root / path
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_bytes(data)

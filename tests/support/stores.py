@@ -4,9 +4,28 @@ from __future__ import annotations
 
 import http.client
 import json
+from pathlib import Path
 from urllib.parse import quote
 
 from tests.support.servers import Server
+
+
+class Files:
+    """The files below a folder, as any other program sees them."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def read(self, path: str) -> bytes | None:
+        """See Outside."""
+        file = self.root / path
+        return file.read_bytes() if file.is_file() else None
+
+    def write(self, path: str, data: bytes) -> None:
+        """See Outside."""
+        file = self.root / path
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(data)
 
 
 class GcsBucket:

@@ -23,6 +23,7 @@ from distckpt.storage.remote.generic import FsspecStore
 from distckpt.testing.conformance import MIB, StoreConformance
 from distckpt.testing.observing import Outside, sections_of
 from tests.support.honest import Honest
+from tests.support.stores import Files
 
 
 class LikeAzure(Honest):
@@ -166,20 +167,6 @@ DISHONEST = (
 def _known() -> None:
     for each in (*HONEST, *DISHONEST):
         fsspec.register_implementation(each.protocol, each, clobber=True)
-
-
-class Files:
-    def __init__(self, root: Path) -> None:
-        self.root = root
-
-    def read(self, path: str) -> bytes | None:
-        file = self.root / path
-        return file.read_bytes() if file.is_file() else None
-
-    def write(self, path: str, data: bytes) -> None:
-        file = self.root / path
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_bytes(data)
 
 
 @pytest.mark.parametrize("kind", HONEST)
