@@ -1,5 +1,6 @@
 """Stores: where objects are kept, and what is asked of the place."""
 
+from distckpt.storage.around import cool
 from distckpt.storage.bounds import MOST_NAMES, at_most
 from distckpt.storage.interface import (
     ObjectInfo,
@@ -14,11 +15,11 @@ from distckpt.storage.local import LocalStore
 from distckpt.storage.location import canonical, join, open_store, placed, placed_among, split_path, with_patience
 from distckpt.storage.memory import MemoryStore
 from distckpt.storage.paths import PathLike
-from distckpt.storage.patience import PatientStore, cool, twice
+from distckpt.storage.patience import PatientStore, twice
 from distckpt.storage.probe import FOLDER as PROBES
 from distckpt.storage.probe import probe
 from distckpt.storage.scratch import put_file, scratch_folder
-from distckpt.storage.split import SplitStore, mark_of, parts_of, place_of
+from distckpt.storage.split import SplitStore, has_far_shards, mark_of, parts_of, place_of
 
 __all__ = [
     "MOST_NAMES",
@@ -38,6 +39,7 @@ __all__ = [
     "at_most",
     "canonical",
     "cool",
+    "has_far_shards",
     "join",
     "mark_of",
     "open_store",

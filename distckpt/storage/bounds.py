@@ -1,4 +1,4 @@
-"""Listing within bounds: nobody is held up by a folder that somebody has filled with names."""
+"""Listing and reading within bounds: a folder that somebody has filled with names, an object that is too short."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from itertools import islice
 from typing import TypeVar
 
-from distckpt.errors import StorageError
+from distckpt.errors import DamagedError, StorageError
 
 MOST_NAMES = 1 << 16
 """In folders that honestly hold few. Listing so many takes a fraction of a second."""
@@ -24,3 +24,14 @@ def at_most(most: int, found: Iterable[_Found], where: str) -> list[_Found]:
             "does not belong there",
         )
     return taken
+
+
+def require_within(size: int, position: int, nbytes: int, where: str) -> None:
+    """Make sure that an object of ``size`` bytes has ``nbytes`` from ``position`` on. DamagedError on ``where`` if not.
+
+    ValueError for a negative position.
+    """
+    if position < 0:
+        raise ValueError(f"position {position} is negative")
+    if position + nbytes > size:
+        raise DamagedError(where, f"ends after {size} bytes, {position + nbytes - size} more were expected")

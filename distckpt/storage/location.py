@@ -64,7 +64,7 @@ def with_patience(directory: PathLike, storage_options: Mapping[str, Any] | None
     location, options = canonical(directory), dict(storage_options or {})
     if options.get("data"):
         options["data_options"] = with_patience(options["data"], options.get("data_options"), seconds)
-    scheme = location.partition("://")[0] if "://" in location else "file"
+    scheme = _scheme(location)
     is_patient = scheme in _PATIENT or scheme not in _OPENERS  # fsspec's are
     return {**({"patience": seconds} if is_patient else {}), **options}
 
@@ -131,8 +131,11 @@ def placed_among(arguments: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def _opened(location: str, options: Mapping[str, Any]) -> Store:
-    scheme = location.partition("://")[0] if "://" in location else "file"
-    return _OPENERS.get(scheme, _open_fsspec)(location, options)
+    return _OPENERS.get(_scheme(location), _open_fsspec)(location, options)
+
+
+def _scheme(location: str) -> str:
+    return location.partition("://")[0] if "://" in location else "file"
 
 
 def _behind(cache: tuple[str, int] | None, store: Store) -> Store:

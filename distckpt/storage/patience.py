@@ -9,16 +9,8 @@ from collections.abc import Callable, Hashable, Iterable, Iterator
 from typing import TypeVar
 
 from distckpt.errors import DamagedError, ObjectNotFoundError, StorageError
-from distckpt.storage.interface import (
-    ObjectInfo,
-    Source,
-    Store,
-    SupportsCooling,
-    SupportsCopying,
-    SupportsExplaining,
-    SupportsHidden,
-    SupportsSweep,
-)
+from distckpt.storage.around import StoreAround
+from distckpt.storage.interface import ObjectInfo, Source, Store
 
 logger = logging.getLogger(__name__)
 
@@ -26,12 +18,6 @@ PAUSES = (0.0, 0.1, 0.5, 2.0)
 """Seconds between one try and the next."""
 
 _Answer = TypeVar("_Answer")
-
-
-def cool(store: Store, path: str) -> None:
-    """Whoever reads that object next reads what is stored, if ``store`` knows how."""
-    if isinstance(store, SupportsCooling):
-        store.cool(path)
 
 
 def twice(read: Callable[[], _Answer], before_again: Callable[[], object] = bool) -> _Answer:
@@ -46,7 +32,7 @@ def twice(read: Callable[[], _Answer], before_again: Callable[[], object] = bool
     return found
 
 
-class PatientStore:
+class PatientStore(StoreAround):
     """``inner``, of which every read is tried again when it fails with a StorageError: that is no answer, and may pass.
 
     What is written is passed on as it is: whether to write again is not for a store to say. One that has failed all
@@ -54,25 +40,8 @@ class PatientStore:
     """
 
     def __init__(self, inner: Store) -> None:
-        self._inner = inner
+        super().__init__(inner)
         self._patience = _Patience()
-
-    @property
-    def url(self) -> str:
-        """The root of the store underneath."""
-        return self._inner.url
-
-    def put_if_absent(self, path: str, data: bytes) -> None:
-        """See Store."""
-        self._inner.put_if_absent(path, data)
-
-    def put_unique(self, path: str, size: int, sections: Iterable[memoryview]) -> ObjectInfo:
-        """See Store."""
-        return self._inner.put_unique(path, size, sections)
-
-    def replace(self, path: str, data: bytes) -> None:
-        """See Store."""
-        self._inner.replace(path, data)
 
     def read(self, path: str, max_bytes: int) -> bytes:
         """See Store."""
@@ -98,33 +67,9 @@ class PatientStore:
         """See Store."""
         return self._patience.each(lambda: self._inner.folders(folder), lambda name: name)
 
-    def delete(self, path: str) -> None:
-        """See Store."""
-        self._inner.delete(path)
-
-    def cool(self, path: str) -> None:
-        """See SupportsCooling. Nothing is done by a store that does not support it."""
-        cool(self._inner, path)
-
-    def sweep(self, folder: str, min_age: float) -> int:
-        """See SupportsSweep. Nothing is done by a store that does not support it."""
-        return self._inner.sweep(folder, min_age) if isinstance(self._inner, SupportsSweep) else 0
-
     def hidden(self, folder: str) -> Iterator[ObjectInfo]:
-        """See SupportsHidden. Nothing is found in a store that does not support it."""
-        inner = self._inner
-        if isinstance(inner, SupportsHidden):
-            yield from self._patience.each(lambda: inner.hidden(folder), lambda info: info.path)
-
-    def copy(self, source: Store | PatientStore, source_path: str, path: str, size: int) -> ObjectInfo | None:
-        """See SupportsCopying. Nothing is copied by a store that does not support it."""
-        if not isinstance(self._inner, SupportsCopying):
-            return None
-        return self._inner.copy(source._inner if isinstance(source, PatientStore) else source, source_path, path, size)
-
-    def explain(self) -> str:
-        """See SupportsExplaining. Nothing is said of a store that does not support it."""
-        return self._inner.explain() if isinstance(self._inner, SupportsExplaining) else ""
+        """See SupportsHidden."""
+        return self._patience.each(lambda: super(PatientStore, self).hidden(folder), lambda info: info.path)
 
 
 class _PatientSource:

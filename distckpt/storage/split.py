@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
 from distckpt.errors import ObjectNotFoundError
+from distckpt.storage.around import cool
 from distckpt.storage.interface import ObjectInfo, Source, Store, SupportsExplaining, SupportsHidden, SupportsSweep
 from distckpt.storage.names import holds_shards, is_shard
-from distckpt.storage.patience import cool
 
 _Found = TypeVar("_Found")
 
@@ -110,6 +110,11 @@ class SplitStore:
 def parts_of(store: Store) -> tuple[Store, ...]:
     """The store that has the log, and then that for data, if it is another one."""
     return (store.home, store.data) if isinstance(store, SplitStore) else (store,)
+
+
+def has_far_shards(store: Store) -> bool:
+    """Whether shards are behind a URL, where a request takes long and many at a time take no longer."""
+    return "://" in parts_of(store)[-1].url
 
 
 def place_of(store: Store, path: str) -> str:

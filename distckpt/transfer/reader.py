@@ -19,10 +19,10 @@ from distckpt.errors import DamagedError, ObjectNotFoundError
 from distckpt.format.arrow.index import Index
 from distckpt.format.names import shard_name
 from distckpt.sharding.match import Transfers
+from distckpt.storage.around import cool
 from distckpt.storage.interface import Source, Store
 from distckpt.storage.node import ranks_here
-from distckpt.storage.patience import cool
-from distckpt.storage.split import parts_of, place_of
+from distckpt.storage.split import has_far_shards, place_of
 from distckpt.transfer.progress import Meter, Progress
 from distckpt.transfer.read_plan import Batch, Read, Scatter, plan_reads
 
@@ -62,7 +62,7 @@ REMOTE = Pace(piece=8 << 20, small=1 << 20, gap=256 << 10, batch=16 << 20, threa
 
 def pace_of(store: Store) -> Pace:
     """How to ask that store for what is in shards: REMOTE if the root of where they are is a URL."""
-    return REMOTE if "://" in parts_of(store)[-1].url else LOCAL
+    return REMOTE if has_far_shards(store) else LOCAL
 
 
 def default_threads() -> int:

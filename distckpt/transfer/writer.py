@@ -10,8 +10,9 @@ import numpy as np
 
 from distckpt.errors import DamagedError
 from distckpt.format.arrow.receipt import ShardReceipt
+from distckpt.storage.around import cool
 from distckpt.storage.interface import ObjectInfo, Store
-from distckpt.storage.patience import cool, twice
+from distckpt.storage.patience import twice
 from distckpt.storage.split import place_of
 from distckpt.transfer.checksums import stored_size_and_crc
 from distckpt.transfer.staging import StagedShard

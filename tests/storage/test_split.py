@@ -24,6 +24,7 @@ from distckpt.storage.names import holds_shards, is_lasting, is_shard
 from distckpt.storage.probe import probe
 from distckpt.testing.conformance import StoreConformance
 from distckpt.testing.observing import Outside
+from distckpt.transfer.reader import LOCAL, REMOTE, pace_of
 from tests.support.small_runs import Trainer, holds, mount, mounting, numbers, records, run, target
 
 HEX = "0" * 32
@@ -242,3 +243,10 @@ def test_wrong_places_for_data_are_refused(home: Path) -> None:
         open_store(home, {"data_options": {"token": "anon"}})
     with pytest.raises(StorageError):
         open_store(home, {"data": "nonsense://a/b"})
+
+
+def test_what_is_far_is_asked_as_what_is_far(tmp_path: Path) -> None:
+    """However near the log is: many requests at a time, and one listing in place of a look at each shard."""
+    home, far = LocalStore(tmp_path), MemoryStore.named("far")
+    assert pace_of(SplitStore(home, far)) is REMOTE
+    assert pace_of(SplitStore(far, home)) is LOCAL

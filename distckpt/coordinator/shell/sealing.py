@@ -30,7 +30,7 @@ from distckpt.format.arrow.receipt import ShardReceipt
 from distckpt.format.json.log import CheckpointRecord, Entry, State
 from distckpt.format.json.manifest import FORMAT, Manifest, ShardRecord
 from distckpt.format.json.sealed import seal
-from distckpt.storage import ObjectInfo, Store, mark_of, parts_of, place_of
+from distckpt.storage import ObjectInfo, Store, has_far_shards, mark_of, parts_of, place_of
 
 STAT_THREADS = 16
 
@@ -96,8 +96,8 @@ def _check_shards(store: Store, action: Seal, folder: str) -> None:
 
 
 def _stats(store: Store, folder: str, paths: Sequence[str]) -> list[ObjectInfo | None]:
-    """What is at each path in ``folder``. Of a store behind a URL a page of its listing says it of hundreds at once."""
-    listed = {info.path: info for info in store.list(folder)} if "://" in store.url and len(paths) > 1 else {}
+    """What is at each path in ``folder``. Behind a URL a page of a listing says it of hundreds at once."""
+    listed = {info.path: info for info in store.list(folder)} if has_far_shards(store) and len(paths) > 1 else {}
     missing = [path for path in paths if path not in listed]
     asked = each(store.stat, missing, STAT_THREADS) if len(missing) >= STAT_THREADS else map(store.stat, missing)
     stats = dict(zip(missing, asked, strict=True))

@@ -29,7 +29,7 @@ from distckpt.storage.remote.gcs_requests import (
 )
 from distckpt.storage.remote.http import MOST, Answer, Endpoint, NoAnswer, Outcome, Request
 from distckpt.storage.remote.parts import Part, parts_of, send_all
-from distckpt.storage.remote.ranges import fill
+from distckpt.storage.remote.ranges import RemoteSource
 from distckpt.storage.sections import checked
 
 PARTS = ".parts"
@@ -132,7 +132,7 @@ class GcsStore:
         with self._understanding(path):
             request = self._requests.get(path, generation=str(int(resource["generation"])))
             size = int(resource["size"])
-        return GcsSource(self._endpoint, self._budget, request, size, self._full(path))
+        return RemoteSource(self._endpoint, self._budget, request, size, self._full(path))
 
     def stat(self, path: str) -> ObjectInfo | None:
         """What is at ``path`` now, or None."""
@@ -351,32 +351,3 @@ class GcsStore:
         if not isinstance(found, dict):
             raise StorageError(self._full(path), "the store's answer is no JSON object")
         return found
-
-
-class GcsSource:
-    """One generation of an object, open for reading."""
-
-    def __init__(self, endpoint: Endpoint, budget: Budget, request: Request, size: int, where: str) -> None:
-        self._endpoint = endpoint
-        self._budget = budget
-        self._request = request
-        self._size = size
-        self._where = where
-
-    @property
-    def size(self) -> int:
-        """The object's size in bytes."""
-        return self._size
-
-    def read_into(self, position: int, target: memoryview) -> None:
-        """Fill ``target`` with the bytes from ``position`` on. DamagedError if the object ends before that."""
-        if position < 0:
-            raise ValueError(f"position {position} is negative")
-        if position + target.nbytes > self._size:
-            missing = position + target.nbytes - self._size
-            raise DamagedError(self._where, f"ends after {self._size} bytes, {missing} more were expected")
-        with self._budget.request():
-            fill(self._endpoint, self._request, position, target, self._where)
-
-    def close(self) -> None:
-        """Nothing is held open for one object."""

@@ -30,6 +30,7 @@ from distckpt.errors import (
     StoreOutcomeUnknownError,
     StoreUnsuitableError,
 )
+from distckpt.storage.bounds import require_within
 from distckpt.storage.interface import ObjectInfo, Source
 from distckpt.storage.paths import folder_parts, is_part, object_parts
 from distckpt.storage.sections import checked
@@ -327,12 +328,8 @@ class FsspecSource:
 
     def read_into(self, position: int, target: memoryview) -> None:
         """Fill ``target`` with the bytes from ``position`` on. DamagedError if the object ends before that."""
-        if position < 0:
-            raise ValueError(f"position {position} is negative")
         left = target.cast("B")
-        if position + left.nbytes > self._size:
-            missing = position + left.nbytes - self._size
-            raise DamagedError(self._full, f"ends after {self._size} bytes, {missing} more were expected")
+        require_within(self._size, position, left.nbytes, self._full)
         while left.nbytes:
             count = min(left.nbytes, _PIECE)
             piece = self._fetch(position, position + count)

@@ -1,4 +1,4 @@
-"""Ranges of an object, put into memory, each length checked."""
+"""An object at the other end of a network, open for reading: ranges put into memory, each length checked."""
 
 from __future__ import annotations
 
@@ -6,9 +6,36 @@ import dataclasses
 import time
 
 from distckpt.errors import DamagedError, ObjectNotFoundError, StorageError
+from distckpt.storage.bounds import require_within
+from distckpt.storage.remote.budget import Budget
 from distckpt.storage.remote.http import Answer, Endpoint, NoAnswer, Outcome, Request, retry_after
 
 _SHORT_TRIES = 3
+
+
+class RemoteSource:
+    """One version of the object at ``where``, of ``size`` bytes: ``request`` asks for all of it."""
+
+    def __init__(self, endpoint: Endpoint, budget: Budget, request: Request, size: int, where: str) -> None:
+        self._endpoint = endpoint
+        self._budget = budget
+        self._request = request
+        self._size = size
+        self._where = where
+
+    @property
+    def size(self) -> int:
+        """The object's size in bytes."""
+        return self._size
+
+    def read_into(self, position: int, target: memoryview) -> None:
+        """Fill ``target`` with the bytes from ``position`` on. DamagedError if the object ends before that."""
+        require_within(self._size, position, target.nbytes, self._where)
+        with self._budget.request():
+            fill(self._endpoint, self._request, position, target, self._where)
+
+    def close(self) -> None:
+        """Nothing is held open for one object."""
 
 
 def fill(endpoint: Endpoint, request: Request, position: int, target: memoryview, where: str) -> None:

@@ -15,11 +15,11 @@ from distckpt.errors import AlreadyExistsError, DamagedError, ObjectNotFoundErro
 from distckpt.storage.interface import ObjectInfo, Source, Store
 from distckpt.storage.paths import folder_parts, object_parts
 from distckpt.storage.remote import s3_answers as answers
-from distckpt.storage.remote.budget import Budget, budget_of
+from distckpt.storage.remote.budget import budget_of
 from distckpt.storage.remote.creating import create, require_ours
 from distckpt.storage.remote.http import MOST, Answer, Endpoint, NoAnswer, Outcome, Request
 from distckpt.storage.remote.parts import Part
-from distckpt.storage.remote.ranges import fill
+from distckpt.storage.remote.ranges import RemoteSource
 from distckpt.storage.remote.s3_bucket import S3Bucket
 from distckpt.storage.remote.s3_options import S3Options, s3_options
 from distckpt.storage.remote.s3_upload import S3Upload
@@ -122,7 +122,7 @@ class S3Store:
             size = answers.size_of(answer.headers)
         etag = answer.headers.get("etag")
         request = self._request("GET", path, {"If-Match": etag} if etag else {})
-        return S3Source(self._endpoint, self._budget, request, size, self._full(path))
+        return RemoteSource(self._endpoint, self._budget, request, size, self._full(path))
 
     def stat(self, path: str) -> ObjectInfo | None:
         """What is at ``path`` now, or None."""
@@ -347,32 +347,3 @@ _ADVICE = {
 
 def _target_of(upload: answers.Upload) -> str:
     return f"/{quote(upload.key)}?uploadId={quote(upload.upload_id, safe='')}"
-
-
-class S3Source:
-    """An object as it was when it was opened."""
-
-    def __init__(self, endpoint: Endpoint, budget: Budget, request: Request, size: int, where: str) -> None:
-        self._endpoint = endpoint
-        self._budget = budget
-        self._request = request
-        self._size = size
-        self._where = where
-
-    @property
-    def size(self) -> int:
-        """The object's size in bytes."""
-        return self._size
-
-    def read_into(self, position: int, target: memoryview) -> None:
-        """Fill ``target`` with the bytes from ``position`` on. DamagedError if the object ends before that."""
-        if position < 0:
-            raise ValueError(f"position {position} is negative")
-        if position + target.nbytes > self._size:
-            missing = position + target.nbytes - self._size
-            raise DamagedError(self._where, f"ends after {self._size} bytes, {missing} more were expected")
-        with self._budget.request():
-            fill(self._endpoint, self._request, position, target, self._where)
-
-    def close(self) -> None:
-        """Nothing is held open for one object."""

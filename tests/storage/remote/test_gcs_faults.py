@@ -361,7 +361,7 @@ def test_a_token_that_the_server_does_not_know_any_more_is_renewed(proxy: Proxy,
     tokens = iter(["second", "third"])
     later = datetime(2100, 1, 1)
     token = Credentials("first", expiry=later, refresh_handler=lambda *_, **__: (next(tokens), later))
-    store = open_gcs(f"gs://{bucket}/run", {"endpoint_url": proxy.url, "token": token, "timeout": 5, "patience": 5})
+    store = open_gcs(f"gs://{bucket}/run", {"endpoint_url": proxy.url, "token": token, "timeout": 30, "patience": 30})
     store.put_if_absent("log/0", b"")
     proxy.fail(Answer(401), when=like("POST"))
     store.put_if_absent("log/1", b"ours")
