@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ from distckpt.format import names
 from distckpt.format.json.export import ExportedFile, ExportedModule, ExportManifest
 from distckpt.format.json.log import CheckpointRecord
 from distckpt.storage import LocalStore, MemoryStore, Store
-from distckpt.testing.faults import FaultAt, faults_of, rewritten
+from distckpt.testing.faults import Call, Fault, FaultAt, faults_of, rewritten
 from distckpt.testing.faulty import FaultyStore
 from distckpt.testing.observing import everything
 from tests.ranks.export import Tower, blocks, gpt_config, inputs, output, small_gpt, tower
@@ -446,32 +447,35 @@ def export_folders(store: Store) -> set[str]:
 def test_whatever_fails_an_export_is_whole_or_not_there_and_can_be_made_again(tmp_path: Path) -> None:
     original = small_checkpoint(tmp_path).objects
     how = distckpt.Export(key="model")
-    seen: set[tuple[str, bool]] = set()
 
     def fresh() -> FaultyStore:
         inner = MemoryStore()
         inner.objects.update(original)
         return FaultyStore(inner)
 
+    def play(case: tuple[Call, Fault]) -> tuple[str, bool]:
+        call, fault = case
+        store = fresh()
+        store.script = FaultAt(call.index, fault)
+        order = order_of(mount(store), store.inner, how)
+        outcome = carry_out(order)
+        store.heal()
+        there = assert_whole_or_none(store.inner)
+        assert there or outcome.kind != "exported", (call, fault)
+        again = carry_out(order)
+        assert again.kind == ("exists" if there else "exported"), (call, fault, again)
+        assert assert_whole_or_none(store.inner)
+        assert rewritten(store.calls) == ()
+        if not there:
+            assert len(export_folders(store.inner)) == 1, "what came to nothing was left behind"
+        return outcome.kind, there
+
     quiet = fresh()
     assert carry_out(order_of(mount(quiet), quiet.inner, how)).kind == "exported"
     assert rewritten(quiet.calls) == ()
-    for call in quiet.calls:
-        for fault in faults_of(call.operation):
-            store = fresh()
-            store.script = FaultAt(call.index, fault)
-            order = order_of(mount(store), store.inner, how)
-            outcome = carry_out(order)
-            store.heal()
-            there = assert_whole_or_none(store.inner)
-            seen.add((outcome.kind, there))
-            assert there or outcome.kind != "exported", (call, fault)
-            again = carry_out(order)
-            assert again.kind == ("exists" if there else "exported"), (call, fault, again)
-            assert assert_whole_or_none(store.inner)
-            assert rewritten(store.calls) == ()
-            if not there:
-                assert len(export_folders(store.inner)) == 1, "what came to nothing was left behind"
+    cases = [(call, fault) for call in quiet.calls for fault in faults_of(call.operation)]
+    with ThreadPoolExecutor(8) as pool:  # for most of the time they wait until they try again
+        seen = set(pool.map(play, cases))
     assert seen == {("exported", True), ("failed", False)}
 
 
