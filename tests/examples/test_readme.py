@@ -58,6 +58,7 @@ def environment() -> Iterator[dict[str, str]]:
         yield {**os.environ, "STORAGE_EMULATOR_HOST": server.url, "PYTHONPATH": str(ROOT)}
 
 
+@pytest.mark.timeout(240)
 def test_the_programs_of_the_readme(
     environment: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -85,6 +85,7 @@ def test_a_store_of_torch_that_has_gone_is_told_as_what_it_is(monkeypatch: pytes
         find_world(timeout=1)
 
 
+@pytest.mark.timeout(150)
 @pytest.mark.parametrize("how", ["by number", "by torch"])
 def test_ranks_with_no_ray_to_join_are_told_what_to_do(tmp_path: Path, how: str) -> None:
     with Gang(2, {"RAY_ADDRESS": "127.0.0.1:9"}) as gang:
