@@ -173,8 +173,9 @@ def _added(tail: Tail, whole: Sequence[Found]) -> list[Found]:
 
 def _state(store: Store, state: State, adopted: Sequence[Found]) -> State:
     fresh = state.newest() is None
-    active = [_record(one) for one in adopted if one.fate == "active"]
-    preserved = [_record(one) for one in adopted if one.fate == "preserved"]
+    state, records = state.counted(*map(_record, adopted))
+    active = [record for record, one in zip(records, adopted, strict=True) if one.fate == "active"]
+    preserved = [record for record, one in zip(records, adopted, strict=True) if one.fate == "preserved"]
     folders = {(record.name, record.number) for record in active}
     kept = [record for record in state.active if (record.name, record.number) not in folders]
     replaced = [record for record in state.active if record not in kept and record not in state.preserved]

@@ -230,7 +230,7 @@ class Copying:
 
     def _with(self, wanted: Wanted) -> State:
         """The state at the target with one more checkpoint. Pins stay behind: they are of the source."""
-        record, state = msgspec.structs.replace(wanted.record, pinned=False), self._state
+        state, (record,) = self._state.counted(msgspec.structs.replace(wanted.record, pinned=False))
         if state.newest() is None:
             last = self._origin.state.last_preserved_timestamp or record.time - 1.0
             state = msgspec.structs.replace(state, last_preserved_timestamp=last)

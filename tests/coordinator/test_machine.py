@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import cast
 
 import pytest
+from msgspec import structs
 
 from distckpt.coordinator.machine import machine as machine_module
 from distckpt.coordinator.machine.actions import (
@@ -241,13 +242,14 @@ def claimed(state: State, *complete: CheckpointRecord) -> State:
 
 def test_a_complete_attempt_is_rolled_forward_by_the_claim():
     old, new = record(1, attempt_of(2, 1)), record(2, attempt_of(2, 2))
-    assert claimed(State(active=(old,)), new).active == (old, new)
+    assert claimed(State(active=(old,), commits=1), new).active == (old, structs.replace(new, order=2))
 
 
 def test_rolling_forward_follows_age_and_replaces_the_same_number():
     old = record(1, attempt_of(2, 1))
     first, second = record(9, attempt_of(2, 2), 900.0), record(1, attempt_of(2, 3), 5.0)
     state = claimed(State(active=(old,)), second, first)
+    first, second = structs.replace(first, order=1), structs.replace(second, order=2)
     assert (state.active, state.retiring) == ((first, second), (old,))
 
 

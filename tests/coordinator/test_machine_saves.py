@@ -77,7 +77,7 @@ def test_a_save_is_committed_after_every_receipt_and_not_before():
     assert not any(ticket in driver.replies for ticket in tickets)
     driver.settle()
     committed = [driver.replies[ticket] for ticket in tickets]
-    expected = CheckpointRecord("ckpt", 42, seal.attempt, 11, 12, seal.time, 3, 13)
+    expected = CheckpointRecord("ckpt", 42, seal.attempt, 11, 12, seal.time, 3, 13, order=1)
     assert committed == [Committed(expected, Landing(1, "host1", 0.0))] * 3
     assert driver.machine.state.active == (expected,)
     assert any(isinstance(action, Publish) and action.entry.kind == "commit" for action in driver.done)
@@ -327,6 +327,13 @@ def test_the_same_number_may_be_saved_again_and_the_old_one_retires():
     new = driver.save(run, 1, 3, 5)
     assert driver.machine.state.active == (other, new)
     assert Delete((old,)) in driver.done
+
+
+def test_commits_are_counted_whatever_becomes_of_the_checkpoints():
+    driver = Driver().lead()
+    run = driver.open()
+    orders = [driver.save(run, 1, order, number).order for order, number in enumerate((5, 6, 5), 1)]
+    assert (orders, driver.machine.state.commits) == ([1, 2, 3], 3)
 
 
 def test_a_replaced_checkpoint_that_is_pinned_is_preserved():

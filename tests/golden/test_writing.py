@@ -21,8 +21,8 @@ OF_TORCH = "optimizer.param_groups"
 NUMPY = ',{"array":"numpy"}'
 """Since then, arrays say that they are no tensors. Readers take a path without it for a tensor's."""
 
-ORIGIN = "origin"
-"""Since then, a log has a name. Readers take one without it for one that has none."""
+COUNTED = ("origin", "commits", "order")
+"""Since then, a log has a name and counts its commits. Readers take one without for one that has none, or did not."""
 
 
 def test_one_rank_writes_what_it_wrote_then(tmp_path: Path) -> None:
@@ -73,7 +73,7 @@ def forms(directory: Path) -> dict[str, Any]:
 def form_of_json(value: Any) -> Any:
     """Members in their order, and types; of a list, each form that is in it."""
     if isinstance(value, dict):
-        return [(name, form_of_json(inside)) for name, inside in value.items() if name != ORIGIN]
+        return [(name, form_of_json(inside)) for name, inside in value.items() if name not in COUNTED]
     if isinstance(value, list):
         return sorted({repr(form_of_json(inside)) for inside in value})
     return type(value).__name__

@@ -374,7 +374,7 @@ class Machine:
             case BeginRun():
                 self._run_begun(intention, entry)
             case Commit(record):
-                self._saves.committed(record)
+                self._saves.committed(entry.state.find(record.attempt) or record)
                 self._publishing.publish(entry)
             case Retire():
                 self._publishing.publish(entry)

@@ -46,6 +46,7 @@ def committed(state: State, record: CheckpointRecord, saves: int) -> State:
 
     The replaced one retires, unless somebody pinned it: then it is preserved.
     """
+    state, (record,) = state.counted(record)
     same = [old for old in state.active if old.number == record.number and old.name == record.name]
     others = [old for old in state.active if old not in same] if same else state.active
     return msgspec.structs.replace(

@@ -21,7 +21,11 @@ Kind = Literal["claim", "run", "commit", "retire", "forget", "pin", "metric"]
 
 
 class CheckpointRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One committed checkpoint. ``time`` is the commit, in epoch seconds; ``nbytes`` sums its shards."""
+    """One committed checkpoint. ``time`` is the commit, in epoch seconds; ``nbytes`` sums its shards.
+
+    ``order`` counts the commits of its log up to this one: no two have the same. It is 0 for those of logs that did not
+    count them yet.
+    """
 
     name: str
     number: int
@@ -33,6 +37,7 @@ class CheckpointRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     nbytes: int
     pinned: bool = False
     metrics: dict[str, float] = {}
+    order: int = 0
 
     def problems(self) -> Iterator[str]:
         """Why it makes no sense, whoever wrote it."""
@@ -43,6 +48,8 @@ class CheckpointRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         where = f"of checkpoint {self.name}-{self.number}"
         if not 0 <= self.number <= MAX_NUMBER:
             yield f"the number {where} is out of bounds"
+        if not 0 <= self.order <= MAX_NUMBER:
+            yield f"the order {where} is out of bounds"
         if not (0 <= self.manifest_size <= MAX_MANIFEST_BYTES and 0 <= self.manifest_crc32c <= MAX_CRC32C):
             yield f"manifest size or CRC32C {where} is out of bounds"
         if not (1 <= self.world_size <= MAX_WORLD and 0 <= self.nbytes <= MAX_BYTES):
@@ -59,6 +66,7 @@ class State(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     ``run`` counts incarnations of the job; ``run_token`` names the current one. ``saves`` counts its saves up to the
     newest that was committed: whatever of them is not committed by then never will be. ``origin`` is unique for ever
     and names the log itself, from its first entry on; logs that began before there was such a name have ''.
+    ``commits`` counts all checkpoints that ever came into the log, whatever became of them.
     """
 
     active: tuple[CheckpointRecord, ...] = ()
@@ -69,6 +77,7 @@ class State(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     run_token: str = ""
     saves: int = 0
     origin: str = ""
+    commits: int = 0
 
     def alive(self) -> dict[str, CheckpointRecord]:
         """What may be opened, by attempt: preserved ones first, then active ones in save order."""
@@ -92,6 +101,13 @@ class State(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     def newest(self) -> CheckpointRecord | None:
         """The first of ``newest_first``, or None if nothing may be opened."""
         return next(iter(self.newest_first()), None)
+
+    def counted(self, *records: CheckpointRecord) -> tuple[State, tuple[CheckpointRecord, ...]]:
+        """The state after so many commits more, and the records with their places in the order of commits."""
+        placed = tuple(
+            msgspec.structs.replace(record, order=order) for order, record in enumerate(records, self.commits + 1)
+        )
+        return msgspec.structs.replace(self, commits=self.commits + len(placed)), placed
 
     def doubles(self) -> Iterator[str]:
         """What it lists twice. A checkpoint may be in several lists of one kind only: what is retiring is in no other."""
@@ -123,7 +139,13 @@ class Entry(Sealed, frozen=True, forbid_unknown_fields=True):
         state = self.state
         if self.format != FORMAT:
             yield f"format version {self.format} inside version {FORMAT}"
-        counts = {"seq": self.seq, "epoch": self.epoch, "run": state.run, "saves": state.saves}
+        counts = {
+            "seq": self.seq,
+            "epoch": self.epoch,
+            "run": state.run,
+            "saves": state.saves,
+            "commits": state.commits,
+        }
         for name, count in counts.items():
             if not 0 <= count <= MAX_NUMBER:
                 yield f"{name} {count} is out of bounds"
