@@ -13,6 +13,7 @@ import hypothesis
 import pytest
 
 from tests.support.gang import Gang
+from tests.support.part import Part
 
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 os.environ.setdefault("REPORTER_UPDATE_INTERVAL_MS", "3600000")
@@ -24,21 +25,50 @@ hypothesis.settings.register_profile("explore", deadline=None, print_blob=True)
 hypothesis.settings.load_profile("same")
 
 
-@pytest.fixture(scope="session")
-def seed(request: pytest.FixtureRequest) -> int:
-    """Where the dice of a test begin: the same every time, but where ``--hypothesis-seed`` says."""
-    given = request.config.getoption("--hypothesis-seed")
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """The tests that are wide play a part of their cases, the same every time, but with ``--wide``."""
+    parser.addoption("--wide", action="store_true", help="play every case of the tests that are marked wide")
+
+
+def _seed_of(config: pytest.Config) -> int:
+    given = config.getoption("--hypothesis-seed")
     return 0 if given is None else int(given)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What depends on the seed can be chosen, and what needs Ray can be left out."""
+@pytest.fixture(scope="session")
+def seed(request: pytest.FixtureRequest) -> int:
+    """Where the dice of a test begin: the same every time, but where ``--hypothesis-seed`` says."""
+    return _seed_of(request.config)
+
+
+@pytest.fixture(scope="session")
+def part(request: pytest.FixtureRequest, seed: int) -> Part:
+    """Every n-th of the cases that a test goes through by itself, begun where the seed says; with ``--wide`` all."""
+    return Part(seed, request.config.getoption("--wide"))
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """What depends on the seed can be chosen, and what needs Ray can be left out; of what is wide a part is played."""
+    left_out = _beyond(Part(_seed_of(config), config.getoption("--wide")), items)
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in left_out]
     for item in items:
         used = getattr(item, "fixturenames", ())
-        if "seed" in used:
+        if "seed" in used:  # which ``part`` follows too
             item.add_marker("seeded")
         if "ray_address" in used:
             item.add_marker("ray")
+
+
+def _beyond(part: Part, items: list[pytest.Item]) -> set[pytest.Item]:
+    """The cases of wide tests that are not played."""
+    cases: dict[tuple[int, str], list[pytest.Item]] = {}
+    for item in items:
+        marker = item.get_closest_marker("wide")
+        if marker is not None:
+            cases.setdefault((marker.args[0], item.nodeid.partition("[")[0]), []).append(item)
+    return {item for (every, _), found in cases.items() for item in {*found} - {*part.of(found, every)}}
 
 
 class SharedCluster:
