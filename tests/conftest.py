@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import logging
 import os
@@ -14,6 +15,7 @@ import pytest
 
 from tests.support.gang import Gang
 from tests.support.part import Part
+from tests.support.ray_workers import START, ray_workers
 
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 os.environ.setdefault("REPORTER_UPDATE_INTERVAL_MS", "3600000")
@@ -79,8 +81,10 @@ class SharedCluster:
         self._starting = (folder / "ray-starting").open("w")
         self._using = (folder / "ray-using").open("w")
         self._cluster: Any = None
+        self._workers = contextlib.ExitStack()
         fcntl.flock(self._starting, fcntl.LOCK_EX)
         if not self._noted.exists():
+            self._workers.enter_context(ray_workers(folder))
             self._cluster = _start_cluster()
             self._noted.write_text(self._cluster.address)
         self.address = self._noted.read_text()
@@ -89,7 +93,7 @@ class SharedCluster:
 
     def close(self) -> None:
         """Who started it waits for the others."""
-        with self._starting, self._using:
+        with self._starting, self._using, self._workers:
             if self._cluster is not None:
                 fcntl.flock(self._starting, fcntl.LOCK_EX)
                 self._noted.unlink()
@@ -102,7 +106,7 @@ def _start_cluster() -> Any:
 
     # Nothing looks at what these would report, and they take as much of the CPUs as some of the tests.
     spared = {"include_dashboard": False, "include_log_monitor": False, "no_monitor": True}
-    node = {"num_cpus": 4, "object_store_memory": 100 << 20}
+    node = {"num_cpus": 4, "object_store_memory": 100 << 20, "setup_worker_path": START}
     cluster = Cluster(initialize_head=True, head_node_args={**node, **spared})
     cluster.add_node(**node)
     logging.getLogger("ray").setLevel(logging.WARNING)
