@@ -69,7 +69,9 @@ def _beyond(part: Part, items: list[pytest.Item]) -> set[pytest.Item]:
     for item in items:
         marker = item.get_closest_marker("wide")
         if marker is not None:
-            cases.setdefault((marker.args[0], item.nodeid.partition("[")[0]), []).append(item)
+            whole_class = any(mark.name == "wide" for mark in getattr(getattr(item, "cls", None), "pytestmark", ()))
+            together = item.nodeid.rpartition("::")[0] if whole_class else item.nodeid.partition("[")[0]
+            cases.setdefault((marker.args[0], together), []).append(item)
     return {item for (every, _), found in cases.items() for item in {*found} - {*part.of(found, every)}}
 
 

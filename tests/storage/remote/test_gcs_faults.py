@@ -66,6 +66,7 @@ def named(fault: Fault) -> str:
     return repr(fault).replace("headers={}, ", "").replace("body=b'', ", "")
 
 
+@pytest.mark.wide(2)
 @pytest.mark.parametrize("fault", [*FAULTS, Answer(412, applied=True)], ids=named)
 def test_who_creates_hears_of_it_whatever_becomes_of_the_answer(
     store: GcsStore, proxy: Proxy, outside: GcsBucket, fault: Fault
@@ -78,6 +79,7 @@ def test_who_creates_hears_of_it_whatever_becomes_of_the_answer(
         store.put_if_absent("log/1", b"theirs")
 
 
+@pytest.mark.wide(3)
 @pytest.mark.parametrize("fault", FAULTS, ids=named)
 def test_who_lost_hears_of_it_whatever_becomes_of_the_answer(
     store: GcsStore, proxy: Proxy, outside: GcsBucket, fault: Fault
@@ -148,6 +150,7 @@ def test_a_bucket_that_is_missing_is_no_empty_directory(proxy: Proxy) -> None:
         assert type(caught.value) is StorageError
 
 
+@pytest.mark.wide(3)
 @pytest.mark.parametrize("fault", FAULTS, ids=named)
 def test_a_large_object_is_whole_and_alone_whichever_request_fails(
     store: GcsStore, proxy: Proxy, outside: GcsBucket, fault: Fault
@@ -225,6 +228,7 @@ def test_parts_are_hidden_and_those_of_killed_writers_are_swept(store: GcsStore,
     assert outside.names() == {"log/1"}
 
 
+@pytest.mark.wide(2)
 @pytest.mark.parametrize("fault", [*FAULTS, Cut(2), Cut(0)], ids=named)
 def test_reading_goes_on_whatever_becomes_of_an_answer(
     store: GcsStore, proxy: Proxy, outside: GcsBucket, fault: Fault

@@ -42,6 +42,7 @@ class TestOnMoto(_OnServer):
         return moto
 
 
+@pytest.mark.wide(4)
 class TestOnMotoInTheRoot(TestOnMoto):
     folder = ""
 

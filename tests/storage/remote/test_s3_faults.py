@@ -55,6 +55,7 @@ def store(proxy: Proxy, outside: Bucket) -> S3Store:
     return store_at(proxy, outside)
 
 
+@pytest.mark.wide(2)
 @pytest.mark.parametrize("fault", [*FAULTS, Answer(412, applied=True)], ids=named)
 def test_who_creates_hears_of_it_whatever_becomes_of_the_answer(
     store: S3Store, proxy: Proxy, outside: Bucket, fault: Fault
@@ -67,6 +68,7 @@ def test_who_creates_hears_of_it_whatever_becomes_of_the_answer(
         store.put_if_absent("log/1", b"theirs")
 
 
+@pytest.mark.wide(3)
 @pytest.mark.parametrize("fault", FAULTS, ids=named)
 def test_who_lost_hears_of_it_whatever_becomes_of_the_answer(
     store: S3Store, proxy: Proxy, outside: Bucket, fault: Fault
