@@ -141,7 +141,9 @@ class Saver:
                 if planned is None:
                     return Skipped()
                 self._layout, joined = planned
+            began = progress.seconds()
             buffer = self._free_buffer()
+            progress.queued = progress.seconds() - began
             return joined, buffer, buffer.fit(self._layout, holding)
         except DistckptError as error:
             progress.fail(error)
@@ -161,7 +163,9 @@ class Saver:
         describe = functools.partial(holding.describe, compare=False)
         buffer.lend(pending, order)
         sources = layout.tensors(holding)
+        began = progress.seconds()
         copied = staging.stage(sources, layout.values(holding))
+        progress.copied = progress.seconds() - began
         self._order.after(copied, sources)
         progress.staged.set_result(copied)
         self._background.put(SaveTask(order, number, layout, staging, describe, joined, progress))
