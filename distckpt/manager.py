@@ -124,6 +124,7 @@ class CheckpointManager:
     ) -> None:
         check_arguments(max_to_keep, checkpoint_name, step_counter, checkpoint_interval, save_timeout, buffers, on_busy)
         check_allowed(save_failures_allowed)
+        self._costs = Costs()
         self._checkpoint = checkpoint
         self._name = checkpoint_name
         self._init_fn = init_fn
@@ -167,11 +168,10 @@ class CheckpointManager:
             failures_allowed=save_failures_allowed,
             shown=progress,
         )
-        self._saver = Saver(self._client, self._store, checkpoint, saving, self._background)
+        self._saver = Saver(self._client, self._store, checkpoint, saving, self._background, self._costs)
         table = self._gathering or self._client
         self._restorer = Restorer(table, self._store, checkpoint, self._world, save_timeout, progress)
         self._pending = PendingSaves()
-        self._costs = Costs()
         self._alone = Alone(self._store.url, self._costs)
         self._closed = False
         self._left = False

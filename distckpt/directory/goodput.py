@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, reduce
 from itertools import pairwise
@@ -192,27 +192,25 @@ class History:
         """Some durations of all runs together."""
         return reduce(Durations.joined, map(pick, self.runs), Durations())
 
+    @property
+    def cost(self) -> float | None:
+        """Seconds that one save costs the training: what it stands still, waits for the save before, and for it to end.
+
+        The first save of a run, which plans and touches memory, counts only if there are no others. None without any.
+        """
+        first, later = self.all(lambda run: run.first_stall), self.all(lambda run: run.stall)
+        if not (saves := first.times + later.times):
+            return None
+        waited = self.all(lambda run: run.waited).total + self.all(lambda run: run.device_waited).total
+        return (later if later.times else first).mean + waited / saves
+
     @cached_property
     def interval(self) -> Interval | None:
         """How often to save; None while no save has been measured."""
-        cost, latency = cost_of_saves(self.runs), self.all(lambda run: run.committed)
+        cost, latency = self.cost, self.all(lambda run: run.committed)
         if cost is None or not latency.times:
             return None
         return suggested(cost, latency.mean, self.failures)
-
-
-def cost_of_saves(runs: Sequence[RunStats]) -> float | None:
-    """Seconds that one save costs the training: what it stands still, waits for the save before, and for it to end.
-
-    The first save of a run, which plans and touches memory, counts only if there are no others. None without any save.
-    """
-    history = History(tuple(runs))
-    first, later = history.all(lambda run: run.first_stall), history.all(lambda run: run.stall)
-    saves = first.times + later.times
-    if not saves:
-        return None
-    waited = history.all(lambda run: run.waited).total + history.all(lambda run: run.device_waited).total
-    return (later if later.times else first).mean + waited / saves
 
 
 def _at_most(count: int, mean: float) -> float:

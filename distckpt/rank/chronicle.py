@@ -39,7 +39,7 @@ class Chronicle(LooperThread):
         self._client = client
         self._world = world
         self._costs = costs
-        self._began = time.time()
+        self._began = time.time() - costs.stats().seconds
         self._unique = uuid.uuid4().hex
         self._pause = FIRST_SECONDS
         self._is_pruned = False
