@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import sys
 import time
 import uuid
 
@@ -13,6 +12,7 @@ from distckpt.directory.stats import PRUNE_EVERY, prune_stats, write_stats
 from distckpt.format import names
 from distckpt.format.json.stats import FORMAT, MAX_TEXT_LENGTH, End, RunStats
 from distckpt.rank.costs import Costs
+from distckpt.rank.exit import died
 from distckpt.storage import Store
 from distckpt.threads.coordinator import Coordinator
 from distckpt.threads.looper import LooperThread
@@ -53,7 +53,7 @@ class Chronicle(LooperThread):
 
     def stop_loop(self) -> None:
         """The last word."""
-        self._try_to_write("closed" if self._costs.closed and not _died() else "failed")
+        self._try_to_write("closed" if self._costs.closed and not died() else "failed")
 
     def _try_to_write(self, end: End) -> None:
         try:
@@ -84,8 +84,3 @@ class Chronicle(LooperThread):
         if opened.run % PRUNE_EVERY == 0 and not self._is_pruned:
             self._is_pruned = True
             prune_stats(self._store)
-
-
-def _died() -> bool:
-    """Whether the program ends by an error that nobody caught, after which its managers are closed all the same."""
-    return getattr(sys, "last_value", None) is not None and not hasattr(sys, "ps1")

@@ -134,10 +134,11 @@ class Costs:
     # ---- what the manager tells ----------------------------------------------------------------------------------
 
     def entered(self, call: str) -> None:
-        """Training has called the manager, and stands still."""
+        """Training has called the manager, and stands still; unless another thread is in a call already."""
         with self._lock:
-            if self._inside is None:  # else another thread is in another call already, for which training stands still
-                self._thread = threading.get_ident()
+            thread = threading.get_ident()
+            if self._inside is None or self._thread == thread:  # what was interrupted just when it ended is over
+                self._thread = thread
                 self._inside = _Inside(call, time.monotonic())
 
     def left(self) -> None:
