@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from distckpt.export.manager import ExportCheckpointManager as ExportCheckpointManager
     from distckpt.export.recipes import Export as Export
     from distckpt.manager import CheckpointManager as CheckpointManager
+    from distckpt.rank.costs import ManagerStats as ManagerStats
     from distckpt.rank.pending import PendingSave as PendingSave
     from distckpt.reader import CheckpointReader as CheckpointReader
     from distckpt.reader import checkpoint_exists as checkpoint_exists
@@ -66,6 +67,7 @@ _HOMES = {
     "HookedLoop": "training.session",
     "LoadStatus": "checkpoint",
     "LooperThread": "threads.looper",
+    "ManagerStats": "rank.costs",
     "PendingSave": "rank.pending",
     "PerRank": "checkpoint",
     "RandomState": "checkpoint",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import math
 import os
 import time
@@ -15,7 +14,7 @@ from distckpt.coordinator.client.client import Client
 from distckpt.coordinator.client.gathering import Gathering
 from distckpt.coordinator.client.membership import RankCluster
 from distckpt.coordinator.client.opening import client_of, meet
-from distckpt.coordinator.messages import Heartbeat, Leave, OpenRun, Retention
+from distckpt.coordinator.messages import Leave, OpenRun, Retention
 from distckpt.coordinator.shell.shell import Settings
 from distckpt.directory.log import read_tail
 from distckpt.directory.newest import newest_committed
@@ -24,7 +23,10 @@ from distckpt.format import names
 from distckpt.format.limits import MAX_NUMBER
 from distckpt.rank.alone import Alone
 from distckpt.rank.arguments import check_allowed, check_arguments, wanted_folder, whole
+from distckpt.rank.chronicle import Chronicle
+from distckpt.rank.costs import Costs, ManagerStats
 from distckpt.rank.exit import close_at_exit, forget_at_exit
+from distckpt.rank.heartbeat import beat
 from distckpt.rank.options import SaverOptions
 from distckpt.rank.pending import PendingSave, PendingSaves
 from distckpt.rank.restorer import Restorer
@@ -35,12 +37,8 @@ from distckpt.state.selection import EVERYTHING, Rename, Selection
 from distckpt.state.status import LoadStatus
 from distckpt.storage import join, open_store, placed, with_patience
 from distckpt.threads.coordinator import Coordinator
-from distckpt.threads.looper import LooperThread
 from distckpt.world import find_world
 
-logger = logging.getLogger(__name__)
-
-HEARTBEAT_SECONDS = 20.0
 IDLE_SECONDS = 600.0
 CLOSE_SECONDS = 60.0
 LAST_SAVE_SECONDS = 30.0
@@ -126,6 +124,7 @@ class CheckpointManager:
     ) -> None:
         check_arguments(max_to_keep, checkpoint_name, step_counter, checkpoint_interval, save_timeout, buffers, on_busy)
         check_allowed(save_failures_allowed)
+        self._costs = Costs()
         self._checkpoint = checkpoint
         self._name = checkpoint_name
         self._init_fn = init_fn
@@ -169,15 +168,17 @@ class CheckpointManager:
             failures_allowed=save_failures_allowed,
             shown=progress,
         )
-        self._saver = Saver(self._client, self._store, checkpoint, saving, self._background)
+        self._saver = Saver(self._client, self._store, checkpoint, saving, self._background, self._costs)
         table = self._gathering or self._client
         self._restorer = Restorer(table, self._store, checkpoint, self._world, save_timeout, progress)
         self._pending = PendingSaves()
-        self._alone = Alone(self._store.url)
+        self._alone = Alone(self._store.url, self._costs)
         self._closed = False
         self._left = False
         self._patience = 2 * save_timeout + CLOSE_SECONDS
-        LooperThread.loop(self._background, HEARTBEAT_SECONDS, self._beat, name="distckpt-heartbeat", skip_missed=True)
+        beat(self._client, self._background)
+        if self._keeps_stats and self._world.rank == 0:
+            Chronicle(self._background, self._store, self._client, self._world, self._costs).start()
         close_at_exit(self)
 
     # ---- what there is -----------------------------------------------------------------------------------------
@@ -219,6 +220,13 @@ class CheckpointManager:
     def cluster(self) -> RankCluster:
         """All ranks of this run, for ``Coordinator(cluster=...)``."""
         return self._cluster
+
+    def stats(self) -> ManagerStats:
+        """What checkpoints have cost this rank so far, cheap enough for every step: stalls, bytes, commit times, goodput.
+
+        ``distckpt stats DIR`` has it of the whole job, over restarts, and the interval to save at that it suggests.
+        """
+        return self._costs.stats()
 
     # ---- save --------------------------------------------------------------------------------------------------
 
@@ -291,6 +299,7 @@ class CheckpointManager:
             self._checkpoint.save_counter = counter
             return None
         self._pending.add(pending)
+        self._costs.begun(pending)
         self._begun(pending)
         if step is not None:
             # Ranks could disagree on whether it failed.
@@ -349,6 +358,7 @@ class CheckpointManager:
             self._check_open()
             self._pending.settle()
             record = self._restorer.restore(which, partial, selection)
+            self._costs.restored(record, self._restorer.bytes_read)
             self._restored()
         if record is None:
             return None
@@ -370,6 +380,7 @@ class CheckpointManager:
             deadline = time.monotonic() + self._patience
             try:
                 self._finish(self._patience)
+                self._costs.closed = True
             finally:
                 self._leave(deadline)
 
@@ -404,6 +415,8 @@ class CheckpointManager:
 
     # ---- what a subclass adds to --------------------------------------------------------------------------------
 
+    _keeps_stats = True
+
     def _begun(self, pending: PendingSave) -> None:
         """A save has begun."""
 
@@ -419,12 +432,6 @@ class CheckpointManager:
             self._leave()
 
     # ---- the rest ------------------------------------------------------------------------------------------------
-
-    def _beat(self) -> None:
-        try:
-            self._client.ask(Heartbeat(), HEARTBEAT_SECONDS)
-        except Exception as error:  # noqa: BLE001 - a save that needs the coordinator says so itself; training goes on
-            logger.warning("heartbeat to the coordinator: %s", error)
 
     def _path(self, name: str, number: int) -> str:
         return join(self._store.url, names.checkpoint_folder(name, number))

@@ -39,6 +39,7 @@ def nested() -> Iterator[Path]:
         "",
         names.LOG,
         names.LEASES,
+        names.STATS,
         "_probe",
         "ckpt-1",
         f"ckpt-1/{attempt.name}",
@@ -63,7 +64,7 @@ def dig(folder: Path) -> None:
 def test_folders_in_folders_hold_nobody_up(nested: Path) -> None:
     assert distckpt.latest_checkpoint(nested) == f"{nested}/ckpt-1"
     assert_loads(nested / "ckpt-1", 1)
-    for command in ("ls", "verify"):
+    for command in ("ls", "stats", "verify"):
         assert CliRunner().invoke(main, [command, str(nested)]).exit_code == 0
     with Trainer(nested, max_to_keep=1) as trainer:
         assert trainer.manager.restore_or_initialize() == f"{nested}/ckpt-1"

@@ -890,8 +890,9 @@ def test_a_manager_that_is_only_made_changes_nothing(tmp_path: Path, monkeypatch
 
 
 def settled_but_for_the_log(directory: Path) -> dict[str, bytes]:
-    """Every file that is not an entry of the log."""
-    return {path: content for path, content in settled(directory).items() if not path.startswith(names.LOG)}
+    """Every file that is not an entry of the log, nor what a run has measured."""
+    beside = (names.LOG, names.STATS)
+    return {path: content for path, content in settled(directory).items() if not path.startswith(beside)}
 
 
 # ---- copied and moved -----------------------------------------------------------------------------------------------------
