@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import random
 import shutil
 import signal
@@ -18,11 +17,13 @@ import pytest
 
 from distckpt.coordinator.client import client
 from distckpt.coordinator.machine import ledger
+from distckpt.directory.collect import Survey, delete
 from distckpt.errors import CommitUnknownError, DistckptError, StorageError
 from distckpt.storage import LocalStore, patience
 from distckpt.testing.faulty import Call, Fault, FaultyStore, faults_of, rewritten
 from tests.support import crashing
 from tests.support.calls import FaultAtPlace, Place
+from tests.support.clock import Clock
 from tests.support.crashing import Ended, save_and_die
 from tests.support.damage import copied
 from tests.support.part import Part
@@ -220,7 +221,7 @@ def test_no_memory_for_any_call(template: Path, places: list[Place], tmp_path: P
 class Aftermath:
     """A process was killed at ``moment``: how many checkpoints there were then, and when the next run had begun.
 
-    ``leftovers`` are the files that nothing refers to, after that run and long after the death.
+    ``leftovers`` are the files that nothing refers to, after that run and once garbage has been watched for long enough.
     """
 
     moment: int
@@ -238,7 +239,6 @@ def _die(directory: Path, count: str, moment: int) -> Aftermath:
     assert not ended.said or before == [1, 2], f"moment {moment}: acknowledged, and not there"
     for number in before:
         assert_loads(directory / f"ckpt-{number}", number)
-    _age(directory, hours=3)
     with Trainer(directory, max_to_keep=KEEP) as trainer:
         after = numbers(directory)
         assert after[: len(before)] == before
@@ -248,14 +248,17 @@ def _die(directory: Path, count: str, moment: int) -> Aftermath:
     for number in (after[-1], 9):
         assert_loads(directory / f"ckpt-{number}", number)
     assert_sound_log(directory)
-    return Aftermath(moment, len(before), len(after), tuple(sorted(leftovers(directory))))
+    return Aftermath(moment, len(before), len(after), _collected_later(directory))
 
 
-def _age(directory: Path, hours: float) -> None:
-    """Make every file look as if it had not been touched for so long."""
-    then = time.time() - 3600 * hours
-    for path in directory.rglob("*"):
-        os.utime(path, (then, then))
+def _collected_later(directory: Path) -> tuple[str, ...]:
+    """What `distckpt gc --wait` leaves of what nothing refers to."""
+    clock = Clock()
+    survey = Survey(LocalStore(directory), 3600.0, clock)
+    survey.look()
+    clock.now += 3600
+    assert delete(survey.look().found) == {}
+    return tuple(sorted(leftovers(directory)))
 
 
 def _saving(directory: Path, count: str, moment: int | None) -> Ended:

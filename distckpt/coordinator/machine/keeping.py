@@ -15,7 +15,8 @@ from distckpt.coordinator.machine.runs import Run, Runs
 from distckpt.coordinator.messages import Accepted
 
 LOOK_AGAIN = 30.0
-GARBAGE_EVERY = 600.0
+GARBAGE_PAUSES = (20.0, 100.0, 600.0)
+"""Seconds to the next look, the last for ever after. What must be seen unchanged for a while goes in a short life, too."""
 
 
 class Keeping:
@@ -38,6 +39,7 @@ class Keeping:
         self._deleting: frozenset[str] = frozenset()
         self._garbage_wanted = False
         self._garbage_at: float | None = None
+        self._garbage_pauses = list(GARBAGE_PAUSES)
         self._in_need: dict[int, None] = {}
         self._helped: dict[int, None] = {}
         self._helping = False
@@ -171,7 +173,8 @@ class Keeping:
 
     def _collect(self, run: Run) -> None:
         self._garbage_wanted = False
-        self._garbage_at = self._desk.mono + GARBAGE_EVERY
+        pause, *self._garbage_pauses = self._garbage_pauses if self._garbage_pauses else GARBAGE_PAUSES[-1:]
+        self._garbage_at = self._desk.mono + pause
         if self._ledger.whole:
             self._desk.emit(self._garbage(run, urgent=False))
 

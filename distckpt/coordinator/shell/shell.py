@@ -53,7 +53,7 @@ from distckpt.coordinator.shell.housekeeping import (
 )
 from distckpt.coordinator.shell.sealing import read_log_tail, seal_checkpoint
 from distckpt.coordinator.shell.workers import Workers
-from distckpt.directory.garbage import GARBAGE_SECONDS, Predecessors
+from distckpt.directory.garbage import GARBAGE_SECONDS, Watch
 from distckpt.directory.leases import Leases
 from distckpt.directory.locate import foreign_advice
 from distckpt.directory.log import append, prune, read_tail, sequence_numbers
@@ -83,7 +83,7 @@ END_SECONDS = 5.0
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """How a coordinator behaves: seconds until an unfinished attempt is garbage, and until an idle one exits."""
+    """How a coordinator behaves: for how many seconds it watches what may be garbage, and until when an idle one exits."""
 
     garbage_age: float = GARBAGE_SECONDS
     idle_timeout: float | None = None
@@ -117,7 +117,7 @@ class Shell:
         self._changed = threading.Condition(self._lock)
         self._sealer = EntrySealer()  # used in the log's thread alone
         self._state_file = PublishedState(store)
-        self._predecessors = Predecessors(store)
+        self._watch = Watch(store)
         self._leases = Leases(store)  # the machine reads them once at a time
         self._numbers = itertools.count()
         self._garbage: CollectGarbage | None = None
@@ -134,7 +134,7 @@ class Shell:
 
         The directory is claimed when the first request comes.
         """
-        probe_with_room(self._store, self._predecessors, self._settings.garbage_age)
+        probe_with_room(self._store, self._watch, self._settings.garbage_age)
         self._timer.start()
 
     def submit(self, request: Request) -> Future[Reply]:
@@ -337,7 +337,7 @@ class Shell:
                 return delete_checkpoints(self._store, action.records)
             case CollectGarbage():
                 self._garbage = action
-                collect_garbage(self._store, action, self._settings.garbage_age, self._predecessors)
+                collect_garbage(self._store, action, self._settings.garbage_age, self._watch)
                 return RoomMade() if action.urgent else None
             case Publish():
                 if action.entry.state.active:
@@ -360,8 +360,8 @@ class Shell:
             logger.warning("%s; it is tried again once garbage has been deleted", error)
             if self._garbage is not None:
                 urgent = replace(self._garbage, urgent=True)
-                collect_garbage(self._store, urgent, self._settings.garbage_age, self._predecessors)
-            elif not collect_unclaimed(self._store, self._settings.garbage_age, self._predecessors):
+                collect_garbage(self._store, urgent, self._settings.garbage_age, self._watch)
+            elif not collect_unclaimed(self._store, self._settings.garbage_age, self._watch):
                 raise
             return write()
 

@@ -218,13 +218,12 @@ def test_parts_are_hidden_and_those_of_killed_writers_are_swept(store: GcsStore,
         outside.write(name, b"x")
     assert list(store.folders("")) == ["log"]
     assert list(store.list("")) == []
-    assert store.sweep("log", 0.0) == 0
-    assert store.sweep("", 1000.0) == 0
-    assert len(outside.names()) == 4
-    until_swept = store.sweep("", 0.0)
-    while until_swept < 2:  # the server tells its time in whole seconds
-        until_swept += store.sweep("", 0.0)
-    assert until_swept == 2
+    left = list(store.hidden(""))
+    assert sorted((info.path.rpartition("/")[2], info.size) for info in left) == [("dead", 2), ("other", 1)]
+    outside.write(f"{PARTS}/other-01", b"x")  # somebody goes on
+    assert store.sweep(left) == 1
+    assert outside.names() == {f"{PARTS}/other-00", f"{PARTS}/other-01", "log/1"}
+    assert store.sweep(list(store.hidden(""))) == 1
     assert outside.names() == {"log/1"}
 
 

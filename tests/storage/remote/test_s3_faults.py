@@ -10,6 +10,7 @@ import crc32c
 import pytest
 
 from distckpt.errors import AlreadyExistsError, DamagedError, StorageError, StoreOutcomeUnknownError
+from distckpt.storage import ObjectInfo
 from distckpt.storage.remote.s3 import S3Store, open_s3
 from distckpt.testing.observing import MIB, MOST, pattern, sections_of
 from tests.support.proxy import Answer, Cut, Fault, Flip, Proxy, Reset, Seen, Stall, at, like
@@ -104,7 +105,7 @@ def test_a_refusal_for_good_is_told_at_once_with_the_servers_words(store: S3Stor
         lambda: store.delete("a"),
         lambda: list(store.list("")),
         lambda: list(store.folders("")),
-        lambda: store.sweep("", 0),
+        lambda: store.sweep([ObjectInfo("a", 1, 1.0)]),
     ):
         before = len(proxy.seen)
         proxy.fail(Answer(403, error("AccessDenied")))
