@@ -58,7 +58,8 @@ def list_checkpoints(directory: str, as_json: bool, storage_options: Mapping[str
     if not listed:
         raise CheckpointNotFoundError(store.url, "no checkpoint has been committed here")
     if as_json:
-        text.print_json({"directory": store.url, "checkpoints": [_as_json(one, pinned) for one in listed]})
+        checkpoints = [_as_json(one, pinned) for one in listed]
+        text.print_json({"directory": store.url, "ended": state.ended, "checkpoints": checkpoints})
     else:
         _print(listed)
 
