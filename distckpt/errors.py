@@ -35,6 +35,10 @@
   - LaunchError                   also a ValueError: there are more ranks than this one, and no way to find them
   - AgreementError                ranks that should decide together do not: one has died, left, or is elsewhere
   - OutOfRangeError               an input has come to its end: a clean stop, not a failure
+  - GroupError                    a group of workers that share the checkpoints of a run
+    - GroupMismatchError          also a ValueError: the group was made with other settings
+    - GroupNotFoundError          there is no group of that name
+    - ClaimLostError              another worker has taken over, so what this one did does not count
   - ExportError                   a committed checkpoint could not be exported; the checkpoint stands
   - RestoreError
     - MismatchError               keys missing, unexpected or of another shape
@@ -366,6 +370,41 @@ class AgreementError(DistckptError):
 
 class OutOfRangeError(DistckptError):
     """An input has come to its end. A Coordinator takes it for a clean stop."""
+
+
+class GroupError(DistckptError):
+    """A group of workers that share the checkpoints of a run."""
+
+
+class GroupMismatchError(GroupError, ValueError):
+    """``group`` of ``directory`` has other settings; ``settings`` maps each to what it is, and what was wanted."""
+
+    def __init__(self, directory: str, group: str, settings: Mapping[str, tuple[object, object]]) -> None:
+        shown = ", ".join(f"{name} is {theirs!r} and not {wanted!r}" for name, (theirs, wanted) in settings.items())
+        super().__init__(
+            f"{directory}: the group {group!r} works with other settings: {shown}. All its workers must agree: leave these "
+            "out, which takes them as they are, or use another group"
+        )
+        self.directory, self.group, self.settings = directory, group, dict(settings)
+
+
+class GroupNotFoundError(GroupError):
+    """There is no ``group`` of that name in ``directory``."""
+
+    def __init__(self, directory: str, group: str) -> None:
+        super().__init__(f"{directory}: there is no group {group!r}. The first of its workers makes it")
+        self.directory, self.group = directory, group
+
+
+class ClaimLostError(GroupError):
+    """The claim on the checkpoint at ``path`` is another worker's of ``group`` by now, or was settled: this does not count."""
+
+    def __init__(self, path: str, group: str, delivery: int) -> None:
+        super().__init__(
+            f"{path}: delivery {delivery} to the group {group!r} has no claim any more: its lease was not renewed in time, and "
+            "another worker took over, or it was settled before. What was done here does not count, and that of the other does"
+        )
+        self.path, self.group, self.delivery = path, group, delivery
 
 
 class ExportError(DistckptError):

@@ -95,13 +95,16 @@ class Chain(Generic[T]):
             raise DamagedError(path, f"the entry says that it is number {said}")
         return entry
 
-    def newest(self) -> Newest[T]:
+    def newest(self, known: Newest[T] | None = None) -> Newest[T]:
         """The end of the chain as it stands. Damaged entries are passed over, remembered and logged, never mended.
 
-        Raises UnsupportedFormatError if a newer release wrote one of them, DamagedError if none can be read.
+        It is ``known``, which was found before, if nothing has come since: that costs one listing. Raises UnsupportedFormatError if a newer release wrote one of them, DamagedError if none can be read.
         """
         for _ in range(8):
-            found = self._newest_readable(self.numbers())
+            numbers = self.numbers()
+            if known is not None and known.seq == max(numbers, default=0):
+                return known
+            found = self._newest_readable(numbers)
             if found is not None:
                 return found
         raise StorageError(self.folder, "the log was pruned faster than it could be read, several times over")
