@@ -14,6 +14,7 @@
     - StateFileError              also a ValueError: a state file that names no newest checkpoint
   - CheckpointNotFoundError       also a FileNotFoundError: no committed checkpoint answers to that name
   - DataElsewhereError            the shards of a checkpoint are in another place, which was not given, or wrongly
+  - LeaseLostError                a lease could not be renewed in time, so what is being read may be deleted meanwhile
   - SaveError                     one save failed on every rank; the previous checkpoint stands
     - EncodeError                 also a TypeError: a value that cannot be stored without pickle
     - PlanError                   a hole, an overlap, or ranks that disagree
@@ -118,9 +119,7 @@ class DamagedError(DistckptError):
     def __init__(self, path: str, reason: str, key: str | None = None) -> None:
         where = f"{path}, key {key!r}" if key is not None else path
         super().__init__(f"{where}: {reason}")
-        self.path = path
-        self.key = key
-        self.reason = reason
+        self.path, self.key, self.reason = path, key, reason
 
 
 class UnsupportedFormatError(DamagedError):
@@ -137,8 +136,7 @@ class LogMissingError(DamagedError):
             f"Nothing was changed. Run `distckpt adopt {directory}`, which checks them and writes a log for those "
             f"that are whole; or restore one by its own path, such as {directory}/{folders[-1]}",
         )
-        self.directory = directory
-        self.folders = tuple(folders)
+        self.directory, self.folders = directory, tuple(folders)
 
 
 class StateFileError(DamagedError, ValueError):
@@ -163,6 +161,15 @@ class CheckpointNotFoundError(DistckptError, FileNotFoundError):
 
 class DataElsewhereError(DistckptError):
     """The shards of a checkpoint lie in another place than the directory, and not where they were looked for."""
+
+
+class LeaseLostError(DistckptError):
+    """A lease of ``seconds`` on ``attempt`` was not renewed in time: it may be deleted. What was read before is right."""
+
+    def __init__(self, path: str, attempt: str, seconds: float) -> None:
+        lost = f"the lease on {attempt} could not be renewed for {seconds:g} s"
+        super().__init__(f"{path}: {lost}; it may be deleted, so no more is read. Open it again, if it is still there")
+        self.path, self.attempt, self.seconds = path, attempt, seconds
 
 
 class SaveError(DistckptError):
@@ -447,9 +454,7 @@ class MismatchError(RestoreError):
             parts.append(f"on both sides, but not fitting: {texts}")
         super().__init__(f"{path}: " + "; ".join(parts))
         self.path = path
-        self.missing = tuple(missing)
-        self.unexpected = tuple(unexpected)
-        self.misshaped = dict(misshaped)
+        self.missing, self.unexpected, self.misshaped = tuple(missing), tuple(unexpected), dict(misshaped)
         self.missing_count = max(missing_count, len(self.missing))
         self.misshaped_count = max(misshaped_count, len(self.misshaped))
 
@@ -481,6 +486,4 @@ class NoGoodCheckpointError(RestoreError):
         advice = "make the objects anew, or restore something that has all their keys"
         left = f". Tensors of the objects now hold parts of what was refused: {advice}" if spoiled else ""
         super().__init__(f"{directory}: no checkpoint could be restored. {listing}{left}")
-        self.directory = directory
-        self.refused = tuple(refused)
-        self.spoiled = spoiled
+        self.directory, self.refused, self.spoiled = directory, tuple(refused), spoiled

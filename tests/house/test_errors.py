@@ -27,6 +27,7 @@ EXAMPLES: list[errors.DistckptError] = [
     errors.StateFileError("/x/checkpoint"),
     errors.CheckpointNotFoundError("/x/ckpt-1", "not there"),
     errors.DataElsewhereError("/x/ckpt-1: its shards are not in gs://b"),
+    errors.LeaseLostError("/x", "e1-00000001aa", 120.0),
     errors.SaveError(3, "failed"),
     errors.EncodeError("state.bad", "needs pickle"),
     errors.PlanError(3, "w", [0, 2], "a hole"),
