@@ -14,6 +14,7 @@
     - StateFileError              also a ValueError: a state file that names no newest checkpoint
   - CheckpointNotFoundError       also a FileNotFoundError: no committed checkpoint answers to that name
   - DataElsewhereError            the shards of a checkpoint are in another place, which was not given, or wrongly
+  - LeaseLostError                a lease could not be renewed in time, so what is being read may be deleted meanwhile
   - SaveError                     one save failed on every rank; the previous checkpoint stands
     - EncodeError                 also a TypeError: a value that cannot be stored without pickle
     - PlanError                   a hole, an overlap, or ranks that disagree
@@ -35,6 +36,10 @@
   - LaunchError                   also a ValueError: there are more ranks than this one, and no way to find them
   - AgreementError                ranks that should decide together do not: one has died, left, or is elsewhere
   - OutOfRangeError               an input has come to its end: a clean stop, not a failure
+  - GroupError                    a group of workers that share the checkpoints of a run
+    - GroupMismatchError          also a ValueError: the group was made with other settings
+    - GroupNotFoundError          there is no group of that name
+    - ClaimLostError              another worker has taken over, so what this one did does not count
   - ExportError                   a committed checkpoint could not be exported; the checkpoint stands
   - RestoreError
     - MismatchError               keys missing, unexpected or of another shape
@@ -114,9 +119,7 @@ class DamagedError(DistckptError):
     def __init__(self, path: str, reason: str, key: str | None = None) -> None:
         where = f"{path}, key {key!r}" if key is not None else path
         super().__init__(f"{where}: {reason}")
-        self.path = path
-        self.key = key
-        self.reason = reason
+        self.path, self.key, self.reason = path, key, reason
 
 
 class UnsupportedFormatError(DamagedError):
@@ -133,8 +136,7 @@ class LogMissingError(DamagedError):
             f"Nothing was changed. Run `distckpt adopt {directory}`, which checks them and writes a log for those "
             f"that are whole; or restore one by its own path, such as {directory}/{folders[-1]}",
         )
-        self.directory = directory
-        self.folders = tuple(folders)
+        self.directory, self.folders = directory, tuple(folders)
 
 
 class StateFileError(DamagedError, ValueError):
@@ -159,6 +161,15 @@ class CheckpointNotFoundError(DistckptError, FileNotFoundError):
 
 class DataElsewhereError(DistckptError):
     """The shards of a checkpoint lie in another place than the directory, and not where they were looked for."""
+
+
+class LeaseLostError(DistckptError):
+    """A lease of ``seconds`` on ``attempt`` was not renewed in time: it may be deleted. What was read before is right."""
+
+    def __init__(self, path: str, attempt: str, seconds: float) -> None:
+        lost = f"the lease on {attempt} could not be renewed for {seconds:g} s"
+        super().__init__(f"{path}: {lost}; it may be deleted, so no more is read. Open it again, if it is still there")
+        self.path, self.attempt, self.seconds = path, attempt, seconds
 
 
 class SaveError(DistckptError):
@@ -368,6 +379,41 @@ class OutOfRangeError(DistckptError):
     """An input has come to its end. A Coordinator takes it for a clean stop."""
 
 
+class GroupError(DistckptError):
+    """A group of workers that share the checkpoints of a run."""
+
+
+class GroupMismatchError(GroupError, ValueError):
+    """``group`` of ``directory`` has other settings; ``settings`` maps each to what it is, and what was wanted."""
+
+    def __init__(self, directory: str, group: str, settings: Mapping[str, tuple[object, object]]) -> None:
+        shown = ", ".join(f"{name} is {theirs!r} and not {wanted!r}" for name, (theirs, wanted) in settings.items())
+        super().__init__(
+            f"{directory}: the group {group!r} works with other settings: {shown}. All its workers must agree: leave these "
+            "out, which takes them as they are, or use another group"
+        )
+        self.directory, self.group, self.settings = directory, group, dict(settings)
+
+
+class GroupNotFoundError(GroupError):
+    """There is no ``group`` of that name in ``directory``."""
+
+    def __init__(self, directory: str, group: str) -> None:
+        super().__init__(f"{directory}: there is no group {group!r}. The first of its workers makes it")
+        self.directory, self.group = directory, group
+
+
+class ClaimLostError(GroupError):
+    """The claim on the checkpoint at ``path`` is another worker's of ``group`` by now, or was settled: this does not count."""
+
+    def __init__(self, path: str, group: str, delivery: int) -> None:
+        super().__init__(
+            f"{path}: delivery {delivery} to the group {group!r} has no claim any more: its lease was not renewed in time, and "
+            "another worker took over, or it was settled before. What was done here does not count, and that of the other does"
+        )
+        self.path, self.group, self.delivery = path, group, delivery
+
+
 class ExportError(DistckptError):
     """Checkpoint ``number`` stands, but it could not be exported; ``module`` failed ('' if none did), for ``reason``."""
 
@@ -408,9 +454,7 @@ class MismatchError(RestoreError):
             parts.append(f"on both sides, but not fitting: {texts}")
         super().__init__(f"{path}: " + "; ".join(parts))
         self.path = path
-        self.missing = tuple(missing)
-        self.unexpected = tuple(unexpected)
-        self.misshaped = dict(misshaped)
+        self.missing, self.unexpected, self.misshaped = tuple(missing), tuple(unexpected), dict(misshaped)
         self.missing_count = max(missing_count, len(self.missing))
         self.misshaped_count = max(misshaped_count, len(self.misshaped))
 
@@ -442,6 +486,4 @@ class NoGoodCheckpointError(RestoreError):
         advice = "make the objects anew, or restore something that has all their keys"
         left = f". Tensors of the objects now hold parts of what was refused: {advice}" if spoiled else ""
         super().__init__(f"{directory}: no checkpoint could be restored. {listing}{left}")
-        self.directory = directory
-        self.refused = tuple(refused)
-        self.spoiled = spoiled
+        self.directory, self.refused, self.spoiled = directory, tuple(refused), spoiled

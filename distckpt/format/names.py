@@ -6,6 +6,7 @@ import re
 
 LOG = "_log"
 LEASES = "_leases"
+GROUPS = "_groups"
 REPORTS = "_reports"
 STATE_FILE = "checkpoint"
 MANIFEST = "manifest.json"
@@ -56,13 +57,28 @@ def claim_of(unique: str) -> str:
 
 def entry_path(seq: int) -> str:
     """The log entry with that sequence number."""
-    return f"{LOG}/{seq:020d}.json"
+    return link_path(LOG, seq)
 
 
 def entry_seq(path: str) -> int | None:
     """The sequence number of a log entry's path, or None for any other object."""
-    match = _ENTRY.fullmatch(path.removeprefix(f"{LOG}/"))
+    return link_seq(LOG, path)
+
+
+def link_path(folder: str, seq: int) -> str:
+    """The entry with that sequence number of the chain in ``folder``: the log is one, and every group has one."""
+    return f"{folder}/{seq:020d}.json"
+
+
+def link_seq(folder: str, path: str) -> int | None:
+    """The sequence number of a path in ``folder``, or None for what is no entry of a chain there."""
+    match = _ENTRY.fullmatch(path.removeprefix(f"{folder}/"))
     return int(match[1]) if match else None
+
+
+def group_folder(group: str) -> str:
+    """The chain of a group of readers."""
+    return f"{GROUPS}/{group}"
 
 
 def checkpoint_folder(name: str, number: int) -> str:
