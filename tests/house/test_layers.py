@@ -27,7 +27,7 @@ FLOORS = (
 ROOMS = ("messages", "machine", "shell", "ray", "client")
 """Those of the coordinator, likewise."""
 
-USERS_WORDS = {"__init__", "errors", "world", "state_file", "checkpoint", "manager", "reader", "watch"}
+USERS_WORDS = {"__init__", "world", "state_file", "checkpoint", "manager", "reader", "watch"}
 """The modules at the top of the package: what people import and what they meet in a traceback."""
 
 
