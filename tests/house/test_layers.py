@@ -103,7 +103,7 @@ def test_no_module_needs_itself() -> None:
 def test_wall_clock_time_is_read_at_the_rim_and_through_time_time_alone() -> None:
     """So a test can set it, and what decides (the machine, retention) is told."""
     rim = {"coordinator.shell.shell", "storage.local", "storage.memory", "storage.examine", "export.task"}
-    rim |= {"directory.garbage", "directory.groups", "training.hooks"}
+    rim |= {"directory.garbage", "directory.groups", "directory.reports", "training.hooks"}
     rim |= {"storage.remote.generic", "storage.remote.s3_signing"}
     rim |= {f"cli.{command}" for command in ("adopting", "collecting", "copying", "pinning", "removing")}
     harmless = {"time.monotonic", "time.perf_counter", "time.sleep"}
