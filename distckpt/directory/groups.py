@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 import uuid
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from distckpt.directory import sharing
 from distckpt.directory.chain import Chain, Newest
@@ -176,11 +176,6 @@ class Group:
             self._chain.prune(seq - KEEP_ENTRIES)
         except (StorageError, DamagedError) as error:
             logger.warning("old entries of the group %s were left: %s", self.name, error)
-
-
-def resting(state: GroupState, still_for: Callable[[str], float]) -> Collection[str]:
-    """The attempts whose back-off is not over. ``still_for`` tells for how long this process has known of a delivery."""
-    return {item.attempt for item in state.returned if still_for(f"{item.attempt}#{item.deliveries}") < item.backoff}
 
 
 def _chain(store: Store, name: str) -> Chain[GroupEntry]:

@@ -1,4 +1,4 @@
-"""Every error: an example of each, its journey between processes, and the tree that errors.py draws."""
+"""Every error: an example of each, its journey between processes, and the tree that the package draws."""
 
 from __future__ import annotations
 
