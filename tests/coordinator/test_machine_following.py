@@ -18,9 +18,9 @@ from distckpt.coordinator.machine.actions import (
     TellSkips,
 )
 from distckpt.coordinator.machine.following import Followed, Following
-from distckpt.coordinator.messages import Committed, FromRank, Join, Joined, Lag, Leave, Refused, Retention, Skipped
+from distckpt.coordinator.messages import Committed, FromRank, Join, Joined, Lag, Leave, Refused, Skipped
 from distckpt.format.json.log import CheckpointRecord
-from distckpt.keep import Rule
+from distckpt.keep import Retention, Rule
 from tests.support.driving import TIMEOUT, Driver, attempt_of, kinds, last
 
 
