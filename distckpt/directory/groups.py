@@ -91,6 +91,11 @@ class Group:
         self._newest = self._look()
         return self._newest.entry.state if self._newest.entry is not None else None
 
+    def newest(self) -> GroupEntry | None:
+        """The newest entry of its chain; None if there is no such group. Raises what ``read`` raises."""
+        self.read()
+        return self._newest.entry if self._newest is not None else None
+
     def join(self, settings: Settings, log: State) -> GroupState:
         """How it stands; it is made if there is no such group. GroupMismatchError if its settings are other ones."""
         state = self.read()
