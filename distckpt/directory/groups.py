@@ -64,9 +64,7 @@ def skip(store: Store, group: str, records: Sequence[CheckpointRecord]) -> None:
     Those that its workers have they keep. Returns once it counts; StorageError if that is not sure.
     """
     log = read_tail(store).state
-    Group(store, group, "retention").change(
-        "skip", lambda state: sharing.skipped(sharing.moved(state, log), records)
-    )
+    Group(store, group, "retention").change("skip", lambda state: sharing.skipped(sharing.moved(state, log), records))
 
 
 class Group:
