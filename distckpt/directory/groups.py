@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from distckpt.directory import sharing
 from distckpt.directory.chain import Chain, Newest
+from distckpt.directory.log import read_tail
 from distckpt.directory.sharing import Settings, waiting
 from distckpt.errors import (
     DamagedError,
@@ -62,7 +63,8 @@ def skip(store: Store, group: str, records: Sequence[CheckpointRecord]) -> None:
 
     Those that its workers have they keep. Returns once it counts; StorageError if that is not sure.
     """
-    Group(store, group, "retention").change("skip", lambda state: sharing.skipped(state, records))
+    log = read_tail(store).state
+    Group(store, group, "retention").change("skip", lambda state: sharing.skipped(sharing.moved(state, log), records))
 
 
 class Group:
