@@ -15,6 +15,7 @@ from distckpt.directory.garbage import (
     attempt_folders,
     dead,
     leftover,
+    lost_reports,
     old_probes,
     unfinished,
 )
@@ -35,6 +36,7 @@ LEASE = "expired lease"
 LEASED = "lease"
 PROBE = "probe"
 PIN = "pin of nothing"
+REPORT = "report on what is gone"
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +114,7 @@ class Survey:
                 for info, wait in self._leases.counting.items()
             ]
             judged += [Garbage(PIN, left) for left in attempts.lost_pins()]
+            judged += [Garbage(REPORT, left) for left in attempts.lost_reports()]
         found = tuple(one for one in judged if not one.left.wait)
         return Collection(tail, found, tuple(later), tuple(one for one in judged if one.left.wait))
 
@@ -171,6 +174,10 @@ class _Attempts:
         """What would be garbage if the newest coordinator were not there any more."""
         if names.attempt_epoch(folder.rpartition("/")[2]) == self._epoch:
             yield from self._dead(folder, self._epoch + 1)
+
+    def lost_reports(self) -> list[Leftover]:
+        """Reports on what the log has let go."""
+        return lost_reports(Bounds(self._known, frozenset(), self._epoch), self._min_age, self._watch)
 
     def lost_pins(self) -> Iterator[Leftover]:
         """Pins of what is no more, and those that came too late for it and whose maker was killed before it saw that."""

@@ -41,7 +41,7 @@ It never was a checkpoint and never will be. But who still writes to it should b
 that its files are gone.
 """
 
-SWEPT = ("", names.LOG, names.LEASES, names.STATS, PROBES)
+SWEPT = ("", names.LOG, names.LEASES, names.STATS, names.REPORTS, PROBES)
 """Folders in which killed writers may have left hidden things, beside those of the attempts."""
 
 
@@ -244,6 +244,16 @@ def old_probes(min_age: float, watch: Watch) -> list[Leftover]:
 def hidden(store: Store, folder: str) -> Iterator[ObjectInfo]:
     """What no listing shows, where a store has such things."""
     return store.hidden(folder) if isinstance(store, SupportsHidden) else iter(())
+
+
+def lost_reports(bounds: Bounds, min_age: float, watch: Watch) -> list[Leftover]:
+    """Reports on what is no checkpoint any more."""
+    store = watch.store
+    return [
+        leftover(store, info.path, [info], watch.missing(store, info.path, [info], min_age))
+        for info in at_most(MOST_NAMES, store.list(names.REPORTS), f"{store.url}/{names.REPORTS}")
+        if (attempt := names.reported_attempt(info.path)) is not None and bounds.admit(attempt)
+    ]
 
 
 def delete(left: Leftover) -> None:

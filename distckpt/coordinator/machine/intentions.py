@@ -7,11 +7,13 @@ from typing import ClassVar
 
 import msgspec
 
+from distckpt.coordinator.machine.following import Followed
 from distckpt.coordinator.machine.records import Records, committed, find_number
-from distckpt.coordinator.machine.retention import swept
-from distckpt.coordinator.messages import OpenRun, Retention
+from distckpt.coordinator.machine.retention import NOBODY, swept
+from distckpt.coordinator.messages import OpenRun
 from distckpt.format.json.log import CheckpointRecord, Kind, State
 from distckpt.format.names import attempt_age
+from distckpt.keep import Retention
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,15 +51,15 @@ class BeginRun:
     def apply(self, state: State) -> State:
         """Its number is larger than that of every run before it. One that the log has lost keeps its own."""
         number = max(state.run + 1, self.first.run)
-        return msgspec.structs.replace(state, run=number, run_token=self.first.token, saves=0)
+        return msgspec.structs.replace(state, run=number, run_token=self.first.token, saves=0, ended=False)
 
 
 @dataclass(frozen=True, slots=True)
 class Commit:
     """A sealed save becomes a checkpoint, the last of ``saves`` saves of its run.
 
-    What has to make room for it retires with the same entry, except ``spared`` attempts. None: it is not known which
-    those are, so nothing retires yet.
+    What has to make room for it retires with the same entry, except ``spared`` attempts and what ``followed`` says that
+    groups want. None: it is not known which those are, so nothing retires yet.
     """
 
     kind: ClassVar[Kind] = "commit"
@@ -65,11 +67,14 @@ class Commit:
     saves: int
     retention: Retention
     spared: frozenset[str] | None
+    followed: Followed = NOBODY
 
     def apply(self, state: State) -> State:
         """It is the newest checkpoint, and one of the same name and number makes room for it."""
         state = committed(state, self.record, self.saves)
-        return state if self.spared is None else swept(state, self.retention, self.spared) or state
+        if self.spared is None:
+            return state
+        return swept(state, self.retention, self.spared, self.followed) or state
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,16 +96,17 @@ class Discard:
 
 @dataclass(frozen=True, slots=True)
 class Retire:
-    """What retention does not keep may not be opened any more, except ``spared`` attempts."""
+    """What retention does not keep may not be opened any more, except ``spared`` attempts and what groups want."""
 
     kind: ClassVar[Kind] = "retire"
     run: int
     retention: Retention
     spared: frozenset[str]
+    followed: Followed = NOBODY
 
     def apply(self, state: State) -> State | None:
         """Nothing changes once another run has begun, which deletes nothing before its first commit."""
-        return swept(state, self.retention, self.spared) if state.run == self.run else None
+        return swept(state, self.retention, self.spared, self.followed) if state.run == self.run else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,6 +169,20 @@ class Reprieve:
 
 
 @dataclass(frozen=True, slots=True)
+class End:
+    """Every rank of ``run`` has said that training is over."""
+
+    kind: ClassVar[Kind] = "end"
+    run: int
+
+    def apply(self, state: State) -> State | None:
+        """So it is, unless another run has begun."""
+        if state.run != self.run or state.ended:
+            return None
+        return msgspec.structs.replace(state, ended=True)
+
+
+@dataclass(frozen=True, slots=True)
 class Confirm:
     """Nothing is to be logged, only made sure of: that the log has nothing newer. ``asked`` says for whom."""
 
@@ -172,4 +192,4 @@ class Confirm:
         """Nothing changes."""
 
 
-Intention = Claim | BeginRun | Commit | Discard | Retire | Forget | SetPin | Reprieve
+Intention = Claim | BeginRun | Commit | Discard | Retire | Forget | SetPin | Reprieve | End

@@ -7,9 +7,10 @@ from dataclasses import dataclass, field
 from distckpt.coordinator.machine.desk import Desk
 from distckpt.coordinator.machine.intentions import BeginRun
 from distckpt.coordinator.machine.ledger import Ledger
-from distckpt.coordinator.messages import OpenRun, Refused, Reply, Retention, RunOpened, Unknown
+from distckpt.coordinator.messages import OpenRun, Refused, Reply, RunOpened, Unknown
 from distckpt.errors import CoordinatorError, DirectoryLostError, DistckptError, StaleRunError
 from distckpt.format.json.log import Entry, State
+from distckpt.keep import Retention
 
 REMEMBERED_TOKENS = 1024
 
@@ -126,7 +127,7 @@ class Runs:
         run = self.current or self._settle(message)
         run.hosts[message.rank] = message.host
         run.left.discard(message.rank)
-        managed = self._ledger.recovered(self._ledger.state).active
+        managed = self._ledger.recovered(self._ledger.state, run.retention).active
         self._desk.answer(ticket, RunOpened(run.number, self._ledger.epoch, managed, self._ledger.state.origin))
 
     def _disagreement(self, message: OpenRun) -> str:

@@ -18,6 +18,7 @@ from distckpt.directory.garbage import (
     delete,
     delete_attempt,
     is_replaced,
+    lost_reports,
     old_probes,
     unfinished,
 )
@@ -30,8 +31,11 @@ from distckpt.storage import Store, probe
 logger = logging.getLogger(__name__)
 
 
-def delete_checkpoints(store: Store, records: tuple[CheckpointRecord, ...]) -> Deleted:
-    """Delete the objects of retired checkpoints, manifest first; what cannot be deleted now is left for later."""
+def delete_checkpoints(store: Store, records: tuple[CheckpointRecord, ...], reports: tuple[str, ...] = ()) -> Deleted:
+    """Delete the objects of retired checkpoints, manifest first, and what was reported on them.
+
+    What cannot be deleted now is left for later.
+    """
     done = []
     for record in records:
         folder = names.attempt_folder(record.name, record.number, record.attempt)
@@ -41,7 +45,17 @@ def delete_checkpoints(store: Store, records: tuple[CheckpointRecord, ...]) -> D
             logger.warning("%s could not be deleted and stays in the log as retiring: %s", folder, error)
         else:
             done.append(record.attempt)
+    for path in reports:
+        if names.reported_attempt(path) in done:
+            _delete_report(store, path)
     return Deleted(tuple(done))
+
+
+def _delete_report(store: Store, path: str) -> None:
+    try:
+        store.delete(path)
+    except Exception as error:  # noqa: BLE001 - it is of nothing by now, and garbage
+        logger.warning("the report %s is left to the next coordinator: %s", path, error)
 
 
 def collect_garbage(store: Store, action: CollectGarbage, min_age: float, watch: Watch) -> int:
@@ -62,7 +76,7 @@ def collect_garbage(store: Store, action: CollectGarbage, min_age: float, watch:
             gone += _collected(unfinished(folder, bounds, min_age, watch))
         for folder in SWEPT:
             gone += _collected(unfinished(folder, bounds, min_age, watch))
-        return gone + _collected(old_probes(min_age, watch))
+        return gone + _collected([*old_probes(min_age, watch), *lost_reports(bounds, min_age, watch)])
 
 
 def collect_unclaimed(store: Store, min_age: float, watch: Watch) -> int:
