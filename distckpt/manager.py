@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import math
 import os
@@ -15,16 +14,17 @@ from distckpt.coordinator.client.client import Client
 from distckpt.coordinator.client.gathering import Gathering
 from distckpt.coordinator.client.membership import RankCluster
 from distckpt.coordinator.client.opening import client_of, meet
-from distckpt.coordinator.messages import Heartbeat, Leave, OpenRun, Retention
+from distckpt.coordinator.messages import Heartbeat, OpenRun, Retention
 from distckpt.coordinator.shell.shell import Settings
 from distckpt.directory.log import read_tail
 from distckpt.directory.newest import newest_committed
-from distckpt.errors import CheckpointNotFoundError, CommitUnknownError, CoordinatorError, DistckptError
+from distckpt.errors import CheckpointNotFoundError, CommitUnknownError, CoordinatorError
 from distckpt.format import names
 from distckpt.format.limits import MAX_NUMBER
 from distckpt.rank.alone import Alone
 from distckpt.rank.arguments import check_allowed, check_arguments, wanted_folder, whole
 from distckpt.rank.exit import close_at_exit, forget_at_exit
+from distckpt.rank.leaving import finish, leave
 from distckpt.rank.options import SaverOptions
 from distckpt.rank.pending import PendingSave, PendingSaves
 from distckpt.rank.restorer import Restorer
@@ -176,6 +176,7 @@ class CheckpointManager:
         self._alone = Alone(self._store.url)
         self._closed = False
         self._left = False
+        self._final = False
         self._patience = 2 * save_timeout + CLOSE_SECONDS
         LooperThread.loop(self._background, HEARTBEAT_SECONDS, self._beat, name="distckpt-heartbeat", skip_missed=True)
         close_at_exit(self)
@@ -291,6 +292,7 @@ class CheckpointManager:
             self._checkpoint.save_counter = counter
             return None
         self._pending.add(pending)
+        self._final = False
         self._begun(pending)
         if step is not None:
             # Ranks could disagree on whether it failed.
@@ -357,19 +359,29 @@ class CheckpointManager:
 
     # ---- life --------------------------------------------------------------------------------------------------
 
-    def close(self) -> None:
+    def close(self, final: bool = False) -> None:
         """Wait for saves under way and leave the run. Raises the first failure that nobody has collected.
+
+        ``final``, on all ranks alike, says that training is over, so that those who follow it come to an end; a later
+        run takes that back. Ranks wait for each other, and return once the log says so; CoordinatorError names those
+        that do not come within ``save_timeout``, or leave without saying so, and StorageError says why it could not be written.
 
         A store that hangs is waited for as long as a save may take, twice ``save_timeout`` and a minute, and then another
         minute for what retention does; what is left undone then is raised, if it is a save, or logged.
         """
         if self._left:
+            if final:
+                raise CoordinatorError(
+                    f"{self.directory}: this manager was closed before it could say that training is over"
+                )
             return
         with self._alone("close"):
             self._closed = True
             deadline = time.monotonic() + self._patience
             try:
                 self._finish(self._patience)
+                if final or self._final:
+                    finish(self._client, self._store, self._patience)
             finally:
                 self._leave(deadline)
 
@@ -386,9 +398,7 @@ class CheckpointManager:
         self._background.request_stop()
         grace = min(CLOSE_SECONDS, max(1.0, deadline - time.monotonic()))
         self._background.join(stop_grace_period_secs=grace, ignore_live_threads=True)
-        with contextlib.suppress(DistckptError):  # the coordinator notices by itself that we are gone
-            self._client.open(CLOSE_SECONDS)
-            self._client.ask(Leave(), 5.0)
+        leave(self._client, CLOSE_SECONDS)
         self._client.close()
 
     def __enter__(self) -> CheckpointManager:
@@ -433,6 +443,11 @@ class CheckpointManager:
 def settle(manager: CheckpointManager) -> None:
     """Return once no save of ``manager`` is under way. What failed is left for the manager to raise."""
     manager._pending.settle()
+
+
+def conclude(manager: CheckpointManager) -> None:
+    """Have the next ``close`` of ``manager`` say that training is over, unless something is saved before."""
+    manager._final = True
 
 
 def abandon(manager: CheckpointManager, error: BaseException) -> None:

@@ -13,11 +13,13 @@ from rich.text import Text
 from distckpt.cli import options, text
 from distckpt.directory.newest import has_manifest
 from distckpt.directory.pins import pins
+from distckpt.directory.reports import read_reports
 from distckpt.directory.strays import read_run
 from distckpt.errors import CheckpointNotFoundError
 from distckpt.format import names
 from distckpt.format.json.lease import Lease
 from distckpt.format.json.log import CheckpointRecord, State
+from distckpt.format.json.report import with_reports
 from distckpt.storage import Store, open_store
 from distckpt.terminal.sizes import human_bytes
 
@@ -48,13 +50,16 @@ def list_checkpoints(directory: str, as_json: bool, storage_options: Mapping[str
     are in the log, but were deleted by other means than distckpt.
     """
     store = open_store(directory, storage_options)
+    reports = [one.report for one in read_reports(store)]  # before the log, into which they go
     state, missing = _settled(store)
+    state = with_reports(state, reports)
     pinned = pins(store)
     listed = in_order(state, missing, pinned.keys())
     if not listed:
         raise CheckpointNotFoundError(store.url, "no checkpoint has been committed here")
     if as_json:
-        text.print_json({"directory": store.url, "checkpoints": [_as_json(one, pinned) for one in listed]})
+        checkpoints = [_as_json(one, pinned) for one in listed]
+        text.print_json({"directory": store.url, "ended": state.ended, "checkpoints": checkpoints})
     else:
         _print(listed)
 

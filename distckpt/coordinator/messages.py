@@ -364,7 +364,13 @@ class AwaitPublished:
 
 @dataclass(frozen=True, slots=True)
 class Leave:
-    """The rank is done with the run."""
+    """The rank is done with the run.
+
+    ``final`` says that training is over. That is answered once all ranks have said so and the log does; a repeat is
+    answered alike.
+    """
+
+    final: bool = False
 
 
 @dataclass(frozen=True, slots=True)

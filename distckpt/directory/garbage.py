@@ -22,7 +22,7 @@ GARBAGE_SECONDS = 3600.0
 FAILED_SECONDS = 60.0
 """The same for an attempt of which it is known that it has failed: it can never be committed, and takes room."""
 
-SWEPT = ("", names.LOG, names.LEASES, PROBES)
+SWEPT = ("", names.LOG, names.LEASES, names.REPORTS, PROBES)
 """Folders in which killed writers may have left hidden things, beside those of the attempts."""
 
 

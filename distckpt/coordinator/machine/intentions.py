@@ -49,7 +49,7 @@ class BeginRun:
     def apply(self, state: State) -> State:
         """Its number is larger than that of every run before it. One that the log has lost keeps its own."""
         number = max(state.run + 1, self.first.run)
-        return msgspec.structs.replace(state, run=number, run_token=self.first.token, saves=0)
+        return msgspec.structs.replace(state, run=number, run_token=self.first.token, saves=0, ended=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,6 +163,20 @@ class Reprieve:
 
 
 @dataclass(frozen=True, slots=True)
+class End:
+    """Every rank of ``run`` has said that training is over."""
+
+    kind: ClassVar[Kind] = "end"
+    run: int
+
+    def apply(self, state: State) -> State | None:
+        """So it is, unless another run has begun."""
+        if state.run != self.run or state.ended:
+            return None
+        return msgspec.structs.replace(state, ended=True)
+
+
+@dataclass(frozen=True, slots=True)
 class Confirm:
     """Nothing is to be logged, only made sure of: that the log has nothing newer. ``asked`` says for whom."""
 
@@ -172,4 +186,4 @@ class Confirm:
         """Nothing changes."""
 
 
-Intention = Claim | BeginRun | Commit | Discard | Retire | Forget | SetPin | Reprieve
+Intention = Claim | BeginRun | Commit | Discard | Retire | Forget | SetPin | Reprieve | End

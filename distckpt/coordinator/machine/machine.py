@@ -31,12 +31,14 @@ from distckpt.coordinator.machine.actions import (
     Tick,
 )
 from distckpt.coordinator.machine.desk import Desk, Identities
+from distckpt.coordinator.machine.ending import Ending
 from distckpt.coordinator.machine.intentions import (
     BeginRun,
     Claim,
     Commit,
     Confirm,
     Discard,
+    End,
     Forget,
     Intention,
     Reprieve,
@@ -119,6 +121,7 @@ class Machine:
         self._restores = Restores(self._desk, self._ledger, self._runs)
         self._stops = Stops(self._desk, self._runs)
         self._publishing = Publishing(self._desk)
+        self._ending = Ending(self._desk, self._ledger, self._runs)
         self._keeping = Keeping(self._desk, self._ledger, self._runs, self._restores, self._book)
         self._saves = Saves(self._desk, self._ledger, identities, self._runs, self._book, self._keeping)
 
@@ -163,7 +166,8 @@ class Machine:
         """The monotonic time by which a Tick is wanted, or None."""
         if self._end is not None:
             return None
-        times = chain(self._saves.deadlines(), self._restores.deadlines(), self._keeping.deadlines())
+        parts = (self._saves, self._restores, self._keeping, self._ending)
+        times = chain.from_iterable(part.deadlines() for part in parts)
         single = (self._ledger.deadline, self._stops.deadline, self._idle_at())
         return min(chain(times, (at for at in single if at is not None)), default=None)
 
@@ -220,6 +224,7 @@ class Machine:
         else:
             return
         self._runs.cannot_begin(error)
+        self._ending.abandon(error)
         for waiting in (self._early, self._pinning):
             self._desk.answer_shelf(waiting, Refused(error))
 
@@ -244,6 +249,7 @@ class Machine:
                 self._restores.tick()
                 self._stops.tick()
                 self._keeping.tick()
+                self._ending.tick()
             idle_at = self._idle_at()
             if idle_at is not None and idle_at <= self._desk.mono:
                 error = CoordinatorUnavailableError(f"{self._desk.directory}: the coordinator was idle and has stopped")
@@ -262,7 +268,7 @@ class Machine:
 
     def _idle_at(self) -> float | None:
         """When it will have been idle for too long; None while there is work."""
-        parts = (self._ledger, self._restores, self._keeping, self._publishing)
+        parts = (self._ledger, self._restores, self._keeping, self._publishing, self._ending)
         if self._idle_timeout is None or not self._ledger.leading:
             return None
         if self._book or self._early or any(part.busy for part in parts):
@@ -324,8 +330,8 @@ class Machine:
                 self._desk.answer(ticket, Accepted())
             case AwaitPublished():
                 self._publishing.await_published(ticket)
-            case Leave():
-                self._leave(ticket, rank, run)
+            case Leave(final):
+                self._leave(ticket, rank, run, final)
 
     def _turn_away(self, ticket: int, request: RankRequest, refusal: Reply | None) -> None:
         """What was committed is committed, also for a rank that has not reported again after a restart."""
@@ -334,10 +340,14 @@ class Machine:
             record = self._ledger.state.find(request.attempt)
         self._desk.answer(ticket, Committed(record) if record is not None else refusal or Unknown())
 
-    def _leave(self, ticket: int, rank: int, run: Run) -> None:
+    def _leave(self, ticket: int, rank: int, run: Run, final: bool) -> None:
         run.left.add(rank)
         self._stops.leave(rank)
-        self._desk.answer(ticket, Accepted())
+        if final:
+            self._ending.finish(ticket, rank)
+        else:
+            self._desk.answer(ticket, Accepted())
+            self._ending.leave(rank)
         if run.deserted:
             self._saves.everyone_left()
 
@@ -371,6 +381,8 @@ class Machine:
             self._pin_settled(intention)
         elif isinstance(intention, Confirm):
             self._restores.confirmed(intention.asked)
+        elif isinstance(intention, End):
+            self._ending.over()
         if entry is None:
             return
         match intention:
@@ -390,7 +402,7 @@ class Machine:
                 self._publishing.publish(entry)
             case SetPin(pinned=False):
                 self._keeping.look()
-            case SetPin() | Forget() | Confirm():
+            case SetPin() | Forget() | End() | Confirm():
                 pass
 
     def _give_up(self, intention: Intention, reason: str) -> None:
@@ -403,6 +415,8 @@ class Machine:
             case SetPin(ticket):
                 if ticket in self._pinning:
                     self._desk.answer(ticket, Refused(CoordinatorError(f"{self._desk.directory}: {reason}")))
+            case End():
+                self._ending.abandon(CoordinatorError(f"{self._desk.directory}: {reason}"))
             case Claim() | Discard() | Retire() | Forget() | Reprieve():
                 pass
 
@@ -420,6 +434,7 @@ class Machine:
         self._saves.abandon(error)
         self._restores.abandon(error)
         self._stops.abandon(error)
+        self._ending.abandon(error)
         self._runs.begun(begin, entry)
         self._run_known()
 

@@ -17,7 +17,7 @@ FORMAT = 1
 MAX_ENTRY_BYTES = 64 << 20
 MAX_ID_LENGTH = 256
 
-Kind = Literal["claim", "run", "commit", "retire", "forget", "pin", "metric"]
+Kind = Literal["claim", "run", "commit", "retire", "forget", "pin", "metric", "end"]
 
 
 class CheckpointRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -66,7 +66,8 @@ class State(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     ``run`` counts incarnations of the job; ``run_token`` names the current one. ``saves`` counts its saves up to the
     newest that was committed: whatever of them is not committed by then never will be. ``origin`` is unique for ever
     and names the log itself, from its first entry on; logs that began before there was such a name have ''.
-    ``commits`` counts all checkpoints that ever came into the log, whatever became of them.
+    ``commits`` counts all checkpoints that ever came into the log, whatever became of them. ``ended`` says that the run
+    has said that training is over; whatever comes after that run, or after it in that run, takes it back.
     """
 
     active: tuple[CheckpointRecord, ...] = ()
@@ -78,6 +79,7 @@ class State(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     saves: int = 0
     origin: str = ""
     commits: int = 0
+    ended: bool = False
 
     def alive(self) -> dict[str, CheckpointRecord]:
         """What may be opened, by attempt: preserved ones first, then active ones in save order."""
