@@ -136,11 +136,6 @@ class Machine:
         return self._ledger.epoch
 
     @property
-    def seq(self) -> int:
-        """The number of the newest entry that counts, 0 before the claim."""
-        return self._ledger.entry.seq if self._ledger.entry is not None else 0
-
-    @property
     def state(self) -> State:
         """The checkpoint state of the newest entry that counts."""
         return self._ledger.state

@@ -96,7 +96,6 @@ class _Life:
     machine: Machine
     tickets: dict[int, Future[Reply]] = field(default_factory=dict)
     doing: dict[int, Action] = field(default_factory=dict)
-    told: int = 0
     over: bool = False
 
 
@@ -106,8 +105,8 @@ class Shell:
     An exception that comes out of the machine leaves it in no state to go on from. Everyone who waits for it is refused
     with that, and with the next request another machine begins from the log, as after a restart of the process.
 
-    ``on_exit`` is called when the machine has come to its end, with the reason; ``on_entry`` with the number of each entry
-    that counts, or of the newest of several: it returns at once and raises nothing.
+    ``on_exit`` is called when the machine has come to its end, with the reason; ``on_entry`` with the newest number of the
+    log, as soon as an entry is there: it returns at once and raises nothing.
 
     Wall-clock time is read through ``time.time`` alone, deadlines through ``time.monotonic``.
     """
@@ -217,7 +216,6 @@ class Shell:
                         answers.append(action)
                     else:
                         self._dispatch(life, action)
-                self._tell(life)
                 self._changed.notify_all()
             for answer in answers:
                 self._answer(life, answer)
@@ -225,12 +223,6 @@ class Shell:
             self._fail(life, error)
             if not isinstance(error, Exception):
                 raise  # Ctrl-C, in the thread of somebody who asks
-
-    def _tell(self, life: _Life) -> None:
-        """Whoever follows the log hears of each entry that counts, at once: not behind what is derived from it."""
-        if self._on_entry is not None and life.machine.seq > life.told:
-            life.told = life.machine.seq
-            self._on_entry(life.told)
 
     def _answer(self, life: _Life, answer: Answer) -> None:
         error = answer.reply.error if isinstance(answer.reply, Refused) else None
@@ -385,6 +377,8 @@ class Shell:
 
     def _append(self, action: Append) -> Event:
         result = append(self._store, action.entry, self._sealer)
+        if result.outcome in ("appended", "taken") and self._on_entry is not None:
+            self._on_entry(max(result.newest, action.entry.seq))
         if result.outcome == "appended":
             _warn_of_clock(self._store, action.entry)
             return Appended(action.entry, result.newest)
