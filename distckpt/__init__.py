@@ -22,6 +22,11 @@ if TYPE_CHECKING:
     from distckpt.export.recipes import Export as Export
     from distckpt.iterators import checkpoints_iterator as checkpoints_iterator
     from distckpt.iterators import wait_for_new_checkpoint as wait_for_new_checkpoint
+    from distckpt.keep import AnyOf as AnyOf
+    from distckpt.keep import BestN as BestN
+    from distckpt.keep import EveryHours as EveryHours
+    from distckpt.keep import EveryNumbers as EveryNumbers
+    from distckpt.keep import LatestN as LatestN
     from distckpt.manager import CheckpointManager as CheckpointManager
     from distckpt.rank.pending import PendingSave as PendingSave
     from distckpt.reader import CheckpointReader as CheckpointReader
@@ -57,6 +62,8 @@ if TYPE_CHECKING:
 # Looked up when first used: reading a log or running the coordinator needs no torch, and torch takes seconds to import.
 _HOMES = {
     "Agreement": "training.agreement",
+    "AnyOf": "keep",
+    "BestN": "keep",
     "Checkpoint": "checkpoint",
     "CheckpointManager": "manager",
     "CheckpointReader": "reader",
@@ -64,9 +71,12 @@ _HOMES = {
     "CheckpointSaverListener": "training.hooks",
     "CheckpointState": "state_file",
     "Coordinator": "threads.coordinator",
+    "EveryHours": "keep",
+    "EveryNumbers": "keep",
     "Export": "export.recipes",
     "ExportCheckpointManager": "export.manager",
     "HookedLoop": "training.session",
+    "LatestN": "keep",
     "LoadStatus": "checkpoint",
     "LooperThread": "threads.looper",
     "PendingSave": "rank.pending",

@@ -55,10 +55,11 @@ def checkpoints_iterator(
     """Yields the path of the newest committed checkpoint, then that of each newer one, as they come.
 
     Which directory a relative path means is settled by the call. Looks only when asked for the next, so a slow consumer
-    gets the newest and misses those in between. A path that was saved again counts as new. ``min_interval_secs`` is the least time between two yields. When ``timeout`` seconds
-    bring nothing new it ends, unless there is a ``timeout_fn``: that is called then, without arguments, and decides:
-    true ends the iterator, false waits again. Retention may retire a checkpoint while it is being read: a reader that
-    must not lose it holds a lease instead. Raises what ``wait_for_new_checkpoint`` raises.
+    gets the newest and misses those in between. A path that was saved again counts as new. ``min_interval_secs`` is the
+    least time between two yields. When ``timeout`` seconds bring nothing new it ends, unless there is a ``timeout_fn``:
+    that is called then, without arguments, and decides: true ends the iterator, false waits again. Retention may retire a
+    checkpoint while it is being read: a reader that must not lose it uses ``watch`` instead. Raises what
+    ``wait_for_new_checkpoint`` raises.
     """
     return _paths(canonical(checkpoint_dir), min_interval_secs, timeout, timeout_fn, storage_options)
 

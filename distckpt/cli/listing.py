@@ -50,7 +50,7 @@ def list_checkpoints(directory: str, as_json: bool, storage_options: Mapping[str
     are in the log, but were deleted by other means than distckpt.
     """
     store = open_store(directory, storage_options)
-    reports = [one.report for one in read_reports(store)]  # before the log, into which they go
+    reports = [one.report for one in read_reports(store).found]  # before the log, into which they go
     state, missing = _settled(store)
     state = with_reports(state, reports)
     pinned = pins(store)

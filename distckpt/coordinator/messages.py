@@ -16,15 +16,20 @@ from typing import Literal
 from distckpt.errors import DistckptError
 from distckpt.format.arrow.receipt import ShardReceipt
 from distckpt.format.json.log import CheckpointRecord
+from distckpt.keep import Rule
 from distckpt.threads.report import StopReport
 
 
 @dataclass(frozen=True, slots=True)
 class Retention:
-    """What to keep. ``max_to_keep`` None keeps all; hours may be fractional; 0 or None preserves none by age."""
+    """What to keep. ``max_to_keep`` None keeps all; hours may be fractional; 0 or None preserves none by age.
+
+    Where there is a rule, ``keep``, it alone decides.
+    """
 
     max_to_keep: float | None = 5
     keep_checkpoint_every_n_hours: float | None = None
+    keep: Rule | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,6 +147,19 @@ class Late:
     seconds: float
     timeout: float
     stage: str
+
+
+@dataclass(frozen=True, slots=True)
+class Lag:
+    """A save waits, for ``seconds`` by now, until fewer than ``most`` checkpoints wait for ``group``: ask again.
+
+    It waits as long as that takes: no rank is missing, so no deadline runs.
+    """
+
+    group: str
+    waiting: int
+    most: int
+    seconds: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -425,6 +443,7 @@ Reply = (
     | Accepted
     | Planned
     | Late
+    | Lag
     | Committed
     | Prepared
     | MatchWith

@@ -155,6 +155,17 @@ def old_probes(store: Store, min_age: float) -> list[Leftover]:
     ]
 
 
+def lost_reports(store: Store, bounds: Bounds, min_age: float) -> list[Leftover]:
+    """Reports on what is no checkpoint any more."""
+    return [
+        leftover(store, info.path, [info])
+        for info in at_most(MOST_NAMES, store.list(names.REPORTS), f"{store.url}/{names.REPORTS}")
+        if (attempt := names.reported_attempt(info.path)) is not None
+        and bounds.admit(attempt)
+        and info.modified < time.time() - min_age
+    ]
+
+
 def delete_attempt(store: Store, folder: str) -> None:
     """Delete all of an attempt, its manifest first, so that no part of it can be taken for a checkpoint."""
     store.delete(f"{folder}/{names.MANIFEST}")

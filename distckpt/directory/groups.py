@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from distckpt.directory import sharing
 from distckpt.directory.chain import Chain, Newest
+from distckpt.directory.log import read_tail
 from distckpt.directory.sharing import Settings, waiting
 from distckpt.errors import (
     DamagedError,
@@ -62,7 +63,8 @@ def skip(store: Store, group: str, records: Sequence[CheckpointRecord]) -> None:
 
     Those that its workers have they keep. Returns once it counts; StorageError if that is not sure.
     """
-    Group(store, group, "retention").change("skip", lambda state: sharing.skipped(state, records))
+    log = read_tail(store).state
+    Group(store, group, "retention").change("skip", lambda state: sharing.skipped(sharing.moved(state, log), records))
 
 
 class Group:
@@ -90,6 +92,11 @@ class Group:
         """
         self._newest = self._look()
         return self._newest.entry.state if self._newest.entry is not None else None
+
+    def newest(self) -> GroupEntry | None:
+        """The newest entry of its chain; None if there is no such group. Raises what ``read`` raises."""
+        self.read()
+        return self._newest.entry if self._newest is not None else None
 
     def join(self, settings: Settings, log: State) -> GroupState:
         """How it stands; it is made if there is no such group. GroupMismatchError if its settings are other ones."""

@@ -13,7 +13,7 @@ from typing import SupportsFloat
 from distckpt.directory.log import read_tail
 from distckpt.errors import AlreadyExistsError, DamagedError, ObjectNotFoundError, StoreOutcomeUnknownError
 from distckpt.format import names
-from distckpt.format.json.report import FORMAT, MAX_REPORT_BYTES, Report, merged_metrics
+from distckpt.format.json.report import FORMAT, MAX_REPORT_BYTES, Report, Reported, merged_metrics
 from distckpt.format.json.sealed import seal, unseal
 from distckpt.storage import MOST_NAMES, Store, at_most
 
@@ -23,11 +23,11 @@ TRIES = 3
 
 
 @dataclass(frozen=True, slots=True)
-class Reported:
-    """A report, and the object that it stands in."""
+class Reports:
+    """What was ``found``, in the order in which the store got it. ``unclear`` are attempts with a report that cannot be read."""
 
-    path: str
-    report: Report
+    found: tuple[Reported, ...]
+    unclear: frozenset[str]
 
 
 def write_report(store: Store, attempt: str, metrics: Mapping[str, SupportsFloat], reporter: str = "") -> Report:
@@ -71,8 +71,8 @@ def _put(store: Store, path: str, data: bytes) -> None:
 
 def read_reports(
     store: Store, attempt: str | None = None, told: set[str] | None = None, most: int = MOST_NAMES
-) -> tuple[Reported, ...]:
-    """What is reported and not folded into the log yet, in the order in which the store got it: the ``most`` oldest.
+) -> Reports:
+    """What is reported and not folded into the log yet: the ``most`` oldest.
 
     Who shows them reads the log after them: what is folded meanwhile is in one of the two. ``attempt`` is whose, None for
     all. One that is damaged, or of a later release, is left out, with a warning; once, if ``told`` is kept by the caller.
@@ -81,16 +81,18 @@ def read_reports(
     listed = at_most(MOST_NAMES, store.list(names.REPORTS), f"{store.url}/{names.REPORTS}")
     ours = [info for info in listed if (named := names.reported_attempt(info.path)) and attempt in (None, named)]
     found: list[tuple[float, Reported]] = []
+    unclear: set[str] = set()
     for info in sorted(ours, key=lambda info: (info.modified, info.path))[:most]:
         try:
             found.append((info.modified, Reported(info.path, _read(store, info.path))))
         except ObjectNotFoundError:
             continue  # folded since the listing, or its checkpoint has gone
         except DamagedError as error:
+            unclear.add(names.reported_attempt(info.path) or "")
             _tell(info.path, error, told)
     # What came within one tick of the store's clock: as its reporters say.
     found.sort(key=lambda one: (one[0], one[1].report.time, one[1].path))
-    return tuple(reported for _, reported in found)
+    return Reports(tuple(reported for _, reported in found), frozenset(unclear))
 
 
 def _read(store: Store, path: str) -> Report:
@@ -102,14 +104,14 @@ def _read(store: Store, path: str) -> Report:
 
 def _tell(path: str, error: DamagedError, told: set[str] | None) -> None:
     if told is None or path not in told:
-        logger.warning("a report is passed over: %s", error)
+        logger.warning("a report cannot be read, and can be deleted by hand: %s", error)
     if told is not None:
         told.add(path)
 
 
 def reported_metrics(store: Store, attempt: str) -> dict[str, float]:
     """All metrics of an attempt, those that are in the log already and those that are not. Empty if there are none."""
-    reports = read_reports(store, attempt)
+    reports = read_reports(store, attempt).found
     record = read_tail(store).state.find(attempt)
     known = dict(record.metrics) if record is not None else {}
     return merged_metrics(known, (one.report for one in reports))

@@ -130,7 +130,7 @@ def test_what_is_read_and_reported_is_the_attempt_that_was_given_out(tmp_path: P
     write_checkpoint(tmp_path, 1, {"step": 2})
     assert checkpoint.load() == {"step": 1}
     checkpoint.report({"loss": 1.5})
-    [reported] = read_reports(open_store(tmp_path))
+    [reported] = read_reports(open_store(tmp_path)).found
     assert (reported.report.attempt, reported.report.metrics) == (checkpoint.attempt, {"loss": 1.5})
     assert reported.report.reporter.partition(":")[0] != ""
     assert said == [(1, {"loss": 1.5})]

@@ -12,7 +12,7 @@ FLOORS = (
     ("errors",),
     ("world",),
     ("storage", "format", "threads", "terminal"),
-    ("sharding", "state_file"),
+    ("sharding", "state_file", "keep"),
     ("transfer",),
     ("directory",),
     ("state", "coordinator", "iterators"),
@@ -28,7 +28,7 @@ FLOORS = (
 ROOMS = ("messages", "machine", "shell", "ray", "client")
 """Those of the coordinator, likewise."""
 
-USERS_WORDS = {"__init__", "world", "state_file", "checkpoint", "manager", "ray", "reader", "iterators"}
+USERS_WORDS = {"__init__", "world", "state_file", "checkpoint", "manager", "ray", "reader", "iterators", "keep"}
 """The modules at the top of the package: what people import and what they meet in a traceback."""
 
 

@@ -1,6 +1,10 @@
-"""A monotonic clock that a test moves on."""
+"""Clocks: a monotonic one that a test moves on, and the wall clock of a host that is wrong."""
 
 from __future__ import annotations
+
+import time
+
+from tests.support.warm import be_script
 
 
 class Clock:
@@ -11,3 +15,10 @@ class Clock:
 
     def __call__(self) -> float:
         return self.now
+
+
+def be_script_elsewhen(argv: list[str], seconds: float) -> None:
+    """As ``be_script``, on a host whose clock is so many seconds ahead."""
+    right = time.time
+    time.time = lambda: right() + seconds
+    be_script(argv)

@@ -7,8 +7,9 @@ from typing import ClassVar
 
 import msgspec
 
+from distckpt.coordinator.machine.following import Followed
 from distckpt.coordinator.machine.records import Records, committed, find_number
-from distckpt.coordinator.machine.retention import swept
+from distckpt.coordinator.machine.retention import NOBODY, swept
 from distckpt.coordinator.messages import OpenRun, Retention
 from distckpt.format.json.log import CheckpointRecord, Kind, State
 from distckpt.format.names import attempt_age
@@ -56,8 +57,8 @@ class BeginRun:
 class Commit:
     """A sealed save becomes a checkpoint, the last of ``saves`` saves of its run.
 
-    What has to make room for it retires with the same entry, except ``spared`` attempts. None: it is not known which
-    those are, so nothing retires yet.
+    What has to make room for it retires with the same entry, except ``spared`` attempts and what ``followed`` says that
+    groups want. None: it is not known which those are, so nothing retires yet.
     """
 
     kind: ClassVar[Kind] = "commit"
@@ -65,11 +66,14 @@ class Commit:
     saves: int
     retention: Retention
     spared: frozenset[str] | None
+    followed: Followed = NOBODY
 
     def apply(self, state: State) -> State:
         """It is the newest checkpoint, and one of the same name and number makes room for it."""
         state = committed(state, self.record, self.saves)
-        return state if self.spared is None else swept(state, self.retention, self.spared) or state
+        if self.spared is None:
+            return state
+        return swept(state, self.retention, self.spared, self.followed) or state
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,16 +95,17 @@ class Discard:
 
 @dataclass(frozen=True, slots=True)
 class Retire:
-    """What retention does not keep may not be opened any more, except ``spared`` attempts."""
+    """What retention does not keep may not be opened any more, except ``spared`` attempts and what groups want."""
 
     kind: ClassVar[Kind] = "retire"
     run: int
     retention: Retention
     spared: frozenset[str]
+    followed: Followed = NOBODY
 
     def apply(self, state: State) -> State | None:
         """Nothing changes once another run has begun, which deletes nothing before its first commit."""
-        return swept(state, self.retention, self.spared) if state.run == self.run else None
+        return swept(state, self.retention, self.spared, self.followed) if state.run == self.run else None
 
 
 @dataclass(frozen=True, slots=True)

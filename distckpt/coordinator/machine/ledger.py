@@ -11,6 +11,7 @@ from distckpt.coordinator.machine.actions import (
     Appended,
     AppendRefused,
     AppendUnknown,
+    DeleteReports,
     NameTaken,
     NewestRead,
     ReadNewest,
@@ -20,8 +21,10 @@ from distckpt.coordinator.machine.actions import (
 from distckpt.coordinator.machine.desk import Desk, Identities
 from distckpt.coordinator.machine.intentions import BeginRun, Claim, Commit, Confirm, Intention
 from distckpt.coordinator.machine.retention import recover
+from distckpt.coordinator.messages import Retention
 from distckpt.errors import CoordinatorError, DamagedError, DistckptError, FencedError
 from distckpt.format.json.log import FORMAT, Entry, State
+from distckpt.format.json.report import Reported, with_reports
 from distckpt.format.names import LOG
 
 FIRST_RETRY = 0.5
@@ -32,6 +35,7 @@ LAST_RETRY = 10.0
 class _Flight:
     intention: Intention
     entry: Entry
+    folded: tuple[Reported, ...]
 
 
 class Ledger:
@@ -69,6 +73,7 @@ class Ledger:
         self._retry_at: float | None = None
         self._backoff = FIRST_RETRY
         self._recover_at: float | None = None
+        self._reports: tuple[Reported, ...] = ()
 
     @property
     def leading(self) -> bool:
@@ -104,13 +109,24 @@ class Ledger:
         """Begin to claim."""
         self._desk.emit(ReadTail())
 
-    def recovered(self, state: State) -> State:
+    @property
+    def reported(self) -> State:
+        """The state of the newest entry, with what has been reported since."""
+        return with_reports(self.state, (one.report for one in self._reports))
+
+    def fold(self, reports: tuple[Reported, ...]) -> None:
+        """Have the next entry, whatever it is for, say what has been reported; then the reports are deleted."""
+        self._reports = reports
+
+    def recovered(self, state: State, retention: Retention) -> State:
         """``state``, that of the newest entry, as the present manager sees it.
 
         It recovers what it finds as TensorFlow's manager does: in the log from the first commit on. Until then the log
-        stays as it is, so a clock that was wrong while nothing was saved leaves no trace.
+        stays as it is, so a clock that was wrong while nothing was saved leaves no trace. Rules need nothing of this.
         """
-        return state if self._recover_at is None else recover(state, self._recover_at)
+        if self._recover_at is None or retention.keep is not None:
+            return state
+        return recover(state, self._recover_at)
 
     def intend(self, intention: Intention) -> None:
         """Append an entry once those before it are counted, made from the state that there is then."""
@@ -220,6 +236,9 @@ class Ledger:
         assert flight is not None
         self._ground()
         self.entry = entry
+        if flight.folded:
+            self._reports = tuple(one for one in self._reports if one not in flight.folded)
+            self._desk.emit(DeleteReports(flight.folded))
         if entry.kind == "commit":
             self._recover_at = None
         self._follow_up(flight.intention, entry)
@@ -254,8 +273,10 @@ class Ledger:
                 self._confirming = intention
                 self._desk.emit(ReadNewest())
                 return
-            newest = self.entry.state
-            state = intention.apply(self.recovered(newest) if isinstance(intention, Commit) else newest)
+            found = self.reported
+            if isinstance(intention, Commit):
+                found = self.recovered(found, intention.retention)
+            state = intention.apply(found)
             if state is not None:
                 self._fly(intention, self.entry.seq + 1, self.entry.epoch, state)
             else:
@@ -265,5 +286,7 @@ class Ledger:
         if isinstance(intention, Claim | BeginRun):
             self._recover_at = self._desk.now
         entry = Entry(FORMAT, seq, epoch, intention.kind, self._desk.now, self._identities.commit(), state)
-        self._flight = _Flight(intention, entry)
+        alive = state.alive() if self._reports else {}
+        folded = tuple(one for one in self._reports if one.report.attempt in alive)
+        self._flight = _Flight(intention, entry, folded)
         self._desk.emit(Append(entry))

@@ -26,10 +26,12 @@ from distckpt.coordinator.machine.actions import (
     Published,
     RoomMade,
     Sealed,
+    SkipsTold,
     StepFailed,
     TailRead,
     Tick,
 )
+from distckpt.coordinator.machine.answers import status
 from distckpt.coordinator.machine.desk import Desk, Identities
 from distckpt.coordinator.machine.ending import Ending
 from distckpt.coordinator.machine.intentions import (
@@ -77,7 +79,6 @@ from distckpt.coordinator.messages import (
     Request,
     Restore,
     Status,
-    StatusReply,
     Unknown,
 )
 from distckpt.errors import (
@@ -197,6 +198,8 @@ class Machine:
             case LeasesRead():
                 self._keeping.leases_read(event)
                 self._saves.readers_known()
+            case SkipsTold():
+                self._keeping.skips_told(event)
             case Deleted():
                 self._keeping.deleted(event)
             case Published():
@@ -289,7 +292,8 @@ class Machine:
                 self._desk.hold(ticket, self._pinning, None)
                 self._ledger.intend(SetPin(ticket, number, self._name, pinned))
             case Status():
-                self._desk.answer(ticket, self._status())
+                waiting = {**self._restores.waiting(), **self._saves.waiting()}
+                self._desk.answer(ticket, status(self._ledger.entry, waiting))
             case FromRank():
                 self._serve_rank(ticket, request)
 
@@ -355,18 +359,6 @@ class Machine:
     @property
     def _name(self) -> str:
         return self._runs.current.name if self._runs.current is not None else DEFAULT_NAME
-
-    def _status(self) -> StatusReply:
-        state, entry = self._ledger.state, self._ledger.entry
-        return StatusReply(
-            epoch=self._ledger.epoch,
-            seq=entry.seq if entry is not None else 0,
-            run=state.run,
-            checkpoints=state.active,
-            preserved=state.preserved,
-            retiring=state.retiring,
-            waiting={**self._restores.waiting(), **self._saves.waiting()},
-        )
 
     # ---- what an entry of the log leads to -------------------------------------------------------------------------
 

@@ -1,4 +1,4 @@
-"""Which checkpoints stay. Decided on eviction only, as TensorFlow's CheckpointManager does, and without any clock."""
+"""Which checkpoints stay, decided without any clock: on eviction, as TensorFlow's manager does, or anew each time by rules."""
 
 from __future__ import annotations
 
@@ -8,10 +8,13 @@ from dataclasses import dataclass
 
 import msgspec
 
+from distckpt.coordinator.machine.following import Followed
 from distckpt.coordinator.messages import Retention
 from distckpt.format.json.log import CheckpointRecord, State
+from distckpt.keep import Rule
 
 _FIRST_SLACK = 1.0
+NOBODY = Followed()
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,14 +33,24 @@ class Sweep:
 
 
 def sweep(
-    active: Sequence[CheckpointRecord], retention: Retention, last_preserved: float, spared: frozenset[str]
+    active: Sequence[CheckpointRecord],
+    retention: Retention,
+    last_preserved: float,
+    spared: frozenset[str],
+    followed: Followed = NOBODY,
 ) -> Sweep:
-    """Evict whatever is older, by save order, than the newest ``max_to_keep``.
+    """Evict what no rule keeps; without rules, whatever is older, by save order, than the newest ``max_to_keep``.
 
-    An evicted checkpoint is preserved if it is at least ``keep_checkpoint_every_n_hours`` younger than the last
-    preserved one, else retired. The newest, pinned ones and those in ``spared`` (attempts) stay active; they take
-    no place of a younger one, so the newest ``max_to_keep`` always stay. Times are epoch seconds.
+    By rules nothing is preserved, and what a report that cannot be read is on stays. Without, an evicted checkpoint is preserved if it is at least ``keep_checkpoint_every_n_hours`` younger than the last
+    preserved one, else retired. The newest, pinned ones, those in ``spared`` (attempts) and those that groups of readers
+    want stay active; they take no place of a younger one, so the newest ``max_to_keep`` always stay. Times are epoch
+    seconds.
     """
+    spared = spared | followed.held
+    news = frozenset(record.attempt for record in active if followed.is_news(record))
+    if retention.keep is not None:
+        return _judge(active, retention.keep, last_preserved, spared | followed.unclear | news, followed)
+    spared |= news
     keep = retention.max_to_keep
     if not keep:
         return Sweep(tuple(active), (), (), last_preserved)
@@ -55,9 +68,21 @@ def sweep(
     return Sweep((*stay, *active[due:]), tuple(preserved), tuple(retire), last_preserved)
 
 
-def swept(state: State, retention: Retention, spared: frozenset[str]) -> State | None:
+def _judge(
+    active: Sequence[CheckpointRecord], keep: Rule, last_preserved: float, spared: frozenset[str], followed: Followed
+) -> Sweep:
+    kept = spared | keep.keeps(active, followed.pending)
+    stay: list[CheckpointRecord] = []
+    retire: list[CheckpointRecord] = []
+    for record in active:
+        stays = record.attempt in kept or record.pinned or record is active[-1]
+        (stay if stays else retire).append(record)
+    return Sweep(tuple(stay), (), tuple(retire), last_preserved)
+
+
+def swept(state: State, retention: Retention, spared: frozenset[str], followed: Followed = NOBODY) -> State | None:
     """``state`` after a sweep: what is evicted is preserved or retires. None if that is nothing."""
-    found = sweep(state.active, retention, state.last_preserved_timestamp, spared)
+    found = sweep(state.active, retention, state.last_preserved_timestamp, spared, followed)
     if not found.evicts:
         return None
     return msgspec.structs.replace(

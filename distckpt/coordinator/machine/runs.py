@@ -126,7 +126,7 @@ class Runs:
         run = self.current or self._settle(message)
         run.hosts[message.rank] = message.host
         run.left.discard(message.rank)
-        managed = self._ledger.recovered(self._ledger.state).active
+        managed = self._ledger.recovered(self._ledger.state, run.retention).active
         self._desk.answer(ticket, RunOpened(run.number, self._ledger.epoch, managed, self._ledger.state.origin))
 
     def _disagreement(self, message: OpenRun) -> str:

@@ -25,6 +25,7 @@ from distckpt.coordinator.machine.actions import (
     CollectGarbage,
     Delete,
     Deleted,
+    DeleteReports,
     Event,
     Exit,
     Forgotten,
@@ -40,7 +41,9 @@ from distckpt.coordinator.machine.actions import (
     ReadTail,
     RoomMade,
     Seal,
+    SkipsTold,
     StepFailed,
+    TellSkips,
     Tick,
 )
 from distckpt.coordinator.machine.machine import Machine
@@ -51,10 +54,10 @@ from distckpt.coordinator.shell.housekeeping import (
     delete_checkpoints,
     probe_with_room,
 )
+from distckpt.coordinator.shell.needs import Needs, delete_reports, tell_skips
 from distckpt.coordinator.shell.sealing import read_log_tail, seal_checkpoint
 from distckpt.coordinator.shell.workers import Workers
 from distckpt.directory.garbage import GARBAGE_SECONDS, Predecessors
-from distckpt.directory.leases import Leases
 from distckpt.directory.locate import foreign_advice
 from distckpt.directory.log import append, prune, read_tail, sequence_numbers
 from distckpt.directory.published import PublishedState
@@ -128,7 +131,7 @@ class Shell:
         self._sealer = EntrySealer()  # used in the log's thread alone
         self._state_file = PublishedState(store)
         self._predecessors = Predecessors(store)
-        self._leases = Leases(store)  # the machine reads them once at a time
+        self._needs = Needs(store)  # the machine reads them once at a time
         self._numbers = itertools.count()
         self._garbage: CollectGarbage | None = None
         self._closed = False
@@ -341,10 +344,13 @@ class Shell:
                 table = cast(ShardingPlan, action.plan).table
                 return self._with_room(lambda: seal_checkpoint(self._store, action, table))
             case ReadLeases():
-                found = self._leases.read()
-                return LeasesRead(found.attempts, found.failed, found.pinned)
-            case Delete():
-                return delete_checkpoints(self._store, action.records)
+                return self._needs.read(action)
+            case TellSkips():
+                return tell_skips(self._store, action)
+            case Delete(records, reports):
+                return delete_checkpoints(self._store, records, reports)
+            case DeleteReports(reports):
+                delete_reports(self._store, reports)
             case CollectGarbage():
                 self._garbage = action
                 collect_garbage(self._store, action, self._settings.garbage_age, self._predecessors)
@@ -402,6 +408,8 @@ class Shell:
             return NewestRead(None, f"{type(error).__name__}: {error}")
         if isinstance(action, ReadLeases):
             return LeasesRead(frozenset(), f"{error}")
+        if isinstance(action, TellSkips):
+            return SkipsTold(done=False)
         if isinstance(action, Delete):
             logger.warning("deleting failed and will be tried again: %s", error)
             return Deleted(())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import ClassVar
 
 import msgspec
@@ -45,6 +46,14 @@ class Report(Sealed, frozen=True, forbid_unknown_fields=True):
                 yield f"{shown(name)} is not the name of a metric: 1 to {MAX_METRIC_NAME} printable characters"
         if not all(map(math.isfinite, (self.time, *self.metrics.values()))):
             yield "its time or a metric is not a number"
+
+
+@dataclass(frozen=True, slots=True)
+class Reported:
+    """A report, and the path of the object that it stands in."""
+
+    path: str
+    report: Report
 
 
 def is_metric(name: str) -> bool:
