@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -13,12 +14,14 @@ from distckpt.cli import options, text
 from distckpt.directory import sharing
 from distckpt.directory.groups import Group, group_names
 from distckpt.directory.strays import read_run
-from distckpt.errors import GroupNotFoundError
+from distckpt.errors import DamagedError, GroupNotFoundError
 from distckpt.format import names
 from distckpt.format.json.group import Claim, GroupEntry, GroupState, Item, SetAside
 from distckpt.format.json.log import State
 from distckpt.storage import Store, open_store
 from distckpt.terminal.sizes import counted
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,17 +118,22 @@ def standings(store: Store) -> Iterator[Standing]:
             yield Standing(name, msgspec.structs.replace(entry, state=state), unseen)
 
 
-def in_words(found: list[Standing], log: State) -> dict[str, list[str]]:
-    """What groups have to do with a checkpoint, in words, by its attempt."""
+def in_words(store: Store) -> dict[str, list[str]]:
+    """What groups have to do with a checkpoint, in words, by its attempt: ``eval: at worker-3``. Those that can be read."""
     said: dict[str, list[str]] = {}
+    try:
+        found = list(standings(store))
+    except DamagedError as error:
+        logger.warning("left out is what groups have to do with checkpoints, for it cannot be read: %s", error)
+        return said
+    log = read_run(store).state if found else State()
     for one in found:
-        for item, what in (
-            *((claim, f"at {claim.worker}") for claim in one.state.claims),
-            *((item, "given back") for item in one.state.returned),
-            *((item, "set aside") for item in one.state.set_aside),
-            *((sharing.item_of(record), "waiting") for record in sharing.unseen(one.state, log)),
-        ):
-            said.setdefault(item.attempt, []).append(f"{one.name}: {what}")
+        stands: list[tuple[Item, str]] = [(claim, f"at {claim.worker}") for claim in one.state.claims]
+        stands += [(item, "given back") for item in one.state.returned]
+        stands += [(item, "set aside") for item in one.state.set_aside]
+        stands += [(sharing.item_of(record), "waiting") for record in sharing.unseen(one.state, log)[-one.unseen :]]
+        for item, how in stands:
+            said.setdefault(item.attempt, []).append(f"{one.name}: {how}")
     return said
 
 

@@ -78,6 +78,8 @@ def test_a_command_may_have_the_weights_as_safetensors(tmp_path: Path, capfd: py
     assert run("watch", tmp_path, *options, "--", sys.executable, "-c", script, "{path}").exit_code == 0
     assert "{'weight': tensor([1., 1., 1.])}" in capfd.readouterr().out
     assert state_of(tmp_path).acknowledged == 1
+    next(distckpt.watch(tmp_path, group="other", worker="bob", timeout=0))
+    assert "groups that follow: other: at bob" in run("show", tmp_path).stdout
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -146,6 +148,11 @@ def test_groups_are_shown_to_people_and_programs(tmp_path: Path) -> None:
     facts: dict[str, Any] = {"group": "eval", "unseen": 1, "acknowledged": 2, "mode": "all", "skipped": 0}
     assert {name: group[name] for name in facts} == facts
     assert [(claim["number"], claim["worker"], claim["has_lease"]) for claim in group["claims"]] == [(4, "alice", True)]
+    listed = run("ls", tmp_path).stdout
+    assert "eval: at alice" in listed
+    assert listed.count("eval: waiting") == listed.count("eval: set aside") == 1
+    [*_, last] = json.loads(run("ls", tmp_path, "--json").stdout)["checkpoints"]
+    assert (last["number"], last["groups"]) == (5, ["eval: waiting"])
     checkpoints.close()
 
 
