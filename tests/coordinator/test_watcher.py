@@ -21,7 +21,7 @@ from distckpt.directory.log import append, read_tail
 from distckpt.directory.news import News
 from distckpt.format.json.log import Entry, State
 from distckpt.storage import Store, open_store
-from tests.support.actors import coordinator_pid, watcher, watcher_pid
+from tests.support.actors import coordinator_pid, end_watcher, watcher, watcher_pid
 from tests.support.gang import Gang
 from tests.support.small_runs import until
 
@@ -32,8 +32,9 @@ FOR_EVER = 3600.0
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> Store:
-    return open_store(tmp_path / "run")
+def store(tmp_path: Path) -> Iterator[Store]:
+    yield open_store(tmp_path / "run")
+    end_watcher(str(tmp_path / "run"))
 
 
 @pytest.fixture
@@ -268,3 +269,4 @@ def test_workers_on_both_nodes_hear_of_commits_also_when_the_coordinator_was_kil
         assert heard == sorted(set(heard))
         assert begun + 3 <= heard[-1] <= newest
     gang2.run("ranks.saves:release")
+    end_watcher(str(tmp_path))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,18 +15,20 @@ import pytest
 import distckpt
 from distckpt.evaluation.watched import WatchedCheckpoint
 from distckpt.storage import open_store
+from tests.support.actors import end_watcher
 from tests.support.checkpoints import append_state, commit_bare
 
 pytestmark = [pytest.mark.usefixtures("connected"), pytest.mark.timeout(150)]
 
 
 @pytest.fixture
-def run(tmp_path: Path) -> Path:
+def run(tmp_path: Path) -> Iterator[Path]:
     """The directory of a run that is over, with five checkpoints."""
     for number in range(1, 6):
         commit_bare(tmp_path, number)
     append_state(open_store(tmp_path), lambda state: msgspec.structs.replace(state, ended=True), kind="end")
-    return tmp_path
+    yield tmp_path
+    end_watcher(str(tmp_path))
 
 
 def evaluate(fn: Callable[[WatchedCheckpoint], Any] | type, directory: Path, **options: Any) -> Any:

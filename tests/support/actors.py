@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 
@@ -24,6 +25,14 @@ def watcher_pid(directory: str) -> int:
     import ray
 
     return int(ray.get(watcher(directory).describe.remote())[1])
+
+
+def end_watcher(directory: str) -> None:
+    """Have it end, if there is one: it would outlive the test for long."""
+    import ray
+
+    with contextlib.suppress(ValueError):
+        ray.kill(watcher(directory), no_restart=True)
 
 
 def watcher(directory: str) -> Any:

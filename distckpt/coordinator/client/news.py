@@ -17,7 +17,7 @@ def find_news(store: Store, storage_options: Mapping[str, Any] | None = None) ->
     process is known to nobody else.
     """
     ray: Any = sys.modules.get("ray")
-    if ray is None or not ray.is_initialized() or store.url.startswith("memory://"):
+    if not hasattr(ray, "is_initialized") or not ray.is_initialized() or store.url.startswith("memory://"):
         return news_of(store)
     from distckpt.coordinator.ray.watcher import RayNews
 
