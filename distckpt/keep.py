@@ -189,6 +189,18 @@ class EveryNumbers(Rule):
         return frozenset(record.attempt for record in records if record.number % self.n == 0)
 
 
+@dataclass(frozen=True, slots=True)
+class Retention:
+    """What to keep. ``max_to_keep`` None keeps all; hours may be fractional; 0 or None preserves none by age.
+
+    Where there is a rule, ``keep``, it alone decides.
+    """
+
+    max_to_keep: float | None = 5
+    keep_checkpoint_every_n_hours: float | None = None
+    keep: Rule | None = None
+
+
 def _check_count(what: str, n: int) -> None:
     if type(n) is not int or n < 1:
         raise ValueError(f"{what} needs a whole number of at least 1, not {n!r}")

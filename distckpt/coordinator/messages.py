@@ -16,20 +16,8 @@ from typing import Literal
 from distckpt.errors import DistckptError
 from distckpt.format.arrow.receipt import ShardReceipt
 from distckpt.format.json.log import CheckpointRecord
-from distckpt.keep import Rule
+from distckpt.keep import Retention
 from distckpt.threads.report import StopReport
-
-
-@dataclass(frozen=True, slots=True)
-class Retention:
-    """What to keep. ``max_to_keep`` None keeps all; hours may be fractional; 0 or None preserves none by age.
-
-    Where there is a rule, ``keep``, it alone decides.
-    """
-
-    max_to_keep: float | None = 5
-    keep_checkpoint_every_n_hours: float | None = None
-    keep: Rule | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,10 +139,7 @@ class Late:
 
 @dataclass(frozen=True, slots=True)
 class Lag:
-    """A save waits, for ``seconds`` by now, until fewer than ``most`` checkpoints wait for ``group``: ask again.
-
-    It waits as long as that takes: no rank is missing, so no deadline runs.
-    """
+    """A save waits, without a deadline, until fewer than ``most`` checkpoints wait for ``group``: ask again."""
 
     group: str
     waiting: int

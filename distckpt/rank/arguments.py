@@ -6,11 +6,10 @@ import contextlib
 import os
 from typing import Any
 
-from distckpt.coordinator.messages import Retention
 from distckpt.errors import CheckpointNotFoundError
 from distckpt.format import names
 from distckpt.format.limits import MAX_NUMBER
-from distckpt.keep import Rule
+from distckpt.keep import Retention, Rule
 from distckpt.storage import canonical, join
 
 

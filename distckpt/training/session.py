@@ -130,10 +130,7 @@ class HookedLoop:
         self._stop_wish = True
 
     def interrupt(self) -> None:
-        """As ``request_stop``, for a reason that is not the end of training, as a stop signal is none: a later run goes on.
-
-        Those who follow the checkpoints are not told that there will be no more.
-        """
+        """As ``request_stop``, but a later run goes on: as for a stop signal, the log does not say that training is over."""
         self._interrupted = True
         self.request_stop()
 

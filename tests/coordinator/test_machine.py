@@ -47,7 +47,6 @@ from distckpt.coordinator.messages import (
     OpenRun,
     Pin,
     Restore,
-    Retention,
     RunOpened,
     Status,
     StatusReply,
@@ -68,6 +67,7 @@ from distckpt.errors import (
 )
 from distckpt.format.json.log import CheckpointRecord, Entry, State
 from distckpt.format.names import attempt_age, entry_path, is_attempt
+from distckpt.keep import Retention
 from tests.support.driving import (
     DIRECTORY,
     TIMEOUT,

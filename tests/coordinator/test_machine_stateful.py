@@ -61,13 +61,13 @@ from distckpt.coordinator.messages import (
     Request,
     Restore,
     Restored,
-    Retention,
     RunOpened,
     ShardReceipt,
     Status,
 )
 from distckpt.errors import PlanError, SaveError
 from distckpt.format.names import attempt_epoch
+from distckpt.keep import Retention
 from distckpt.testing.history import (
     INDEX,
     MANIFEST,

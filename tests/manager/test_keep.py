@@ -15,9 +15,8 @@ import distckpt
 from distckpt import AnyOf, BestN, EveryHours, EveryNumbers, LatestN
 from distckpt.coordinator.machine.following import Followed, Following
 from distckpt.coordinator.machine.retention import sweep
-from distckpt.coordinator.messages import Retention
 from distckpt.format.json.log import CheckpointRecord
-from distckpt.keep import Pending, Rule
+from distckpt.keep import Pending, Retention, Rule
 from tests.support.driving import attempt_of, record
 
 HOUR = 3600.0

@@ -745,7 +745,7 @@ def test_a_lease_keeps_a_checkpoint(tmp_path: Path) -> None:
 
 def test_a_lease_that_has_expired_keeps_nothing(tmp_path: Path) -> None:
     run(tmp_path, 1, 2)
-    lease = lease_on(tmp_path, 1, seconds=-1)
+    lease = lease_on(tmp_path, 1, seconds=1e-3)
     run(tmp_path, 3, max_to_keep=1)
     assert on_disk(tmp_path) == [3]
     assert not (tmp_path / lease).exists()

@@ -359,7 +359,7 @@ def test_G7_retention_never_removes_the_newest_a_leased_a_pinned_or_a_preserved_
     began = time.time()
     monkeypatch.setattr(time, "time", lambda: began + 3600 * hours[0])
     run(tmp_path, 1, 2, 3, max_to_keep=None)  # 1 will be leased and 2 pinned
-    lease_on(tmp_path, 1, seconds=10**9)
+    lease_on(tmp_path, 1, seconds=86400)
     store = WatchedStore(tmp_path)
     with Trainer(mount(store), max_to_keep=1, keep_checkpoint_every_n_hours=2) as trainer:
         trainer.pin(2)

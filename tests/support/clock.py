@@ -8,12 +8,14 @@ from tests.support.warm import be_script
 
 
 class Clock:
-    """Says what time it is by ``now``."""
+    """Says what time it is by ``now``, which moves on by ``step`` with every look."""
 
     def __init__(self, now: float = 1000.0) -> None:
         self.now = now
+        self.step = 0.0
 
     def __call__(self) -> float:
+        self.now += self.step
         return self.now
 
 

@@ -54,13 +54,13 @@ from distckpt.coordinator.messages import (
     Reply,
     Request,
     Restore,
-    Retention,
     RunOpened,
 )
 from distckpt.format.arrow.receipt import ShardReceipt
 from distckpt.format.json.log import CheckpointRecord, Entry
 from distckpt.format.json.report import Report, Reported
 from distckpt.format.names import report_path
+from distckpt.keep import Retention
 from distckpt.testing.sim_store import SimulatedPlan, describe, make_plan
 
 DIRECTORY = "mem://run"

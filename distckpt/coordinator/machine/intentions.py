@@ -10,9 +10,10 @@ import msgspec
 from distckpt.coordinator.machine.following import Followed
 from distckpt.coordinator.machine.records import Records, committed, find_number
 from distckpt.coordinator.machine.retention import NOBODY, swept
-from distckpt.coordinator.messages import OpenRun, Retention
+from distckpt.coordinator.messages import OpenRun
 from distckpt.format.json.log import CheckpointRecord, Kind, State
 from distckpt.format.names import attempt_age
+from distckpt.keep import Retention
 
 
 @dataclass(frozen=True, slots=True)

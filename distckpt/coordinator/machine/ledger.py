@@ -21,11 +21,11 @@ from distckpt.coordinator.machine.actions import (
 from distckpt.coordinator.machine.desk import Desk, Identities
 from distckpt.coordinator.machine.intentions import BeginRun, Claim, Commit, Confirm, Intention
 from distckpt.coordinator.machine.retention import recover
-from distckpt.coordinator.messages import Retention
 from distckpt.errors import CoordinatorError, DamagedError, DistckptError, FencedError
 from distckpt.format.json.log import FORMAT, Entry, State
 from distckpt.format.json.report import Reported, with_reports
 from distckpt.format.names import LOG
+from distckpt.keep import Retention
 
 FIRST_RETRY = 0.5
 LAST_RETRY = 10.0

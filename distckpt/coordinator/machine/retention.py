@@ -9,9 +9,8 @@ from dataclasses import dataclass
 import msgspec
 
 from distckpt.coordinator.machine.following import Followed
-from distckpt.coordinator.messages import Retention
 from distckpt.format.json.log import CheckpointRecord, State
-from distckpt.keep import Rule
+from distckpt.keep import Retention, Rule
 
 _FIRST_SLACK = 1.0
 NOBODY = Followed()

@@ -7,9 +7,10 @@ from dataclasses import dataclass, field
 from distckpt.coordinator.machine.desk import Desk
 from distckpt.coordinator.machine.intentions import BeginRun
 from distckpt.coordinator.machine.ledger import Ledger
-from distckpt.coordinator.messages import OpenRun, Refused, Reply, Retention, RunOpened, Unknown
+from distckpt.coordinator.messages import OpenRun, Refused, Reply, RunOpened, Unknown
 from distckpt.errors import CoordinatorError, DirectoryLostError, DistckptError, StaleRunError
 from distckpt.format.json.log import Entry, State
+from distckpt.keep import Retention
 
 REMEMBERED_TOKENS = 1024
 
