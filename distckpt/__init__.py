@@ -123,8 +123,8 @@ __all__ = sorted([*_HOMES, "errors"])  # noqa: PLE0605 - derived, so that it can
 def __getattr__(name: str) -> Any:
     if name in _HOMES:
         return getattr(importlib.import_module(f"distckpt.{_HOMES[name]}"), name)
-    if name == "errors":
-        return importlib.import_module("distckpt.errors")
+    if name in ("errors", "ray"):  # not among __all__, so that a * import leaves the name ray to Ray
+        return importlib.import_module(f"distckpt.{name}")
     raise AttributeError(f"module 'distckpt' has no attribute {name!r}")
 
 

@@ -41,12 +41,6 @@ for checkpoint in distckpt.watch(sys.argv[1], group="eval", mode="all", lease_se
 """
 
 
-@pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whoever waits looks every 20 ms."""
-    monkeypatch.setattr("distckpt.directory.news.POLL_SECONDS", 0.02)
-
-
 def watch(directory: object, **options: Any) -> distckpt.Watch:
     """What is there now, for one group that wants each."""
     return distckpt.watch(directory, **{"group": "eval", "mode": "all", "timeout": 0, "backoff": 0, **options})  # type: ignore[arg-type]
@@ -431,7 +425,8 @@ def test_a_look_without_news_costs_two_listings_however_old_the_run(tmp_path: Pa
             assert list(checkpoints) == []
             calls = [(call.operation, call.path) for call in store.calls[before:]]
             costs.append(calls[:2])
-            assert set(calls) <= {("list", "_groups/eval"), ("list", "_log")}
+            of_the_log = {("stat", names.entry_path(seq)) for seq in (read_tail(store).seq, read_tail(store).seq + 1)}
+            assert set(calls) <= {("list", "_groups/eval"), ("list", "_log"), *of_the_log}
         assert costs[0] == costs[1] == [("list", "_groups/eval"), ("list", "_log")]
 
 

@@ -108,13 +108,23 @@ class Shell:
     An exception that comes out of the machine leaves it in no state to go on from. Everyone who waits for it is refused
     with that, and with the next request another machine begins from the log, as after a restart of the process.
 
+    ``on_exit`` is called when the machine has come to its end, with the reason; ``on_entry`` with the newest number of the
+    log, as soon as an entry is there: it returns at once and raises nothing.
+
     Wall-clock time is read through ``time.time`` alone, deadlines through ``time.monotonic``.
     """
 
-    def __init__(self, store: Store, settings: Settings, on_exit: Callable[[str], None] | None = None) -> None:
+    def __init__(
+        self,
+        store: Store,
+        settings: Settings,
+        on_exit: Callable[[str], None] | None = None,
+        on_entry: Callable[[int], None] | None = None,
+    ) -> None:
         self._store = store
         self._settings = settings
         self._on_exit = on_exit
+        self._on_entry = on_entry
         self._life = self._new_life()
         self._lock = threading.RLock()
         self._changed = threading.Condition(self._lock)
@@ -373,6 +383,8 @@ class Shell:
 
     def _append(self, action: Append) -> Event:
         result = append(self._store, action.entry, self._sealer)
+        if result.outcome in ("appended", "taken") and self._on_entry is not None:
+            self._on_entry(max(result.newest, action.entry.seq))
         if result.outcome == "appended":
             _warn_of_clock(self._store, action.entry)
             return Appended(action.entry, result.newest)
