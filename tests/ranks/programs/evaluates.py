@@ -29,7 +29,7 @@ def main(directory: str) -> None:
             break
         with checkpoint or contextlib.nullcontext():
             distckpt.Checkpoint(model=model).restore(told[0])
-            total = model.weight.to_local().sum()
+            total = model.weight.to_local().detach().sum()
             dist.all_reduce(total)
             if checkpoint:
                 checkpoint.report({"sum": total})
