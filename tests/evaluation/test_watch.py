@@ -374,6 +374,21 @@ def test_settings_that_are_no_group_s_or_make_no_sense_are_refused(tmp_path: Pat
             watch(tmp_path, **options)
 
 
+def test_what_ends_its_workers_is_set_aside_also_while_another_one_rests(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("distckpt.directory.sharing.MAX_DELIVERIES", 2)
+    commit_bare(tmp_path, 1)
+    commit_bare(tmp_path, 2)
+    next(watch(tmp_path, backoff=1000)).release()
+    for _ in range(2):
+        next(watch(tmp_path)).release()
+    assert list(watch(tmp_path)) == []
+    state = state_of(tmp_path)
+    assert [(item.number, item.deliveries) for item in state.set_aside] == [(2, 2)]
+    assert [item.number for item in state.returned] == [1]
+
+
 def test_a_group_may_be_there_before_the_run(tmp_path: Path) -> None:
     checkpoints = watch(tmp_path / "run", timeout=60)
     begin(tmp_path / "run")
