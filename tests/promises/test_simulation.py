@@ -30,6 +30,8 @@ from distckpt.testing.history import (
 from distckpt.testing.promises import PROMISES, broken_promises
 from distckpt.testing.simulator import UNSAFE, Simulation, simulate
 
+pytestmark = pytest.mark.timeout(240)
+
 STORIES = 300
 SEARCH = range(120)
 
