@@ -78,7 +78,7 @@ class CommandRunner:
             checkpoint.release()
             return f"released: {error}"
         except Exception as error:
-            checkpoint.reject(f"{type(error).__name__}: {error}")
+            checkpoint.reject(error)
             if isinstance(error, StorageError | ClaimLostError):
                 raise
             return f"rejected: {error}"
