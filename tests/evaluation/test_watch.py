@@ -356,7 +356,7 @@ def test_a_lease_that_was_lost_is_no_fault_of_the_checkpoint(tmp_path: Path) -> 
     write_checkpoint(tmp_path, 1, {"step": 1})
     with mounting():
         cut = FaultyStore(open_store(tmp_path))
-        checkpoint = next(watch(mount(cut), lease_seconds=0.3))
+        checkpoint = next(watch(mount(cut), lease_seconds=1.5))
         cut.script = FaultsOnLeases()
         assert until(lambda: is_lost(checkpoint))
         with pytest.raises(LeaseLostError), checkpoint:
