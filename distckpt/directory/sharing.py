@@ -279,10 +279,13 @@ def _is_beyond(state: GroupState, record: CheckpointRecord) -> bool:
 
 
 def _tidied(state: GroupState, log: State, dead: Collection[str]) -> GroupState:
-    """Without what was to be delivered again, and cannot be, since it was deleted."""
+    """Without what was to be delivered again, and cannot be, since it was deleted.
+
+    Not what was committed after the log was read: others may have had that meanwhile, and have given it back.
+    """
     alive = log.alive()
-    gone = {item.attempt for item in state.returned if item.attempt not in alive}
-    gone |= {claim.attempt for claim in state.claims if claim.token in dead and claim.attempt not in alive}
+    again = (*state.returned, *(claim for claim in state.claims if claim.token in dead))
+    gone = {item.attempt for item in again if item.attempt not in alive and item.order <= log.commits}
     return replace(_without(state, gone), missed=state.missed + len(gone))
 
 
