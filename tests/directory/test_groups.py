@@ -160,8 +160,8 @@ def test_what_ends_its_workers_is_set_aside_too() -> None:
     dead = {f"{token:032x}"}
     offered = sharing.offer(state, log, dead, ())
     assert offered is not None
-    assert offered.is_spent
-    state = settled(sharing.spent(state, log, offered, dead, 1.0))
+    assert offered.is_over
+    state = settled(sharing.ended(state, log, offered, dead, 1.0))
     assert (sharing.is_done(state, log), len(state.set_aside)) == (True, 1)
 
 
@@ -398,3 +398,22 @@ def test_a_group_that_cannot_be_read_says_so() -> None:
     store.put_if_absent(path, b"{}")
     with pytest.raises(DamagedError, match="_groups/eval"):
         read_groups(store)
+
+
+@pytest.mark.parametrize("counted", [True, False])
+def test_who_wants_the_newest_never_gets_an_older_one_again_whatever_became_of_it(counted: bool) -> None:
+    older, log = log_of(1, counted=counted), log_of(2, counted=counted)
+    log = msgspec.structs.replace(log, active=(*older.active, log.active[1]))
+    state, _ = take(sharing.made(Settings(mode="latest"), older), older, 1)
+    state, offered = take(state, log, 2)
+    assert offered.item.number == 2
+    state = settled(sharing.acknowledged(state, f"{2:032x}"))
+    for after in (sharing.released(state, f"{1:032x}", 1.0), sharing.rejected(state, f"{1:032x}", "why", 1.0, 0.0)):
+        assert settled(after).returned == ()
+        assert sharing.is_done(settled(after), log)
+    dead = {f"{1:032x}"}
+    left = sharing.offer(state, log, dead, ())
+    assert left is not None
+    assert (left.item.number, left.is_over) == (1, True)
+    state = settled(sharing.ended(state, log, left, dead, 0.0))
+    assert (state.claims, state.set_aside, sharing.is_done(state, log)) == ((), (), True)

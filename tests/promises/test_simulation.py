@@ -32,6 +32,8 @@ from distckpt.testing.history import (
 from distckpt.testing.promises import PROMISES, broken_promises
 from distckpt.testing.simulator import UNSAFE, Simulation, simulate
 
+pytestmark = pytest.mark.timeout(240)
+
 STORIES = 170
 SEARCH = range(120)
 RARE = {"ignore_group_newest": range(290, 410)}
