@@ -141,8 +141,8 @@ class Member(Holder):
         offered = sharing.offer(sharing.moved(found.state, log), log, dead, resting)
         if offered is None:
             return None
-        if offered.is_spent:
-            yield from self._change("reject", lambda state: sharing.spent(state, log, offered, dead, 0.0))
+        if offered.is_over:
+            yield from self._end(log, offered, dead, resting)
             return None
         holding = yield from self.take(offered.item.attempt)
         if holding is None:
@@ -175,6 +175,14 @@ class Member(Holder):
 
         state = yield from self._change("claim", apply)
         return made[-1] if state is not None else None
+
+    def _end(self, log: State, offered: Offer, dead: frozenset[str], resting: frozenset[str]) -> Steps[None]:
+        def apply(state: GroupState) -> GroupState | None:
+            state = sharing.moved(state, log)
+            still = sharing.offer(state, log, dead, resting) == offered
+            return sharing.ended(state, log, offered, dead, 0.0) if still else None
+
+        yield from self._change("skip" if offered.is_stale else "reject", apply)
 
     def _change(self, kind: Kind, apply: Callable[[GroupState], GroupState | None]) -> Steps[GroupState | None]:
         return (
