@@ -40,10 +40,10 @@ def sweep(
 ) -> Sweep:
     """Evict what no rule keeps; without rules, whatever is older, by save order, than the newest ``max_to_keep``.
 
-    By rules nothing is preserved, and what a report that cannot be read is on stays. Without, an evicted checkpoint is preserved if it is at least ``keep_checkpoint_every_n_hours`` younger than the last
-    preserved one, else retired. The newest, pinned ones, those in ``spared`` (attempts) and those that groups of readers
-    want stay active; they take no place of a younger one, so the newest ``max_to_keep`` always stay. Times are epoch
-    seconds.
+    By rules nothing is preserved, and what a report that cannot be read is on stays. Without, an evicted checkpoint is
+    preserved if it is at least ``keep_checkpoint_every_n_hours`` younger than the last preserved one, else retired. The
+    newest, pinned ones, those in ``spared`` (attempts) and those that groups of readers want stay active; they take no
+    place of a younger one, so the newest ``max_to_keep`` always stay. Times are epoch seconds.
     """
     spared = spared | followed.held
     news = frozenset(record.attempt for record in active if followed.is_news(record))
