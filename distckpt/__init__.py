@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import builtins
 import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    __version__: str
+
     from distckpt.checkpoint import Checkpoint as Checkpoint
     from distckpt.checkpoint import LoadStatus as LoadStatus
     from distckpt.checkpoint import PerRank as PerRank
@@ -117,16 +120,20 @@ _HOMES = {
     "watch": "evaluation.watch",
 }
 
-__all__ = sorted([*_HOMES, "errors"])  # noqa: PLE0605 - derived, so that it cannot disagree
+_NAMES = sorted([*_HOMES, "__version__", "errors"])
+
+__all__ = [name for name in _NAMES if name not in vars(builtins)]  # a * import hides nothing
 
 
 def __getattr__(name: str) -> Any:
     if name in _HOMES:
         return getattr(importlib.import_module(f"distckpt.{_HOMES[name]}"), name)
+    if name == "__version__":
+        return importlib.import_module("importlib.metadata").version("distckpt")
     if name in ("errors", "ray"):  # not among __all__, so that a * import leaves the name ray to Ray
         return importlib.import_module(f"distckpt.{name}")
     raise AttributeError(f"module 'distckpt' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return list(__all__)
+    return list(_NAMES)

@@ -15,6 +15,7 @@ import pytest
 
 import distckpt
 from tests.house.source import file_of, modules
+from tests.support.warm import ROOT
 
 PROMISED = {
     "Checkpoint", "PerRank", "CheckpointManager", "PendingSave", "LoadStatus", "load", "open", "CheckpointReader",
@@ -23,19 +24,34 @@ PROMISED = {
 }  # fmt: skip
 
 
+def public() -> list[str]:
+    """What users may write after ``distckpt.``"""
+    return [name for name in dir(distckpt) if not name.startswith("_")]
+
+
 def test_public_names_are_complete() -> None:
-    assert set(distckpt.__all__) >= PROMISED
+    assert set(dir(distckpt)) >= PROMISED
     assert sorted(distckpt.__all__) == distckpt.__all__
-    assert dir(distckpt) == distckpt.__all__
     for_type_checkers = {
         alias.asname
         for node in ast.walk(modules()["distckpt"])
         if isinstance(node, ast.ImportFrom)
         for alias in node.names
     }
-    assert for_type_checkers - {None} == set(distckpt.__all__) - {"errors"}
+    assert for_type_checkers - {None} == {*public()} - {"errors"}
     with pytest.raises(AttributeError, match="nonsense"):
         _ = distckpt.nonsense
+
+
+def test_a_star_import_hides_nothing_and_the_version_is_that_of_the_package() -> None:
+    """Whoever writes ``from distckpt import *`` still opens files with ``open``."""
+    names: dict[str, Any] = {}
+    exec("from distckpt import *", names)  # noqa: S102
+    assert {*names, "open"} >= PROMISED
+    assert "open" not in names
+    written = re.search(r'^version = "(.+)"$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    assert written
+    assert names["__version__"] == distckpt.__version__ == written[1]
 
 
 def documented(name: str, thing: Any) -> Iterator[str]:
@@ -53,7 +69,7 @@ def documented(name: str, thing: Any) -> Iterator[str]:
 
 def test_every_public_name_has_a_docstring() -> None:
     without = []
-    for name in distckpt.__all__:
+    for name in public():
         without += documented(name, getattr(distckpt, name))
     assert without == []
 
@@ -85,7 +101,7 @@ def signature(thing: Any) -> str:
 def signatures() -> dict[str, str]:
     """Of every public name, and of the public members of its class."""
     found = {}
-    for name in distckpt.__all__:
+    for name in public():
         thing = getattr(distckpt, name)
         if not inspect.isclass(thing):
             found[name] = signature(thing) if callable(thing) else "module"
