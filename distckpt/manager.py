@@ -15,6 +15,7 @@ from distckpt.coordinator.client.client import Client
 from distckpt.coordinator.client.gathering import Gathering
 from distckpt.coordinator.client.membership import RankCluster
 from distckpt.coordinator.client.opening import client_of, meet
+from distckpt.coordinator.machine.retention import recover
 from distckpt.coordinator.messages import Heartbeat, Leave, OpenRun, Retention
 from distckpt.coordinator.shell.shell import Settings
 from distckpt.directory.log import read_tail
@@ -203,10 +204,9 @@ class CheckpointManager:
         found = self._client.open()
         state = read_tail(self._store).state
         records = state.active
-        if (state.run, state.saves) == (found.run, 0):
+        if (state.run, state.saves) == (found.run, 0) and found.recovers_at is not None:
             # Until its first save the log does not say yet which of those that it found a manager leaves alone.
-            managed = {record.attempt for record in found.checkpoints}
-            records = tuple(record for record in records if record.attempt in managed)
+            records = recover(state, found.recovers_at).active
         return [self._path(record.name, record.number) for record in records]
 
     @property

@@ -15,11 +15,13 @@ from distckpt.directory.garbage import (
     attempt_folders,
     dead,
     delete_attempt,
+    dropped_pages,
     leftover,
     old_probes,
 )
 from distckpt.directory.leases import UNREADABLE_SECONDS, Leases
 from distckpt.directory.log import Tail
+from distckpt.directory.pages import known
 from distckpt.directory.pins import pins
 from distckpt.directory.strays import read_run
 from distckpt.errors import DamagedError, StorageError
@@ -31,6 +33,7 @@ RETIRED = "retired checkpoint"
 HIDDEN = "interrupted write"
 LEASE = "expired lease"
 PROBE = "probe"
+PAGE = "page of the log"
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +85,11 @@ def survey(store: Store, min_age: float, now: float) -> Collection:
     found += [Garbage(PROBE, left) for left in old_probes(store, min_age)]
     found += [Garbage(LEASE, leftover(store, info.path, [info])) for info in attempts.dead_leases(now)]
     found += [Garbage(LEASE, left) for left in attempts.lost_pins(now - min_age)]
+    epoch = tail.entry.epoch if tail.entry is not None else 0
+    for kept, before in ((found, epoch), (later, epoch + 1)):
+        pages = [info for info in dropped_pages(store, before) if info.modified < now - min_age]
+        known_already = {one.left.path for one in found}
+        kept += [Garbage(PAGE, leftover(store, info.path, [info])) for info in pages if info.path not in known_already]
     return Collection(tail, tuple(found), tuple(later))
 
 
@@ -114,7 +122,7 @@ def turn_away(store: Store, tail: Tail, now: float) -> None:
     raises. ``now`` is in epoch seconds.
     """
     check_nothing_sealed(store, tail)
-    Hand(store, tail, "gc").write("claim", tail.state, now)
+    Hand(store, tail, "gc").write("claim", tail.head, now)
 
 
 class _Attempts:
@@ -123,9 +131,9 @@ class _Attempts:
     def __init__(self, store: Store, tail: Tail, min_age: float) -> None:
         self._store = store
         self._min_age = min_age
-        self._known = tail.state.known()
+        self._known = known(store, tail.head)
         self._epoch = tail.entry.epoch if tail.entry is not None else 0
-        self._retiring = {record.attempt for record in tail.state.retiring}
+        self._retiring = {record.attempt for record in tail.head.retiring}
         self._leases = Leases(store)
         self._leased, self._expired = self._leases.look()
         self._predecessors = Predecessors(store)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass
 
 from distckpt.directory.contents import attempts, checkpoint_folders, objects_of_attempt
-from distckpt.directory.log import read_commit_id, read_entry, sequence_numbers
+from distckpt.directory.log import read_commit_id, read_entry, referred_pages, sequence_numbers
+from distckpt.directory.pages import old_pages
 from distckpt.errors import DamagedError, ObjectNotFoundError
 from distckpt.format import names
 from distckpt.storage import MOST_NAMES, PROBES, ObjectInfo, Store, at_most, parts_of
@@ -22,7 +23,7 @@ GARBAGE_SECONDS = 3600.0
 FAILED_SECONDS = 60.0
 """The same for an attempt of which it is known that it has failed: it can never be committed, and takes room."""
 
-SWEPT = ("", names.LOG, names.LEASES, PROBES)
+SWEPT = ("", names.LOG, names.PAGES, names.LEASES, PROBES)
 """Folders in which killed writers may have left hidden things, beside those of the attempts."""
 
 
@@ -35,7 +36,7 @@ class Bounds:
     because the store is full, those need not be old that a coordinator of this directory's log has begun.
     """
 
-    known: frozenset[str]
+    known: Container[str]
     live: frozenset[str]
     epoch: int
     failed: frozenset[str] = frozenset()
@@ -90,6 +91,7 @@ class Predecessors:
             for seq in reversed(sequence_numbers(self._store)):
                 claim = names.claim_of(read_commit_id(self._store, seq))
                 if claim not in newest:  # this is its last entry
+                    # What is in pages is older than the last active one.
                     known = read_entry(self._store, seq).state.known()
                     ages = [names.attempt_age(attempt) for attempt in known if names.claim_of(attempt) == claim]
                     newest[claim] = max(ages, default=(0, ""))
@@ -153,6 +155,22 @@ def old_probes(store: Store, min_age: float) -> list[Leftover]:
         for info in at_most(MOST_NAMES, part.list(PROBES), f"{part.url}/{PROBES}")
         if info.modified < time.time() - min_age
     ]
+
+
+def dropped_pages(store: Store, epoch: int, dropped: Container[str] = ()) -> list[ObjectInfo]:
+    """Pages of older records that no entry in the log refers to and none ever will (``pages.old_pages``).
+
+    None as long as an entry cannot be read: it may need any of them.
+    """
+    found = old_pages(store, epoch, dropped)
+    if not found:
+        return []
+    try:
+        referred = referred_pages(store)
+    except DamagedError as error:
+        logger.warning("no page of the log is collected: %s", error)
+        return []
+    return [info for info in found if names.page_id(info.path) not in referred]
 
 
 def delete_attempt(store: Store, folder: str) -> None:

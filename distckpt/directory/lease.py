@@ -39,7 +39,7 @@ def hold(store: Store, attempt: str, holder: str, seconds: float = LEASE_SECONDS
     try:
         renew()
         # In this order: retention first appends that it retires, then reads the leases. One of us sees the other.
-        if attempt not in read_tail(store).state.alive():
+        if attempt not in read_tail(store).having_attempt(attempt).alive():
             raise CheckpointNotFoundError(f"{store.url}: {attempt}", "it is not, or no longer, a committed checkpoint")
         with _repeating(renew, seconds / 4):
             yield

@@ -6,6 +6,7 @@ import re
 
 LOG = "_log"
 LEASES = "_leases"
+PAGES = "_pages"
 STATE_FILE = "checkpoint"
 MANIFEST = "manifest.json"
 INDEX = "index.arrow"
@@ -61,6 +62,17 @@ def entry_seq(path: str) -> int | None:
     """The sequence number of a log entry's path, or None for any other object."""
     match = _ENTRY.fullmatch(path.removeprefix(f"{LOG}/"))
     return int(match[1]) if match else None
+
+
+def page_path(page: str) -> str:
+    """The page of older records with that id."""
+    return f"{PAGES}/{page}.json"
+
+
+def page_id(path: str) -> str | None:
+    """The id of the page at a path, or None for any other object. It looks like an attempt's."""
+    page = path.removeprefix(f"{PAGES}/").removesuffix(".json")
+    return page if is_attempt(page) and path == page_path(page) else None
 
 
 def checkpoint_folder(name: str, number: int) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from typing import cast
 
 from distckpt.coordinator.machine.actions import (
@@ -22,11 +22,14 @@ from distckpt.coordinator.machine.actions import (
     MakePlan,
     NameTaken,
     NewestRead,
+    PagesRead,
+    PageWritten,
     PlanMade,
     Publish,
     Published,
     ReadLeases,
     ReadNewest,
+    ReadPages,
     ReadTail,
     RoomMade,
     Seal,
@@ -34,16 +37,19 @@ from distckpt.coordinator.machine.actions import (
     StepFailed,
     TailRead,
     Tick,
+    WritePage,
 )
 from distckpt.coordinator.machine.machine import Machine
 from distckpt.coordinator.messages import Committed, FromRank, Reply, Request
-from distckpt.errors import PlanError, SaveError
+from distckpt.directory.pages import Known
+from distckpt.errors import DamagedError, DistckptError, PlanError, SaveError
 from distckpt.format.json.log import Entry
+from distckpt.format.json.paging import Records, ref_of
 from distckpt.format.names import attempt_epoch
 from distckpt.testing.history import INDEX, MANIFEST, Promised, Whole
 from distckpt.testing.sim_requests import Creation, Outcome
 from distckpt.testing.sim_store import SimulatedPlan, make_plan, record_of
-from distckpt.testing.sim_world import SimulatedWorld
+from distckpt.testing.sim_world import LATEST, SimulatedWorld
 
 GARBAGE_AGE = 15.0
 NAME = "ckpt"
@@ -55,7 +61,7 @@ class SimulatedCoordinator:
     def __init__(self, world: SimulatedWorld, name: str) -> None:
         self.name = name
         self.up = True
-        self.machine = Machine("sim://run", name, idle_timeout=None)
+        self.machine = Machine("sim://run", name, idle_timeout=None, sizes=world.sizes)
         self._world = world
         self._skew = world.random.uniform(-40.0, 40.0)
         self._frozen_until = 0.0
@@ -132,6 +138,10 @@ class SimulatedCoordinator:
                 self._append(entry)
             case ReadNewest():
                 self._later(self._read_newest)
+            case ReadPages():
+                self._later(lambda: self._read_pages(action))
+            case WritePage():
+                self._write_page(action)
             case MakePlan():
                 self._later(lambda: self._make_plan(action))
             case Seal():
@@ -195,6 +205,39 @@ class SimulatedCoordinator:
             return
         newest = self._seq if "restore_unasked" in self._world.unsafe else self._world.store.newest()
         self._later(lambda: self.feed(NewestRead(newest)))
+
+    def _read_pages(self, action: ReadPages) -> None:
+        world = self._world
+        found: dict[str, Records] = {}
+        failed: dict[str, DistckptError] = {}
+        for page in action.pages:
+            records = world.store.pages.get(page.id)
+            if records is None or world.random.random() < world.faults.failed_page:
+                failed[page.id] = DamagedError(page.id, "cannot be read")
+            else:
+                found[page.id] = records
+        self._later(lambda: self.feed(PagesRead(action.asked, found, failed)))
+
+    def _write_page(self, action: WritePage) -> None:
+        """It is there in time, or late, or never; and in doubt nobody needs it."""
+        world, faults = self._world, self._world.faults
+        fate = world.pick(late=faults.late_write, never=faults.failed_write, lost=faults.lost_acknowledgement)
+
+        def put() -> None:
+            world.store.put_page(action.page, action.records)
+
+        def arrive() -> None:
+            put()
+            if not fate:
+                ref = ref_of(action.page, action.of, action.records, 1, 1)
+                self._later(lambda: self.feed(PageWritten(action.page, ref)))
+
+        if fate == "late":
+            world.later(world.random.uniform(0.0, LATEST), put)
+        elif fate != "never":
+            world.later(world.latency(), arrive)
+        if fate:
+            world.later(2.0, lambda: self._later(lambda: self.feed(PageWritten(action.page, None))))
 
     def _make_plan(self, action: MakePlan) -> None:
         try:
@@ -265,15 +308,35 @@ class SimulatedCoordinator:
             for attempt, objects in world.store.attempts.items()
             if action.urgent or all(stored.written < world.time - GARBAGE_AGE for stored in objects.values())
         ]
+        if action.epoch == max((entry.epoch for entry in world.store.log.values()), default=0):
+            self._collect_pages(action)
+        lost = [page for page in action.pages if page.id not in world.store.pages or self._cannot_read()]
+        paged = {
+            record.attempt
+            for page in action.pages
+            if page not in lost and "forget_pages" not in world.unsafe
+            for record in world.store.pages[page.id]
+        }
+        known = Known(action.known | paged, () if "forget_pages" in world.unsafe else lost)
         for attempt in sorted(old):
-            if self._is_garbage(action, attempt):
+            if self._is_garbage(action, attempt, known):
                 self._later(lambda attempt=attempt: self._erase_objects(attempt, _nothing))  # type: ignore[misc]
 
-    def _is_garbage(self, action: CollectGarbage, attempt: str) -> bool:
+    def _cannot_read(self) -> bool:
+        return self._world.random.random() < self._world.faults.failed_page
+
+    def _collect_pages(self, action: CollectGarbage) -> None:
+        store = self._world.store
+        needed = {page.id for page in action.pages} if "collect_pages" in self._world.unsafe else store.referred()
+        for page in sorted(store.pages.keys() - needed):
+            if attempt_epoch(page) < action.epoch or page in action.dropped or "collect_pages" in self._world.unsafe:
+                store.erase_page(self.name, page)
+
+    def _is_garbage(self, action: CollectGarbage, attempt: str, known: Container[str]) -> bool:
         if "collect_by_age" in self._world.unsafe:
-            return attempt not in action.known and attempt not in action.live
+            return attempt not in known and attempt not in action.live
         epoch = attempt_epoch(attempt)
-        return (epoch < action.epoch and attempt not in action.known) or attempt in action.failed
+        return (epoch < action.epoch and attempt not in known) or attempt in action.failed
 
 
 def _nothing() -> None:

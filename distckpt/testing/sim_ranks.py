@@ -420,14 +420,15 @@ class Reader(Process):
 
     def _listed(self) -> Generator[Sleep | Say, Reply | None, tuple[CheckpointRecord, ...]]:
         """What the newest entry lists. Listing the log and reading the entry are two steps."""
-        while True:
-            seq = self.world.store.newest()
+        while seq := self.world.store.newest():
             yield Sleep(self.world.latency() * 0.3)
             entry = self.world.store.log.get(seq)
-            if seq == 0:
-                return ()
+            if entry is not None and entry.state.pages:
+                yield Sleep(self.world.latency() * 0.3)
+                entry = self.world.store.log.get(seq)  # else its pages may have gone with it
             if entry is not None:
-                return tuple(entry.state.alive().values())
+                return tuple(self.world.store.whole(self.name, entry.state).alive().values())
+        return ()
 
     def _choose(self) -> Generator[Sleep | Say, Reply | None, CheckpointRecord | None]:
         records = yield from self._listed()

@@ -7,9 +7,12 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from msgspec.structs import replace
+
 from distckpt.errors import PlanError
-from distckpt.format.json.log import CheckpointRecord, Entry
-from distckpt.testing.history import INDEX, MANIFEST, Content, Erased, History, Logged, Whole, Wrote
+from distckpt.format.json.log import CheckpointRecord, Entry, State
+from distckpt.format.json.paging import Records, opened
+from distckpt.testing.history import INDEX, MANIFEST, Content, Erased, History, Logged, LostPage, Whole, Wrote
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,7 +24,7 @@ class Stored:
 
 
 class SimulatedStore:
-    """The log, the objects of every attempt, and the leases. Everything that changes is put down in ``history``.
+    """The log and its pages, the objects of every attempt, and the leases. Everything that changes is put down in ``history``.
 
     ``exclusive`` False breaks put-if-absent: the log is then overwritten, as on a store that the probe would refuse.
     """
@@ -32,6 +35,7 @@ class SimulatedStore:
         self.log: dict[int, Entry] = {}
         self.attempts: dict[str, dict[str, Stored]] = {}
         self.leases: dict[str, tuple[str, float]] = {}
+        self.pages: dict[str, Records] = {}
 
     def newest(self) -> int:
         """The highest number in the log, 0 if it is empty."""
@@ -46,9 +50,32 @@ class SimulatedStore:
         taken = entry.seq in self.log
         if taken and self.exclusive:
             return False
+        is_newest = entry.seq > self.newest()  # what a sleeper puts below it counts for nobody
         self.log[entry.seq] = entry
-        self.history.add(Logged(who, entry, heard, taken))
+        state = self.whole(who if is_newest else "", entry.state)
+        self.history.add(Logged(who, replace(entry, state=state), heard, taken, len(entry.state.pages)))
         return True
+
+    def whole(self, who: str, state: State) -> State:
+        """The state with what is in its pages; ``who``, if it is somebody, must find them."""
+        for page in state.pages:
+            if who and page.id not in self.pages:
+                self.history.add(LostPage(who, page.id))
+        return opened(state, self.pages)
+
+    def put_page(self, page: str, records: Records) -> None:
+        """Create a page, if there is none."""
+        self.pages.setdefault(page, records)
+
+    def referred(self) -> set[str]:
+        """The pages to which the entries refer that are there."""
+        return {page.id for entry in self.log.values() for page in entry.state.pages}
+
+    def erase_page(self, who: str, page: str) -> None:
+        """Delete a page. Nobody may miss it."""
+        if page in self.referred():
+            self.history.add(LostPage(who, page))
+        self.pages.pop(page, None)
 
     def prune(self, below: int) -> None:
         """Drop entries with smaller numbers."""

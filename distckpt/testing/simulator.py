@@ -19,6 +19,8 @@ UNSAFE = {
     "overwrite": "the store overwrites log entries instead of refusing to",
     "restore_unasked": "what was restored is told without a look whether the log has anything newer",
     "collect_by_age": "garbage is whatever is old and was not known when the collection was asked for",
+    "forget_pages": "what only a page knows is garbage like all that nobody knows",
+    "collect_pages": "pages are garbage that the state of whoever collects does not refer to, whatever else does",
     "no_read_back": "an entry whose creation was refused or not answered counts as another's, and nobody looks",
 }
 """Rules that a simulation can be told to break, to show that it would notice."""
@@ -77,6 +79,7 @@ class Simulation:
             ("lone_restore", 0.05),
             ("failed_read", 0.05),
             ("failed_look", 0.1),
+            ("failed_page", 0.1),
             ("clock_jump", 0.01),
             ("freeze_at_append", 0.1),
         ):
@@ -153,7 +156,8 @@ class Simulation:
     def _pin(self) -> None:
         entry = self.world.store.newest_entry()
         if entry is not None and entry.state.active:
-            number = self.world.random.choice(entry.state.active).number
+            whole = self.world.store.whole("simulator", entry.state)
+            number = self.world.random.choice(whole.active).number
             self._send(Pin(number, self.world.random.random() < 0.7), lambda reply: None)
 
     def _settle(self) -> None:

@@ -2,16 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
 import msgspec
 
-from distckpt.coordinator.machine.records import Records, committed, find_number
-from distckpt.coordinator.machine.retention import swept
+from distckpt.coordinator.machine.records import committed, find_number
+from distckpt.coordinator.machine.retention import next_due, swept
 from distckpt.coordinator.messages import OpenRun, Retention
 from distckpt.format.json.log import CheckpointRecord, Kind, State
+from distckpt.format.json.page import PageRef
+from distckpt.format.json.paging import Records
 from distckpt.format.names import attempt_age
+
+Need = tuple[PageRef, Callable[[CheckpointRecord], bool] | None]
+"""A page that has to be read first; its records must be at hand if this holds for one of them, or (None) in any case."""
+
+
+def _of_number(state: State, number: int, *lists: str) -> Iterator[Need]:
+    """Pages of these lists that may have the number."""
+    pages = (page for page in state.pages if page.of in lists and page.may_have_number(number))
+    return ((page, lambda record: record.number == number) for page in pages)
+
+
+def _due(state: State, retention: Retention) -> Iterator[Need]:
+    page = next_due(state, retention)
+    return iter(() if page is None else ((page, None),))
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +41,11 @@ class Claim:
     kind: ClassVar[Kind] = "claim"
     complete: tuple[CheckpointRecord, ...]
     origin: str
+
+    def needs(self, state: State) -> Iterator[Need]:
+        """Pages that may have checkpoints whose place they take."""
+        for record in self.complete:
+            yield from _of_number(state, record.number, "active")
 
     def apply(self, state: State) -> State:
         """Commit them in the order in which they had begun.
@@ -46,6 +68,10 @@ class BeginRun:
     kind: ClassVar[Kind] = "run"
     first: OpenRun
 
+    def needs(self, state: State) -> Iterator[Need]:
+        """No page."""
+        return iter(())
+
     def apply(self, state: State) -> State:
         """Its number is larger than that of every run before it. One that the log has lost keeps its own."""
         number = max(state.run + 1, self.first.run)
@@ -66,6 +92,11 @@ class Commit:
     retention: Retention
     spared: frozenset[str] | None
 
+    def needs(self, state: State) -> Iterator[Need]:
+        """Pages that may have one of the same number, and the one from which something is due."""
+        yield from _of_number(state, self.record.number, "active")
+        yield from _due(state, self.retention) if self.spared is not None else ()
+
     def apply(self, state: State) -> State:
         """It is the newest checkpoint, and one of the same name and number makes room for it."""
         state = committed(state, self.record, self.saves)
@@ -81,6 +112,11 @@ class Discard:
 
     kind: ClassVar[Kind] = "retire"
     record: CheckpointRecord
+
+    def needs(self, state: State) -> Iterator[Need]:
+        """Pages that may know it."""
+        pages = (page for page in state.pages if page.may_have_attempt(self.record.attempt))
+        return ((page, lambda record: record.attempt == self.record.attempt) for page in pages)
 
     def apply(self, state: State) -> State | None:
         """It is among the retiring, if the state does not know it already."""
@@ -98,6 +134,10 @@ class Retire:
     retention: Retention
     spared: frozenset[str]
 
+    def needs(self, state: State) -> Iterator[Need]:
+        """The page from which something is due. What is due of the others waits for its turn."""
+        return _due(state, self.retention) if state.run == self.run else iter(())
+
     def apply(self, state: State) -> State | None:
         """Nothing changes once another run has begun, which deletes nothing before its first commit."""
         return swept(state, self.retention, self.spared) if state.run == self.run else None
@@ -109,6 +149,10 @@ class Forget:
 
     kind: ClassVar[Kind] = "forget"
     attempts: frozenset[str]
+
+    def needs(self, state: State) -> Iterator[Need]:
+        """No page: nothing in them is retiring."""
+        return iter(())
 
     def apply(self, state: State) -> State | None:
         """The state knows them no more."""
@@ -125,6 +169,10 @@ class SetPin:
     number: int
     name: str
     pinned: bool
+
+    def needs(self, state: State) -> Iterator[Need]:
+        """Pages that may have the number."""
+        return _of_number(state, self.number, "active", "preserved")
 
     def apply(self, state: State) -> State | None:
         """The newest record of the number is pinned; or none of its records is."""
@@ -152,6 +200,10 @@ class Reprieve:
 
     kind: ClassVar[Kind] = "pin"
     attempts: frozenset[str]
+
+    def needs(self, state: State) -> Iterator[Need]:
+        """No page: nothing in them is retiring."""
+        return iter(())
 
     def apply(self, state: State) -> State | None:
         """They are preserved, as another one may have their number by now. What was never committed stays retiring."""

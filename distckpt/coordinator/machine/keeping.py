@@ -9,7 +9,7 @@ from distckpt.coordinator.machine.desk import Desk
 from distckpt.coordinator.machine.intentions import Forget, Reprieve, Retire
 from distckpt.coordinator.machine.ledger import Ledger
 from distckpt.coordinator.machine.restores import Restores
-from distckpt.coordinator.machine.retention import sweep
+from distckpt.coordinator.machine.retention import next_due, sweep
 from distckpt.coordinator.machine.roundbook import RoundBook
 from distckpt.coordinator.machine.runs import Run, Runs
 from distckpt.coordinator.messages import Accepted
@@ -140,14 +140,14 @@ class Keeping:
 
     def _retire(self, spared: frozenset[str]) -> None:
         """Nothing retires before the run's first commit: a manager that is only made deletes nothing."""
-        run, state = self._runs.current, self._ledger.state
+        run, state = self._runs.current, self._ledger.sound
         if run is None or not self._ledger.has_saved:
             return
-        free = sweep(state.active, run.retention, state.last_preserved_timestamp, spared)
-        due = sweep(state.active, run.retention, state.last_preserved_timestamp, frozenset())
+        free = sweep(state.active, run.retention, state.last_preserved_timestamp, spared, state.pages)
+        due = sweep(state.active, run.retention, state.last_preserved_timestamp, frozenset(), state.pages)
         if len(free.active) > len(due.active):
             self._look_later()
-        if free.evicts:
+        if free.evicts or next_due(state, run.retention) is not None:
             self._ledger.intend(Retire(run.number, run.retention, spared))
 
     def _delete(self, retiring: frozenset[str], spared: frozenset[str]) -> None:
@@ -176,5 +176,7 @@ class Keeping:
             self._desk.emit(self._garbage(run, urgent=False))
 
     def _garbage(self, run: Run, *, urgent: bool) -> CollectGarbage:
-        known, failed = self._ledger.state.known(), frozenset(self._book.failed)
-        return CollectGarbage(run.name, known, self._book.live, self._ledger.epoch, failed, urgent)
+        ledger, failed = self._ledger, frozenset(self._book.failed)
+        known, pages = ledger.state.known(), ledger.state.pages
+        live, dropped = self._book.live, ledger.dropped
+        return CollectGarbage(run.name, known, live, ledger.epoch, failed, urgent, pages, dropped)

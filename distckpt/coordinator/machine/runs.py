@@ -126,8 +126,8 @@ class Runs:
         run = self.current or self._settle(message)
         run.hosts[message.rank] = message.host
         run.left.discard(message.rank)
-        managed = self._ledger.recovered(self._ledger.state).active
-        self._desk.answer(ticket, RunOpened(run.number, self._ledger.epoch, managed, self._ledger.state.origin))
+        ledger = self._ledger
+        self._desk.answer(ticket, RunOpened(run.number, ledger.epoch, ledger.recovers_at, ledger.state.origin))
 
     def _disagreement(self, message: OpenRun) -> str:
         run = self.current

@@ -13,10 +13,12 @@ from distckpt.directory.garbage import (
     attempt_folders,
     dead,
     delete_attempt,
+    dropped_pages,
     is_replaced,
     old_probes,
 )
 from distckpt.directory.log import read_tail
+from distckpt.directory.pages import known_of
 from distckpt.errors import StorageFullError, StoreUnsuitableError
 from distckpt.format import names
 from distckpt.format.json.log import CheckpointRecord
@@ -48,8 +50,10 @@ def collect_garbage(store: Store, action: CollectGarbage, min_age: float, predec
     predecessors.look()
     if is_replaced(store, action.epoch):
         return 0  # that is for a newer coordinator to do
-    bounds = Bounds(action.known, action.live, action.epoch, action.failed, action.urgent)
-    gone = 0
+    bounds = Bounds(
+        known_of(store, action.known, action.pages), action.live, action.epoch, action.failed, action.urgent
+    )
+    gone = _collect_pages(store, action)
     for folder in attempt_folders(store):
         gone += _sweep(store, folder, min_age)
         found = dead(store, folder, bounds, min_age, predecessors)
@@ -70,7 +74,7 @@ def collect_unclaimed(store: Store, min_age: float, predecessors: Predecessors) 
     entry = read_tail(store).entry
     if entry is None:
         return 0
-    action = CollectGarbage("", entry.state.known(), frozenset(), entry.epoch)
+    action = CollectGarbage("", entry.state.known(), frozenset(), entry.epoch, pages=entry.state.pages)
     return collect_garbage(store, action, min_age, predecessors)
 
 
@@ -83,6 +87,13 @@ def probe_with_room(store: Store, predecessors: Predecessors, min_age: float = G
             raise
         logger.warning("%s; it was full, and is usable since garbage has been deleted", store.url)
         probe(store)
+
+
+def _collect_pages(store: Store, action: CollectGarbage) -> int:
+    pages = dropped_pages(store, action.epoch, action.dropped)
+    for info in pages:
+        store.delete(info.path)
+    return len(pages)
 
 
 def _collected(store: Store, folder: str) -> int:

@@ -12,7 +12,7 @@ import uuid
 from collections.abc import Callable
 from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass, field, replace
-from typing import cast
+from typing import TypeVar, cast
 
 from distckpt.coordinator.machine.actions import (
     Action,
@@ -32,16 +32,20 @@ from distckpt.coordinator.machine.actions import (
     MakePlan,
     NameTaken,
     NewestRead,
+    PagesRead,
+    PageWritten,
     PlanMade,
     Publish,
     Published,
     ReadLeases,
     ReadNewest,
+    ReadPages,
     ReadTail,
     RoomMade,
     Seal,
     StepFailed,
     Tick,
+    WritePage,
 )
 from distckpt.coordinator.machine.machine import Machine
 from distckpt.coordinator.messages import Refused, Reply, Request
@@ -57,6 +61,7 @@ from distckpt.directory.garbage import GARBAGE_SECONDS, Predecessors
 from distckpt.directory.leases import Leases
 from distckpt.directory.locate import foreign_advice
 from distckpt.directory.log import append, prune, read_tail, sequence_numbers
+from distckpt.directory.pages import PageCache, known, write_page
 from distckpt.directory.published import PublishedState
 from distckpt.errors import (
     BlockedError,
@@ -65,14 +70,18 @@ from distckpt.errors import (
     CoordinatorFailedError,
     DistckptError,
     SaveError,
+    StorageError,
     StorageFullError,
 )
+from distckpt.format import names
 from distckpt.format.json.entry_sealer import EntrySealer
 from distckpt.format.json.log import Entry
 from distckpt.sharding.plan import ShardingPlan, make_plan
 from distckpt.storage import Store
 
 logger = logging.getLogger(__name__)
+
+Written = TypeVar("Written")
 
 CLOSE_SECONDS = 60.0
 """How long closing waits for a store that does not answer. What is left undone then is done by the next coordinator."""
@@ -117,6 +126,7 @@ class Shell:
         self._changed = threading.Condition(self._lock)
         self._sealer = EntrySealer()  # used in the log's thread alone
         self._state_file = PublishedState(store)
+        self._pages = PageCache(store)
         self._predecessors = Predecessors(store)
         self._leases = Leases(store)  # the machine reads them once at a time
         self._numbers = itertools.count()
@@ -232,8 +242,8 @@ class Shell:
     def _advised(self, error: CheckpointNotFoundError) -> CheckpointNotFoundError:
         """The same error, with what to do if such a checkpoint lies there without being in the log."""
         try:
-            known = read_tail(self._store).state.known()
-            advice = foreign_advice(self._store, error.path.rpartition("/")[2], known)
+            state = read_tail(self._store).head
+            advice = foreign_advice(self._store, error.path.rpartition("/")[2], known(self._store, state))
             return CheckpointNotFoundError(error.path, f"{error.message}{advice}") if advice else error
         except Exception as problem:  # noqa: BLE001 - somebody waits for the answer, which this only adds to
             logger.warning("looking for %s, which the log does not know, failed: %s", error.path, problem)
@@ -285,9 +295,11 @@ class Shell:
     def _dispatch(self, life: _Life, action: Action) -> None:
         if self._closed:
             return
-        if isinstance(action, Append | ReadTail | ReadNewest):
+        if isinstance(action, Append | ReadTail | ReadNewest | WritePage):
             workers = self._log_worker
-        elif isinstance(action, MakePlan | Seal | ReadLeases):  # a commit waits for leases, but for no deletion
+        elif isinstance(
+            action, MakePlan | Seal | ReadLeases | ReadPages
+        ):  # a commit waits for leases, but for no deletion
             workers = self._workers
         elif isinstance(action, CollectGarbage):  # it may take long, and nothing waits for it
             workers = self._garbage_worker
@@ -324,6 +336,12 @@ class Shell:
                 return self._with_room(lambda: self._append(action))
             case ReadNewest():
                 return NewestRead(max(sequence_numbers(self._store), default=0))
+            case ReadPages():
+                found, failed = self._pages.read(action.pages)
+                return PagesRead(action.asked, found, failed)
+            case WritePage():
+                ref = self._with_room(lambda: write_page(self._store, action.page, action.of, action.records))
+                return PageWritten(action.page, ref)
             case MakePlan():
                 plan = make_plan(action.number, action.descriptions, action.staged, action.fresh)
                 return PlanMade(action.attempt, plan)
@@ -331,8 +349,8 @@ class Shell:
                 table = cast(ShardingPlan, action.plan).table
                 return self._with_room(lambda: seal_checkpoint(self._store, action, table))
             case ReadLeases():
-                found = self._leases.read()
-                return LeasesRead(found.attempts, found.failed, found.pinned)
+                leased = self._leases.read()
+                return LeasesRead(leased.attempts, leased.failed, leased.pinned)
             case Delete():
                 return delete_checkpoints(self._store, action.records)
             case CollectGarbage():
@@ -349,7 +367,7 @@ class Shell:
                     self._on_exit(action.reason)
         return None
 
-    def _with_room(self, write: Callable[[], Event]) -> Event:
+    def _with_room(self, write: Callable[[], Written]) -> Written:
         """What ``write`` returns; if the store is full, once more after dead attempts have been deleted.
 
         The garbage that the machine asked for last is garbage for ever, so it need not be asked again.
@@ -388,6 +406,12 @@ class Shell:
             return AppendUnknown(action.entry, f"{type(error).__name__}: {error}", blocked)
         if isinstance(action, ReadNewest):
             return NewestRead(None, f"{type(error).__name__}: {error}")
+        if isinstance(action, ReadPages):
+            known_error = error if isinstance(error, DistckptError) else StorageError(names.PAGES, f"{error}")
+            return PagesRead(action.asked, {}, {page.id: known_error for page in action.pages})
+        if isinstance(action, WritePage):
+            logger.warning("a page of the log was not written, which is tried again: %s", error)
+            return PageWritten(action.page, None)
         if isinstance(action, ReadLeases):
             return LeasesRead(frozenset(), f"{error}")
         if isinstance(action, Delete):

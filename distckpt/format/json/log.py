@@ -9,6 +9,7 @@ from typing import ClassVar, Literal
 import msgspec
 
 from distckpt.format.json.manifest import MAX_MANIFEST_BYTES
+from distckpt.format.json.page import PageRef
 from distckpt.format.json.sealed import Sealed
 from distckpt.format.limits import MAX_BYTES, MAX_CRC32C, MAX_NUMBER, MAX_WORLD, shown
 from distckpt.format.names import attempt_age, is_attempt, is_name
@@ -67,6 +68,9 @@ class State(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     newest that was committed: whatever of them is not committed by then never will be. ``origin`` is unique for ever
     and names the log itself, from its first entry on; logs that began before there was such a name have ''.
     ``commits`` counts all checkpoints that ever came into the log, whatever became of them.
+
+    ``pages`` have what of ``active`` and ``preserved`` is older: all that is said here is about the records at hand, which
+    never lack the last active one. ``paging.opened`` has those of pages at hand too.
     """
 
     active: tuple[CheckpointRecord, ...] = ()
@@ -78,6 +82,7 @@ class State(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     saves: int = 0
     origin: str = ""
     commits: int = 0
+    pages: tuple[PageRef, ...] = ()
 
     def alive(self) -> dict[str, CheckpointRecord]:
         """What may be opened, by attempt: preserved ones first, then active ones in save order."""
@@ -119,6 +124,8 @@ class State(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         alive = self.alive() if self.retiring else {}
         if any(record.attempt in alive for record in self.retiring):
             yield "it lists a checkpoint both as alive and as being deleted"
+        if len({page.id for page in self.pages}) < len(self.pages):
+            yield "it refers to a page twice"
 
 
 class Entry(Sealed, frozen=True, forbid_unknown_fields=True):
@@ -158,4 +165,6 @@ class Entry(Sealed, frozen=True, forbid_unknown_fields=True):
             yield "its commit id, run token or origin is empty or too long"
         for record in (*state.active, *state.preserved, *state.retiring):
             yield from record.problems()
+        for page in state.pages:
+            yield from page.problems()
         yield from state.doubles()

@@ -1,0 +1,69 @@
+"""Pages: older records of a log, out of the way of its entries, which refer to them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Literal
+
+import msgspec
+
+from distckpt.format.limits import MAX_CRC32C, MAX_NUMBER, shown
+from distckpt.format.names import attempt_age, is_attempt
+
+MAX_PAGE_BYTES = 64 << 20
+
+ListName = Literal["active", "preserved"]
+
+
+class PageRef(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A page that a state refers to: how to check it, and what is known of its records without reading it.
+
+    It has ``count`` records of the list ``of``, whose ``numbers``, ``orders``, ``times`` and ``attempts`` (by age) lie
+    between these two each, both included. A record that is younger than the later of ``times`` is as old as that: a clock
+    has gone back since it was written.
+    """
+
+    id: str
+    of: ListName
+    count: int
+    size: int
+    crc32c: int
+    numbers: tuple[int, int]
+    orders: tuple[int, int]
+    times: tuple[float, float]
+    attempts: tuple[str, str]
+
+    @property
+    def first(self) -> tuple[int, tuple[int, str]]:
+        """No record in it has an earlier place in its list than this (``paging.place``)."""
+        return self.orders[0], attempt_age(self.attempts[0])
+
+    def may_have_number(self, number: int) -> bool:
+        """Whether a checkpoint of this number may be in it."""
+        return self.numbers[0] <= number <= self.numbers[1]
+
+    def may_have_attempt(self, attempt: str) -> bool:
+        """Whether this attempt may be in it."""
+        return is_attempt(attempt) and (
+            attempt_age(self.attempts[0]) <= attempt_age(attempt) <= attempt_age(self.attempts[1])
+        )
+
+    def problems(self) -> Iterator[str]:
+        """Why it makes no sense, whoever wrote it."""
+        if not (is_attempt(self.id) and all(map(is_attempt, self.attempts))):
+            yield f"{shown(self.id)} is no page, or its attempts are none"
+            return
+        if not (
+            1 <= self.count <= MAX_PAGE_BYTES and 0 < self.size <= MAX_PAGE_BYTES and 0 <= self.crc32c <= MAX_CRC32C
+        ):
+            yield f"count, size or CRC32C of page {self.id} is out of bounds"
+        if not (
+            0 <= self.numbers[0] <= self.numbers[1] <= MAX_NUMBER
+            and 0 <= self.orders[0] <= self.orders[1] <= MAX_NUMBER
+        ):
+            yield f"numbers or orders of page {self.id} are out of bounds"
+        if not (all(map(math.isfinite, self.times)) and self.times[0] <= self.times[1]):
+            yield f"times of page {self.id} are out of bounds"
+        if attempt_age(self.attempts[0]) > attempt_age(self.attempts[1]):
+            yield f"attempts of page {self.id} are out of order"
