@@ -83,7 +83,7 @@ def write_page(store: Store, page: str, of: ListName, records: Records) -> PageR
         store.put_if_absent(path, data)
     except AlreadyExistsError:
         # Our own earlier try, whose answer was lost, left the very same bytes; anything else is not ours.
-        if store.read(path, len(data) + 1) != data:
+        if store.read(path, MAX_PAGE_BYTES) != data:
             raise StorageError(join(store.url, path), "exists with other content") from None
     return ref_of(page, of, records, len(data), crc32c.crc32c(data))
 
