@@ -19,6 +19,7 @@ from distckpt.testing.history import (
     History,
     LetGo,
     Logged,
+    LostPage,
     Matched,
     Piece,
     Promised,
@@ -86,12 +87,13 @@ def test_the_simulations_are_full_of_what_they_are_about(histories):
                 count["below the newest"] += happening.entry.seq <= newest
                 count["landed late"] += not happening.heard
                 count["replaced"] += len(happening.entry.state.retiring) > 0
+                count["paged"] += happening.pages > 0
                 count["preserved"] += len(happening.entry.state.preserved) > 0
                 count["pinned"] += any(record.pinned for record in happening.entry.state.active)
                 newest = max(newest, happening.entry.seq)
     for name, least in {
         "claim": 1000, "run": 600, "commit": 3000, "retire": 300, "forget": 1000, "pin": 100, "below the newest": 50,
-        "landed late": 50, "Promised": 5000, "Held": 2000, "Agreed": 1000, "preserved": 500, "pinned": 300, "replaced": 500,
+        "landed late": 50, "Promised": 5000, "Held": 2000, "Agreed": 1000, "preserved": 500, "pinned": 300, "replaced": 500, "paged": 1000,
     }.items():  # fmt: skip
         assert count[name] >= least, (name, count)
 
@@ -107,6 +109,8 @@ def test_the_same_seed_gives_the_same_story():
         ("ignore_newest", {"G2", "G3"}),
         ("overwrite", {"G2", "G4"}),
         ("collect_by_age", {"G1"}),
+        ("forget_pages", {"G1"}),
+        ("collect_pages", {"G1"}),
         ("restore_unasked", {"G6"}),
         ("no_read_back", {"G8"}),
     ],
@@ -183,6 +187,7 @@ def test_an_honest_history_breaks_nothing():
             [*written(ONE)[1:], Wrote(ONE.attempt, "0", Piece(1, 1, 1, 0, b"\1\0\0\0", 1)), logged(1, active=(ONE,))],
             id="shard with other chunks",
         ),
+        pytest.param("G1", [*START, LostPage("a", "page")], id="page missing"),
         pytest.param("G2", [logged(1), logged(3)], id="gap"),
         pytest.param("G2", [logged(1), logged(2), logged(1, "b"), logged(3, "b")], id="went on below the newest"),
         pytest.param("G2", [logged(1), Logged("b", logged(1).entry, overwrote=True)], id="two writers of a number"),
