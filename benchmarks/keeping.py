@@ -20,7 +20,7 @@ from distckpt.directory.log import append
 from distckpt.directory.pages import write_page
 from distckpt.format import names
 from distckpt.format.json.log import CheckpointRecord, Entry, State
-from distckpt.format.json.paging import Sizes, next_page, turned
+from distckpt.format.json.paging import SIZES, next_page, turned
 from distckpt.storage import LocalStore
 
 KEPT = {10: 10, 300: 300, 3000: 3000, 100_000: None}
@@ -114,7 +114,7 @@ def _kept(folder: Path, count: int, most: int | None) -> Kept:
     state = State(
         active=records, last_preserved_timestamp=began - 1.0, run=1, run_token="bench", saves=count, commits=count
     )
-    while most is None and (found := next_page(state, Sizes(), active=True)) is not None:
+    while most is None and (found := next_page(state, SIZES, active=True)) is not None:
         page = f"e1-{uuid.uuid4().hex}"
         state = turned(state, write_page(store, page, *found), found[1])
     result = append(store, Entry(1, 1, 1, "commit", time.time(), uuid.uuid4().hex, state))

@@ -10,6 +10,9 @@ if TYPE_CHECKING:
     from distckpt.checkpoint import LoadStatus as LoadStatus
     from distckpt.checkpoint import PerRank as PerRank
     from distckpt.checkpoint import RandomState as RandomState
+    from distckpt.evaluation.watch import Watch as Watch
+    from distckpt.evaluation.watch import watch as watch
+    from distckpt.evaluation.watched import WatchedCheckpoint as WatchedCheckpoint
     from distckpt.export.listing import export_number as export_number
     from distckpt.export.listing import exports_iterator as exports_iterator
     from distckpt.export.listing import latest_export as latest_export
@@ -17,6 +20,13 @@ if TYPE_CHECKING:
     from distckpt.export.listing import wait_for_new_export as wait_for_new_export
     from distckpt.export.manager import ExportCheckpointManager as ExportCheckpointManager
     from distckpt.export.recipes import Export as Export
+    from distckpt.iterators import checkpoints_iterator as checkpoints_iterator
+    from distckpt.iterators import wait_for_new_checkpoint as wait_for_new_checkpoint
+    from distckpt.keep import AnyOf as AnyOf
+    from distckpt.keep import BestN as BestN
+    from distckpt.keep import EveryHours as EveryHours
+    from distckpt.keep import EveryNumbers as EveryNumbers
+    from distckpt.keep import LatestN as LatestN
     from distckpt.manager import CheckpointManager as CheckpointManager
     from distckpt.rank.pending import PendingSave as PendingSave
     from distckpt.reader import CheckpointReader as CheckpointReader
@@ -48,12 +58,12 @@ if TYPE_CHECKING:
     from distckpt.training.session import HookedLoop as HookedLoop
     from distckpt.training.session import TrainingSession as TrainingSession
     from distckpt.training.stop_at_step import StopAtStepHook as StopAtStepHook
-    from distckpt.watch import checkpoints_iterator as checkpoints_iterator
-    from distckpt.watch import wait_for_new_checkpoint as wait_for_new_checkpoint
 
 # Looked up when first used: reading a log or running the coordinator needs no torch, and torch takes seconds to import.
 _HOMES = {
     "Agreement": "training.agreement",
+    "AnyOf": "keep",
+    "BestN": "keep",
     "Checkpoint": "checkpoint",
     "CheckpointManager": "manager",
     "CheckpointReader": "reader",
@@ -61,9 +71,12 @@ _HOMES = {
     "CheckpointSaverListener": "training.hooks",
     "CheckpointState": "state_file",
     "Coordinator": "threads.coordinator",
+    "EveryHours": "keep",
+    "EveryNumbers": "keep",
     "Export": "export.recipes",
     "ExportCheckpointManager": "export.manager",
     "HookedLoop": "training.session",
+    "LatestN": "keep",
     "LoadStatus": "checkpoint",
     "LooperThread": "threads.looper",
     "PendingSave": "rank.pending",
@@ -77,8 +90,10 @@ _HOMES = {
     "SessionRunValues": "training.hooks",
     "StopAtStepHook": "training.stop_at_step",
     "TrainingSession": "training.session",
+    "Watch": "evaluation.watch",
+    "WatchedCheckpoint": "evaluation.watched",
     "checkpoint_exists": "reader",
-    "checkpoints_iterator": "watch",
+    "checkpoints_iterator": "iterators",
     "current_session": "training.hooks",
     "do_quantize_training": "training.quantization",
     "do_quantize_training_on_graphdef": "training.quantization",
@@ -95,8 +110,9 @@ _HOMES = {
     "load_variable": "reader",
     "open": "reader",
     "update_checkpoint_state": "state_file",
-    "wait_for_new_checkpoint": "watch",
+    "wait_for_new_checkpoint": "iterators",
     "wait_for_new_export": "export.listing",
+    "watch": "evaluation.watch",
 }
 
 __all__ = sorted([*_HOMES, "errors"])  # noqa: PLE0605 - derived, so that it cannot disagree

@@ -7,7 +7,7 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from distckpt.directory.locate import locate, read_index
+from distckpt.directory.locate import Located, locate, read_index
 from distckpt.directory.log import read_tail
 from distckpt.format import names
 from distckpt.manager import CheckpointManager
@@ -72,12 +72,7 @@ class Checkpoint(NamedObjects):
         if path is None:
             return LoadStatus("no checkpoint", list(self.objects), ())
         where = locate(path, placed(storage_options, cache_dir=cache_dir, data=data, data_options=data_options))
-        rank, world_size = find_rank()
-        selection = Selection.of(select, rename)
-        status = restore_objects(self, where, read_index(where), rank, world_size, partial, selection, progress)
-        if not partial and (status.missing or status.unexpected):
-            logger.warning("%s", describe(status))
-        return status
+        return fill(self, where, partial, select, rename, progress)
 
     def save(
         self,
@@ -131,6 +126,23 @@ class Checkpoint(NamedObjects):
             assert pending is not None
             pending.result()
             return manager.directory
+
+
+def fill(
+    checkpoint: NamedObjects,
+    where: Located,
+    partial: bool = False,
+    select: str | Sequence[str] | None = None,
+    rename: Rename | None = None,
+    progress: bool = False,
+) -> LoadStatus:
+    """Fill the objects from the attempt at ``where``: see Checkpoint.restore, which finds that by a path."""
+    rank, world_size = find_rank()
+    selection = Selection.of(select, rename)
+    status = restore_objects(checkpoint, where, read_index(where), rank, world_size, partial, selection, progress)
+    if not partial and (status.missing or status.unexpected):
+        logger.warning("%s", describe(status))
+    return status
 
 
 def _check_ours(directory: str, storage_options: Mapping[str, Any] | None) -> None:

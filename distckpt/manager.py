@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import math
 import os
@@ -15,17 +14,17 @@ from distckpt.coordinator.client.client import Client
 from distckpt.coordinator.client.gathering import Gathering
 from distckpt.coordinator.client.membership import RankCluster
 from distckpt.coordinator.client.opening import client_of, meet
-from distckpt.coordinator.machine.retention import recover
-from distckpt.coordinator.messages import Heartbeat, Leave, OpenRun, Retention
+from distckpt.coordinator.messages import Heartbeat, OpenRun
 from distckpt.coordinator.shell.shell import Settings
-from distckpt.directory.log import read_tail
 from distckpt.directory.newest import newest_committed
-from distckpt.errors import CheckpointNotFoundError, CommitUnknownError, CoordinatorError, DistckptError
+from distckpt.errors import CheckpointNotFoundError, CommitUnknownError, CoordinatorError
 from distckpt.format import names
-from distckpt.format.limits import MAX_NUMBER
+from distckpt.keep import Rule
 from distckpt.rank.alone import Alone
-from distckpt.rank.arguments import check_allowed, check_arguments, wanted_folder, whole
+from distckpt.rank.arguments import check_allowed, check_arguments, number_of, retention_of, wanted_folder
 from distckpt.rank.exit import close_at_exit, forget_at_exit
+from distckpt.rank.leaving import finish, leave
+from distckpt.rank.managed import managed
 from distckpt.rank.options import SaverOptions
 from distckpt.rank.pending import PendingSave, PendingSaves
 from distckpt.rank.restorer import Restorer
@@ -63,6 +62,7 @@ class CheckpointManager:
             first save.
         keep_checkpoint_every_n_hours: a checkpoint about to be deleted is preserved for ever if it is at least this
             many hours newer than the last one preserved.
+        keep: rules that say what stays, in place of these two: ``LatestN(3) | BestN(3, metric="loss", mode="min")``.
         checkpoint_name: the first part of ``<name>-<number>``.
         step_counter: the training step, for ``checkpoint_interval``, read at each save: a callable, a tensor or array
             of one element, or anything else that int() takes.
@@ -110,6 +110,7 @@ class CheckpointManager:
         init_fn: Callable[[], object] | None = None,
         last_checkpoint_step: int | None = None,
         *,
+        keep: Rule | None = None,
         save_timeout: float = 300.0,
         buffers: int = 1,
         on_busy: Literal["wait", "skip"] = "wait",
@@ -125,7 +126,8 @@ class CheckpointManager:
         check_copies: bool = False,
         progress: bool = False,
     ) -> None:
-        check_arguments(max_to_keep, checkpoint_name, step_counter, checkpoint_interval, save_timeout, buffers, on_busy)
+        retention = retention_of(max_to_keep, keep_checkpoint_every_n_hours, keep)
+        check_arguments(checkpoint_name, step_counter, checkpoint_interval, save_timeout, buffers, on_busy)
         check_allowed(save_failures_allowed)
         self._checkpoint = checkpoint
         self._name = checkpoint_name
@@ -141,7 +143,7 @@ class CheckpointManager:
             world_size=self._world.size,
             host=self._world.host,
             name=checkpoint_name,
-            retention=Retention(max_to_keep, keep_checkpoint_every_n_hours),
+            retention=retention,
             save_timeout=save_timeout,
         )
         meeting = meet(self._store, self._world)
@@ -177,6 +179,7 @@ class CheckpointManager:
         self._alone = Alone(self._store.url)
         self._closed = False
         self._left = False
+        self._final = False
         self._patience = 2 * save_timeout + CLOSE_SECONDS
         LooperThread.loop(self._background, HEARTBEAT_SECONDS, self._beat, name="distckpt-heartbeat", skip_missed=True)
         close_at_exit(self)
@@ -201,13 +204,7 @@ class CheckpointManager:
     @property
     def checkpoints(self) -> list[str]:
         """Paths of the managed checkpoints, oldest first, read from storage. Preserved ones are not among them."""
-        found = self._client.open()
-        state = read_tail(self._store).state
-        records = state.active
-        if (state.run, state.saves) == (found.run, 0) and found.recovers_at is not None:
-            # Until its first save the log does not say yet which of those that it found a manager leaves alone.
-            records = recover(state, found.recovers_at).active
-        return [self._path(record.name, record.number) for record in records]
+        return [self._path(record.name, record.number) for record in managed(self._store, self._client.open())]
 
     @property
     def latest_checkpoint(self) -> str | None:
@@ -261,7 +258,8 @@ class CheckpointManager:
             self._finish()
 
     def _finish(self, timeout: float | None = None) -> None:
-        late = self._pending.settle(timeout)
+        while (late := self._pending.settle(timeout)) and self._saver.waits_for_readers:
+            pass
         if not late:
             self._saver.await_published()
         self._pending.raise_failure(list(self._pending), at_end=True)
@@ -277,9 +275,7 @@ class CheckpointManager:
         if step is not None and self._saved_steps.too_early(step, check_interval):
             return None
         many, counter = self._world.size > 1, self._checkpoint.save_counter
-        number = counter + 1 if checkpoint_number is None else whole(checkpoint_number, "checkpoint_number")
-        if not 0 <= number <= MAX_NUMBER:
-            raise ValueError(f"checkpoint numbers go from 0 to {MAX_NUMBER}, but this one is {number}")
+        number = counter + 1 if checkpoint_number is None else number_of(checkpoint_number)
         self._checkpoint.save_counter = counter + 1
         try:
             pending = self._saver.save(number, self._path(self._name, number))
@@ -291,6 +287,7 @@ class CheckpointManager:
             self._checkpoint.save_counter = counter
             return None
         self._pending.add(pending)
+        self._final = False
         self._begun(pending)
         if step is not None:
             # Ranks could disagree on whether it failed.
@@ -357,19 +354,29 @@ class CheckpointManager:
 
     # ---- life --------------------------------------------------------------------------------------------------
 
-    def close(self) -> None:
+    def close(self, final: bool = False) -> None:
         """Wait for saves under way and leave the run. Raises the first failure that nobody has collected.
+
+        ``final``, on all ranks alike, says that training is over, so that those who follow it come to an end; a later
+        run takes that back. Ranks wait for each other, and return once the log says so; CoordinatorError names those
+        that do not come within ``save_timeout``, or leave without saying so, and StorageError says why it could not be written.
 
         A store that hangs is waited for as long as a save may take, twice ``save_timeout`` and a minute, and then another
         minute for what retention does; what is left undone then is raised, if it is a save, or logged.
         """
         if self._left:
+            if final:
+                raise CoordinatorError(
+                    f"{self.directory}: this manager was closed before it could say that training is over"
+                )
             return
         with self._alone("close"):
             self._closed = True
             deadline = time.monotonic() + self._patience
             try:
                 self._finish(self._patience)
+                if final or self._final:
+                    finish(self._client, self._store, self._patience)
             finally:
                 self._leave(deadline)
 
@@ -386,9 +393,7 @@ class CheckpointManager:
         self._background.request_stop()
         grace = min(CLOSE_SECONDS, max(1.0, deadline - time.monotonic()))
         self._background.join(stop_grace_period_secs=grace, ignore_live_threads=True)
-        with contextlib.suppress(DistckptError):  # the coordinator notices by itself that we are gone
-            self._client.open(CLOSE_SECONDS)
-            self._client.ask(Leave(), 5.0)
+        leave(self._client, CLOSE_SECONDS)
         self._client.close()
 
     def __enter__(self) -> CheckpointManager:
@@ -433,6 +438,11 @@ class CheckpointManager:
 def settle(manager: CheckpointManager) -> None:
     """Return once no save of ``manager`` is under way. What failed is left for the manager to raise."""
     manager._pending.settle()
+
+
+def conclude(manager: CheckpointManager) -> None:
+    """Have the next ``close`` of ``manager`` say that training is over, unless something is saved before."""
+    manager._final = True
 
 
 def abandon(manager: CheckpointManager, error: BaseException) -> None:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, SupportsFloat
 
 from distckpt.directory.locate import Located, locate, read_index
 from distckpt.directory.newest import newest_committed
+from distckpt.directory.reports import reported_metrics, write_report
 from distckpt.directory.verify import Damage, VerifyReport, verify
 from distckpt.errors import CheckpointNotFoundError, DamagedError
 from distckpt.format import names
@@ -205,6 +206,20 @@ class CheckpointReader:
     def manifest(self) -> Manifest:
         """Name, number, attempt, time and world size of the save, and its shards."""
         return self._where.manifest
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """What has been reported about this attempt by now; read anew each time. Empty for a lone copy."""
+        return reported_metrics(self._where.store, self.manifest.attempt)
+
+    def report(self, metrics: Mapping[str, SupportsFloat], reporter: str = "") -> None:
+        """Say what was found out about this attempt, which ``ls`` shows and ``keep`` rules like BestN judge by.
+
+        It belongs to what was read, also if the number is saved again meanwhile. Of a metric that is reported twice the
+        later report counts. Raises ValueError for what is no finite number, names of more than 128 or of unprintable
+        characters, and more than 64 metrics; StorageError if it could not be written, after which it can be repeated.
+        """
+        write_report(self._where.store, self.manifest.attempt, metrics, reporter)
 
     @property
     def _index(self) -> Index:

@@ -20,6 +20,8 @@ _HOMES = {
     "unpin": ("pinning", "unpin_checkpoint"),
     "rm": ("removing", "remove_checkpoints"),
     "gc": ("collecting", "collect"),
+    "watch": ("watching", "watch_directory"),
+    "groups": ("grouping", "groups"),
 }
 
 

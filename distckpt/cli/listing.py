@@ -14,11 +14,13 @@ from distckpt.cli import options, text
 from distckpt.directory.newest import has_manifest
 from distckpt.directory.pages import Lost
 from distckpt.directory.pins import pins
+from distckpt.directory.reports import read_reports
 from distckpt.directory.strays import read_run
 from distckpt.errors import CheckpointNotFoundError
 from distckpt.format import names
 from distckpt.format.json.lease import Lease
 from distckpt.format.json.log import CheckpointRecord, State
+from distckpt.format.json.report import with_reports
 from distckpt.storage import Store, open_store
 from distckpt.terminal.sizes import human_bytes
 
@@ -50,13 +52,16 @@ def list_checkpoints(ctx: click.Context, directory: str, as_json: bool, storage_
     are in the log, but were deleted by other means than distckpt. Exit status 1 if a part of the log cannot be read.
     """
     store = open_store(directory, storage_options)
+    reports = [one.report for one in read_reports(store).found]  # before the log, into which they go
     state, missing, lost = _settled(store)
+    state = with_reports(state, reports)
     pinned = pins(store)
     listed = in_order(state, missing, pinned.keys())
     if not listed and not lost:
         raise CheckpointNotFoundError(store.url, "no checkpoint has been committed here")
     if as_json:
-        shown = {"directory": store.url, "checkpoints": [_as_json(one, pinned) for one in listed]}
+        checkpoints = [_as_json(one, pinned) for one in listed]
+        shown = {"directory": store.url, "ended": state.ended, "checkpoints": checkpoints}
         text.print_json({**shown, "unreadable": [str(one.error) for one in lost]} if lost else shown)
     else:
         _print(listed)

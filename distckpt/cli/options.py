@@ -29,6 +29,11 @@ def seconds(ctx: click.Context, parameter: click.Parameter, value: str) -> float
     return float(found[1]) * _SECONDS[found[2]]
 
 
+def optional_seconds(ctx: click.Context, parameter: click.Parameter, value: str | None) -> float | None:
+    """As ``seconds``, or None if it is not given."""
+    return None if value is None else seconds(ctx, parameter, value)
+
+
 def storage_options(command: _Command) -> _Command:
     """``-o key=value``, any number of them, for the store; and ``--data URL``, which is one of them."""
     where = "Where the shards are, if the manager was given data=URL."

@@ -13,6 +13,7 @@ from distckpt.cli import options, text
 from distckpt.directory.exports import read_export
 from distckpt.directory.locate import Located, locate, read_index
 from distckpt.directory.pins import pin_of
+from distckpt.directory.reports import reported_metrics
 from distckpt.format import names
 from distckpt.format.arrow.dtypes import VALUE
 from distckpt.format.tree.tree import RankStep, Step, decode_path
@@ -36,10 +37,11 @@ def show_checkpoint(path: str, as_json: bool, storage_options: Mapping[str, Any]
     index = read_index(where)
     export = read_export(where.store, where.folder)
     pin = pin_of(where.store, where.manifest.attempt)
+    metrics = reported_metrics(where.store, where.manifest.attempt)
     if as_json:
-        text.print_json(_as_json(where, index, export, pin))
+        text.print_json(_as_json(where, index, export, pin, metrics))
     else:
-        _print(where, index, export, pin)
+        _print(where, index, export, pin, metrics)
 
 
 # ---- for people ---------------------------------------------------------------------------------------------------
@@ -56,7 +58,9 @@ class _Branch:
     children: dict[Step, _Branch] = field(default_factory=dict)
 
 
-def _print(where: Located, index: Index, export: ExportManifest | None, pin: Lease | None) -> None:
+def _print(
+    where: Located, index: Index, export: ExportManifest | None, pin: Lease | None, metrics: Mapping[str, float]
+) -> None:
     console = text.console()
     manifest = where.manifest
     tensors = sum(dtype != VALUE for dtype in index.dtypes)
@@ -76,6 +80,8 @@ def _print(where: Located, index: Index, export: ExportManifest | None, pin: Lea
         console.print(f"exported {text.local_time(export.time)}: {exported}, {human_bytes(nbytes)}")
     if pin is not None:
         console.print(text.pin_in_words(pin))
+    if metrics:
+        console.print(", ".join(f"{name}={value:.5g}" for name, value in metrics.items()))
     console.print()
     table = text.table(["key", "shape", "type", "size", "written by"], right=["size"])
     for guide, branch in _lines(_tree(where, index)):
@@ -162,7 +168,9 @@ def _count(ranks: Any) -> dict[int, int]:
 # ---- for programs -------------------------------------------------------------------------------------------------
 
 
-def _as_json(where: Located, index: Index, export: ExportManifest | None, pin: Lease | None) -> dict[str, Any]:
+def _as_json(
+    where: Located, index: Index, export: ExportManifest | None, pin: Lease | None, metrics: Mapping[str, float]
+) -> dict[str, Any]:
     manifest = msgspec.to_builtins(where.manifest)
     for shard in manifest["shards"]:
         shard["file"] = names.shard_name(shard["rank"], shard["shard"])
@@ -172,6 +180,7 @@ def _as_json(where: Located, index: Index, export: ExportManifest | None, pin: L
         **manifest,
         "export": msgspec.to_builtins(export),
         "pin": text.pin_as_json(pin),
+        "metrics": metrics,
         "keys": [{**_key_as_json(index.info(key)), "chunks": _chunks_as_json(index, key)} for key in index.names],
     }
 

@@ -16,15 +16,8 @@ from typing import Literal
 from distckpt.errors import DistckptError
 from distckpt.format.arrow.receipt import ShardReceipt
 from distckpt.format.json.log import CheckpointRecord
+from distckpt.keep import Retention
 from distckpt.threads.report import StopReport
-
-
-@dataclass(frozen=True, slots=True)
-class Retention:
-    """What to keep. ``max_to_keep`` None keeps all; hours may be fractional; 0 or None preserves none by age."""
-
-    max_to_keep: float | None = 5
-    keep_checkpoint_every_n_hours: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,6 +139,16 @@ class Late:
     seconds: float
     timeout: float
     stage: str
+
+
+@dataclass(frozen=True, slots=True)
+class Lag:
+    """A save waits, without a deadline, until fewer than ``most`` checkpoints wait for ``group``: ask again."""
+
+    group: str
+    waiting: int
+    most: int
+    seconds: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -368,7 +371,13 @@ class AwaitPublished:
 
 @dataclass(frozen=True, slots=True)
 class Leave:
-    """The rank is done with the run."""
+    """The rank is done with the run.
+
+    ``final`` says that training is over. That is answered once all ranks have said so and the log does; a repeat is
+    answered alike.
+    """
+
+    final: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -423,6 +432,7 @@ Reply = (
     | Accepted
     | Planned
     | Late
+    | Lag
     | Committed
     | Prepared
     | MatchWith

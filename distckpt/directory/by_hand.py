@@ -13,7 +13,7 @@ from distckpt.directory.published import PublishedState
 from distckpt.errors import CoordinatorError, DamagedError, StorageError, StoreOutcomeUnknownError
 from distckpt.format import names
 from distckpt.format.json.log import FORMAT, CheckpointRecord, Entry, Kind, State
-from distckpt.format.json.paging import Sizes, next_page, turned
+from distckpt.format.json.paging import SIZES, next_page, turned
 from distckpt.storage import Store, join, parts_of, probe
 
 logger = logging.getLogger(__name__)
@@ -113,7 +113,7 @@ class Hand:
 
     def _turned(self, state: State) -> State:
         """The state with its older records in pages, if there are many of them. An entry has room without, if need be."""
-        while (found := next_page(state, Sizes(), active=True)) is not None:
+        while (found := next_page(state, SIZES, active=True)) is not None:
             page = f"e{self._epoch}-{uuid.uuid4().hex}"
             try:
                 ref = write_page(self._store, page, *found)

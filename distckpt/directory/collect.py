@@ -17,6 +17,7 @@ from distckpt.directory.garbage import (
     delete_attempt,
     dropped_pages,
     leftover,
+    lost_reports,
     old_probes,
 )
 from distckpt.directory.leases import UNREADABLE_SECONDS, Leases
@@ -34,6 +35,7 @@ HIDDEN = "interrupted write"
 LEASE = "expired lease"
 PROBE = "probe"
 PAGE = "page of the log"
+REPORT = "report on what is gone"
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +85,7 @@ def survey(store: Store, min_age: float, now: float) -> Collection:
     for folder in SWEPT:
         found += _hidden(store, folder, now - min_age)
     found += [Garbage(PROBE, left) for left in old_probes(store, min_age)]
+    found += [Garbage(REPORT, left) for left in attempts.lost_reports()]
     found += [Garbage(LEASE, leftover(store, info.path, [info])) for info in attempts.dead_leases(now)]
     found += [Garbage(LEASE, left) for left in attempts.lost_pins(now - min_age)]
     epoch = tail.entry.epoch if tail.entry is not None else 0
@@ -157,6 +160,10 @@ class _Attempts:
     def dead_leases(self, now: float) -> Iterator[ObjectInfo]:
         yield from self._expired
         yield from (info for info in self._leases.unreadable if info.modified < now - UNREADABLE_SECONDS)
+
+    def lost_reports(self) -> list[Leftover]:
+        """Reports on what the log has let go."""
+        return lost_reports(self._store, Bounds(self._known, frozenset(), self._epoch), self._min_age)
 
     def lost_pins(self, before: float) -> Iterator[Leftover]:
         """Pins of what is no more, and those that came too late for it and whose maker was killed before it saw that."""

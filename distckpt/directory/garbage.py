@@ -23,7 +23,7 @@ GARBAGE_SECONDS = 3600.0
 FAILED_SECONDS = 60.0
 """The same for an attempt of which it is known that it has failed: it can never be committed, and takes room."""
 
-SWEPT = ("", names.LOG, names.PAGES, names.LEASES, PROBES)
+SWEPT = ("", names.LOG, names.PAGES, names.LEASES, names.REPORTS, PROBES)
 """Folders in which killed writers may have left hidden things, beside those of the attempts."""
 
 
@@ -171,6 +171,17 @@ def dropped_pages(store: Store, epoch: int, dropped: Container[str] = ()) -> lis
         logger.warning("no page of the log is collected: %s", error)
         return []
     return [info for info in found if names.page_id(info.path) not in referred]
+
+
+def lost_reports(store: Store, bounds: Bounds, min_age: float) -> list[Leftover]:
+    """Reports on what is no checkpoint any more."""
+    return [
+        leftover(store, info.path, [info])
+        for info in at_most(MOST_NAMES, store.list(names.REPORTS), f"{store.url}/{names.REPORTS}")
+        if (attempt := names.reported_attempt(info.path)) is not None
+        and bounds.admit(attempt)
+        and info.modified < time.time() - min_age
+    ]
 
 
 def delete_attempt(store: Store, folder: str) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
-import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
+from distckpt.directory.stillness import Stillness, elapsed
 from distckpt.errors import DamagedError, ObjectNotFoundError, StorageError
 from distckpt.format import names
 from distckpt.format.json.lease import MAX_LEASE_BYTES, Lease
@@ -33,19 +35,22 @@ class Leased:
 class Leases:
     """Reads the leases of one directory, again and again. What is wrong with one is logged once.
 
-    A lease counts until it expires by the wall clock of this process, whether or not it can be deleted then. While one
-    cannot be read, nothing may be deleted: it may be of any checkpoint. But if nobody has touched it for an hour by the
-    monotonic clock of this process, nobody holds it. Not safe to use from several threads.
+    A lease counts until this observer has seen it unchanged for its duration, by a monotonic clock of its own, whether or
+    not it can be deleted then. No time is compared with any other clock's, and what is seen for the first time counts.
+    While one cannot be read, nothing may be deleted: it may be of any checkpoint. But if nobody has touched it for an hour,
+    nobody holds it. Not safe to use from several threads.
     """
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: Store, clock: Callable[[], float] = elapsed) -> None:
         self._store = store
+        self._clock = clock
         self._told: set[tuple[str, str]] = set()
-        self._unreadable: dict[ObjectInfo, float] = {}
+        self._stillness = Stillness()
+        self._unreadable: list[ObjectInfo] = []
 
     @property
     def unreadable(self) -> tuple[ObjectInfo, ...]:
-        """The leases that could not be read when it was looked last."""
+        """The leases that could not be read when it was looked last, and count no longer."""
         return tuple(self._unreadable)
 
     def read(self) -> Leased:
@@ -57,25 +62,33 @@ class Leases:
 
     def look(self) -> tuple[Leased, tuple[ObjectInfo, ...]]:
         """As ``read``, with the leases that have expired, and deletes nothing."""
+        asked = self._clock()
+        self._unreadable = []
         try:
             found = at_most(MOST_NAMES, self._store.list(names.LEASES), f"{self._store.url}/{names.LEASES}")
         except (DamagedError, StorageError) as error:
             self._tell("", "nothing is deleted while the leases cannot be listed: %s", error)
             return Leased(frozenset(), str(error)), ()
-        self._forget_all_but(found)
+        self._forget_all_but({info.path for info in found})
         attempts: set[str] = set()
         pinned: set[str] = set()
         expired = []
         failed = ""
         for info in found:
             try:
-                lease = unseal(self._store.read(info.path, MAX_LEASE_BYTES), Lease, info.path, MAX_LEASE_BYTES)
+                data = self._store.read(info.path, MAX_LEASE_BYTES)
             except ObjectNotFoundError:
                 continue  # released between listing and reading
             except Exception as error:  # noqa: BLE001 - whatever is wrong with one, retention looks at the others
-                failed = self._is_held(info, error) or failed
+                failed = self._is_held(info, self._still_for(info, b"", asked), error) or failed
                 continue
-            if not lease.counts(time.time()):
+            still = self._still_for(info, data, asked)
+            try:
+                lease = unseal(data, Lease, info.path, MAX_LEASE_BYTES)
+            except DamagedError as error:
+                failed = self._is_held(info, still, error) or failed
+                continue
+            if lease.seconds is not None and still >= lease.seconds:
                 expired.append(info)
                 continue
             attempts.add(lease.attempt)
@@ -84,12 +97,17 @@ class Leases:
         leased = Leased(frozenset(), failed) if failed else Leased(frozenset(attempts), "", frozenset(pinned))
         return leased, tuple(expired)
 
-    def _is_held(self, info: ObjectInfo, error: Exception) -> str:
+    def _still_for(self, info: ObjectInfo, data: bytes, asked: float) -> float:
+        # With what the listing says: a renewal that the store was late to write may bring an old content back.
+        fingerprint = info.size, info.modified, hashlib.sha256(data).digest()
+        return self._stillness.still_for(info.path, fingerprint, asked=asked, answered=self._clock())
+
+    def _is_held(self, info: ObjectInfo, still: float, error: Exception) -> str:
         """Why nothing may be deleted because of a lease that cannot be read; '' if nobody holds it any more."""
-        now = time.monotonic()
-        if now - self._unreadable.setdefault(info, now) < UNREADABLE_SECONDS:
+        if still < UNREADABLE_SECONDS:
             self._tell(info.path, "nothing is deleted while the lease %s cannot be read: %s", info.path, error)
             return f"lease {info.path}: {error}"
+        self._unreadable.append(info)
         self._tell(info.path, "the lease %s cannot be read, and is not renewed: it counts no longer", info.path)
         return ""
 
@@ -106,7 +124,6 @@ class Leases:
             self._told.add((path, message))
             logger.warning(message, *arguments)
 
-    def _forget_all_but(self, found: list[ObjectInfo]) -> None:
-        paths = {info.path for info in found}
+    def _forget_all_but(self, paths: set[str]) -> None:
         self._told = {(path, message) for path, message in self._told if path in paths}
-        self._unreadable = {info: since for info, since in self._unreadable.items() if info in found}
+        self._stillness.forget_all_but(paths)

@@ -2,30 +2,20 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import msgspec
 
-from distckpt.directory.pages import Lost, readable, whole, with_attempt, with_later, with_numbers
-from distckpt.errors import (
-    AlreadyExistsError,
-    BlockedError,
-    DamagedError,
-    ObjectNotFoundError,
-    StorageError,
-    StorageFullError,
-    StoreOutcomeUnknownError,
-    UnsupportedFormatError,
-)
+from distckpt.directory.chain import Appended, Chain
+from distckpt.directory.pages import Lost, readable, with_pages
+from distckpt.errors import DamagedError, ObjectNotFoundError
 from distckpt.format import names
 from distckpt.format.json.entry_sealer import EntrySealer
 from distckpt.format.json.log import CheckpointRecord, Entry, State
+from distckpt.format.json.page import PageRef
 from distckpt.format.json.sealed import Sealed, unseal
-from distckpt.storage import MOST_NAMES, Store, at_most, twice
-
-logger = logging.getLogger(__name__)
+from distckpt.storage import Store
 
 KEEP_ENTRIES = 64
 """Newest entries that pruning leaves alone: enough to look back at what happened, few enough to list at once."""
@@ -55,7 +45,7 @@ class Tail:
         DamagedError, which names it, for a page that cannot be. If one was let go since the entry was read, it is the
         state of a newer entry.
         """
-        return self._with(whole)
+        return self.having(lambda page: True)
 
     def newest(self) -> CheckpointRecord | None:
         """The newest checkpoint, or None. Pages are only read if no checkpoint is active."""
@@ -63,15 +53,12 @@ class Tail:
 
     def having_numbers(self, *numbers: int) -> State:
         """As ``state``, but of what is in pages only those checkpoints are sure to be there that have one of these."""
-        return self._with(lambda store, state: with_numbers(store, state, numbers))
+        wanted = set(numbers)
+        return self.having(lambda page: any(map(page.may_have_number, wanted)))
 
     def having_attempt(self, attempt: str) -> State:
         """As ``state``, but of what is in pages only this attempt is sure to be there."""
-        return self._with(lambda store, state: with_attempt(store, state, attempt))
-
-    def having_later(self, order: int) -> State:
-        """As ``state``, but of what is in pages only what came after the first ``order`` commits is sure to be there."""
-        return self._with(lambda store, state: with_later(store, state, order))
+        return self.head if attempt in self.head.known() else self.having(lambda page: page.may_have_attempt(attempt))
 
     def readable(self) -> tuple[State, tuple[Lost, ...]]:
         """As ``state``, but without what is in pages that cannot be read, and those pages."""
@@ -84,11 +71,12 @@ class Tail:
             tail = newer
         return tail.head, ()
 
-    def _with(self, opened: Callable[[Store, State], State]) -> State:
+    def having(self, wanted: Callable[[PageRef], bool]) -> State:
+        """As ``state``, but of its pages only those are read that are ``wanted``."""
         tail = self
         while tail.store is not None and tail.head.pages:
             try:
-                return opened(tail.store, tail.head)
+                return with_pages(tail.store, tail.head, wanted)
             except DamagedError:
                 newer = read_tail(tail.store)
                 if newer.seq <= tail.seq:
@@ -97,52 +85,14 @@ class Tail:
         return tail.head
 
 
-@dataclass(frozen=True, slots=True)
-class AppendResult:
-    """What became of an append.
-
-    ``outcome``: "appended", "taken" (``found`` is the other entry, None if unreadable), "unknown" (``reason``), or
-    "refused" (``reason``): nothing was written, since no reader would take it, and nothing ever will be.
-    ``newest`` is the highest number that a listing made after it shows; 0 when unknown.
-    """
-
-    outcome: str
-    newest: int = 0
-    found: Entry | None = None
-    reason: str = ""
-
-
 def sequence_numbers(store: Store) -> list[int]:
-    """Every number in the log, ascending.
-
-    A log has no gaps, and there is nothing else in its folder. A listing that says otherwise is made once more, and then
-    believed: no checksum covers it, and a number that is not there would tell a coordinator that it has been replaced.
-    """
-    numbers, others = _listed_numbers(store)
-    if others or numbers[-1:] != [numbers[0] + len(numbers) - 1 for _ in numbers[:1]]:
-        numbers, _ = _listed_numbers(store)
-    return numbers
-
-
-def _listed_numbers(store: Store) -> tuple[list[int], int]:
-    """Those of the entries, ascending, and how many other objects there are."""
-    listed = at_most(MOST_NAMES, store.list(names.LOG), f"{store.url}/{names.LOG}")
-    found = [names.entry_seq(info.path) for info in listed]
-    numbers = sorted(seq for seq in found if seq is not None)
-    return numbers, len(found) - len(numbers)
+    """Every number in the log, ascending."""
+    return _chain(store).numbers()
 
 
 def read_entry(store: Store, seq: int) -> Entry:
     """The entry with that number. DamagedError if it is not what was written; ObjectNotFoundError if it is gone."""
-    return twice(lambda: _read_once(store, seq))
-
-
-def _read_once(store: Store, seq: int) -> Entry:
-    path = names.entry_path(seq)
-    entry = unseal(store.read(path, Entry.MAX_BYTES), Entry, path, Entry.MAX_BYTES)
-    if entry.seq != seq:
-        raise DamagedError(path, f"the entry says that it is number {entry.seq}")
-    return entry
+    return _chain(store).read(seq)
 
 
 def read_commit_id(store: Store, seq: int) -> str:
@@ -189,80 +139,24 @@ def read_tail(store: Store) -> Tail:
 
     Raises UnsupportedFormatError if a newer release wrote one of them, DamagedError if none can be read.
     """
-    for _ in range(8):
-        numbers = sequence_numbers(store)
-        tail = _newest_readable(store, numbers)
-        if tail is not None:
-            return tail
-    raise StorageError(names.LOG, "the log was pruned faster than it could be read, several times over")
+    found = _chain(store).newest()
+    return Tail(found.seq, found.entry, found.damaged, store)
 
 
-def _newest_readable(store: Store, numbers: list[int]) -> Tail | None:
-    damaged: list[DamagedError] = []
-    for seq in reversed(numbers):
-        try:
-            return Tail(numbers[-1], read_entry(store, seq), tuple(damaged), store)
-        except UnsupportedFormatError:
-            raise  # a newer release wrote it: to go on from an older entry would undo what it says
-        except DamagedError as error:
-            # Told anew, for an error that is kept keeps all that its traceback leads to: the 64 MiB of the entry.
-            damaged.append(DamagedError(error.path, error.reason, error.key))
-            logger.warning("log entry passed over: %s", damaged[-1])
-        except ObjectNotFoundError:
-            return None  # pruned since the listing: list again
-    if damaged:
-        raise damaged[0]
-    return Tail(0, None, (), store)
-
-
-def append(store: Store, entry: Entry, sealer: EntrySealer | None = None) -> AppendResult:
+def append(store: Store, entry: Entry, sealer: EntrySealer | None = None) -> Appended[Entry]:
     """Put the entry at its number if absent, then look which number is the highest. Never overwrites.
 
     ``sealer`` is that of the entries before, if there is one: it makes this one cheap.
     BlockedError if what is at that number, or in the place of the log's folder, is no object of a store;
     StorageFullError if there is no room, and the entry was not written.
     """
-    try:
-        data = (sealer or EntrySealer()).seal(entry)
-    except ValueError as error:
-        return AppendResult("refused", reason=str(error))
-    try:
-        store.put_if_absent(names.entry_path(entry.seq), data)
-    except AlreadyExistsError:
-        return _taken(store, entry)
-    except (BlockedError, StorageFullError):
-        raise
-    except StoreOutcomeUnknownError as error:
-        return AppendResult("unknown", reason=str(error))
-    except StorageError as error:
-        # The name may have been created before the error (a failed fsync, a full disk): ask again rather than assume.
-        return AppendResult("unknown", reason=str(error))
-    return _listed(store, "appended", entry.seq)
-
-
-def _taken(store: Store, entry: Entry) -> AppendResult:
-    try:
-        found = read_entry(store, entry.seq)
-    except DamagedError as error:
-        logger.warning("cannot read the entry that took our number: %s", error)
-        return _listed(store, "taken", entry.seq)
-    except StorageError as error:
-        return AppendResult("unknown", reason=str(error))
-    if found.commit_id == entry.commit_id:
-        return _listed(store, "appended", entry.seq)
-    return _listed(store, "taken", entry.seq, found)
-
-
-def _listed(store: Store, outcome: str, seq: int, found: Entry | None = None) -> AppendResult:
-    try:
-        numbers = sequence_numbers(store)
-    except StorageError as error:
-        return AppendResult("unknown", reason=str(error))
-    return AppendResult(outcome, max(numbers, default=seq), found)
+    return _chain(store).append(entry, (sealer or EntrySealer()).seal)
 
 
 def prune(store: Store, seq: int) -> None:
     """Drop entries that are more than KEEP_ENTRIES below ``seq``; the newest alone holds the whole state."""
-    for old in sequence_numbers(store):
-        if old < seq - KEEP_ENTRIES:
-            store.delete(names.entry_path(old))
+    _chain(store).prune(seq - KEEP_ENTRIES)
+
+
+def _chain(store: Store) -> Chain[Entry]:
+    return Chain(store, names.LOG, Entry, lambda entry: (entry.seq, entry.commit_id))

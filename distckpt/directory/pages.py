@@ -93,28 +93,11 @@ def write_page(store: Store, page: str, of: ListName, records: Records) -> PageR
 
 def whole(store: Store, state: State) -> State:
     """The state with everything at hand. DamagedError, which names it, if a page cannot be read."""
-    return _opened(store, state, lambda page: True)
+    return with_pages(store, state, lambda page: True)
 
 
-def with_numbers(store: Store, state: State, numbers: Iterable[int]) -> State:
-    """The state with every checkpoint of these numbers at hand. Raises as ``whole``."""
-    numbers = set(numbers)
-    return _opened(store, state, lambda page: any(map(page.may_have_number, numbers)))
-
-
-def with_attempt(store: Store, state: State, attempt: str) -> State:
-    """The state with that attempt at hand if it knows it at all. Raises as ``whole``."""
-    if attempt in state.known():
-        return state
-    return _opened(store, state, lambda page: page.may_have_attempt(attempt))
-
-
-def with_later(store: Store, state: State, order: int) -> State:
-    """The state with everything at hand that came after the first ``order`` commits. Raises as ``whole``."""
-    return _opened(store, state, lambda page: page.orders[1] > order)
-
-
-def _opened(store: Store, state: State, wanted: Callable[[PageRef], bool]) -> State:
+def with_pages(store: Store, state: State, wanted: Callable[[PageRef], bool]) -> State:
+    """The state with the records of those pages at hand that are ``wanted``. Raises as ``whole``."""
     return opened(state, {page.id: read_page(store, page) for page in state.pages if wanted(page)})
 
 

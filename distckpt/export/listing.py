@@ -14,8 +14,8 @@ from distckpt.directory.log import read_tail, sequence_numbers
 from distckpt.errors import DamagedError
 from distckpt.format import names
 from distckpt.format.json.log import CheckpointRecord
+from distckpt.iterators import POLL_SECONDS, follow, wait_for
 from distckpt.storage import PathLike, Store, join, open_store
-from distckpt.watch import POLL_SECONDS, follow, wait_for
 
 logger = logging.getLogger(__name__)
 

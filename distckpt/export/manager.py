@@ -179,10 +179,13 @@ class ExportCheckpointManager(CheckpointManager):
             self._pending.settle()
             self._exporter.wait(timeout)
 
-    def close(self) -> None:
-        """Wait for saves and exports under way and leave the run. Raises the first failure that nobody has collected."""
+    def close(self, final: bool = False) -> None:
+        """Wait for saves and exports under way and leave the run. Raises the first failure that nobody has collected.
+
+        ``final`` as in CheckpointManager.
+        """
         with contextlib.ExitStack() as after:
-            after.callback(super().close)
+            after.callback(super().close, final)
             if self._exporter is not None:
                 after.callback(self._exporter.stop)
                 self.wait_for_exports()

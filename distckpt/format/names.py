@@ -7,6 +7,8 @@ import re
 LOG = "_log"
 LEASES = "_leases"
 PAGES = "_pages"
+GROUPS = "_groups"
+REPORTS = "_reports"
 STATE_FILE = "checkpoint"
 MANIFEST = "manifest.json"
 INDEX = "index.arrow"
@@ -21,6 +23,7 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _ATTEMPT = re.compile(r"e([0-9]{1,18})-[0-9a-f]{32}")
 _ENTRY = re.compile(r"([0-9]{20})\.json")
 _CHECKPOINT = re.compile(r"(.+)-([0-9]{1,18})")
+_REPORT = re.compile(r"(e[0-9]{1,18}-[0-9a-f]{32})-[0-9a-f]{32}\.json")
 _EXPORT = re.compile(r"export-([0-9a-f]{32})")
 _WEIGHTS_PART = re.compile(r"model-[0-9]{5,}-of-[0-9]{5,}\.safetensors")
 
@@ -55,12 +58,22 @@ def claim_of(unique: str) -> str:
 
 def entry_path(seq: int) -> str:
     """The log entry with that sequence number."""
-    return f"{LOG}/{seq:020d}.json"
+    return link_path(LOG, seq)
 
 
 def entry_seq(path: str) -> int | None:
     """The sequence number of a log entry's path, or None for any other object."""
-    match = _ENTRY.fullmatch(path.removeprefix(f"{LOG}/"))
+    return link_seq(LOG, path)
+
+
+def link_path(folder: str, seq: int) -> str:
+    """The entry with that sequence number of the chain in ``folder``: the log is one, and every group has one."""
+    return f"{folder}/{seq:020d}.json"
+
+
+def link_seq(folder: str, path: str) -> int | None:
+    """The sequence number of a path in ``folder``, or None for what is no entry of a chain there."""
+    match = _ENTRY.fullmatch(path.removeprefix(f"{folder}/"))
     return int(match[1]) if match else None
 
 
@@ -73,6 +86,11 @@ def page_id(path: str) -> str | None:
     """The id of the page at a path, or None for any other object. It looks like an attempt's."""
     page = path.removeprefix(f"{PAGES}/").removesuffix(".json")
     return page if is_attempt(page) and path == page_path(page) else None
+
+
+def group_folder(group: str) -> str:
+    """The chain of a group of readers."""
+    return f"{GROUPS}/{group}"
 
 
 def checkpoint_folder(name: str, number: int) -> str:
@@ -118,6 +136,17 @@ def pinned_attempt(path: str) -> str | None:
     name = path.removeprefix(f"{LEASES}/").removesuffix(".json")
     attempt = name.removeprefix(_PIN)
     return attempt if attempt != name and is_attempt(attempt) else None
+
+
+def report_path(attempt: str, report: str) -> str:
+    """The report on an attempt with that id, 32 hex digits."""
+    return f"{REPORTS}/{attempt}-{report}.json"
+
+
+def reported_attempt(path: str) -> str | None:
+    """The attempt that the report at ``path`` is on, or None for any other object."""
+    match = _REPORT.fullmatch(path.removeprefix(f"{REPORTS}/"))
+    return match[1] if match else None
 
 
 def export_folder(export: str) -> str:

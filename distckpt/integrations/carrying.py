@@ -76,6 +76,7 @@ class CarriedRun(HookedLoop):
     def __init__(self, saving: Saving, checkpoint: Checkpoint, global_step: Callable[[], int]) -> None:
         hook = saving.hook()
         super().__init__([hook], global_step, checkpoint=checkpoint, stop_signals=saving.stop_signals)
+        self._saver_hook = hook
         self._began_at: int | None = None
         self._decided = False
         try:
@@ -106,6 +107,9 @@ class CarriedRun(HookedLoop):
             self.settle()
             if self._began_at is not None and self.global_step > self._began_at:
                 self.end()
+            elif self._began_at is not None:  # what was restored is the end already
+                self._agree_on_the_end()
+                self._saver_hook.conclude(self)
         finally:
             self.close()
 

@@ -8,6 +8,8 @@ from typing import Any
 
 from distckpt.errors import CheckpointNotFoundError
 from distckpt.format import names
+from distckpt.format.limits import MAX_NUMBER
+from distckpt.keep import Retention, Rule
 from distckpt.storage import canonical, join
 
 
@@ -19,8 +21,30 @@ def whole(value: Any, what: str) -> int:
     raise TypeError(f"{what} must be a whole number, not {value!r}")
 
 
+def number_of(value: Any) -> int:
+    """A checkpoint's number. ValueError if no checkpoint can have it."""
+    number = whole(value, "checkpoint_number")
+    if not 0 <= number <= MAX_NUMBER:
+        raise ValueError(f"checkpoint numbers go from 0 to {MAX_NUMBER}, but this one is {number}")
+    return number
+
+
+def retention_of(max_to_keep: int | None, hours: float | None, keep: Rule | None) -> Retention:
+    """What is to be kept. ValueError for a number that means nothing, and for rules beside TensorFlow's arguments."""
+    if max_to_keep is not None and max_to_keep <= 0:
+        raise ValueError(f"max_to_keep must be a positive number, or None to keep all, not {max_to_keep!r}")
+    if keep is None:
+        return Retention(max_to_keep, hours)
+    if not isinstance(keep, Rule):
+        raise TypeError(f"keep must be a rule, such as LatestN(3), not {keep!r}")
+    if max_to_keep != Retention().max_to_keep or hours is not None:
+        raise ValueError(
+            "give keep or max_to_keep and keep_checkpoint_every_n_hours, not both: LatestN and EveryHours say the like"
+        )
+    return Retention(None, None, keep)
+
+
 def check_arguments(
-    max_to_keep: int | None,
     name: str,
     step_counter: Any,
     interval: int | None,
@@ -29,8 +53,6 @@ def check_arguments(
     on_busy: str,
 ) -> None:
     """ValueError, saying which, for an argument of a manager that means nothing."""
-    if max_to_keep is not None and max_to_keep <= 0:
-        raise ValueError(f"max_to_keep must be a positive number, or None to keep all, not {max_to_keep!r}")
     if not names.is_name(name):
         raise ValueError(f"{name!r} cannot name checkpoints: letters, digits, '.', '_' and '-' only")
     if interval is not None and step_counter is None:

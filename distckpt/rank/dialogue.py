@@ -12,6 +12,7 @@ from distckpt.coordinator.messages import (
     Fail,
     Join,
     Joined,
+    Lag,
     Late,
     MakeRoom,
     Planned,
@@ -50,6 +51,9 @@ class Dialogue:
         self._patience = 2 * options.timeout + 60
         self._buffers = options.buffers
         self._skip_if_busy = options.skip_if_busy
+        self._tells = options.rank == 0
+        self.lag: Lag | None = None
+        """For whom a save waits that has not begun, by the coordinator's last word."""
 
     def plan(self, order: int, number: int | None, holding: Holding) -> tuple[Layout, Joined] | None:
         """Agree with all ranks on who writes what; None if all of them skip this save."""
@@ -139,9 +143,28 @@ class Dialogue:
 
     def _ask(self, request: RankRequest, timeout: float | None = None) -> Reply:
         patience = self._patience if timeout is None else timeout
-        while isinstance(reply := self._client.ask(request, patience), Late):
-            _warn(reply)
+        while isinstance(reply := self._client.ask(request, patience), Late | Lag):
+            if isinstance(reply, Late):
+                _warn(reply)
+            else:
+                self._wait_for(reply)
+        if isinstance(request, Join):
+            self.lag = None
         return reply
+
+    def _wait_for(self, lag: Lag) -> None:
+        self.lag = lag
+        if self._tells:
+            logger.warning(
+                "the save waits for the group %r, for %.0f s by now: %d checkpoints wait for it, or are about to, and it was "
+                "made with max_backlog=%d and on_lag='block'. Start (more of) its workers, or make an end of it: delete "
+                "_groups/%s in the directory",
+                lag.group,
+                lag.seconds,
+                lag.waiting,
+                lag.most,
+                lag.group,
+            )
 
 
 def _warn(late: Late) -> None:

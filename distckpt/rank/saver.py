@@ -102,6 +102,11 @@ class Saver:
         progress.stall = progress.seconds()
         return pending
 
+    @property
+    def waits_for_readers(self) -> bool:
+        """Whether a save has not begun because a group of readers lags: that takes as long as it takes."""
+        return self._dialogue.lag is not None
+
     def await_published(self) -> None:
         """Return once the ``checkpoint`` file shows every save that has been committed. Asks nobody if there is none."""
         self._look_at_recent()

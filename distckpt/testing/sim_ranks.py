@@ -30,7 +30,6 @@ from distckpt.coordinator.messages import (
     Request,
     Restore,
     Restored,
-    Retention,
     RunOpened,
     Skipped,
     Unknown,
@@ -38,6 +37,7 @@ from distckpt.coordinator.messages import (
 from distckpt.errors import CoordinatorUnavailableError, DistckptError, FencedError, SaveError, StaleRunError
 from distckpt.format.arrow.receipt import ShardReceipt
 from distckpt.format.json.log import CheckpointRecord
+from distckpt.keep import Retention
 from distckpt.testing.history import (
     Agreed,
     Content,

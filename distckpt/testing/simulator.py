@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 
-from distckpt.coordinator.messages import Pin, Reply, Request, Retention
+from distckpt.coordinator.messages import Pin, Reply, Request
+from distckpt.keep import Retention
 from distckpt.testing.history import CameBack, History
 from distckpt.testing.sim_coordinator import SimulatedCoordinator
 from distckpt.testing.sim_ranks import Job, Rank, Reader

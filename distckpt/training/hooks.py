@@ -15,7 +15,7 @@ from typing import Any, Protocol
 from distckpt.checkpoint import Checkpoint
 from distckpt.errors import SaveError
 from distckpt.format import names
-from distckpt.manager import CheckpointManager, abandon, settle
+from distckpt.manager import CheckpointManager, abandon, conclude, settle
 from distckpt.rank.pending import PendingSave, failure_of
 from distckpt.storage import canonical
 
@@ -40,6 +40,10 @@ class Session(Protocol):
     @property
     def checkpoint(self) -> Checkpoint | None:
         """What is to be saved, if the session knows."""
+
+    @property
+    def interrupted(self) -> bool:
+        """Whether it stops before the training has come to its end, to be gone on with later. The same on all ranks."""
 
     def any(self, *wishes: bool) -> tuple[bool, ...]:
         """For each wish: does any rank have it. Collective."""
@@ -330,7 +334,13 @@ class CheckpointSaverHook(SessionRunHook):
         self._pending = []
         for listener in self._listeners:
             listener.end(session, step)
+        self.conclude(session)
+
+    def conclude(self, session: Session) -> None:
+        """The loop has come to a clean end; to the end of training, unless a signal has interrupted it."""
         self._ended = True
+        if not session.interrupted:
+            conclude(self.get_saver(session))
 
     def close(self) -> None:
         """Close the manager that the hook made, if it made one; after an error as its with-statement does."""

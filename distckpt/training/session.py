@@ -46,6 +46,9 @@ class HookedLoop:
     When a rank dies, closes its loop, or runs another step than the others, their next agreement raises AgreementError.
     What happens in collectives of the training itself is up to torch.distributed.
 
+    Hooks that save write into the log, when their manager is closed after a clean ``end``, that training is over; not if
+    a stop signal, or ``interrupt``, has ended the loop. Whoever follows the checkpoints comes to an end by that.
+
     Args:
         hooks: the same on every rank, in the same order.
         global_step: how many steps the training has behind it: a callable, a tensor (better not on a GPU, which would
@@ -86,6 +89,8 @@ class HookedLoop:
         self._answers: list[tuple[bool, ...]] = []
         self._step_before = 0
         self._stop_wish = False
+        self._interrupted = False
+        self._end_agreed = False
         self._stop = False
         self._input_ended = False
         self._closed = False
@@ -123,6 +128,16 @@ class HookedLoop:
     def request_stop(self) -> None:
         """Have all ranks stop after the same step: the one that runs now, or the next one if none does."""
         self._stop_wish = True
+
+    def interrupt(self) -> None:
+        """As ``request_stop``, but a later run goes on: as for a stop signal, the log does not say that training is over."""
+        self._interrupted = True
+        self.request_stop()
+
+    @property
+    def interrupted(self) -> bool:
+        """Whether a stop signal, or ``interrupt``, ends the loop. In hooks' ``end`` the same on all ranks."""
+        return self._interrupted or (self._signals.caught and not self._end_agreed)
 
     def any(self, *wishes: bool) -> tuple[bool, ...]:
         """For each wish: does any rank have it. Collective, and one more all-reduce."""
@@ -174,7 +189,8 @@ class HookedLoop:
 
     def _agree_on_the_end(self) -> None:
         try:
-            self._any(place=self._place(_END))
+            self._interrupted = self._any(self.interrupted, place=self._place(_END))[0]
+            self._end_agreed = True
         except AgreementError as error:
             if not self._input_ended:
                 raise

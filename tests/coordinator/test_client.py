@@ -7,18 +7,9 @@ from pathlib import Path
 
 from distckpt.coordinator.client.client import Client
 from distckpt.coordinator.client.line import LocalLine
-from distckpt.coordinator.messages import (
-    Accepted,
-    Heartbeat,
-    Leave,
-    OpenRun,
-    Reply,
-    Request,
-    Retention,
-    Unknown,
-    kind_of,
-)
+from distckpt.coordinator.messages import Accepted, Heartbeat, Leave, OpenRun, Reply, Request, Unknown, kind_of
 from distckpt.coordinator.shell.shell import Settings, Shell
+from distckpt.keep import Retention
 from distckpt.storage import LocalStore
 
 

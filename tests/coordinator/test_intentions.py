@@ -6,8 +6,9 @@ import pytest
 
 from distckpt.coordinator.machine.intentions import BeginRun, Claim, Commit, Discard, Forget, Reprieve, Retire, SetPin
 from distckpt.coordinator.machine.records import never_committed
-from distckpt.coordinator.messages import OpenRun, Retention
+from distckpt.coordinator.messages import OpenRun
 from distckpt.format.json.log import CheckpointRecord, State
+from distckpt.keep import Retention
 from tests.support.driving import attempt_of, record
 
 ONE, TWO, THREE = (record(number, attempt_of(1, number)) for number in (1, 2, 3))

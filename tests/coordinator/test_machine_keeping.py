@@ -33,13 +33,13 @@ from distckpt.coordinator.messages import (
     MatchWith,
     Pin,
     Restore,
-    Retention,
     RunOpened,
 )
 from distckpt.errors import (
     CheckpointNotFoundError,
     SaveError,
 )
+from distckpt.keep import Retention
 from tests.support.driving import (
     DIRECTORY,
     TIMEOUT,

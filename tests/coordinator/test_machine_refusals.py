@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 
 from distckpt.coordinator.machine.actions import Append, Appended, AppendRefused, Exit
-from distckpt.coordinator.messages import Accepted, OpenRun, Pin, Retention, RunOpened
+from distckpt.coordinator.messages import Accepted, OpenRun, Pin, RunOpened
 from distckpt.errors import CoordinatorError, UnreadableError
+from distckpt.keep import Retention
 from tests.support.driving import TIMEOUT, Driver, kinds, last, refusal, saved_three
 
 

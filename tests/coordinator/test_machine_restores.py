@@ -21,7 +21,6 @@ from distckpt.coordinator.messages import (
     Pin,
     Restore,
     Restored,
-    Retention,
     RunOpened,
     Status,
     StatusReply,
@@ -35,6 +34,7 @@ from distckpt.errors import (
     StaleRunError,
 )
 from distckpt.format.json.log import Entry, State
+from distckpt.keep import Retention
 from tests.support.driving import (
     DIRECTORY,
     FITS,

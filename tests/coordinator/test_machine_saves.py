@@ -34,7 +34,6 @@ from distckpt.coordinator.messages import (
     Pin,
     Planned,
     Prepared,
-    Retention,
     Skipped,
     Status,
     StatusReply,
@@ -48,6 +47,7 @@ from distckpt.errors import (
     SaveError,
 )
 from distckpt.format.json.log import CheckpointRecord
+from distckpt.keep import Retention
 from distckpt.testing.sim_store import describe
 from tests.support.driving import (
     TIMEOUT,

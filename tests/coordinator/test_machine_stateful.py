@@ -65,7 +65,6 @@ from distckpt.coordinator.messages import (
     Request,
     Restore,
     Restored,
-    Retention,
     RunOpened,
     ShardReceipt,
     Status,
@@ -73,6 +72,7 @@ from distckpt.coordinator.messages import (
 from distckpt.errors import DamagedError, PlanError, SaveError
 from distckpt.format.json.paging import Sizes, ref_of
 from distckpt.format.names import attempt_epoch
+from distckpt.keep import Retention
 from distckpt.testing.history import (
     INDEX,
     MANIFEST,

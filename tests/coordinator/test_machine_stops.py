@@ -21,7 +21,6 @@ from distckpt.coordinator.messages import (
     OpenRun,
     Refused,
     Reply,
-    Retention,
     RunOpened,
     StopReport,
     StopState,
@@ -29,6 +28,7 @@ from distckpt.coordinator.messages import (
     merged_members,
 )
 from distckpt.errors import StaleRunError
+from distckpt.keep import Retention
 from tests.support.driving import TIMEOUT, Driver
 
 SILENCE = 8.0

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from distckpt.coordinator.machine.records import committed
 from distckpt.coordinator.machine.retention import recover, sweep
-from distckpt.coordinator.messages import Retention
 from distckpt.format.json.log import CheckpointRecord, State
+from distckpt.keep import Retention
 from tests.support import reference_manager
 
 NOBODY: frozenset[str] = frozenset()

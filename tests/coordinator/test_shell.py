@@ -22,12 +22,12 @@ from distckpt.coordinator.messages import (
     Reply,
     Request,
     Restore,
-    Retention,
     RunOpened,
     Unknown,
 )
 from distckpt.coordinator.shell.shell import Settings, Shell
 from distckpt.errors import CoordinatorFailedError, MissingRanksError
+from distckpt.keep import Retention
 from distckpt.storage import LocalStore
 from tests.support.small_runs import Trainer, assert_loads, assert_sound_log, numbers
 

@@ -170,7 +170,7 @@ def test_pins_of_what_is_no_more_go_and_others_stay(tmp_path: Path) -> None:
     first, second, third = read_tail(store).state.active
     gone = attempt(1)
     for pinned, holds in ((first.attempt, False), (second.attempt, True), (third.attempt, False), (gone, True)):
-        lease = Lease(1, pinned, "somebody", None, since=1.0, holds=holds)
+        lease = Lease(2, pinned, "somebody", None, since=1.0, holds=holds)
         store.replace(names.pin_path(pinned), seal(lease))
     append_state(
         store, lambda state: msgspec.structs.replace(state, active=(third,), retiring=(first, second)), "retire"

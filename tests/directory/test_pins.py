@@ -120,7 +120,7 @@ def test_a_pin_is_made_once_and_the_first_one_says_who() -> None:
 def test_what_a_killed_command_left_is_made_to_hold_by_the_next() -> None:
     store = MemoryStore()
     record = committed(store)
-    store.replace(names.pin_path(record.attempt), seal(Lease(1, record.attempt, "alice", None, since=1.0)))
+    store.replace(names.pin_path(record.attempt), seal(Lease(2, record.attempt, "alice", None, since=1.0)))
     assert pin(store, record.attempt, "bob", "", 2.0).holds
     lease = pin_of(store, record.attempt)
     assert lease is not None
@@ -137,8 +137,8 @@ def test_a_damaged_pin_is_a_pin_of_nobody_known() -> None:
 
 def test_a_lease_with_an_end_says_nothing_of_a_pin() -> None:
     with pytest.raises(ValueError, match="only a pin"):
-        seal(Lease(1, new_attempt(), "somebody", 1.0, note="why"))
-    assert b"note" not in seal(Lease(1, new_attempt(), "somebody", 1.0))
+        seal(Lease(2, new_attempt(), "somebody", 1.0, note="why"))
+    assert b"note" not in seal(Lease(2, new_attempt(), "somebody", 1.0))
 
 
 def test_ls_and_show_say_who_pinned_what(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, load_model
 from torch import nn
 
 import distckpt
-import distckpt.watch
+import distckpt.iterators
 from distckpt.cli import main
 from distckpt.directory.exports import read_export
 from distckpt.directory.log import read_tail
@@ -202,7 +202,7 @@ def test_the_number_of_a_path(tmp_path: Path, path: str, number: int | None) -> 
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(distckpt.watch, "POLL_SECONDS", 0.02)
+    monkeypatch.setattr(distckpt.iterators, "POLL_SECONDS", 0.02)
 
 
 def test_waiting_looks_before_it_gives_up_and_at_the_very_end(tmp_path: Path) -> None:

@@ -300,7 +300,7 @@ def test_a_commit_leaves_room_for_what_has_to_follow_it() -> None:
 
 def test_nothing_else_that_no_reader_would_take_is_written_either() -> None:
     with pytest.raises(ValueError, match=r"this Lease cannot be stored: .* is the most that is read"):
-        seal(Lease(1, ATTEMPT, "h" * (64 << 10), 1.0))
+        seal(Lease(2, ATTEMPT, "h" * (64 << 10), 1.0))
     many = tuple(ShardRecord(rank, 0, 1 << 40, 1 << 31) for rank in range(1 << 20))
     with pytest.raises(ValueError, match=r"this Manifest cannot be stored: .* is the most that is read"):
         seal(msgspec.structs.replace(MANIFEST, world_size=1 << 20, shards=many))

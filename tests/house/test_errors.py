@@ -1,4 +1,4 @@
-"""Every error: an example of each, its journey between processes, and the tree that errors.py draws."""
+"""Every error: an example of each, its journey between processes, and the tree that the package draws."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ EXAMPLES: list[errors.DistckptError] = [
     errors.StateFileError("/x/checkpoint"),
     errors.CheckpointNotFoundError("/x/ckpt-1", "not there"),
     errors.DataElsewhereError("/x/ckpt-1: its shards are not in gs://b"),
+    errors.LeaseLostError("/x", "e1-00000001aa", 120.0),
     errors.SaveError(3, "failed"),
     errors.EncodeError("state.bad", "needs pickle"),
     errors.PlanError(3, "w", [0, 2], "a hole"),
@@ -51,6 +52,10 @@ EXAMPLES: list[errors.DistckptError] = [
     errors.LaunchError("there are more"),
     errors.AgreementError("rank 1 has left"),
     errors.OutOfRangeError("no more batches"),
+    errors.GroupError("something"),
+    errors.GroupMismatchError("/x", "eval", {"mode": ("all", "latest")}),
+    errors.GroupNotFoundError("/x", "eval"),
+    errors.ClaimLostError("/x/ckpt-1", "eval", 2),
     errors.ExportError(3, "encoder", "cannot be traced"),
     errors.RestoreError("failed"),
     errors.MismatchError("/x/ckpt-1", ["a"], ["b"], {"c": "saved [3], here [4]"}),

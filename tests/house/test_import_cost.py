@@ -30,7 +30,7 @@ tell("saved")
 @pytest.fixture(scope="module")
 def loaded(tmp_path_factory: pytest.TempPathFactory) -> dict[str, set[str]]:
     """Which heavy packages are loaded after each module has been imported, in the order of the keys; last: "saved"."""
-    light = ["distckpt", "distckpt.errors", "distckpt.watch", "distckpt.state_file", "distckpt.reader"]
+    light = ["distckpt", "distckpt.errors", "distckpt.iterators", "distckpt.state_file", "distckpt.reader"]
     light += ["distckpt.directory.lease", "distckpt.export.listing"]
     below = [name for name in modules() if part(name) in ("storage", "format", "coordinator", "cli")]
     below = [name for name in below if not name.endswith("__main__") and name not in RAY]

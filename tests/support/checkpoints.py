@@ -93,7 +93,8 @@ def commit(store: Store, record: CheckpointRecord) -> None:
     def change(state: State) -> State:
         same = [old for old in state.active if (old.name, old.number) == (record.name, record.number)]
         others = tuple(old for old in state.active if old not in same)
-        return msgspec.structs.replace(state, active=(*others, record), retiring=(*state.retiring, *same))
+        state, placed = state.counted(record)
+        return msgspec.structs.replace(state, active=(*others, *placed), retiring=(*state.retiring, *same))
 
     append_state(store, change)
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any, TypeVar, cast
 
 import msgspec
@@ -16,6 +18,7 @@ from distckpt.coordinator.machine.actions import (
     CollectGarbage,
     Delete,
     Deleted,
+    DeleteReports,
     Event,
     Exit,
     LeasesRead,
@@ -32,10 +35,13 @@ from distckpt.coordinator.machine.actions import (
     ReadTail,
     Seal,
     Sealed,
+    SkipsTold,
     TailRead,
+    TellSkips,
     Tick,
     WritePage,
 )
+from distckpt.coordinator.machine.following import Followed, Following
 from distckpt.coordinator.machine.machine import Machine
 from distckpt.coordinator.messages import (
     AwaitPlan,
@@ -52,17 +58,21 @@ from distckpt.coordinator.messages import (
     Reply,
     Request,
     Restore,
-    Retention,
     RunOpened,
 )
 from distckpt.errors import DamagedError
 from distckpt.format.arrow.receipt import ShardReceipt
 from distckpt.format.json.log import CheckpointRecord, Entry
-from distckpt.format.json.paging import Records, Sizes, ref_of
+from distckpt.format.json.paging import SIZES, Records, Sizes, ref_of
+from distckpt.format.json.report import Report, Reported
+from distckpt.format.names import report_path
+from distckpt.keep import Retention
 from distckpt.testing.sim_store import SimulatedPlan, describe, make_plan
 
 DIRECTORY = "mem://run"
 TIMEOUT = 30.0
+
+_reports = itertools.count()
 
 SomeAction = TypeVar("SomeAction", bound=Action)
 
@@ -75,7 +85,7 @@ class Driver:
         log: dict[int, Entry] | None = None,
         claim: str = "a",
         idle_timeout: float | None = None,
-        sizes: Sizes | None = None,
+        sizes: Sizes = SIZES,
     ) -> None:
         self.log = {} if log is None else log
         self.pages: dict[str, Records] = {}
@@ -87,6 +97,8 @@ class Driver:
         self.done: list[Action] = []
         self.replies: dict[int, Reply] = {}
         self.leased: frozenset[str] = frozenset()
+        self.groups: dict[str, Following] = {}
+        self.reports: list[Reported] = []
         self.complete: tuple[CheckpointRecord, ...] = ()
         self.joins: dict[tuple[int, int], dict[int, int | None]] = {}
         self._tickets = 0
@@ -168,9 +180,24 @@ class Driver:
                 self.feed(PlanMade(action.attempt, plan))
             case Seal():
                 self.feed(Sealed(action.attempt, 11, 12, 13))
-            case ReadLeases():
-                self.feed(LeasesRead(self.leased))
-            case Delete(records):
+            case ReadLeases(state):
+                alive = state.alive()
+                groups = tuple(
+                    replace(group, waiting=tuple(attempt for attempt in group.waiting if attempt in alive))
+                    for group in self.groups.values()
+                )
+                followed = Followed(groups, state.commits)
+                self.feed(LeasesRead(self.leased, "", frozenset(), followed, tuple(self.reports)))
+            case TellSkips(skips):
+                for name, records in skips.items():
+                    gone = {record.attempt for record in records}
+                    left = tuple(attempt for attempt in self.groups[name].waiting if attempt not in gone)
+                    self.groups[name] = replace(self.groups[name], waiting=left)
+                self.feed(SkipsTold(done=True))
+            case DeleteReports(reports):
+                self.reports = [one for one in self.reports if one not in reports]
+            case Delete(records, paths):
+                self.reports = [one for one in self.reports if one.path not in paths]
                 self.feed(Deleted(tuple(record.attempt for record in records)))
             case Publish(entry):
                 self.feed(Published(entry))
@@ -189,6 +216,15 @@ class Driver:
         other.pages = self.pages
         other.now, other.mono = self.now, self.mono
         return other.lead()
+
+    # ---- what readers do ---------------------------------------------------------------------------------------------
+
+    def report(self, attempt: str, **metrics: float) -> Reported:
+        """An evaluation reports."""
+        report = Report(1, attempt, metrics, 1.0)
+        reported = Reported(report_path(attempt, f"{next(_reports):032x}"), report)
+        self.reports.append(reported)
+        return reported
 
     # ---- what ranks do -------------------------------------------------------------------------------------------------
 

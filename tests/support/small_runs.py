@@ -17,6 +17,7 @@ import distckpt
 from distckpt.coordinator.messages import Pin, Reply
 from distckpt.directory.log import read_entry, read_tail, sequence_numbers
 from distckpt.format import names
+from distckpt.format.json.lease import FORMAT as LEASE_FORMAT
 from distckpt.format.json.lease import Lease
 from distckpt.format.json.log import CheckpointRecord, Entry
 from distckpt.format.json.sealed import seal
@@ -134,7 +135,7 @@ def lease_on(directory: Path, number: int, seconds: float) -> str:
     """Claim an active checkpoint, as a reader does; the lease's path inside the directory."""
     attempt = next(record.attempt for record in records(directory) if record.number == number)
     path = f"{names.LEASES}/reader-1.json"
-    LocalStore(directory).replace(path, seal(Lease(1, attempt, "reader-1", time.time() + seconds)))
+    LocalStore(directory).replace(path, seal(Lease(LEASE_FORMAT, attempt, "reader-1", seconds)))
     return path
 
 

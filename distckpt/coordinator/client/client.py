@@ -67,12 +67,12 @@ class Client:
     def ask(self, request: RankRequest, timeout: float) -> Reply:
         """Ask as this rank of this run; an Unknown answer, after the run was opened again, is left to the caller.
 
-        To open it again may take longer than ``timeout``; who only leaves does not. Raises the error of a Refused
+        To open it again may take longer than ``timeout``; who just leaves does not. Raises the error of a Refused
         answer, and CoordinatorUnavailableError.
         """
         line, opened = self._line_and_run(None)
         reply = line.ask(FromRank(opened.run, self._opening.rank, request), timeout)
-        if isinstance(reply, Unknown) and not isinstance(request, Leave):
+        if isinstance(reply, Unknown) and request != Leave():
             with self._lock:
                 if self._line_and_run(None)[1] is opened:  # else another thread has opened the run again meanwhile
                     self._opened = self._open(line, opened)

@@ -11,7 +11,8 @@ The log
     ledger       claims an epoch and appends one entry at a time
     records      how records are found in a checkpoint state, and how a new one takes its place
     retention    which checkpoints stay
-    keeping      retention at work: leases are read, the log says what retires, then objects are deleted
+    keeping      retention at work: who needs what is read, the log says what retires, then objects are deleted
+    following    what groups of readers want, and whether one lags
 
 What ranks do
     runs         incarnations of the job, of which the newest owns the directory
@@ -20,5 +21,7 @@ What ranks do
     roundbook    where rounds are found
     plans        plans and descriptions that outlive one save
     restores     restores of all ranks together
+    backpressure saves that wait until a group of readers has caught up
     stops        stops of all ranks together
+    ending       the end of training
 """

@@ -6,10 +6,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from distckpt.coordinator.machine.following import Followed
 from distckpt.coordinator.messages import Receipt, Reply, Request
 from distckpt.errors import BlockedError, DistckptError
-from distckpt.format.json.log import CheckpointRecord, Entry
+from distckpt.format.json.log import CheckpointRecord, Entry, State
 from distckpt.format.json.page import ListName, PageRef
+from distckpt.format.json.report import Reported
 
 
 class Plan(Protocol):
@@ -148,14 +150,25 @@ class StepFailed:
 
 @dataclass(frozen=True, slots=True)
 class LeasesRead:
-    """Attempts that live leases name now. ``failed`` is why they could not be read ('' if they could).
+    """Attempts that live leases name now. ``failed`` is why it could not be read who needs what ('' if it could).
 
-    ``pinned`` are those of them that somebody had pinned before they were retired, if they are.
+    ``pinned`` are those of them that somebody had pinned before they were retired, if they are. ``followed`` is what
+    groups of readers want, and ``reports`` what has been reported, oldest first: read after the groups, so that what a
+    group is done with is among them or in the log.
     """
 
     attempts: frozenset[str]
     failed: str = ""
     pinned: frozenset[str] = frozenset()
+    followed: Followed = field(default=Followed(), repr=False)
+    reports: tuple[Reported, ...] = field(default=(), repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class SkipsTold:
+    """The groups have been told what they do not get; or, if not ``done``, perhaps not all of them."""
+
+    done: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,6 +210,7 @@ Event = (
     | Sealed
     | StepFailed
     | LeasesRead
+    | SkipsTold
     | Deleted
     | Published
     | RoomMade
@@ -280,14 +294,38 @@ class Seal:
 
 @dataclass(frozen=True, slots=True)
 class ReadLeases:
-    """Read the live leases; LeasesRead follows."""
+    """Read the live leases, then what groups of readers want of ``state``, then reports; LeasesRead follows.
+
+    ``named`` are groups that retention waits for.
+    """
+
+    state: State = field(repr=False)
+    named: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
+class TellSkips:
+    """Say to each group, in its own record, which of those that it wants it does not get; SkipsTold follows."""
+
+    skips: Mapping[str, tuple[CheckpointRecord, ...]]
 
 
 @dataclass(frozen=True, slots=True)
 class Delete:
-    """Delete these checkpoints' objects, manifest first; Deleted follows."""
+    """Delete these checkpoints' objects, manifest first, then the ``reports`` on them, by path; Deleted follows."""
 
     records: tuple[CheckpointRecord, ...]
+    reports: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class DeleteReports:
+    """Delete reports that the log has by now. Nothing follows.
+
+    Those of one attempt in this order, and none after one that stays: whoever folds what is left comes to the same.
+    """
+
+    reports: tuple[Reported, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -339,7 +377,9 @@ Action = (
     | MakePlan
     | Seal
     | ReadLeases
+    | TellSkips
     | Delete
+    | DeleteReports
     | CollectGarbage
     | Publish
     | Exit

@@ -5,8 +5,8 @@ from __future__ import annotations
 from distckpt.coordinator.machine.actions import Plan
 from distckpt.coordinator.machine.rounds import Phase, SaveRound
 from distckpt.coordinator.machine.runs import Run
-from distckpt.coordinator.messages import Joined, Landing, Late, Planned, Prepared, Reply
-from distckpt.format.json.log import State
+from distckpt.coordinator.messages import Joined, Landing, Late, Planned, Prepared, Reply, StatusReply
+from distckpt.format.json.log import Entry, State
 from distckpt.format.names import checkpoint_folder
 
 LATE_SHARE = 0.2
@@ -54,6 +54,20 @@ def remind(round: SaveRound, run: Run, mono: float) -> tuple[int, Late] | None:
     seconds = run.save_timeout - ((round.deadline or mono) - mono)
     named = missing[:NAMED_RANKS]
     return waiting[min(waiting)], Late(tuple(named), run.hosts_of(named), seconds, run.save_timeout, awaited(round))
+
+
+def status(entry: Entry | None, waiting: dict[str, tuple[int, ...]]) -> StatusReply:
+    """How the directory stands by its newest entry, and which ranks are awaited."""
+    state = entry.state if entry is not None else State()
+    return StatusReply(
+        epoch=entry.epoch if entry is not None else 0,
+        seq=entry.seq if entry is not None else 0,
+        run=state.run,
+        checkpoints=state.active,
+        preserved=state.preserved,
+        retiring=state.retiring,
+        waiting=waiting,
+    )
 
 
 def landing(round: SaveRound, run: Run) -> Landing | None:

@@ -8,13 +8,15 @@ from typing import ClassVar
 
 import msgspec
 
+from distckpt.coordinator.machine.following import Followed
 from distckpt.coordinator.machine.records import committed, find_number
-from distckpt.coordinator.machine.retention import next_due, swept
-from distckpt.coordinator.messages import OpenRun, Retention
+from distckpt.coordinator.machine.retention import NOBODY, next_due, swept
+from distckpt.coordinator.messages import OpenRun
 from distckpt.format.json.log import CheckpointRecord, Kind, State
 from distckpt.format.json.page import PageRef
 from distckpt.format.json.paging import Records
 from distckpt.format.names import attempt_age
+from distckpt.keep import Retention
 
 Need = tuple[PageRef, Callable[[CheckpointRecord], bool] | None]
 """A page that has to be read first; its records must be at hand if this holds for one of them, or (None) in any case."""
@@ -75,15 +77,15 @@ class BeginRun:
     def apply(self, state: State) -> State:
         """Its number is larger than that of every run before it. One that the log has lost keeps its own."""
         number = max(state.run + 1, self.first.run)
-        return msgspec.structs.replace(state, run=number, run_token=self.first.token, saves=0)
+        return msgspec.structs.replace(state, run=number, run_token=self.first.token, saves=0, ended=False)
 
 
 @dataclass(frozen=True, slots=True)
 class Commit:
     """A sealed save becomes a checkpoint, the last of ``saves`` saves of its run.
 
-    What has to make room for it retires with the same entry, except ``spared`` attempts. None: it is not known which
-    those are, so nothing retires yet.
+    What has to make room for it retires with the same entry, except ``spared`` attempts and what ``followed`` says that
+    groups want. None: it is not known which those are, so nothing retires yet.
     """
 
     kind: ClassVar[Kind] = "commit"
@@ -91,6 +93,7 @@ class Commit:
     saves: int
     retention: Retention
     spared: frozenset[str] | None
+    followed: Followed = NOBODY
 
     def needs(self, state: State) -> Iterator[Need]:
         """Pages that may have one of the same number, and the one from which something is due."""
@@ -100,7 +103,9 @@ class Commit:
     def apply(self, state: State) -> State:
         """It is the newest checkpoint, and one of the same name and number makes room for it."""
         state = committed(state, self.record, self.saves)
-        return state if self.spared is None else swept(state, self.retention, self.spared) or state
+        if self.spared is None:
+            return state
+        return swept(state, self.retention, self.spared, self.followed) or state
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,12 +132,13 @@ class Discard:
 
 @dataclass(frozen=True, slots=True)
 class Retire:
-    """What retention does not keep may not be opened any more, except ``spared`` attempts."""
+    """What retention does not keep may not be opened any more, except ``spared`` attempts and what groups want."""
 
     kind: ClassVar[Kind] = "retire"
     run: int
     retention: Retention
     spared: frozenset[str]
+    followed: Followed = NOBODY
 
     def needs(self, state: State) -> Iterator[Need]:
         """The page from which something is due. What is due of the others waits for its turn."""
@@ -140,7 +146,7 @@ class Retire:
 
     def apply(self, state: State) -> State | None:
         """Nothing changes once another run has begun, which deletes nothing before its first commit."""
-        return swept(state, self.retention, self.spared) if state.run == self.run else None
+        return swept(state, self.retention, self.spared, self.followed) if state.run == self.run else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,6 +221,24 @@ class Reprieve:
 
 
 @dataclass(frozen=True, slots=True)
+class End:
+    """Every rank of ``run`` has said that training is over."""
+
+    kind: ClassVar[Kind] = "end"
+    run: int
+
+    def needs(self, state: State) -> Iterator[Need]:
+        """No page."""
+        return iter(())
+
+    def apply(self, state: State) -> State | None:
+        """So it is, unless another run has begun."""
+        if state.run != self.run or state.ended:
+            return None
+        return msgspec.structs.replace(state, ended=True)
+
+
+@dataclass(frozen=True, slots=True)
 class Confirm:
     """Nothing is to be logged, only made sure of: that the log has nothing newer. ``asked`` says for whom."""
 
@@ -224,4 +248,4 @@ class Confirm:
         """Nothing changes."""
 
 
-Intention = Claim | BeginRun | Commit | Discard | Retire | Forget | SetPin | Reprieve
+Intention = Claim | BeginRun | Commit | Discard | Retire | Forget | SetPin | Reprieve | End

@@ -11,6 +11,7 @@ from distckpt.coordinator.machine.actions import (
     Appended,
     AppendRefused,
     AppendUnknown,
+    DeleteReports,
     NameTaken,
     NewestRead,
     PageWritten,
@@ -26,6 +27,7 @@ from distckpt.coordinator.machine.retention import recover
 from distckpt.errors import CoordinatorError, DamagedError, DistckptError, FencedError
 from distckpt.format.json.log import FORMAT, Entry, State
 from distckpt.format.json.paging import Sizes
+from distckpt.format.json.report import Reported, with_reports
 from distckpt.format.names import LOG
 
 FIRST_RETRY = 0.5
@@ -36,6 +38,7 @@ LAST_RETRY = 10.0
 class _Flight:
     intention: Intention
     entry: Entry
+    folded: tuple[Reported, ...]
 
 
 class Ledger:
@@ -76,6 +79,7 @@ class Ledger:
         self._retry_at: float | None = None
         self._backoff = FIRST_RETRY
         self._recover_at: float | None = None
+        self._reports: tuple[Reported, ...] = ()
 
     @property
     def leading(self) -> bool:
@@ -134,6 +138,15 @@ class Ledger:
         on. Until then the log stays as it is, so a clock that was wrong while nothing was saved leaves no trace.
         """
         return self._recover_at
+
+    @property
+    def reported(self) -> State:
+        """``sound``, with what has been reported since the newest entry."""
+        return with_reports(self.sound, (one.report for one in self._reports))
+
+    def fold(self, reports: tuple[Reported, ...]) -> None:
+        """Have the next entry, whatever it is for, say what has been reported; then the reports are deleted."""
+        self._reports = reports
 
     def intend(self, intention: Intention) -> None:
         """Append an entry once those before it are counted, made from the state that there is then."""
@@ -251,6 +264,9 @@ class Ledger:
         assert flight is not None
         self._ground()
         self.entry = entry
+        if flight.folded:
+            self._reports = tuple(one for one in self._reports if one not in flight.folded)
+            self._desk.emit(DeleteReports(flight.folded))
         if entry.kind == "commit":
             self._recover_at = None
         self._follow_up(flight.intention, entry)
@@ -293,18 +309,18 @@ class Ledger:
         return self._flight is not None or self._confirming is not None or self._making.busy
 
     def _make(self, intention: Intention, state: State, seq: int, epoch: int) -> None:
-        def then(changed: State | None) -> None:
+        def then(changed: State | None, folded: tuple[Reported, ...]) -> None:
             if changed is None:
                 self._follow_up(intention, None)
             else:
-                self._fly(intention, seq, epoch, changed)
+                self._fly(intention, seq, epoch, changed, folded)
 
-        recover_at = self._recover_at if isinstance(intention, Commit) else None
-        self._making.make(Job(intention, state, epoch, recover_at, then))
+        recovers = isinstance(intention, Commit) and intention.retention.keep is None  # rules need nothing of this
+        self._making.make(Job(intention, state, epoch, self._recover_at if recovers else None, self._reports, then))
 
-    def _fly(self, intention: Intention, seq: int, epoch: int, state: State) -> None:
+    def _fly(self, intention: Intention, seq: int, epoch: int, state: State, folded: tuple[Reported, ...]) -> None:
         if isinstance(intention, Claim | BeginRun):
             self._recover_at = self._desk.now
         entry = Entry(FORMAT, seq, epoch, intention.kind, self._desk.now, self._identities.commit(), state)
-        self._flight = _Flight(intention, entry)
+        self._flight = _Flight(intention, entry, folded)
         self._desk.emit(Append(entry))

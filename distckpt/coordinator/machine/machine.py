@@ -7,7 +7,6 @@ collected. What comes in goes to the parts in ``_take`` and ``_serve``; what a l
 
 from __future__ import annotations
 
-import functools
 from itertools import chain
 
 from distckpt.coordinator.machine.actions import (
@@ -29,17 +28,21 @@ from distckpt.coordinator.machine.actions import (
     Published,
     RoomMade,
     Sealed,
+    SkipsTold,
     StepFailed,
     TailRead,
     Tick,
 )
+from distckpt.coordinator.machine.answers import status
 from distckpt.coordinator.machine.desk import Desk, Identities
+from distckpt.coordinator.machine.ending import Ending
 from distckpt.coordinator.machine.intentions import (
     BeginRun,
     Claim,
     Commit,
     Confirm,
     Discard,
+    End,
     Forget,
     Intention,
     Reprieve,
@@ -79,7 +82,6 @@ from distckpt.coordinator.messages import (
     Request,
     Restore,
     Status,
-    StatusReply,
     Unknown,
 )
 from distckpt.errors import (
@@ -89,7 +91,7 @@ from distckpt.errors import (
     StorageError,
 )
 from distckpt.format.json.log import Entry, State
-from distckpt.format.json.paging import Sizes
+from distckpt.format.json.paging import SIZES, Sizes
 from distckpt.format.names import entry_path
 
 DEFAULT_NAME = "ckpt"
@@ -109,7 +111,7 @@ class Machine:
     """
 
     def __init__(
-        self, directory: str, claim_id: str, *, idle_timeout: float | None = None, sizes: Sizes | None = None
+        self, directory: str, claim_id: str, *, idle_timeout: float | None = None, sizes: Sizes = SIZES
     ) -> None:
         identities = Identities(claim_id)
         self._desk = Desk(directory)
@@ -121,11 +123,12 @@ class Machine:
         self._pinning: dict[int, None] = {}
         self._library = Library(self._desk)
         self._book = RoundBook()
-        self._ledger = Ledger(self._desk, identities, self._follow_up, self._give_up, self._library, sizes or Sizes())
+        self._ledger = Ledger(self._desk, identities, self._follow_up, self._give_up, self._library, sizes)
         self._runs = Runs(self._desk, self._ledger)
         self._restores = Restores(self._desk, self._ledger, self._runs, self._library)
         self._stops = Stops(self._desk, self._runs)
         self._publishing = Publishing(self._desk)
+        self._ending = Ending(self._desk, self._ledger, self._runs)
         self._keeping = Keeping(self._desk, self._ledger, self._runs, self._restores, self._book)
         self._lookups = Lookups(self._desk, self._ledger, self._library, self._book)
         self._saves = Saves(self._desk, self._ledger, identities, self._runs, self._book, self._keeping)
@@ -154,7 +157,8 @@ class Machine:
         if self._end is not None:
             self._after_the_end(event, self._end)
             return self._desk.take()
-        if not self._started and not _is_of_a_rank(event):
+        is_of_a_rank = isinstance(event, Asked) and isinstance(event.request, FromRank)
+        if not self._started and not is_of_a_rank:
             self._started = True
             self._heard = mono
             self._ledger.start()
@@ -166,7 +170,8 @@ class Machine:
         """The monotonic time by which a Tick is wanted, or None."""
         if self._end is not None:
             return None
-        times = chain(self._saves.deadlines(), self._restores.deadlines(), self._keeping.deadlines())
+        parts = (self._saves, self._restores, self._keeping, self._ending)
+        times = chain.from_iterable(part.deadlines() for part in parts)
         single = (self._ledger.deadline, self._stops.deadline, self._idle_at())
         return min(chain(times, (at for at in single if at is not None)), default=None)
 
@@ -207,6 +212,8 @@ class Machine:
             case LeasesRead():
                 self._keeping.leases_read(event)
                 self._saves.readers_known()
+            case SkipsTold():
+                self._keeping.skips_told(event)
             case Deleted():
                 self._keeping.deleted(event)
             case Published():
@@ -229,6 +236,7 @@ class Machine:
         else:
             return
         self._runs.cannot_begin(error)
+        self._ending.abandon(error)
         for waiting in (self._early, self._pinning):
             self._desk.answer_shelf(waiting, Refused(error))
 
@@ -253,6 +261,7 @@ class Machine:
                 self._restores.tick()
                 self._stops.tick()
                 self._keeping.tick()
+                self._ending.tick()
             idle_at = self._idle_at()
             if idle_at is not None and idle_at <= self._desk.mono:
                 error = CoordinatorUnavailableError(f"{self._desk.directory}: the coordinator was idle and has stopped")
@@ -271,7 +280,7 @@ class Machine:
 
     def _idle_at(self) -> float | None:
         """When it will have been idle for too long; None while there is work."""
-        parts = (self._ledger, self._library, self._restores, self._keeping, self._publishing)
+        parts = (self._ledger, self._library, self._restores, self._keeping, self._publishing, self._ending)
         if self._idle_timeout is None or not self._ledger.leading:
             return None
         if self._book or self._early or any(part.busy for part in parts):
@@ -297,7 +306,8 @@ class Machine:
                 self._desk.hold(ticket, self._pinning, None)
                 self._ledger.intend(SetPin(ticket, number, self._name, pinned))
             case Status():
-                self._desk.answer(ticket, self._status())
+                waiting = {**self._restores.waiting(), **self._saves.waiting()}
+                self._desk.answer(ticket, status(self._ledger.entry, waiting))
             case FromRank():
                 self._serve_rank(ticket, request)
 
@@ -305,8 +315,8 @@ class Machine:
         rank, request = envelope.rank, envelope.request
         run = self._runs.current
         refusal = self._runs.refusal(envelope.run, rank)
-        again = functools.partial(self._serve_rank, ticket, envelope, looked=True)
-        if isinstance(refusal, Unknown | None) and not looked and self._lookups.hold(ticket, envelope, again):
+        may_look = isinstance(refusal, Unknown | None) and not looked
+        if may_look and self._lookups.hold(ticket, envelope, lambda: self._serve_rank(ticket, envelope, looked=True)):
             return
         if refusal is not None or run is None:
             self._turn_away(ticket, request, refusal)
@@ -336,8 +346,8 @@ class Machine:
                 self._desk.answer(ticket, Accepted())
             case AwaitPublished():
                 self._publishing.await_published(ticket)
-            case Leave():
-                self._leave(ticket, rank, run)
+            case Leave(final):
+                self._leave(ticket, rank, run, final)
 
     def _turn_away(self, ticket: int, request: RankRequest, refusal: Reply | None) -> None:
         """What was committed is committed, also for a rank that has not reported again after a restart."""
@@ -346,10 +356,14 @@ class Machine:
             record = self._ledger.state.find(request.attempt)
         self._desk.answer(ticket, Committed(record) if record is not None else refusal or Unknown())
 
-    def _leave(self, ticket: int, rank: int, run: Run) -> None:
+    def _leave(self, ticket: int, rank: int, run: Run, final: bool) -> None:
         run.left.add(rank)
         self._stops.leave(rank)
-        self._desk.answer(ticket, Accepted())
+        if final:
+            self._ending.finish(ticket, rank)
+        else:
+            self._desk.answer(ticket, Accepted())
+            self._ending.leave(rank)
         if run.deserted:
             self._saves.everyone_left()
 
@@ -363,18 +377,6 @@ class Machine:
     def _name(self) -> str:
         return self._runs.current.name if self._runs.current is not None else DEFAULT_NAME
 
-    def _status(self) -> StatusReply:
-        state, entry = self._ledger.state, self._ledger.entry
-        return StatusReply(
-            epoch=self._ledger.epoch,
-            seq=entry.seq if entry is not None else 0,
-            run=state.run,
-            checkpoints=state.active,
-            preserved=state.preserved,
-            retiring=state.retiring,
-            waiting={**self._restores.waiting(), **self._saves.waiting()},
-        )
-
     # ---- what an entry of the log leads to -------------------------------------------------------------------------
 
     def _follow_up(self, intention: Intention | Confirm, entry: Entry | None) -> None:
@@ -383,6 +385,8 @@ class Machine:
             self._pin_settled(intention)
         elif isinstance(intention, Confirm):
             self._restores.confirmed(intention.asked)
+        elif isinstance(intention, End):
+            self._ending.over()
         if entry is None:
             return
         match intention:
@@ -402,7 +406,7 @@ class Machine:
                 self._publishing.publish(entry)
             case SetPin(pinned=False):
                 self._keeping.look()
-            case SetPin() | Forget() | Confirm():
+            case SetPin() | Forget() | End() | Confirm():
                 pass
 
     def _give_up(self, intention: Intention, reason: str) -> None:
@@ -415,6 +419,8 @@ class Machine:
             case SetPin(ticket):
                 if ticket in self._pinning:
                     self._desk.answer(ticket, Refused(CoordinatorError(f"{self._desk.directory}: {reason}")))
+            case End():
+                self._ending.abandon(CoordinatorError(f"{self._desk.directory}: {reason}"))
             case Claim() | Discard() | Retire() | Forget() | Reprieve():
                 pass
 
@@ -432,6 +438,7 @@ class Machine:
         self._saves.abandon(error)
         self._restores.abandon(error)
         self._stops.abandon(error)
+        self._ending.abandon(error)
         self._runs.begun(begin, entry)
         self._run_known()
 
@@ -444,7 +451,3 @@ class Machine:
         """Whoever asked is answered once the log says so, at once if it does already; unless nobody waits any more."""
         if pin.ticket in self._pinning:
             self._desk.answer(pin.ticket, self._lookups.pinned(pin.number, pin.name))
-
-
-def _is_of_a_rank(event: Event) -> bool:
-    return isinstance(event, Asked) and isinstance(event.request, FromRank)

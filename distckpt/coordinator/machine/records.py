@@ -53,4 +53,5 @@ def committed(state: State, record: CheckpointRecord, saves: int) -> State:
         preserved=(*state.preserved, *(old for old in same if old.pinned)),
         retiring=(*state.retiring, *(old for old in same if not old.pinned)),
         saves=saves,
+        ended=False,
     )

@@ -1,4 +1,4 @@
-"""Which checkpoints stay. Decided on eviction only, as TensorFlow's CheckpointManager does, and without any clock."""
+"""Which checkpoints stay, decided without any clock: on eviction, as TensorFlow's manager does, or anew each time by rules."""
 
 from __future__ import annotations
 
@@ -8,12 +8,14 @@ from dataclasses import dataclass
 
 import msgspec
 
-from distckpt.coordinator.messages import Retention
+from distckpt.coordinator.machine.following import Followed
 from distckpt.format.json.log import CheckpointRecord, State
 from distckpt.format.json.page import PageRef
 from distckpt.format.json.paging import place
+from distckpt.keep import Retention, Rule
 
 _FIRST_SLACK = 1.0
+NOBODY = Followed()
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,15 +38,23 @@ def sweep(
     retention: Retention,
     last_preserved: float,
     spared: frozenset[str],
+    followed: Followed = NOBODY,
     pages: Sequence[PageRef] = (),
 ) -> Sweep:
-    """Evict whatever is older, by save order, than the newest ``max_to_keep``.
+    """Evict what no rule keeps; without rules, whatever is older, by save order, than the newest ``max_to_keep``.
 
-    An evicted checkpoint is preserved if it is at least ``keep_checkpoint_every_n_hours`` younger than the last
-    preserved one, else retired. The newest, pinned ones and those in ``spared`` (attempts) stay active; they take
-    no place of a younger one, so the newest ``max_to_keep`` always stay. Times are epoch seconds. What is younger than
-    something in one of ``pages`` waits until that has been read (``next_due``).
+    By rules nothing is preserved, and what a report that cannot be read is on stays. Without, an evicted checkpoint is
+    preserved if it is at least ``keep_checkpoint_every_n_hours`` younger than the last preserved one, else retired. The
+    newest, pinned ones, those in ``spared`` (attempts) and those that groups of readers want stay active; they take no place
+    of a younger one, so the newest ``max_to_keep`` always stay. Times are epoch seconds. What is younger than something in
+    one of ``pages`` waits until that has been read (``next_due``).
     """
+    spared = spared | followed.held
+    news = frozenset(record.attempt for record in active if followed.is_news(record))
+    if retention.keep is not None:
+        unclear = spared | followed.unclear | news
+        return _judge(active, retention.keep, last_preserved, unclear, followed, [p for p in pages if p.of == "active"])
+    spared |= news
     keep = retention.max_to_keep
     if not keep:
         return Sweep(tuple(active), (), (), last_preserved)
@@ -62,6 +72,23 @@ def sweep(
     return Sweep((*stay, *active[due:]), tuple(preserved), tuple(retire), last_preserved)
 
 
+def _judge(
+    active: Sequence[CheckpointRecord],
+    keep: Rule,
+    last_preserved: float,
+    spared: frozenset[str],
+    followed: Followed,
+    pages: Sequence[PageRef],
+) -> Sweep:
+    """Of what a rule keeps of all it keeps no less of the oldest alone: so these can be judged before pages are read."""
+    first = min((page.first for page in pages), default=None)
+    judged = [record for record in active if first is None or place(record) < first]
+    kept = spared | keep.keeps(judged, followed.pending)
+    retire = tuple(record for record in judged if not (record.attempt in kept or record.pinned or record is active[-1]))
+    gone = {record.attempt for record in retire}
+    return Sweep(tuple(record for record in active if record.attempt not in gone), (), retire, last_preserved)
+
+
 def _due(active: Sequence[CheckpointRecord], keep: int, pages: Sequence[PageRef]) -> int:
     """How many of the oldest are beyond the newest ``keep``, before the first that a page may have."""
     if not pages:
@@ -76,23 +103,24 @@ def _due(active: Sequence[CheckpointRecord], keep: int, pages: Sequence[PageRef]
 
 
 def next_due(state: State, retention: Retention) -> PageRef | None:
-    """The page with the oldest active records, if some of them are beyond the newest ``max_to_keep``."""
+    """The page with the oldest active records, if some of them may be kept no longer."""
     pages = [page for page in state.pages if page.of == "active"]
-    if not retention.max_to_keep or not pages:
+    if keeps_all(retention) or not pages:
         return None
     oldest = min(pages, key=lambda page: page.first)
     newer = sum(page.count for page in pages) - 1 + sum(place(record) > oldest.first for record in state.active)
-    return oldest if newer >= math.floor(retention.max_to_keep) else None
+    is_due = retention.keep is not None or newer >= math.floor(retention.max_to_keep or 0)
+    return oldest if is_due else None
 
 
 def keeps_all(retention: Retention) -> bool:
     """Whether nothing is ever evicted, so that active records may go into pages."""
-    return not retention.max_to_keep
+    return retention.keep is None and not retention.max_to_keep
 
 
-def swept(state: State, retention: Retention, spared: frozenset[str]) -> State | None:
+def swept(state: State, retention: Retention, spared: frozenset[str], followed: Followed = NOBODY) -> State | None:
     """``state`` after a sweep: what is evicted is preserved or retires. None if that is nothing."""
-    found = sweep(state.active, retention, state.last_preserved_timestamp, spared, state.pages)
+    found = sweep(state.active, retention, state.last_preserved_timestamp, spared, followed, state.pages)
     if not found.evicts:
         return None
     return msgspec.structs.replace(

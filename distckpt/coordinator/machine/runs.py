@@ -7,9 +7,10 @@ from dataclasses import dataclass, field
 from distckpt.coordinator.machine.desk import Desk
 from distckpt.coordinator.machine.intentions import BeginRun
 from distckpt.coordinator.machine.ledger import Ledger
-from distckpt.coordinator.messages import OpenRun, Refused, Reply, Retention, RunOpened, Unknown
+from distckpt.coordinator.messages import OpenRun, Refused, Reply, RunOpened, Unknown
 from distckpt.errors import CoordinatorError, DirectoryLostError, DistckptError, StaleRunError
 from distckpt.format.json.log import Entry, State
+from distckpt.keep import Retention
 
 REMEMBERED_TOKENS = 1024
 
@@ -127,7 +128,8 @@ class Runs:
         run.hosts[message.rank] = message.host
         run.left.discard(message.rank)
         ledger = self._ledger
-        self._desk.answer(ticket, RunOpened(run.number, ledger.epoch, ledger.recovers_at, ledger.state.origin))
+        recovers_at = ledger.recovers_at if run.retention.keep is None else None  # rules need nothing of this
+        self._desk.answer(ticket, RunOpened(run.number, ledger.epoch, recovers_at, ledger.state.origin))
 
     def _disagreement(self, message: OpenRun) -> str:
         run = self.current

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 
 from distckpt.coordinator.machine import answers
 from distckpt.coordinator.machine.actions import MakePlan, PlanMade, Seal, Sealed, StepFailed
+from distckpt.coordinator.machine.backpressure import Backpressure
 from distckpt.coordinator.machine.desk import Desk, Identities
 from distckpt.coordinator.machine.intentions import Commit, Discard
 from distckpt.coordinator.machine.keeping import Keeping
@@ -61,6 +62,7 @@ class Saves:
         self._book = book
         self._keeping = keeping
         self._plans = Plans()
+        self._backpressure = Backpressure(desk, book, keeping)
         self._told_retired = set[str]()
 
     def waiting(self) -> dict[str, tuple[int, ...]]:
@@ -69,6 +71,7 @@ class Saves:
 
     def deadlines(self) -> Iterator[float]:
         """When rounds will be given up, in monotonic seconds."""
+        yield from self._backpressure.deadlines()
         for round in self._book:
             if round.deadline is not None:
                 yield round.deadline
@@ -84,11 +87,13 @@ class Saves:
 
     def abandon(self, error: DistckptError) -> None:
         """End every round of the run with ``error``: another run begins."""
+        self._backpressure.end(Refused(error))
         for round in self._book:
             self._fail(round, error)
 
     def everyone_left(self) -> None:
         """Give up rounds that nobody will finish. Those whose shards have all landed go on."""
+        self._backpressure.end(Refused(SaveError(None, "every rank has left the run")))
         for round in self._book:
             if not round.landed:
                 self._fail(round, SaveError(round.number, "every rank has left the run"))
@@ -106,6 +111,8 @@ class Saves:
             if self._book.is_over(rank, message.order):
                 reason = "it came too late: this rank has gone on to a later save already"
                 self._desk.answer(ticket, Refused(SaveError(message.number, reason)))
+                return
+            if self._backpressure.holds(ticket, rank, message):
                 return
             round = self._enter(rank, message)
         if not round.over:
@@ -191,7 +198,9 @@ class Saves:
             self._fail(round, event.error)
 
     def tick(self) -> None:
-        """Give up what is overdue."""
+        """Give up what is overdue; begin what waited for a group of readers and need not any more."""
+        for waited in self._backpressure.let_go():
+            self.join(*waited)
         for round in self._book:
             if not round.over and round.deadline is not None and round.deadline <= self._desk.mono:
                 self._expire(round)
@@ -246,7 +255,8 @@ class Saves:
         round = SaveRound(first.number, attempt, self._current.world_size, self._later(), missed=missed)
         self._book.add(round)
         # A rank that has staged is past the question: it joins again after the coordinator was replaced.
-        if 0 < first.skip_if_busy <= busy and round.saves and not first.staged:
+        may_skip = first.skip_if_busy > 0 and round.saves and not first.staged
+        if may_skip and (first.skip_if_busy <= busy or self._keeping.lag(busy) is not None):
             self._end(round, Skipped())
         return round
 
@@ -343,7 +353,7 @@ class Saves:
             self._commit(round)
 
     def readers_known(self) -> None:
-        """Leases are being read no longer: commit what is sealed."""
+        """It is being read no longer who needs what: commit what is sealed."""
         for round in self._book:
             if round.phase is Phase.SEALED and not self._keeping.looking:
                 self._commit(round)
@@ -351,9 +361,9 @@ class Saves:
     def _commit(self, round: SaveRound) -> None:
         assert round.record is not None
         round.commit_begins(self._later())
-        retention, spared = self._current.retention, self._keeping.spared
+        retention, spared, followed = self._current.retention, self._keeping.spared, self._keeping.followed
         saves = min(round.orders.values()) + 1
-        self._ledger.intend(Commit(round.record, saves, retention, spared))
+        self._ledger.intend(Commit(round.record, saves, retention, spared, followed))
 
     def committed(self, record: CheckpointRecord) -> None:
         """The log entry counts: tell the ranks, and end the saves that were overtaken. What retires is deleted next."""

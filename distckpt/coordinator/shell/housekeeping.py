@@ -15,6 +15,7 @@ from distckpt.directory.garbage import (
     delete_attempt,
     dropped_pages,
     is_replaced,
+    lost_reports,
     old_probes,
 )
 from distckpt.directory.log import read_tail
@@ -27,8 +28,11 @@ from distckpt.storage import Store, SupportsSweep, probe
 logger = logging.getLogger(__name__)
 
 
-def delete_checkpoints(store: Store, records: tuple[CheckpointRecord, ...]) -> Deleted:
-    """Delete the objects of retired checkpoints, manifest first; what cannot be deleted now is left for later."""
+def delete_checkpoints(store: Store, records: tuple[CheckpointRecord, ...], reports: tuple[str, ...] = ()) -> Deleted:
+    """Delete the objects of retired checkpoints, manifest first, and what was reported on them.
+
+    What cannot be deleted now is left for later.
+    """
     done = []
     for record in records:
         folder = names.attempt_folder(record.name, record.number, record.attempt)
@@ -38,7 +42,17 @@ def delete_checkpoints(store: Store, records: tuple[CheckpointRecord, ...]) -> D
             logger.warning("%s could not be deleted and stays in the log as retiring: %s", folder, error)
         else:
             done.append(record.attempt)
+    for path in reports:
+        if names.reported_attempt(path) in done:
+            _delete_report(store, path)
     return Deleted(tuple(done))
+
+
+def _delete_report(store: Store, path: str) -> None:
+    try:
+        store.delete(path)
+    except Exception as error:  # noqa: BLE001 - it is of nothing by now, and garbage
+        logger.warning("the report %s is left to the next coordinator: %s", path, error)
 
 
 def collect_garbage(store: Store, action: CollectGarbage, min_age: float, predecessors: Predecessors) -> int:
@@ -60,9 +74,10 @@ def collect_garbage(store: Store, action: CollectGarbage, min_age: float, predec
         if found is not None:
             gone += _collected(found.store, found.path)
     probes = old_probes(store, min_age)
-    for left in probes:
+    reports = lost_reports(store, bounds, min_age)
+    for left in (*probes, *reports):
         left.store.delete(left.path)
-    return gone + len(probes) + sum(_sweep(store, folder, min_age) for folder in SWEPT)
+    return gone + len(probes) + len(reports) + sum(_sweep(store, folder, min_age) for folder in SWEPT)
 
 
 def collect_unclaimed(store: Store, min_age: float, predecessors: Predecessors) -> int:

@@ -12,7 +12,7 @@ import uuid
 from collections.abc import Callable
 from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass, field, replace
-from typing import TypeVar, cast
+from typing import cast
 
 from distckpt.coordinator.machine.actions import (
     Action,
@@ -25,6 +25,7 @@ from distckpt.coordinator.machine.actions import (
     CollectGarbage,
     Delete,
     Deleted,
+    DeleteReports,
     Event,
     Exit,
     Forgotten,
@@ -43,7 +44,9 @@ from distckpt.coordinator.machine.actions import (
     ReadTail,
     RoomMade,
     Seal,
+    SkipsTold,
     StepFailed,
+    TellSkips,
     Tick,
     WritePage,
 )
@@ -55,10 +58,10 @@ from distckpt.coordinator.shell.housekeeping import (
     delete_checkpoints,
     probe_with_room,
 )
+from distckpt.coordinator.shell.needs import Needs, delete_reports, tell_skips
 from distckpt.coordinator.shell.sealing import read_log_tail, seal_checkpoint
-from distckpt.coordinator.shell.workers import Workers
+from distckpt.coordinator.shell.workers import Made, Workers
 from distckpt.directory.garbage import GARBAGE_SECONDS, Predecessors
-from distckpt.directory.leases import Leases
 from distckpt.directory.locate import foreign_advice
 from distckpt.directory.log import append, prune, read_tail, sequence_numbers
 from distckpt.directory.pages import PageCache, known, write_page
@@ -80,8 +83,6 @@ from distckpt.sharding.plan import ShardingPlan, make_plan
 from distckpt.storage import Store
 
 logger = logging.getLogger(__name__)
-
-Written = TypeVar("Written")
 
 CLOSE_SECONDS = 60.0
 """How long closing waits for a store that does not answer. What is left undone then is done by the next coordinator."""
@@ -128,7 +129,7 @@ class Shell:
         self._state_file = PublishedState(store)
         self._pages = PageCache(store)
         self._predecessors = Predecessors(store)
-        self._leases = Leases(store)  # the machine reads them once at a time
+        self._needs = Needs(store)  # the machine reads them once at a time
         self._numbers = itertools.count()
         self._garbage: CollectGarbage | None = None
         self._closed = False
@@ -349,10 +350,13 @@ class Shell:
                 table = cast(ShardingPlan, action.plan).table
                 return self._with_room(lambda: seal_checkpoint(self._store, action, table))
             case ReadLeases():
-                leased = self._leases.read()
-                return LeasesRead(leased.attempts, leased.failed, leased.pinned)
-            case Delete():
-                return delete_checkpoints(self._store, action.records)
+                return self._needs.read(action)
+            case TellSkips():
+                return tell_skips(self._store, action)
+            case Delete(records, reports):
+                return delete_checkpoints(self._store, records, reports)
+            case DeleteReports(reports):
+                delete_reports(self._store, reports)
             case CollectGarbage():
                 self._garbage = action
                 collect_garbage(self._store, action, self._settings.garbage_age, self._predecessors)
@@ -367,7 +371,7 @@ class Shell:
                     self._on_exit(action.reason)
         return None
 
-    def _with_room(self, write: Callable[[], Written]) -> Written:
+    def _with_room(self, write: Callable[[], Made]) -> Made:
         """What ``write`` returns; if the store is full, once more after dead attempts have been deleted.
 
         The garbage that the machine asked for last is garbage for ever, so it need not be asked again.
@@ -414,6 +418,8 @@ class Shell:
             return PageWritten(action.page, None)
         if isinstance(action, ReadLeases):
             return LeasesRead(frozenset(), f"{error}")
+        if isinstance(action, TellSkips):
+            return SkipsTold(done=False)
         if isinstance(action, Delete):
             logger.warning("deleting failed and will be tried again: %s", error)
             return Deleted(())

@@ -18,7 +18,7 @@ FORMAT = 1
 MAX_ENTRY_BYTES = 64 << 20
 MAX_ID_LENGTH = 256
 
-Kind = Literal["claim", "run", "commit", "retire", "forget", "pin", "metric"]
+Kind = Literal["claim", "run", "commit", "retire", "forget", "pin", "metric", "end"]
 
 
 class CheckpointRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -67,7 +67,8 @@ class State(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     ``run`` counts incarnations of the job; ``run_token`` names the current one. ``saves`` counts its saves up to the
     newest that was committed: whatever of them is not committed by then never will be. ``origin`` is unique for ever
     and names the log itself, from its first entry on; logs that began before there was such a name have ''.
-    ``commits`` counts all checkpoints that ever came into the log, whatever became of them.
+    ``commits`` counts all checkpoints that ever came into the log, whatever became of them. ``ended`` says that the run
+    has said that training is over; whatever comes after that run, or after it in that run, takes it back.
 
     ``pages`` have what of ``active`` and ``preserved`` is older: all that is said here is about the records at hand, which
     never lack the last active one. ``paging.opened`` has those of pages at hand too.
@@ -82,6 +83,7 @@ class State(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     saves: int = 0
     origin: str = ""
     commits: int = 0
+    ended: bool = False
     pages: tuple[PageRef, ...] = ()
 
     def alive(self) -> dict[str, CheckpointRecord]:
@@ -96,6 +98,10 @@ class State(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         """The checkpoint that an attempt became, even if it is being deleted by now; None if it never became one."""
         committed = (record for record in self.retiring if record.manifest_size)
         return self.alive().get(attempt) or next((record for record in committed if record.attempt == attempt), None)
+
+    def may_have_in_pages(self, attempt: str) -> bool:
+        """Whether a page may have an attempt that is not at hand."""
+        return any(page.may_have_attempt(attempt) for page in self.pages)
 
     def newest_first(self) -> tuple[CheckpointRecord, ...]:
         """What may be opened, each once: the last one committed, then the others by age. No clock has a say in this."""

@@ -56,6 +56,9 @@ class Sizes:
         return self.most // self.page
 
 
+SIZES = Sizes()
+
+
 def place(record: CheckpointRecord) -> Place:
     """Where an active record stands among the others: in the order of commits, and before that of attempts."""
     return record.order, attempt_age(record.attempt)

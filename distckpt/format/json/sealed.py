@@ -28,9 +28,10 @@ _OTHER_BYTES = bytes(byte for byte in range(256) if chr(byte) not in '"[]{}')
 
 
 class Sealed(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Something that stands on storage as sealed JSON, of ``MAX_BYTES`` at most."""
+    """Something that stands on storage as sealed JSON, of ``MAX_BYTES`` at most, in version ``FORMAT`` of its format."""
 
     MAX_BYTES: ClassVar[int]
+    FORMAT: ClassVar[int] = FORMAT
 
     def problems(self) -> Iterator[str]:
         """Why it makes no sense, whoever wrote it. A reader refuses it for the first reason."""
@@ -77,7 +78,7 @@ def unseal(data: bytes, kind: type[T], path: str, max_bytes: int) -> T:
     if _nested_deeper(data, MAX_NESTING):
         raise DamagedError(path, f"JSON nested deeper than {MAX_NESTING} levels")
     problem = _seal_problem(data)
-    _check_version(data, path, problem)
+    _check_version(data, path, problem, kind.FORMAT)
     if problem:
         raise DamagedError(path, problem)
     try:
@@ -97,17 +98,17 @@ def _seal_problem(data: bytes) -> str:
     return "" if found == expected else f"CRC32C is {found:08x} and should be {expected:08x}"
 
 
-def _check_version(data: bytes, path: str, problem: str) -> None:
+def _check_version(data: bytes, path: str, problem: str, known: int) -> None:
     """Look at the version before anything else, so that a newer format is named even if it is sealed in another way."""
     try:
         version = bytes(msgspec.json.decode(data, type=_Version).format)
     except (ValueError, RecursionError) as error:
         raise DamagedError(path, problem or f"no format version can be read: {error}") from error
-    if version == b"%d" % FORMAT:
+    if version == b"%d" % known:
         return
     found = version[:20].decode("ascii", "replace")
     doubt = f" (or it is damaged: {problem})" if problem else ""
-    raise UnsupportedFormatError(path, f"format version {found}, and this release reads version {FORMAT}{doubt}")
+    raise UnsupportedFormatError(path, f"format version {found}, and this release reads version {known}{doubt}")
 
 
 def _nested_deeper(data: bytes, levels: int) -> bool:

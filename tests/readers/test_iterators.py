@@ -12,14 +12,14 @@ import msgspec
 import pytest
 
 import distckpt
-import distckpt.watch
+import distckpt.iterators
 from distckpt.directory.log import read_entry, read_tail, sequence_numbers
 from distckpt.directory.newest import newest_committed
 from distckpt.errors import CheckpointNotFoundError, DamagedError, StorageError
 from distckpt.format import names
 from distckpt.format.json.log import State
+from distckpt.iterators import checkpoints_iterator, wait_for_new_checkpoint
 from distckpt.storage import LocalStore, MemoryStore, ObjectInfo, open_store
-from distckpt.watch import checkpoints_iterator, wait_for_new_checkpoint
 from tests.support.checkpoints import append_state, commit, commit_bare, new_attempt, put_manifest
 from tests.support.small_runs import mount, mounting, until
 
@@ -27,7 +27,7 @@ from tests.support.small_runs import mount, mounting, until
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """The iterator looks every 20 ms instead of every second."""
-    monkeypatch.setattr(distckpt.watch, "POLL_SECONDS", 0.02)
+    monkeypatch.setattr(distckpt.iterators, "POLL_SECONDS", 0.02)
 
 
 @pytest.fixture
@@ -205,7 +205,7 @@ def test_a_log_with_nothing_readable_is_an_error(tmp_path: Path) -> None:
 def test_a_look_without_news_is_one_listing(tmp_path: Path) -> None:
     commit_bare(tmp_path, 1)
     store = CountingStore(tmp_path)
-    follower = distckpt.watch._Follower(store)
+    follower = distckpt.iterators._Follower(store)
     first = follower.look()
     store.calls.clear()
     assert follower.look() == first
@@ -395,7 +395,7 @@ def test_each_wait_has_the_whole_timeout(tmp_path: Path, later: Callable[[float,
 
 
 def test_a_false_timeout_fn_does_not_spin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(distckpt.watch, "POLL_SECONDS", 0.1)
+    monkeypatch.setattr(distckpt.iterators, "POLL_SECONDS", 0.1)
     started = time.monotonic()
     moments = []
 

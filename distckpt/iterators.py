@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 import os
@@ -11,6 +12,7 @@ from typing import Any, TypeVar
 
 from distckpt.directory.log import sequence_numbers
 from distckpt.directory.newest import newest_committed
+from distckpt.directory.news import news_of
 from distckpt.format import names
 from distckpt.format.json.log import CheckpointRecord
 from distckpt.storage import Store, canonical, join, open_store
@@ -30,14 +32,16 @@ def wait_for_new_checkpoint(
 ) -> str | None:
     """The newest committed checkpoint's path, as soon as it is another one than ``last_checkpoint``.
 
-    Looks at least once, then every ``seconds_to_sleep`` seconds and once more when ``timeout`` seconds are over; None
-    if nothing came by then. A directory that does not exist yet is waited for. Paths are compared as text, so the same
-    path saved again is not new here. StorageError if the store cannot be read, LogMissingError if there are
-    checkpoints but no log, DamagedError if no log entry can be read.
+    Looks at least once, then when there is news of the log, at least every ``seconds_to_sleep`` seconds, and once more
+    when ``timeout`` seconds are over; None if nothing came by then. A directory that does not exist yet is waited for.
+    Paths are compared as text, so the same path saved again is not new here. StorageError if the store cannot be read,
+    LogMissingError if there are checkpoints but no log, DamagedError if no log entry can be read.
     """
     last = canonical(last_checkpoint) if last_checkpoint else None
-    follower = _Follower(open_store(checkpoint_dir, storage_options))
-    return wait_for(functools.partial(follower.path_other_than, last), seconds_to_sleep, timeout)
+    store = open_store(checkpoint_dir, storage_options)
+    follower = _Follower(store)
+    with contextlib.closing(news_of(store)) as news:
+        return wait_for(functools.partial(follower.path_other_than, last), seconds_to_sleep, timeout, news.wait)
 
 
 def checkpoints_iterator(
@@ -50,11 +54,12 @@ def checkpoints_iterator(
 ) -> Iterator[str]:
     """Yields the path of the newest committed checkpoint, then that of each newer one, as they come.
 
-    Which directory a relative path means is settled by the call. Looks only when asked for the next, so a slow consumer gets the newest and misses those in between. A path that
-    was saved again counts as new. ``min_interval_secs`` is the least time between two yields. When ``timeout`` seconds
-    bring nothing new it ends, unless there is a ``timeout_fn``: that is called then, without arguments, and decides:
-    true ends the iterator, false waits again. Retention may retire a checkpoint while it is being read: a reader that
-    must not lose it holds a lease instead. Raises what ``wait_for_new_checkpoint`` raises.
+    Which directory a relative path means is settled by the call. Looks only when asked for the next, so a slow consumer
+    gets the newest and misses those in between. A path that was saved again counts as new. ``min_interval_secs`` is the
+    least time between two yields. When ``timeout`` seconds bring nothing new it ends, unless there is a ``timeout_fn``:
+    that is called then, without arguments, and decides: true ends the iterator, false waits again. Retention may retire a
+    checkpoint while it is being read: a reader that must not lose it uses ``watch`` instead. Raises what
+    ``wait_for_new_checkpoint`` raises.
     """
     return _paths(canonical(checkpoint_dir), min_interval_secs, timeout, timeout_fn, storage_options)
 
@@ -66,9 +71,11 @@ def _paths(
     timeout_fn: Callable[[], object] | None,
     storage_options: Mapping[str, Any] | None,
 ) -> Iterator[str]:
-    follower = _Follower(open_store(directory, storage_options))
-    for record in follow(follower.record_other_than, min_interval_secs, timeout, timeout_fn):
-        yield follower.path(record)
+    store = open_store(directory, storage_options)
+    follower = _Follower(store)
+    with contextlib.closing(news_of(store)) as news:
+        for record in follow(follower.record_other_than, min_interval_secs, timeout, timeout_fn, news.wait):
+            yield follower.path(record)
 
 
 def follow(
@@ -76,12 +83,16 @@ def follow(
     min_interval_secs: float,
     timeout: float | None,
     timeout_fn: Callable[[], object] | None,
+    wait: Callable[[float], object] = time.sleep,
 ) -> Iterator[_Found]:
-    """Yields what ``next_after(the last one)`` finds, at the times and until the end of ``checkpoints_iterator``."""
+    """Yields what ``next_after(the last one)`` finds, at the times and until the end of ``checkpoints_iterator``.
+
+    ``wait`` as for ``wait_for``.
+    """
     last: _Found | None = None
     while True:
         started = time.monotonic()
-        found = wait_for(functools.partial(next_after, last), POLL_SECONDS, timeout)
+        found = wait_for(functools.partial(next_after, last), POLL_SECONDS, timeout, wait)
         if found is not None:
             last, started = found, time.monotonic()
             yield found
@@ -92,15 +103,23 @@ def follow(
             _sleep_until(started + POLL_SECONDS)
 
 
-def wait_for(look: Callable[[], _Found | None], pause: float, timeout: float | None) -> _Found | None:
-    """What ``look`` finds: looks at once, every ``pause`` seconds, and once more when ``timeout`` seconds are over."""
+def wait_for(
+    look: Callable[[], _Found | None],
+    pause: float,
+    timeout: float | None,
+    wait: Callable[[float], object] = time.sleep,
+) -> _Found | None:
+    """What ``look`` finds: looks at once, every ``pause`` seconds, and once more when ``timeout`` seconds are over.
+
+    ``wait`` returns after so many seconds, or as soon as it is worth a look.
+    """
     deadline = math.inf if timeout is None else time.monotonic() + timeout
     while True:
         found = look()
         remaining = deadline - time.monotonic()
         if found is not None or remaining <= 0:
             return found
-        time.sleep(min(pause, remaining))
+        wait(min(pause, remaining))
 
 
 class _Follower:

@@ -1,0 +1,114 @@
+"""``distckpt watch``: run a command for each checkpoint, as a worker of a group."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import threading
+from collections.abc import Iterator, Mapping
+from types import FrameType
+from typing import Any
+
+import click
+
+from distckpt.cli import options
+from distckpt.directory.lease import LEASE_SECONDS
+from distckpt.evaluation.command import CommandRunner, as_it_is
+from distckpt.evaluation.watch import BACKOFF, watch
+from distckpt.evaluation.watched import WatchedCheckpoint
+from distckpt.format.json.group import MODES, ON_LAGS, STARTS
+
+STOPPING = (signal.SIGINT, signal.SIGTERM)
+
+
+@click.command("watch", context_settings={"ignore_unknown_options": False})
+@click.argument("directory", metavar="DIR")
+@click.option("--group", required=True, metavar="G", help="Workers of one group share the checkpoints. Made if new.")
+@click.option("--mode", type=click.Choice(MODES), help="Each checkpoint, or (a new group's default) the newest only.")
+@click.option("--start", type=click.Choice(STARTS), help="Where a new group begins; default: earliest.")
+@click.option(
+    "--max-attempts", type=int, metavar="N", help="So many failures, and a checkpoint is set aside; default 3."
+)
+@click.option("--max-backlog", type=int, metavar="N", help="So many waiting ones are kept from retention; default 16.")
+@click.option("--on-lag", type=click.Choice(ON_LAGS), help="What becomes of those beyond; default: skip.")
+@click.option("--worker", metavar="TEXT", help="Who this is, for people; default: host and process.")
+@click.option(
+    "--timeout", metavar="AGE", callback=options.optional_seconds, help="End when so long nothing came: 0, 90, 12h."
+)
+@click.option("--backoff", default=f"{BACKOFF:g}", metavar="AGE", callback=options.seconds, show_default=True,
+              help="How long something that failed waits before the next try; doubled each time.")  # fmt: skip
+@click.option("--lease", default=f"{LEASE_SECONDS:g}", metavar="AGE", callback=options.seconds, show_default=True,
+              help="A worker that gives no sign for so long is replaced.")  # fmt: skip
+@click.option(
+    "--safetensors", metavar="KEY", help="{path} is a folder with the weights below KEY as model.safetensors."
+)
+@click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
+@options.storage_options
+def watch_directory(
+    directory: str,
+    group: str,
+    timeout: float | None,
+    lease: float,
+    safetensors: str | None,
+    command: tuple[str, ...],
+    storage_options: Mapping[str, Any],
+    **settings: Any,
+) -> None:
+    """Run COMMAND for each checkpoint of a directory that is this worker's to evaluate; {path} in it is the checkpoint.
+
+    \b
+        distckpt watch /shared/run-7 --group eval --mode all -- python evaluate.py {path}
+
+    It is kept from retention while the command runs. Exit status 0 acknowledges it. Any other status gives it back, with
+    the last lines of the error output, to be tried again. SIGINT and SIGTERM go on to the command and give its checkpoint
+    back; a worker that is killed is replaced by another one of the group. Ends when the run has said that it is over and
+    everything is done.
+    """
+    watching = watch(
+        directory, group=group, timeout=timeout, lease_seconds=lease, storage_options=storage_options, **settings
+    )
+
+    @contextlib.contextmanager
+    def weights(checkpoint: WatchedCheckpoint) -> Iterator[str]:
+        from distckpt.export.alone import weights_of  # it imports torch
+
+        with checkpoint.open() as reader, weights_of(reader, safetensors or "") as folder:
+            yield folder
+
+    runner = CommandRunner(watching, command, as_it_is if safetensors is None else weights, _tell)
+    stopped = _run_until_signalled(runner)
+    if stopped:
+        click.get_current_context().exit(128 + stopped)
+
+
+def _run_until_signalled(runner: CommandRunner) -> int:
+    """The signal that has ended it, 0 if none. In another thread, so that a signal finds this one doing nothing else."""
+    failed: list[BaseException] = []
+    signals: list[int] = []
+
+    def run() -> None:
+        try:
+            runner.run()
+        except BaseException as error:  # noqa: BLE001 - raised by whoever waits
+            failed.append(error)
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        signals.append(number)
+        runner.stop(number)
+
+    before = {number: signal.signal(number, stop) for number in STOPPING}
+    try:
+        running = threading.Thread(target=run, name="distckpt-watch", daemon=True)
+        running.start()
+        while running.is_alive():
+            running.join(0.2)  # a signal is handled between two of them
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if failed:
+        raise failed[0]
+    return signals[0] if signals else 0
+
+
+def _tell(said: str) -> None:
+    click.echo(said, err=True)

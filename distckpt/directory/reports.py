@@ -1,0 +1,117 @@
+"""Reports: what evaluations found out about an attempt, an object each, until the coordinator folds them into the log."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import SupportsFloat
+
+from distckpt.directory.log import read_tail
+from distckpt.errors import AlreadyExistsError, DamagedError, ObjectNotFoundError, StoreOutcomeUnknownError
+from distckpt.format import names
+from distckpt.format.json.report import FORMAT, MAX_REPORT_BYTES, Report, Reported, merged_metrics
+from distckpt.format.json.sealed import seal, unseal
+from distckpt.storage import MOST_NAMES, Store, at_most
+
+logger = logging.getLogger(__name__)
+
+TRIES = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Reports:
+    """What was ``found``, in the order in which the store got it. ``unclear`` are attempts with a report that cannot be read."""
+
+    found: tuple[Reported, ...]
+    unclear: frozenset[str]
+
+
+def write_report(store: Store, attempt: str, metrics: Mapping[str, SupportsFloat], reporter: str = "") -> Report:
+    """Say what was found out about ``attempt``; durable on return, and seen by whoever lists from then on.
+
+    It is of that attempt alone, also if its number is saved again. Of a metric that is reported twice the later report
+    counts. ``reporter`` says who reports, for people. Raises ValueError for what is no finite number, a name of more than
+    128 or of unprintable characters, and more than 64 metrics; StorageError if it could not be written: then it may or
+    may not be there, and to report again does no harm.
+    """
+    for name, value in metrics.items():
+        _check(name, value)
+    numbers = {name: float(value) for name, value in metrics.items()}
+    report = Report(FORMAT, attempt, numbers, time.time(), reporter)
+    _put(store, names.report_path(attempt, uuid.uuid4().hex), seal(report))
+    return report
+
+
+def _check(name: object, value: object) -> None:
+    """What seal would refuse as well, said in the words of whoever reports."""
+    if not isinstance(name, str):
+        raise TypeError(f"a metric's name is a str, and this is {name!r}")
+    number = float(value)  # type: ignore[arg-type]  # what float() does not take, it refuses
+    if not math.isfinite(number):
+        raise ValueError(f"metric {name!r} is {number}: only finite numbers can be reported")
+
+
+def _put(store: Store, path: str, data: bytes) -> None:
+    """Nobody else has this name, so what is there is ours, whatever the store has answered."""
+    for left in reversed(range(TRIES)):
+        try:
+            store.put_if_absent(path, data)
+        except AlreadyExistsError:
+            return
+        except StoreOutcomeUnknownError:
+            if not left:
+                raise
+        else:
+            return
+
+
+def read_reports(
+    store: Store, attempt: str | None = None, told: set[str] | None = None, most: int = MOST_NAMES
+) -> Reports:
+    """What is reported and not folded into the log yet: the ``most`` oldest.
+
+    Who shows them reads the log after them: what is folded meanwhile is in one of the two. ``attempt`` is whose, None for
+    all. One that is damaged, or of a later release, is left out, with a warning; once, if ``told`` is kept by the caller.
+    What the store does not answer raises StorageError.
+    """
+    listed = at_most(MOST_NAMES, store.list(names.REPORTS), f"{store.url}/{names.REPORTS}")
+    ours = [info for info in listed if (named := names.reported_attempt(info.path)) and attempt in (None, named)]
+    found: list[tuple[float, Reported]] = []
+    unclear: set[str] = set()
+    for info in sorted(ours, key=lambda info: (info.modified, info.path))[:most]:
+        try:
+            found.append((info.modified, Reported(info.path, _read(store, info.path))))
+        except ObjectNotFoundError:
+            continue  # folded since the listing, or its checkpoint has gone
+        except DamagedError as error:
+            unclear.add(names.reported_attempt(info.path) or "")
+            _tell(info.path, error, told)
+    # What came within one tick of the store's clock: as its reporters say.
+    found.sort(key=lambda one: (one[0], one[1].report.time, one[1].path))
+    return Reports(tuple(reported for _, reported in found), frozenset(unclear))
+
+
+def _read(store: Store, path: str) -> Report:
+    report = unseal(store.read(path, MAX_REPORT_BYTES), Report, path, MAX_REPORT_BYTES)
+    if report.attempt != names.reported_attempt(path):
+        raise DamagedError(path, f"it reports on attempt {report.attempt}")
+    return report
+
+
+def _tell(path: str, error: DamagedError, told: set[str] | None) -> None:
+    if told is None or path not in told:
+        logger.warning("a report cannot be read, and can be deleted by hand: %s", error)
+    if told is not None:
+        told.add(path)
+
+
+def reported_metrics(store: Store, attempt: str) -> dict[str, float]:
+    """All metrics of an attempt, those that are in the log already and those that are not. Empty if there are none."""
+    reports = read_reports(store, attempt).found
+    record = read_tail(store).having_attempt(attempt).find(attempt)
+    known = dict(record.metrics) if record is not None else {}
+    return merged_metrics(known, (one.report for one in reports))

@@ -1,0 +1,1 @@
+"""Following a run from outside: who evaluates which checkpoint, under which lease, and what comes of it."""
