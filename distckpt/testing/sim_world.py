@@ -54,7 +54,7 @@ class SimulatedWorld:
         self.history = History(seed)
         self.store = SimulatedStore(self.history, exclusive="overwrite" not in unsafe)
         self.faults = faults
-        self.sizes = Sizes(self.random.randint(1, 2), 2, self.random.choice([4, 6]))
+        self.sizes = Sizes(self.random.randint(1, 2), 2, self.random.choice([4, 8]), 2)
         self.unsafe = unsafe
         self.time = 0.0
         self.about_to_append: Callable[[object], None] = lambda _: None

@@ -23,7 +23,7 @@ from distckpt.format.json.log import CheckpointRecord, State
 from distckpt.format.json.paging import Sizes, opened
 from tests.support.driving import Driver, last, matched, receipt, refusal
 
-SIZES = Sizes(newest=2, page=3, most=6)
+SIZES = Sizes(newest=2, page=3, most=12, together=2)
 ALL = Retention(None)
 
 
@@ -86,7 +86,7 @@ def test_a_number_that_no_page_can_have_reads_none():
     driver, run, _ = kept(12)
     driver.done.clear()
     driver.save(run, 1, 13, 13)
-    assert not [one for one in driver.done if isinstance(one, ReadPages) and len(one.pages) < SIZES.small]
+    assert not [one for one in driver.done if isinstance(one, ReadPages) and len(one.pages) < SIZES.together]
 
 
 def test_retention_that_turns_stricter_reads_pages_back_and_retires_what_is_in_them():

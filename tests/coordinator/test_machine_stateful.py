@@ -111,7 +111,7 @@ class Shell:
 
     def __init__(self, name: str) -> None:
         self.name = name
-        self.machine = Machine("mem://run", name, sizes=Sizes(1, 2, 4))
+        self.machine = Machine("mem://run", name, sizes=Sizes(1, 2, 4, 2))
         self.pending: list[Action] = []
 
 

@@ -13,7 +13,7 @@ from distckpt.format.json.log import CheckpointRecord, Entry, State
 from distckpt.format.json.paging import Records, Sizes, next_page, opened, ref_of, sealed_page, small_pages, turned
 from distckpt.format.json.sealed import seal, unseal
 
-SIZES = Sizes(newest=2, page=3, most=9)
+SIZES = Sizes(newest=2, page=3, most=9, together=3)
 
 
 def record(made: int, order: int | None = None, epoch: int = 1) -> CheckpointRecord:
@@ -66,7 +66,7 @@ def test_an_entry_lists_few_however_many_are_kept(count, at):
             pages[page] = found[1]
             state = turned(state, ref_of(page, *found, size=1, crc=1), found[1])
         assert len(state.active) < SIZES.newest + SIZES.page
-    assert len(state.pages) <= count // SIZES.most + SIZES.small
+    assert len(state.pages) <= count // SIZES.most + SIZES.together
     assert [one.number for one in opened(state, pages).active] == list(range(1, count + 1))
 
 

@@ -381,8 +381,8 @@ class Machine:
 
     def _follow_up(self, intention: Intention | Confirm, entry: Entry | None) -> None:
         """The entry of an intention counts, or (None) there was nothing left to change."""
-        if isinstance(intention, SetPin):
-            self._pin_settled(intention)
+        if isinstance(intention, SetPin) and intention.ticket in self._pinning:  # whoever asked may wait no longer
+            self._desk.answer(intention.ticket, self._lookups.pinned(intention.number, intention.name))
         elif isinstance(intention, Confirm):
             self._restores.confirmed(intention.asked)
         elif isinstance(intention, End):
@@ -446,8 +446,3 @@ class Machine:
         if self._runs.current is not None:
             self._saves.begin_run(self._runs.current)
             self._keeping.collect()
-
-    def _pin_settled(self, pin: SetPin) -> None:
-        """Whoever asked is answered once the log says so, at once if it does already; unless nobody waits any more."""
-        if pin.ticket in self._pinning:
-            self._desk.answer(pin.ticket, self._lookups.pinned(pin.number, pin.name))

@@ -42,6 +42,24 @@ class CheckpointRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     def problems(self) -> Iterator[str]:
         """Why it makes no sense, whoever wrote it."""
+        # All of an entry's are looked at by everybody who reads it: the usual answer is to cost little.
+        return iter(()) if self._is_sound() else self._problems()
+
+    def _is_sound(self) -> bool:
+        return (
+            0 <= self.number <= MAX_NUMBER
+            and 0 <= self.order <= MAX_NUMBER
+            and 0 <= self.manifest_size <= MAX_MANIFEST_BYTES
+            and 0 <= self.manifest_crc32c <= MAX_CRC32C
+            and 1 <= self.world_size <= MAX_WORLD
+            and 0 <= self.nbytes <= MAX_BYTES
+            and math.isfinite(self.time)
+            and all(map(math.isfinite, self.metrics.values()))
+            and is_attempt(self.attempt)
+            and is_name(self.name)
+        )
+
+    def _problems(self) -> Iterator[str]:
         if not is_name(self.name):
             yield f"{shown(self.name)} is not a checkpoint name"
         if not is_attempt(self.attempt):

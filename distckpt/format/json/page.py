@@ -51,19 +51,17 @@ class PageRef(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     def problems(self) -> Iterator[str]:
         """Why it makes no sense, whoever wrote it."""
-        if not (is_attempt(self.id) and all(map(is_attempt, self.attempts))):
+        (low, high), (first, last), (begin, end) = self.numbers, self.orders, self.times
+        oldest, youngest = self.attempts
+        if not (is_attempt(self.id) and is_attempt(oldest) and is_attempt(youngest)):
             yield f"{shown(self.id)} is no page, or its attempts are none"
-            return
+        elif oldest != youngest and attempt_age(oldest) > attempt_age(youngest):
+            yield f"attempts of page {self.id} are out of order"
         if not (
             1 <= self.count <= MAX_PAGE_BYTES and 0 < self.size <= MAX_PAGE_BYTES and 0 <= self.crc32c <= MAX_CRC32C
         ):
-            yield f"count, size or CRC32C of page {self.id} is out of bounds"
-        if not (
-            0 <= self.numbers[0] <= self.numbers[1] <= MAX_NUMBER
-            and 0 <= self.orders[0] <= self.orders[1] <= MAX_NUMBER
-        ):
-            yield f"numbers or orders of page {self.id} are out of bounds"
-        if not (all(map(math.isfinite, self.times)) and self.times[0] <= self.times[1]):
-            yield f"times of page {self.id} are out of bounds"
-        if attempt_age(self.attempts[0]) > attempt_age(self.attempts[1]):
-            yield f"attempts of page {self.id} are out of order"
+            yield f"count, size or CRC32C of page {shown(self.id)} is out of bounds"
+        if not (0 <= low <= high <= MAX_NUMBER and 0 <= first <= last <= MAX_NUMBER):
+            yield f"numbers or orders of page {shown(self.id)} are out of bounds"
+        if not (math.isfinite(begin) and math.isfinite(end) and begin <= end):
+            yield f"times of page {shown(self.id)} are out of bounds"

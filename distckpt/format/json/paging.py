@@ -43,17 +43,13 @@ class Page(Sealed, frozen=True, forbid_unknown_fields=True):
 class Sizes:
     """How many records stay out of pages for certain, how many make a page, and how many the largest one has.
 
-    As many small pages as have room in the largest are put together.
+    So many pages of about one size as ``together`` says are put together, until they are as large as the largest.
     """
 
     newest: int = 32
-    page: int = 128
+    page: int = 64
     most: int = 4096
-
-    @property
-    def small(self) -> int:
-        """So many small pages are put together."""
-        return self.most // self.page
+    together: int = 8
 
 
 SIZES = Sizes()
@@ -181,10 +177,14 @@ def _oldest(records: Records, able: Sequence[bool], sizes: Sizes) -> Records:
 
 
 def small_pages(state: State, sizes: Sizes, *, active: bool) -> tuple[PageRef, ...]:
-    """Pages that are to be put together, because there are too many small ones; () as long as there are not."""
+    """Pages that are to be put together, because there are too many of about one size; () as long as there are not."""
     lists: tuple[ListName, ...] = ("active", "preserved") if active else ("preserved",)
     for name in lists:
-        small = [page for page in state.pages if page.of == name and page.count <= sizes.most // 2]
-        if len(small) >= sizes.small > 1:
-            return tuple(small[: sizes.small])
+        size = sizes.page
+        while size * sizes.together <= sizes.most:
+            larger = size * sizes.together
+            alike = [page for page in state.pages if page.of == name and size <= page.count < larger]
+            if len(alike) >= sizes.together:
+                return tuple(alike[: sizes.together])
+            size *= sizes.together
     return ()
