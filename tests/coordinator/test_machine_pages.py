@@ -17,10 +17,11 @@ from distckpt.coordinator.machine.actions import (
     ReadPages,
     WritePage,
 )
-from distckpt.coordinator.messages import Accepted, Committed, Fail, FromRank, Join, MatchWith, Pin, Restore, Retention
+from distckpt.coordinator.messages import Accepted, Committed, Fail, FromRank, Join, MatchWith, Pin, Restore
 from distckpt.errors import CheckpointNotFoundError, DamagedError, NoGoodCheckpointError
 from distckpt.format.json.log import CheckpointRecord, State
 from distckpt.format.json.paging import Sizes, opened
+from distckpt.keep import AnyOf, BestN, EveryHours, EveryNumbers, LatestN, Retention
 from tests.support.driving import Driver, last, matched, receipt, refusal
 
 SIZES = Sizes(newest=2, page=3, most=12, together=2)
@@ -268,3 +269,34 @@ def test_pages_that_come_after_the_end_change_nothing():
     while driver.pending and not driver.has(Append):
         driver.perform(driver.pending.pop(0))
     assert set(driver.log) == seqs
+
+
+def test_a_report_on_what_is_in_a_page_comes_into_the_log_and_is_deleted():
+    driver, run, saved = kept(12)
+    driver.report(saved[1].attempt, loss=1.5)
+    driver.report(saved[7].attempt, loss=2.5)
+    for order in (13, 14, 15):
+        driver.save(run, 1, order, order)
+    assert driver.reports == []
+    found = {record.number: record.metrics for record in whole(driver).active if record.metrics}
+    assert found == {2: {"loss": 1.5}, 8: {"loss": 2.5}}
+
+
+def judged(sizes: Sizes) -> list[int]:
+    driver = Driver(sizes=sizes).lead()
+    run = driver.open(retention=ALL)
+    for order in range(1, 31):
+        driver.now += 700.0
+        saved = driver.save(run, 1, order, order)
+        driver.report(saved.attempt, loss=float((7 * order) % 31))
+    driver.save(run, 1, 31, 31)
+    rules = AnyOf(LatestN(2), BestN(3, metric="loss", mode="min"), EveryNumbers(10), EveryHours(2))
+    run = driver.open(token="job2", retention=Retention(keep=rules))
+    driver.save(run, 1, 1, 32)
+    assert not last(driver).state.pages
+    return numbers(last(driver).state.active)
+
+
+def test_rules_judge_what_is_in_pages_as_without():
+    assert judged(SIZES) == judged(Sizes(1 << 20, 1 << 20, 1 << 20))
+    assert 9 in judged(SIZES)  # 7 * 9 % 31 is 1: one of the best

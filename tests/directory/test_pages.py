@@ -18,12 +18,14 @@ from distckpt.coordinator.machine.actions import CollectGarbage
 from distckpt.coordinator.shell.housekeeping import collect_garbage
 from distckpt.directory.by_hand import Hand
 from distckpt.directory.garbage import Predecessors, dropped_pages
+from distckpt.directory.groups import read_groups, waiting, wanted_by
 from distckpt.directory.lease import hold
 from distckpt.directory.locate import locate
 from distckpt.directory.log import KEEP_ENTRIES, Tail, prune, read_tail
 from distckpt.directory.newest import newest_committed
 from distckpt.directory.pages import known, read_page, readable, whole, write_page
 from distckpt.directory.pins import pin, unpin
+from distckpt.directory.reports import write_report
 from distckpt.errors import CheckpointNotFoundError, DamagedError, StorageError
 from distckpt.format import names
 from distckpt.format.json.log import CheckpointRecord, State
@@ -148,6 +150,27 @@ def test_leases_and_pins_hold_what_is_in_pages(directory: Path) -> None:
     assert unpin(store, record.attempt)
     with pytest.raises(CheckpointNotFoundError), hold(store, new_attempt(), "a reader"):
         pass
+
+
+def test_a_group_that_begins_with_the_earliest_gets_what_is_in_pages(directory: Path) -> None:
+    with distckpt.watch(directory, group="eval", mode="all", start="earliest", timeout=0) as watch:
+        for number in (1, 2):
+            one = next(watch)
+            assert one.number == number
+            one.ack()
+    state = read_groups(LocalStore(directory))["eval"]
+    log = read_tail(LocalStore(directory)).head
+    assert [one.number for one in waiting(state, wanted_by(LocalStore(directory), log, [state]))][:2] == [3, 4]
+
+
+def test_reports_and_metrics_of_what_is_in_pages_are_shown(directory: Path) -> None:
+    record = record_of(directory, 7)
+    write_report(LocalStore(directory), record.attempt, {"loss": 0.5})
+    listed = json.loads(call("ls", directory, "--json").stdout)["checkpoints"]
+    assert [one["number"] for one in listed if one["metrics"] == {"loss": 0.5}] == [7]
+    with Trainer(directory, max_to_keep=None) as trainer:
+        trainer.saved(KEPT + 1)
+    assert record_of(directory, 7).metrics == {"loss": 0.5}
 
 
 def test_rm_pin_and_unpin_find_what_is_in_pages(directory: Path) -> None:
