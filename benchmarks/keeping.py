@@ -29,6 +29,7 @@ KEPT = {10: 10, 300: 300, 3000: 3000, 100_000: None}
 SAVES = 10
 LOOKS = 20
 PAUSE_SECONDS = 0.05
+REST_SECONDS = 3.0
 
 
 @dataclass
@@ -87,10 +88,19 @@ def _memory(kept: Kept) -> int:
             assert pending is not None
             pending.result()
         manager.wait()
-        gc.collect()
-        held, _ = tracemalloc.get_traced_memory()
+        held = _at_rest()
     tracemalloc.stop()
     return held
+
+
+def _at_rest() -> int:
+    """Traced bytes once they change no more: a collection of garbage, every ten minutes, knows all attempts meanwhile."""
+    before, held = 0.0, 1.0
+    while abs(held - before) > 0.01 * held:
+        time.sleep(REST_SECONDS)
+        gc.collect()
+        before, held = held, float(tracemalloc.get_traced_memory()[0])
+    return int(held)
 
 
 def _kept(folder: Path, count: int, most: int | None) -> Kept:
