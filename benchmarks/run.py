@@ -26,17 +26,21 @@ import coordination
 import planning
 import resizing as resized
 import starting
+import watching as followers
 from buckets import buckets, limits, links, requests, transports, uploads
 from figures import Figure, plain, ratio, table
 from machine import describe_machine
 from ranks import RankError, run_ranks
 from rounds import in_all, longest, together
 
+from distckpt.directory.news import MOST_PAUSE_OF_FILES
+
 REPETITIONS = 5
 QUICK_REPETITIONS = 3
 SMALL_SAVES = 24
 RESTARTS = 3
 STARTS = 3
+FOLLOWS = 3
 MOST_GROWTH = 1.2
 FOLDER = Path("bench-output")
 MEMORY = Path("/dev/shm")
@@ -313,6 +317,34 @@ def _ms(seconds: Sequence[float]) -> list[float]:
     return [1000 * each for each in seconds]
 
 
+def watching(folder: Path, repetitions: int) -> list[Figure]:
+    """From a commit to a follower that is idle; without Ray until it has the checkpoint under a lease. On this disk."""
+    figures = []
+    for how, label, median, late in (
+        (followers.HEARING, "knows of it", 10.0, 50.0),
+        (followers.TOLD, "has it under a lease", None, None),
+    ):
+        seen: list[float] = []
+        for number in range(min(repetitions, FOLLOWS)):
+            where = str((folder / f"{how}-{number}").resolve())
+            workers = run_ranks(2, "watching:in_cluster", folder, directory=where, how=how)[0]
+            seen += [each for worker in workers for each in worker]
+        figures += _followed(f"a worker in a Ray cluster {label}", seen, median, late)
+    for how in followers.hows():
+        where = str((folder / how.replace(" ", "-")).resolve())
+        commits = followers.COMMITS if how == followers.TOLD else followers.FEW_COMMITS
+        (seen,) = run_ranks(1, "watching:alone", folder, directory=where, how=how, commits=commits)
+        most = {followers.TOLD: 20.0, followers.LOOKING: 1000 * MOST_PAUSE_OF_FILES}.get(how)
+        figures += _followed(f"without Ray, {how}", seen, most)
+    return figures
+
+
+def _followed(how: str, milliseconds: Sequence[float], median: float | None, late: float | None = None) -> list[Figure]:
+    slow = statistics.quantiles(milliseconds, n=100)[-1] if len(milliseconds) >= 100 else max(milliseconds)
+    which = "99 of 100 within" if len(milliseconds) >= 100 else "all within"
+    return [plain(how, "ms", milliseconds, median), Figure(f"{how}: {which}", "ms", tuple(milliseconds), slow, late)]
+
+
 PARTS: dict[str, Callable[[Path, int], list[Figure]]] = {
     "saves": saves,
     "diskless": diskless,
@@ -325,6 +357,7 @@ PARTS: dict[str, Callable[[Path, int], list[Figure]]] = {
     "starts": starts,
     "keeping": keeping,
     "resizing": resizing,
+    "watching": watching,
     "agreeing": agreeing,
     "links": links,
     "transports": transports,

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from distckpt.keep import EveryNumbers as EveryNumbers
     from distckpt.keep import LatestN as LatestN
     from distckpt.manager import CheckpointManager as CheckpointManager
+    from distckpt.rank.costs import ManagerStats as ManagerStats
     from distckpt.rank.pending import PendingSave as PendingSave
     from distckpt.reader import CheckpointReader as CheckpointReader
     from distckpt.reader import checkpoint_exists as checkpoint_exists
@@ -79,6 +80,7 @@ _HOMES = {
     "LatestN": "keep",
     "LoadStatus": "checkpoint",
     "LooperThread": "threads.looper",
+    "ManagerStats": "rank.costs",
     "PendingSave": "rank.pending",
     "PerRank": "checkpoint",
     "RandomState": "checkpoint",
@@ -121,8 +123,8 @@ __all__ = sorted([*_HOMES, "errors"])  # noqa: PLE0605 - derived, so that it can
 def __getattr__(name: str) -> Any:
     if name in _HOMES:
         return getattr(importlib.import_module(f"distckpt.{_HOMES[name]}"), name)
-    if name == "errors":
-        return importlib.import_module("distckpt.errors")
+    if name in ("errors", "ray"):  # not among __all__, so that a * import leaves the name ray to Ray
+        return importlib.import_module(f"distckpt.{name}")
     raise AttributeError(f"module 'distckpt' has no attribute {name!r}")
 
 

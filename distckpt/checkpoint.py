@@ -121,11 +121,17 @@ class Checkpoint(NamedObjects):
 
     def _commit(self, directory: str, number: int, storage_options: Mapping[str, Any] | None) -> str:
         _check_ours(directory, storage_options)
-        with CheckpointManager(self, directory, 1, checkpoint_name=ONE_OFF, storage_options=storage_options) as manager:
+        with _Once(self, directory, 1, checkpoint_name=ONE_OFF, storage_options=storage_options) as manager:
             pending = manager.save(number)
             assert pending is not None
             pending.result()
             return manager.directory
+
+
+class _Once(CheckpointManager):
+    """Saves one checkpoint, of which nobody keeps statistics."""
+
+    _keeps_stats = False
 
 
 def fill(

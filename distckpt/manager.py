@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import os
 import time
@@ -14,7 +13,7 @@ from distckpt.coordinator.client.client import Client
 from distckpt.coordinator.client.gathering import Gathering
 from distckpt.coordinator.client.membership import RankCluster
 from distckpt.coordinator.client.opening import client_of, meet
-from distckpt.coordinator.messages import Heartbeat, OpenRun
+from distckpt.coordinator.messages import OpenRun
 from distckpt.coordinator.shell.shell import Settings
 from distckpt.directory.newest import newest_committed
 from distckpt.errors import CheckpointNotFoundError, CommitUnknownError, CoordinatorError
@@ -22,7 +21,10 @@ from distckpt.format import names
 from distckpt.keep import Rule
 from distckpt.rank.alone import Alone
 from distckpt.rank.arguments import check_allowed, check_arguments, number_of, retention_of, wanted_folder
+from distckpt.rank.chronicle import Chronicle
+from distckpt.rank.costs import Costs, ManagerStats
 from distckpt.rank.exit import close_at_exit, forget_at_exit
+from distckpt.rank.heartbeat import beat
 from distckpt.rank.leaving import finish, leave
 from distckpt.rank.managed import managed
 from distckpt.rank.options import SaverOptions
@@ -35,12 +37,8 @@ from distckpt.state.selection import EVERYTHING, Rename, Selection
 from distckpt.state.status import LoadStatus
 from distckpt.storage import join, open_store, placed, with_patience
 from distckpt.threads.coordinator import Coordinator
-from distckpt.threads.looper import LooperThread
 from distckpt.world import find_world
 
-logger = logging.getLogger(__name__)
-
-HEARTBEAT_SECONDS = 20.0
 IDLE_SECONDS = 600.0
 CLOSE_SECONDS = 60.0
 LAST_SAVE_SECONDS = 30.0
@@ -129,6 +127,7 @@ class CheckpointManager:
         retention = retention_of(max_to_keep, keep_checkpoint_every_n_hours, keep)
         check_arguments(checkpoint_name, step_counter, checkpoint_interval, save_timeout, buffers, on_busy)
         check_allowed(save_failures_allowed)
+        self._costs = Costs()
         self._checkpoint = checkpoint
         self._name = checkpoint_name
         self._init_fn = init_fn
@@ -172,16 +171,18 @@ class CheckpointManager:
             failures_allowed=save_failures_allowed,
             shown=progress,
         )
-        self._saver = Saver(self._client, self._store, checkpoint, saving, self._background)
+        self._saver = Saver(self._client, self._store, checkpoint, saving, self._background, self._costs)
         table = self._gathering or self._client
         self._restorer = Restorer(table, self._store, checkpoint, self._world, save_timeout, progress)
         self._pending = PendingSaves()
-        self._alone = Alone(self._store.url)
+        self._alone = Alone(self._store.url, self._costs)
         self._closed = False
         self._left = False
         self._final = False
         self._patience = 2 * save_timeout + CLOSE_SECONDS
-        LooperThread.loop(self._background, HEARTBEAT_SECONDS, self._beat, name="distckpt-heartbeat", skip_missed=True)
+        beat(self._client, self._background)
+        if self._keeps_stats and self._world.rank == 0:
+            Chronicle(self._background, self._store, self._client, self._world, self._costs).start()
         close_at_exit(self)
 
     # ---- what there is -----------------------------------------------------------------------------------------
@@ -216,6 +217,13 @@ class CheckpointManager:
     def cluster(self) -> RankCluster:
         """All ranks of this run, for ``Coordinator(cluster=...)``."""
         return self._cluster
+
+    def stats(self) -> ManagerStats:
+        """What checkpoints have cost this rank so far, cheap enough for every step: stalls, bytes, commit times, goodput.
+
+        ``distckpt stats DIR`` has it of the whole job, over restarts, and the interval to save at that it suggests.
+        """
+        return self._costs.stats()
 
     # ---- save --------------------------------------------------------------------------------------------------
 
@@ -287,6 +295,7 @@ class CheckpointManager:
             self._checkpoint.save_counter = counter
             return None
         self._pending.add(pending)
+        self._costs.begun(pending)
         self._final = False
         self._begun(pending)
         if step is not None:
@@ -346,6 +355,7 @@ class CheckpointManager:
             self._check_open()
             self._pending.settle()
             record = self._restorer.restore(which, partial, selection)
+            self._costs.restored(record, self._restorer.bytes_read)
             self._restored()
         if record is None:
             return None
@@ -377,6 +387,7 @@ class CheckpointManager:
                 self._finish(self._patience)
                 if final or self._final:
                     finish(self._client, self._store, self._patience)
+                self._costs.closed = True
             finally:
                 self._leave(deadline)
 
@@ -409,6 +420,8 @@ class CheckpointManager:
 
     # ---- what a subclass adds to --------------------------------------------------------------------------------
 
+    _keeps_stats = True
+
     def _begun(self, pending: PendingSave) -> None:
         """A save has begun."""
 
@@ -424,12 +437,6 @@ class CheckpointManager:
             self._leave()
 
     # ---- the rest ------------------------------------------------------------------------------------------------
-
-    def _beat(self) -> None:
-        try:
-            self._client.ask(Heartbeat(), HEARTBEAT_SECONDS)
-        except Exception as error:  # noqa: BLE001 - a save that needs the coordinator says so itself; training goes on
-            logger.warning("heartbeat to the coordinator: %s", error)
 
     def _path(self, name: str, number: int) -> str:
         return join(self._store.url, names.checkpoint_folder(name, number))

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+import os
+import socket
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, SupportsFloat
 
+from distckpt.directory.lease import HeldLease
 from distckpt.directory.locate import Located, locate, read_index
 from distckpt.directory.newest import newest_committed
 from distckpt.directory.reports import reported_metrics, write_report
@@ -46,22 +50,49 @@ def open(
     path: PathLike,
     storage_options: Mapping[str, Any] | None = None,
     *,
+    lease: bool = False,
     cache_dir: PathLike | None = None,
     data: PathLike | None = None,
     data_options: Mapping[str, Any] | None = None,
 ) -> CheckpointReader:
     """The checkpoint at ``path``, open for reading: ``<directory>/ckpt-42``, a directory (its newest), or a lone copy.
 
-    Of a directory whose newest was deleted by hand it is the next one, with a warning. ``cache_dir`` is a directory of
+    Of a directory whose newest was deleted by hand it is the next one, with a warning. With ``lease`` the job that writes
+    there does not delete the checkpoint until the reader is closed; if that cannot be kept up, since storage does not
+    answer, reads raise LeaseLostError rather than go on. That writes to the directory. ``cache_dir`` is a directory of
     this host in which all its processes find what one of them has downloaded of shards. ``data``, with ``data_options``
     for the store there, is where shards are if the manager was given it: a DataElsewhereError says so to whoever reads
     without, or in another place. Raises CheckpointNotFoundError
     when nothing committed answers to the path, LogMissingError for a directory that has checkpoints but no log,
-    DamagedError when manifest or index is not what was written.
+    DamagedError when manifest or index is not what was written, StorageError when the lease cannot be written.
     """
-    return CheckpointReader(
-        locate(path, placed(storage_options, cache_dir=cache_dir, data=data, data_options=data_options))
-    )
+    options = placed(storage_options, cache_dir=cache_dir, data=data, data_options=data_options)
+    if not lease:
+        return CheckpointReader(locate(path, options))
+    where, held = _leased(path, options)
+    if held is None:
+        return CheckpointReader(where)
+    try:
+        return CheckpointReader(where, held.check, held.release)
+    except BaseException:
+        held.release()
+        raise
+
+
+def _leased(path: PathLike, options: Mapping[str, Any] | None) -> tuple[Located, HeldLease | None]:
+    """The checkpoint, and a lease on it. None for a lone copy, which no log names and so nobody retires."""
+    while True:
+        where = locate(path, options)
+        if where.is_lone:
+            return where, None
+        try:
+            return where, HeldLease.take(where.store, where.manifest.attempt, _reader_here())
+        except CheckpointNotFoundError:  # it has retired meanwhile: look which there is now, if any
+            logger.info("%s retired before there was a lease on it", where.path)
+
+
+def _reader_here() -> str:
+    return f"a reader on {socket.gethostname()}, process {os.getpid()}"
 
 
 def load(
@@ -178,9 +209,15 @@ class CheckpointReader:
     naming shard and key, for what is not as it was written.
     """
 
-    def __init__(self, where: Located) -> None:
+    def __init__(
+        self, where: Located, check: Callable[[], object] = bool, release: Callable[[], object] = bool
+    ) -> None:
+        """``check`` raises if what has been read need not be there any more; ``release`` is called at the end."""
         self._where = where
-        self._opened: Index | None = read_index(where)
+        self._check = check
+        self._release = release
+        with self._checked():
+            self._opened: Index | None = read_index(where)
 
     def __enter__(self) -> Self:
         return self
@@ -194,8 +231,10 @@ class CheckpointReader:
         return f"<CheckpointReader {self.path}>"
 
     def close(self) -> None:
-        """Let go of the index. Closing twice does no harm; reading after it raises ValueError."""
-        self._opened = None
+        """Let go of the index, and of the lease. Closing twice does no harm; reading after it raises ValueError."""
+        if self._opened is not None:
+            self._opened = None
+            self._release()
 
     @property
     def path(self) -> str:
@@ -275,7 +314,8 @@ class CheckpointReader:
         Checks manifest, index, and of each shard: size, CRC32C of the whole and of every block, and that what Arrow
         finds in it is what the index says. ``progress`` is called with the bytes done and the bytes there are.
         """
-        return verify(self._where, self._index, progress)
+        with self._checked():
+            return verify(self._where, self._index, progress)
 
     def _tree(self, paths: Mapping[str, Path], leaves: Mapping[str, Any]) -> Any:
         try:
@@ -288,8 +328,18 @@ class CheckpointReader:
 
         index = self._index
         infos = [index.info(key) for key in keys]
-        values = read_values(self._where, index, [info.key for info in infos if info.dtype == VALUE])
-        return {**values, **self._read_tensors([info for info in infos if info.dtype != VALUE])}
+        with self._checked():
+            values = read_values(self._where, index, [info.key for info in infos if info.dtype == VALUE])
+            return {**values, **self._read_tensors([info for info in infos if info.dtype != VALUE])}
+
+    @contextlib.contextmanager
+    def _checked(self) -> Iterator[None]:
+        """What is read in between was there for as long as that took, or the lease was lost: then it raises that."""
+        self._check()
+        try:
+            yield
+        finally:
+            self._check()
 
     def _read_tensors(self, infos: Sequence[KeyInfo]) -> dict[str, torch.Tensor]:
         import torch

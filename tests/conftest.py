@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import logging
 import os
@@ -13,6 +14,8 @@ import hypothesis
 import pytest
 
 from tests.support.gang import Gang
+from tests.support.part import Part
+from tests.support.ray_workers import START, ray_workers
 
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 os.environ.setdefault("REPORTER_UPDATE_INTERVAL_MS", "3600000")
@@ -24,21 +27,52 @@ hypothesis.settings.register_profile("explore", deadline=None, print_blob=True)
 hypothesis.settings.load_profile("same")
 
 
-@pytest.fixture(scope="session")
-def seed(request: pytest.FixtureRequest) -> int:
-    """Where the dice of a test begin: the same every time, but where ``--hypothesis-seed`` says."""
-    given = request.config.getoption("--hypothesis-seed")
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """The tests that are wide play a part of their cases, the same every time, but with ``--wide``."""
+    parser.addoption("--wide", action="store_true", help="play every case of the tests that are marked wide")
+
+
+def _seed_of(config: pytest.Config) -> int:
+    given = config.getoption("--hypothesis-seed")
     return 0 if given is None else int(given)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What depends on the seed can be chosen, and what needs Ray can be left out."""
+@pytest.fixture(scope="session")
+def seed(request: pytest.FixtureRequest) -> int:
+    """Where the dice of a test begin: the same every time, but where ``--hypothesis-seed`` says."""
+    return _seed_of(request.config)
+
+
+@pytest.fixture(scope="session")
+def part(request: pytest.FixtureRequest, seed: int) -> Part:
+    """Every n-th of the cases that a test goes through by itself, begun where the seed says; with ``--wide`` all."""
+    return Part(seed, request.config.getoption("--wide"))
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """What depends on the seed can be chosen, and what needs Ray can be left out; of what is wide a part is played."""
+    left_out = _beyond(Part(_seed_of(config), config.getoption("--wide")), items)
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in left_out]
     for item in items:
         used = getattr(item, "fixturenames", ())
-        if "seed" in used:
+        if "seed" in used:  # which ``part`` follows too
             item.add_marker("seeded")
         if "ray_address" in used:
             item.add_marker("ray")
+
+
+def _beyond(part: Part, items: list[pytest.Item]) -> set[pytest.Item]:
+    """The cases of wide tests that are not played."""
+    cases: dict[tuple[int, str], list[pytest.Item]] = {}
+    for item in items:
+        marker = item.get_closest_marker("wide")
+        if marker is not None:
+            whole_class = any(mark.name == "wide" for mark in getattr(getattr(item, "cls", None), "pytestmark", ()))
+            together = item.nodeid.rpartition("::")[0] if whole_class else item.nodeid.partition("[")[0]
+            cases.setdefault((marker.args[0], together), []).append(item)
+    return {item for (every, _), found in cases.items() for item in {*found} - {*part.of(found, every)}}
 
 
 class SharedCluster:
@@ -49,8 +83,10 @@ class SharedCluster:
         self._starting = (folder / "ray-starting").open("w")
         self._using = (folder / "ray-using").open("w")
         self._cluster: Any = None
+        self._workers = contextlib.ExitStack()
         fcntl.flock(self._starting, fcntl.LOCK_EX)
         if not self._noted.exists():
+            self._workers.enter_context(ray_workers(folder))
             self._cluster = _start_cluster()
             self._noted.write_text(self._cluster.address)
         self.address = self._noted.read_text()
@@ -59,7 +95,7 @@ class SharedCluster:
 
     def close(self) -> None:
         """Who started it waits for the others."""
-        with self._starting, self._using:
+        with self._starting, self._using, self._workers:
             if self._cluster is not None:
                 fcntl.flock(self._starting, fcntl.LOCK_EX)
                 self._noted.unlink()
@@ -72,7 +108,7 @@ def _start_cluster() -> Any:
 
     # Nothing looks at what these would report, and they take as much of the CPUs as some of the tests.
     spared = {"include_dashboard": False, "include_log_monitor": False, "no_monitor": True}
-    node = {"num_cpus": 4, "object_store_memory": 100 << 20}
+    node = {"num_cpus": 4, "object_store_memory": 100 << 20, "setup_worker_path": START}
     cluster = Cluster(initialize_head=True, head_node_args={**node, **spared})
     cluster.add_node(**node)
     logging.getLogger("ray").setLevel(logging.WARNING)

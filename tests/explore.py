@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-DEPENDS_ON_SEED = ("from hypothesis import", "seed: int) ->")
-PYTEST = ["-m", "pytest", "-q", "-m", "hypothesis or seeded", "--hypothesis-profile=explore", "--timeout=600"]
+DEPENDS_ON_SEED = ("from hypothesis import", "seed: int", "part: Part", ".wide(")
+PYTEST = ["-m", "pytest", "-q", "-m", "hypothesis or seeded or wide", "--hypothesis-profile=explore", "--timeout=600"]
 NOTHING_CHOSEN = 5  # pytest's exit status
 
 

@@ -10,11 +10,15 @@ import click
 from rich.text import Text
 
 from distckpt.cli import options, text
-from distckpt.directory.collect import Garbage, delete, survey, turn_away
+from distckpt.directory.collect import Collection, Garbage, Survey, delete, turn_away
 from distckpt.directory.garbage import GARBAGE_SECONDS
+from distckpt.directory.stillness import elapsed
 from distckpt.storage import open_store
 from distckpt.terminal.bar import bar
 from distckpt.terminal.sizes import counted, human_bytes
+
+LOOK_SECONDS = 10.0
+"""How often it is looked while something is watched: more often than anybody renews a lease."""
 
 
 @click.command("gc")
@@ -25,7 +29,12 @@ from distckpt.terminal.sizes import counted, human_bytes
     metavar="AGE",
     default="1h",
     callback=options.seconds,
-    help="Only what nobody has touched for so long, such as 30m, 12h or 7d; an hour by default, and at least.",
+    help="For how long nobody may touch it while we look, such as 30m, 12h or 7d; an hour by default, and at least.",
+)
+@click.option(
+    "--wait",
+    is_flag=True,
+    help="Stay and look again and again, for --older-than at most, to be sure that nobody is at it. Ctrl-C does no harm.",
 )
 @click.option(
     "--force",
@@ -41,6 +50,7 @@ def collect(
     directory: str,
     dry_run: bool,
     older_than: float,
+    wait: bool,
     force: bool,
     as_json: bool,
     storage_options: Mapping[str, Any],
@@ -49,18 +59,20 @@ def collect(
     that nobody reads, expired leases.
 
     By the rules of a job that runs, which does the same from time to time, so that it may run meanwhile: what its newest
-    start has begun is left alone. Exit status 1 if something could not be deleted.
+    start has begun is left alone, and so is what has retired there. No clock is asked how old something is: what somebody
+    may be writing or reading just now goes once it has been seen unchanged for long enough, which a job does by itself, and
+    this command with --wait. Exit status 1 if something could not be deleted.
     """
     if older_than < GARBAGE_SECONDS and not force:
-        raise ValueError("what is younger than an hour may be of somebody who writes just now: pass --force too")
+        raise ValueError("who writes just now may need an hour for a single object: pass --force too")
     store = open_store(directory, storage_options)
-    what = survey(store, older_than, time.time())
-    garbage = what.found
-    if force and what.later:
+    what = _watched(Survey(store, older_than), wait)
+    garbage, later, unsure = what.found, what.later, what.unsure
+    if force and later:
         if not dry_run:
             turn_away(store, what.tail, time.time())
-        garbage = (*what.found, *what.later)
-    later = () if force else what.later
+        garbage = (*garbage, *(one for one in later if not one.left.wait))
+        unsure, later = (*unsure, *(one for one in later if one.left.wait)), ()
     failed: dict[str, str] = {}
     if not dry_run:
         total, done = sum(one.left.nbytes for one in garbage), 0
@@ -71,14 +83,33 @@ def collect(
                 done += one.left.nbytes
                 update(done, total)
 
-            failed = delete(store, garbage, older_than, gone)
+            failed = delete(garbage, gone)
     if as_json:
         found = [_as_json(one, "" if dry_run else failed.get(one.left.path)) for one in garbage]
-        text.print_json({"directory": store.url, "garbage": found, "later": [_as_json(one, "") for one in later]})
+        left = {"later": [_as_json(one, "") for one in later], "unsure": [_as_json(one, "") for one in unsure]}
+        text.print_json({"directory": store.url, "garbage": found, **left})
     else:
-        _print(garbage, later, failed, dry_run)
+        _print(garbage, failed, dry_run)
+        _print_left(later, "a job that runs may still need it. If none runs, pass --force; the next start does it, too")
+        sure = text.duration(max((one.left.wait for one in unsure), default=0.0))
+        _print_left(
+            unsure, f"somebody may be at it. --wait looks whether it changes, for {sure}; a job that runs does, too"
+        )
     if failed:
         ctx.exit(1)
+
+
+def _watched(survey: Survey, wait: bool) -> Collection:
+    """What there is; if it may take long, once nothing is unsure any more, or has been changed again and again."""
+    what = survey.look()
+    total = what.wait
+    end = elapsed() + total
+    with bar("watching") as update:
+        while wait and what.wait and elapsed() < end + LOOK_SECONDS:
+            time.sleep(min(what.wait, LOOK_SECONDS))
+            what = survey.look()
+            update(int(total - min(what.wait, total)), int(total))
+    return what
 
 
 def _as_json(one: Garbage, failure: str | None) -> dict[str, Any]:
@@ -93,7 +124,7 @@ def _as_json(one: Garbage, failure: str | None) -> dict[str, Any]:
     }
 
 
-def _print(garbage: Sequence[Garbage], later: Sequence[Garbage], failed: Mapping[str, str], dry_run: bool) -> None:
+def _print(garbage: Sequence[Garbage], failed: Mapping[str, str], dry_run: bool) -> None:
     console = text.console()
     if garbage:
         console.print(_table(garbage))
@@ -105,12 +136,14 @@ def _print(garbage: Sequence[Garbage], later: Sequence[Garbage], failed: Mapping
         console.print(f"{counted(len(gone), 'thing')} deleted, {size}" if garbage else "there is nothing to delete")
     for path, reason in failed.items():
         console.print(Text(f"{path} could not be deleted: {reason}"), overflow="fold")
-    if later:
+
+
+def _print_left(left: Sequence[Garbage], why: str) -> None:
+    if left:
+        console = text.console()
         console.print()
-        console.print(_table(later))
-        console.print(
-            "left alone, as a job that runs may still need it. If none runs, pass --force; the next start does it, too"
-        )
+        console.print(_table(left))
+        console.print(f"left alone, as {why}")
 
 
 def _table(garbage: Sequence[Garbage]) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,7 @@ import msgspec
 from rich.text import Text
 
 from distckpt.cli import options, text
+from distckpt.cli.grouping import in_words
 from distckpt.directory.newest import has_manifest
 from distckpt.directory.pages import Lost
 from distckpt.directory.pins import pins
@@ -55,16 +56,16 @@ def list_checkpoints(ctx: click.Context, directory: str, as_json: bool, storage_
     reports = [one.report for one in read_reports(store).found]  # before the log, into which they go
     state, missing, lost = _settled(store)
     state = with_reports(state, reports)
-    pinned = pins(store)
+    pinned, groups = pins(store), in_words(store)
     listed = in_order(state, missing, pinned.keys())
     if not listed and not lost:
         raise CheckpointNotFoundError(store.url, "no checkpoint has been committed here")
     if as_json:
-        checkpoints = [_as_json(one, pinned) for one in listed]
+        checkpoints = [_as_json(one, pinned, groups) for one in listed]
         shown = {"directory": store.url, "ended": state.ended, "checkpoints": checkpoints}
         text.print_json({**shown, "unreadable": [str(one.error) for one in lost]} if lost else shown)
     else:
-        _print(listed)
+        _print(listed, groups)
         for one in lost:
             text.console().print(Text(f"not listed: {one.error}", style="bold red"), overflow="fold")
     if lost:
@@ -104,16 +105,21 @@ def in_order(
     return listed
 
 
-def _as_json(listed: Listed, pinned: Mapping[str, Lease]) -> dict[str, Any]:
+def _as_json(listed: Listed, pinned: Mapping[str, Lease], groups: Mapping[str, list[str]]) -> dict[str, Any]:
     record: dict[str, Any] = msgspec.to_builtins(listed.record)
-    pin = text.pin_as_json(pinned.get(listed.record.attempt))
-    return {"checkpoint": listed.name, "state": list(listed.marks), **record, "pin": pin}
+    attempt = listed.record.attempt
+    pin = text.pin_as_json(pinned.get(attempt))
+    return {
+        "checkpoint": listed.name, "state": list(listed.marks), **record, "pin": pin, "groups": groups.get(attempt, [])
+    }  # fmt: skip
 
 
-def _print(listed: Iterable[Listed]) -> None:
+def _print(listed: Collection[Listed], groups: Mapping[str, list[str]]) -> None:
     columns = ["checkpoint", "state", "saved", "size", "ranks", "attempt"]
     metrics = any(one.record.metrics for one in listed)
-    table = text.table([*columns, "metrics"] if metrics else columns, right=["size", "ranks"])
+    grouped = any(one.record.attempt in groups for one in listed)
+    columns += ["groups"] * grouped + ["metrics"] * metrics
+    table = text.table(columns, right=["size", "ranks"])
     for one in listed:
         record = one.record
         cells: list[str | Text] = [
@@ -124,7 +130,8 @@ def _print(listed: Iterable[Listed]) -> None:
             str(record.world_size),
             record.attempt[: record.attempt.index("-") + 9],
         ]
-        table.add_row(*cells, *[_metrics(record)][:metrics])
+        cells += ["\n".join(groups.get(record.attempt, ()))] * grouped + [_metrics(record)] * metrics
+        table.add_row(*cells)
     text.console().print(table)
 
 

@@ -12,22 +12,34 @@ from rich.text import Text
 
 from distckpt.cli import options, text
 from distckpt.directory.chosen import choose_in
-from distckpt.directory.remove import Removed, plan_removal, remove
+from distckpt.directory.leases import Leases
+from distckpt.directory.remove import Removed, plan_removal, readers, remove
 from distckpt.errors import CheckpointNotFoundError
 from distckpt.format import names
 from distckpt.storage import Store, join, open_store, split_path
+from distckpt.terminal.bar import pulse
 from distckpt.terminal.sizes import counted, human_bytes
+
+LOOK_SECONDS = 10.0
+"""How often it is looked while somebody reads: more often than anybody renews a lease."""
 
 
 @click.command("rm")
 @click.argument("paths", metavar="PATH...", nargs=-1, required=True)
 @click.option("--dry-run", is_flag=True, help="Say what would be removed; change nothing.")
 @click.option("--force", is_flag=True, help="Also the newest, and also when a job may be running: it is stopped.")
+@click.option("--wait", is_flag=True, help="While somebody reads one, stay and look again. Ctrl-C does no harm.")
 @click.option("-y", "--yes", is_flag=True, help="Do not ask. Needed where there is no terminal.")
 @options.as_json
 @options.storage_options
 def remove_checkpoints(
-    paths: tuple[str, ...], dry_run: bool, force: bool, yes: bool, as_json: bool, storage_options: Mapping[str, Any]
+    paths: tuple[str, ...],
+    dry_run: bool,
+    force: bool,
+    wait: bool,
+    yes: bool,
+    as_json: bool,
+    storage_options: Mapping[str, Any],
 ) -> None:
     """Take checkpoints out of the log of their directory, and delete them.
 
@@ -36,14 +48,18 @@ def remove_checkpoints(
     start of the job goes on.
     """
     store, folders = _one_directory(paths, storage_options)
-    tail, records = plan_removal([choose_in(store, folder) for folder in folders], force, time.time())
+    chosen, leases = [choose_in(store, folder) for folder in folders], Leases(store)
+    with pulse("waiting for readers", shown=wait):
+        while wait and readers(leases, chosen):
+            time.sleep(LOOK_SECONDS)
+    tail, records = plan_removal(chosen, force, time.time(), leases)
     nbytes = sum(record.nbytes for record in records)
     what = f"{counted(len(folders), 'checkpoint')} of {store.url}, {human_bytes(nbytes)}: {', '.join(folders)}"
     removed = [Removed(record, "nothing was changed, as --dry-run says") for record in records]
     if not dry_run:
         if not yes:
             _ask(what)
-        removed = remove(store, tail, records, time.time)
+        removed = remove(store, tail, records, time.time, leases)
     if as_json:
         text.print_json({"directory": store.url, "checkpoints": [_as_json(one) for one in removed]})
         return

@@ -10,6 +10,7 @@ import click
 import msgspec
 
 from distckpt.cli import options, text
+from distckpt.cli.grouping import in_words
 from distckpt.directory.exports import read_export
 from distckpt.directory.locate import Located, locate, read_index
 from distckpt.directory.pins import pin_of
@@ -38,10 +39,11 @@ def show_checkpoint(path: str, as_json: bool, storage_options: Mapping[str, Any]
     export = read_export(where.store, where.folder)
     pin = pin_of(where.store, where.manifest.attempt)
     metrics = reported_metrics(where.store, where.manifest.attempt)
+    groups = in_words(where.store).get(where.manifest.attempt, [])
     if as_json:
-        text.print_json(_as_json(where, index, export, pin, metrics))
+        text.print_json({**_as_json(where, index, export, pin, metrics), "groups": groups})
     else:
-        _print(where, index, export, pin, metrics)
+        _print(where, index, export, pin, metrics, groups)
 
 
 # ---- for people ---------------------------------------------------------------------------------------------------
@@ -59,7 +61,12 @@ class _Branch:
 
 
 def _print(
-    where: Located, index: Index, export: ExportManifest | None, pin: Lease | None, metrics: Mapping[str, float]
+    where: Located,
+    index: Index,
+    export: ExportManifest | None,
+    pin: Lease | None,
+    metrics: Mapping[str, float],
+    groups: list[str],
 ) -> None:
     console = text.console()
     manifest = where.manifest
@@ -80,6 +87,8 @@ def _print(
         console.print(f"exported {text.local_time(export.time)}: {exported}, {human_bytes(nbytes)}")
     if pin is not None:
         console.print(text.pin_in_words(pin))
+    if groups:
+        console.print(f"groups that follow: {', '.join(groups)}", soft_wrap=True)
     if metrics:
         console.print(", ".join(f"{name}={value:.5g}" for name, value in metrics.items()))
     console.print()

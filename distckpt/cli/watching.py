@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import signal
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from types import FrameType
 from typing import Any
 
@@ -76,13 +76,13 @@ def watch_directory(
             yield folder
 
     runner = CommandRunner(watching, command, as_it_is if safetensors is None else weights, _tell)
-    stopped = _run_until_signalled(runner)
+    stopped = _run_until_signalled(runner, lambda: _tell("waiting for checkpoints"))
     if stopped:
         click.get_current_context().exit(128 + stopped)
 
 
-def _run_until_signalled(runner: CommandRunner) -> int:
-    """The signal that has ended it, 0 if none. In another thread, so that a signal finds this one doing nothing else."""
+def _run_until_signalled(runner: CommandRunner, began: Callable[[], object]) -> int:
+    """The signal that has ended it, 0 if none. ``began`` is called once signals are heard. In another thread, so that a signal finds this one doing nothing else."""
     failed: list[BaseException] = []
     signals: list[int] = []
 
@@ -98,6 +98,7 @@ def _run_until_signalled(runner: CommandRunner) -> int:
 
     before = {number: signal.signal(number, stop) for number in STOPPING}
     try:
+        began()
         running = threading.Thread(target=run, name="distckpt-watch", daemon=True)
         running.start()
         while running.is_alive():

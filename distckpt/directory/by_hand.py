@@ -24,21 +24,18 @@ RECENT_SECONDS = 600.0
 _BY_HAND = "by-hand-"
 
 
-def is_recent(tail: Tail, now: float) -> bool:
-    """Whether a job has written to the log so lately that it may still run. ``now`` is in epoch seconds.
-
-    What a command has written turns away every job that ran then.
-    """
-    return (
-        tail.entry is not None
-        and now - tail.entry.time < RECENT_SECONDS
-        and not tail.entry.commit_id.startswith(_BY_HAND)
-    )
+def is_by_hand(tail: Tail) -> bool:
+    """Whether a command wrote the newest entry, which has turned away every job that ran then."""
+    return tail.entry is not None and tail.entry.commit_id.startswith(_BY_HAND)
 
 
 def check_quiet(store: Store, tail: Tail, now: float, doing: str) -> None:
-    """CoordinatorError if a job may be running in the directory, which ``doing`` that would stop. ``now`` as above."""
-    if is_recent(tail, now):
+    """CoordinatorError if a job may be running in the directory, which ``doing`` that would stop. ``now``: epoch seconds.
+
+    That goes by the times of two hosts, so it may be wrong by as much as their clocks. It is advice to a person and keeps
+    nothing safe: a job that runs all the same is fenced by what is written, loses nothing, and says so.
+    """
+    if tail.entry is not None and now - tail.entry.time < RECENT_SECONDS and not is_by_hand(tail):
         raise CoordinatorError(
             f"{store.url}: its log was written to less than {RECENT_SECONDS / 60:g} minutes ago, so a job may be "
             f"running, which {doing} would stop. Make sure that none is, and pass --force"

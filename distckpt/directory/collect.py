@@ -5,51 +5,55 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
-from distckpt.directory.by_hand import Hand, check_nothing_sealed, is_recent
+from distckpt.directory.by_hand import Hand, check_nothing_sealed, is_by_hand
 from distckpt.directory.contents import objects_of_attempt
 from distckpt.directory.garbage import (
     SWEPT,
     Bounds,
     Leftover,
-    Predecessors,
+    Watch,
     attempt_folders,
     dead,
-    delete_attempt,
     dropped_pages,
     leftover,
     lost_reports,
     old_probes,
+    unfinished,
 )
-from distckpt.directory.leases import UNREADABLE_SECONDS, Leases
+from distckpt.directory.garbage import delete as delete_leftover
+from distckpt.directory.leases import Leased, Leases
 from distckpt.directory.log import Tail
 from distckpt.directory.pages import known
 from distckpt.directory.pins import pins
+from distckpt.directory.stillness import elapsed
 from distckpt.directory.strays import read_run
 from distckpt.errors import DamagedError, StorageError
 from distckpt.format import names
-from distckpt.storage import ObjectInfo, Store, SupportsHidden, SupportsSweep, join
+from distckpt.storage import ObjectInfo, Store, join
 
 ATTEMPT = "unfinished save"
 RETIRED = "retired checkpoint"
 HIDDEN = "interrupted write"
 LEASE = "expired lease"
+LEASED = "lease"
 PROBE = "probe"
 PAGE = "page of the log"
+PIN = "pin of nothing"
 REPORT = "report on what is gone"
 
 
 @dataclass(frozen=True, slots=True)
 class Garbage:
-    """Something that can go. ``kind`` says what it is, in words; ``folder`` is where it lies, which may be hidden."""
+    """Something that can go. ``kind`` says what it is, in words."""
 
     kind: str
     left: Leftover
-    folder: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class Collection:
-    """What was ``found``; and ``later``: what may be of a job that runs, so that it is left alone unless forced.
+    """What was ``found``: nobody can need it. ``later``: what may be of a job that runs, so that it is left alone unless
+    forced. ``unsure``: what goes if it is seen unchanged for another ``left.wait`` seconds, as somebody may be at it.
 
     ``tail`` is the log as it was then.
     """
@@ -57,60 +61,75 @@ class Collection:
     tail: Tail
     found: tuple[Garbage, ...]
     later: tuple[Garbage, ...]
+    unsure: tuple[Garbage, ...]
+
+    @property
+    def wait(self) -> float:
+        """In how many seconds nothing is unsure any more, if nobody touches it."""
+        return max((one.left.wait for one in self.unsure), default=0.0)
 
 
-def survey(store: Store, min_age: float, now: float) -> Collection:
-    """Everything that is garbage by the coordinator's own rules and at least ``min_age`` seconds old. Changes nothing.
+class Survey:
+    """Finds everything that is garbage by the coordinator's own rules, look after look. Changes nothing.
 
-    What the newest coordinator has begun may still be committed, however old it is: that is for ``later``. DamagedError if
-    the newest entries of the log cannot be read: then nobody knows what is needed; LogMissingError if there is no log.
-    ``now`` is in epoch seconds.
+    What nobody may touch must be seen unchanged for ``min_age`` seconds by a monotonic clock, or as long as the rules say
+    if that is less. So a first look is sure of little but what never was a checkpoint and never can be one.
     """
-    tail = read_run(store)
-    if tail.damaged:
-        raise DamagedError(
-            join(store.url, tail.damaged[0].path),
-            "the newest entries of the log cannot be read, so nothing is deleted. Start the job, which goes on from the "
-            "newest one that can",
-        )
-    attempts = _Attempts(store, tail, min_age)
-    found: list[Garbage] = []
-    later: list[Garbage] = []
-    for folder in attempt_folders(store):
-        found += _hidden(store, folder, now - min_age)
-        found += attempts.abandoned(folder)
-        later += attempts.of_the_newest(folder)
-        # A job that runs deletes them itself, and knows who restores one of them just now.
-        (later if is_recent(tail, now) else found).extend(attempts.retired(folder))
-    for folder in SWEPT:
-        found += _hidden(store, folder, now - min_age)
-    found += [Garbage(PROBE, left) for left in old_probes(store, min_age)]
-    found += [Garbage(REPORT, left) for left in attempts.lost_reports()]
-    found += [Garbage(LEASE, leftover(store, info.path, [info])) for info in attempts.dead_leases(now)]
-    found += [Garbage(LEASE, left) for left in attempts.lost_pins(now - min_age)]
-    epoch = tail.entry.epoch if tail.entry is not None else 0
-    for kept, before in ((found, epoch), (later, epoch + 1)):
-        pages = [info for info in dropped_pages(store, before) if info.modified < now - min_age]
-        known_already = {one.left.path for one in found}
-        kept += [Garbage(PAGE, leftover(store, info.path, [info])) for info in pages if info.path not in known_already]
-    return Collection(tail, tuple(found), tuple(later))
+
+    def __init__(self, store: Store, min_age: float, clock: Callable[[], float] = elapsed) -> None:
+        self._store = store
+        self._min_age = min_age
+        self._leases = Leases(store, clock)
+        self._watch = Watch(store, clock)
+
+    def look(self) -> Collection:
+        """What there is now. What the newest coordinator has begun may still be committed, however long it is so.
+
+        DamagedError if the newest entries of the log cannot be read: then nobody knows what is needed; LogMissingError if
+        there is no log.
+        """
+        tail = read_run(self._store)
+        if tail.damaged:
+            raise DamagedError(
+                join(self._store.url, tail.damaged[0].path),
+                "the newest entries of the log cannot be read, so nothing is deleted. Start the job, which goes on from the "
+                "newest one that can",
+            )
+        with self._watch.lock:
+            self._watch.look()
+            leased, expired = self._leases.look()
+            attempts = _Attempts(self._store, tail, self._min_age, self._watch, leased)
+            judged: list[Garbage] = []
+            later: list[Garbage] = []
+            for folder in attempt_folders(self._store):
+                judged += attempts.hidden(folder)
+                judged += attempts.abandoned(folder)
+                later += attempts.of_the_newest(folder)
+                # A job that runs deletes them itself, and knows who restores one of them just now.
+                (judged if is_by_hand(tail) else later).extend(attempts.retired(folder))
+            for folder in SWEPT:
+                judged += attempts.hidden(folder)
+            judged += [Garbage(PROBE, left) for left in old_probes(self._min_age, self._watch)]
+            dead_leases = (*expired, *self._leases.unreadable)
+            judged += [Garbage(LEASE, leftover(self._store, info.path, [info])) for info in dead_leases]
+            judged += [
+                Garbage(LEASED, leftover(self._store, info.path, [info], wait))
+                for info, wait in self._leases.counting.items()
+            ]
+            judged += [Garbage(PIN, left) for left in attempts.lost_pins()]
+            judged += [Garbage(REPORT, left) for left in attempts.lost_reports()]
+            for page, is_of_the_newest in attempts.pages():
+                (later if is_of_the_newest else judged).append(page)
+        found = tuple(one for one in judged if not one.left.wait)
+        return Collection(tail, found, tuple(later), tuple(one for one in judged if one.left.wait))
 
 
-def delete(
-    store: Store, garbage: Iterable[Garbage], min_age: float, done: Callable[[Garbage], object] = bool
-) -> dict[str, str]:
-    """Delete what ``survey`` has found; why something could not be, by its path. ``done`` is told of each that is gone."""
+def delete(garbage: Iterable[Garbage], done: Callable[[Garbage], object] = bool) -> dict[str, str]:
+    """Delete what ``Survey`` has found; why something could not be, by its path. ``done`` is told of each that is gone."""
     failed: dict[str, str] = {}
-    swept: set[str] = set()
     for one in garbage:
         try:
-            if one.kind in (ATTEMPT, RETIRED):
-                delete_attempt(one.left.store, one.left.path)
-            elif one.kind != HIDDEN:
-                one.left.store.delete(one.left.path)
-            elif isinstance(store, SupportsSweep) and one.folder not in swept:
-                swept.add(one.folder)
-                store.sweep(one.folder, min_age)
+            delete_leftover(one.left)
         except (StorageError, DamagedError) as error:
             failed[one.left.path] = str(error)
         else:
@@ -131,16 +150,20 @@ def turn_away(store: Store, tail: Tail, now: float) -> None:
 class _Attempts:
     """Which attempts are garbage, as the coordinator sees it."""
 
-    def __init__(self, store: Store, tail: Tail, min_age: float) -> None:
+    def __init__(self, store: Store, tail: Tail, min_age: float, watch: Watch, leased: Leased) -> None:
         self._store = store
         self._min_age = min_age
+        self._watch = watch
         self._known = known(store, tail.head)
         self._epoch = tail.entry.epoch if tail.entry is not None else 0
         self._retiring = {record.attempt for record in tail.head.retiring}
-        self._leases = Leases(store)
-        self._leased, self._expired = self._leases.look()
-        self._predecessors = Predecessors(store)
-        self._predecessors.look()
+        self._leased = leased
+
+    def hidden(self, folder: str) -> Iterator[Garbage]:
+        """Interrupted writes and uploads."""
+        bounds = Bounds(self._known, frozenset(), self._epoch)
+        for left in unfinished(folder, bounds, self._min_age, self._watch):
+            yield Garbage(HIDDEN, left)
 
     def abandoned(self, folder: str) -> Iterator[Garbage]:
         """What coordinators before the newest have begun."""
@@ -157,30 +180,27 @@ class _Attempts:
         if names.attempt_epoch(folder.rpartition("/")[2]) == self._epoch:
             yield from self._dead(folder, self._epoch + 1)
 
-    def dead_leases(self, now: float) -> Iterator[ObjectInfo]:
-        yield from self._expired
-        yield from (info for info in self._leases.unreadable if info.modified < now - UNREADABLE_SECONDS)
+    def pages(self) -> Iterator[tuple[Garbage, bool]]:
+        """Pages to which no entry refers; and whether the newest coordinator, if it is there, may be about to."""
+        bounds = Bounds(self._known, frozenset(), self._epoch + 1)
+        for left in dropped_pages(bounds, self._min_age, self._watch):
+            page = names.page_id(left.path)
+            yield Garbage(PAGE, left), page is not None and names.attempt_epoch(page) == self._epoch
 
     def lost_reports(self) -> list[Leftover]:
         """Reports on what the log has let go."""
-        return lost_reports(self._store, Bounds(self._known, frozenset(), self._epoch), self._min_age)
+        return lost_reports(Bounds(self._known, frozenset(), self._epoch), self._min_age, self._watch)
 
-    def lost_pins(self, before: float) -> Iterator[Leftover]:
+    def lost_pins(self) -> Iterator[Leftover]:
         """Pins of what is no more, and those that came too late for it and whose maker was killed before it saw that."""
         for attempt, lease in pins(self._store).items():
-            is_lost = attempt not in self._known or (attempt in self._retiring and not lease.holds)
-            if is_lost and lease.since < before:
-                yield Leftover(self._store, names.pin_path(attempt), 0, lease.since)
+            if attempt not in self._known or (attempt in self._retiring and not lease.holds):
+                path = names.pin_path(attempt)
+                seen = [ObjectInfo(path, 0, lease.since)]
+                yield leftover(self._store, path, seen, self._watch.missing(self._store, path, seen, self._min_age))
 
     def _dead(self, folder: str, epoch: int) -> Iterator[Garbage]:
         bounds = Bounds(self._known, frozenset(), epoch)
-        left = dead(self._store, folder, bounds, self._min_age, self._predecessors)
+        left = dead(folder, bounds, self._min_age, self._watch)
         if left is not None:
             yield Garbage(ATTEMPT, left)
-
-
-def _hidden(store: Store, folder: str, before: float) -> Iterator[Garbage]:
-    if isinstance(store, SupportsHidden):
-        for info in store.hidden(folder):
-            if info.modified <= before:
-                yield Garbage(HIDDEN, leftover(store, info.path, [info]), folder)

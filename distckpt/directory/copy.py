@@ -19,6 +19,7 @@ from distckpt.directory.garbage import delete_attempt
 from distckpt.directory.lease import hold
 from distckpt.directory.locate import Located, locate, located, read_sealed
 from distckpt.directory.log import Tail, read_tail
+from distckpt.directory.reports import read_reports
 from distckpt.directory.strays import strays
 from distckpt.errors import (
     AlreadyExistsError,
@@ -32,6 +33,7 @@ from distckpt.format import names
 from distckpt.format.json.export import MAX_EXPORT_BYTES
 from distckpt.format.json.log import CheckpointRecord, State
 from distckpt.format.json.manifest import MAX_MANIFEST_BYTES
+from distckpt.format.json.report import with_reports
 from distckpt.storage import PathLike, Store, join, open_store
 from distckpt.transfer.carrier import Carrier, Freight, Way
 from distckpt.transfer.progress import Progress
@@ -83,15 +85,18 @@ def origin(path: PathLike, storage_options: Mapping[str, Any] | None = None) -> 
     Raises what ``locate`` raises.
     """
     store = open_store(path, storage_options)
+    reports = read_reports(store).found  # before the log, into which they go
     tail = read_tail(store)
     if tail.entry is None:
         where = locate(path, storage_options)
         attempt = where.manifest.attempt
-        record = read_tail(where.store).having_attempt(attempt).find(attempt)
+        reports = read_reports(where.store, attempt).found
+        state = with_reports(read_tail(where.store).having_attempt(attempt), (one.report for one in reports))
+        record = state.find(attempt)
         if record is not None:
             return Origin(where.store, (Wanted(record),))
         return Origin(where.store, (Wanted(read_sealed(where.store, where.folder)[1], alone=where),))
-    state = tail.state
+    state = with_reports(tail.state, (one.report for one in reports))
     active = {record.attempt for record in state.active}
     records = reversed(state.newest_first())
     wanted = tuple(Wanted(record, record.attempt not in active) for record in records)

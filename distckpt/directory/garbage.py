@@ -3,27 +3,47 @@
 from __future__ import annotations
 
 import logging
-import math
-import time
-from collections.abc import Container, Iterator
+import threading
+from collections.abc import Callable, Collection, Container, Iterable, Iterator
 from dataclasses import dataclass
 
 from distckpt.directory.contents import attempts, checkpoint_folders, objects_of_attempt
 from distckpt.directory.log import read_commit_id, read_entry, referred_pages, sequence_numbers
 from distckpt.directory.pages import old_pages
+from distckpt.directory.stillness import Stillness, elapsed
 from distckpt.errors import DamagedError, ObjectNotFoundError
 from distckpt.format import names
-from distckpt.storage import MOST_NAMES, PROBES, ObjectInfo, Store, at_most, parts_of
+from distckpt.storage import (
+    MOST_NAMES,
+    PROBES,
+    ObjectInfo,
+    Store,
+    SupportsHidden,
+    SupportsSweep,
+    at_most,
+    parts_of,
+)
 
 logger = logging.getLogger(__name__)
 
 GARBAGE_SECONDS = 3600.0
-"""How long nobody has touched what is taken for dead. That spares copies which somebody is just making."""
+"""How long one observer must have seen it unchanged to take it for dead. That spares copies which somebody is just making."""
 
 FAILED_SECONDS = 60.0
-"""The same for an attempt of which it is known that it has failed: it can never be committed, and takes room."""
+"""The same for an attempt that was begun here and has failed, so that it can never be committed, and takes room; and for
 
-SWEPT = ("", names.LOG, names.PAGES, names.LEASES, names.REPORTS, PROBES)
+hidden things beside the attempts: who writes a small object for longer has to write it again, and loses nothing. And for
+pages of the log that no entry needs any more: who has an entry in hand that is gone by now may just be reading them.
+"""
+
+LEFT_SECONDS = 10.0
+"""The same for what a predecessor had in work when a coordinator took over, whose ranks may not have heard of that yet.
+
+It never was a checkpoint and never will be. But who still writes to it should be told that the job was replaced, and not
+that its files are gone.
+"""
+
+SWEPT = ("", names.LOG, names.PAGES, names.LEASES, names.STATS, names.REPORTS, PROBES)
 """Folders in which killed writers may have left hidden things, beside those of the attempts."""
 
 
@@ -33,7 +53,8 @@ class Bounds:
 
     Of epochs before ``epoch``: all that are not ``known``; of ``epoch`` itself: only those that have ``failed``; of later
     epochs: none. What these rules let go can never be committed. ``live`` are attempts in work. If it is ``urgent``,
-    because the store is full, those need not be old that a coordinator of this directory's log has begun.
+    because the store is full, those need not be watched that a coordinator of this directory's log has begun. ``calm`` is
+    for how long what predecessors had in work must be.
     """
 
     known: Container[str]
@@ -41,6 +62,7 @@ class Bounds:
     epoch: int
     failed: frozenset[str] = frozenset()
     urgent: bool = False
+    calm: float = 0.0
 
     def admit(self, attempt: str) -> bool:
         """Whether the attempt is not needed by anybody who may still commit it."""
@@ -52,12 +74,49 @@ class Bounds:
 @dataclass(frozen=True, slots=True)
 class Leftover:
     """The folder, or the object, at ``path`` of ``store`` that nobody needs: ``nbytes`` in all, last touched at
-    ``modified``."""
+    ``modified`` as the store says, which is for people. ``unlisted`` if no listing shows it.
+
+    It can go if nobody touches it for another ``wait`` seconds.
+    """
 
     store: Store
     path: str
     nbytes: int
     modified: float
+    wait: float = 0.0
+    unlisted: ObjectInfo | None = None
+
+
+class Watch:
+    """What one observer has seen in a directory, look after look, and who wrote to its log before.
+
+    No clock is compared with another one: what somebody may still write is watched, by a monotonic clock, from when it is
+    first seen. Who looks holds the ``lock`` meanwhile.
+    """
+
+    def __init__(self, store: Store, clock: Callable[[], float] = elapsed) -> None:
+        self.store = store
+        self.predecessors = Predecessors(store)
+        self.lock = threading.Lock()
+        self._clock = clock
+        self._asked = 0.0
+        self._stillness = Stillness()
+        self._met: set[str] = set()
+
+    def look(self) -> None:
+        """Another look begins: what the one before has not met is forgotten."""
+        self.predecessors.look()
+        self._stillness.forget_all_but(self._met)
+        self._met = set()
+        self._asked = self._clock()
+
+    def missing(self, where: Store, path: str, infos: Iterable[ObjectInfo], seconds: float) -> float:
+        """For how much longer what is at ``path`` must be as it is to have been so for ``seconds``."""
+        key = f"{where.url}/{path}"
+        self._met.add(key)
+        seen = frozenset((info.path, info.size, info.modified) for info in infos)
+        still = self._stillness.still_for(key, seen, asked=self._asked, answered=self._clock())
+        return max(0.0, seconds - still)
 
 
 class Predecessors:
@@ -110,59 +169,88 @@ def attempt_folders(store: Store) -> Iterator[str]:
             yield f"{folder}/{attempt}"
 
 
-def dead(store: Store, folder: str, bounds: Bounds, min_age: float, predecessors: Predecessors) -> Leftover | None:
-    """What is in the folder of an attempt, if it came to nothing and nobody has touched it for ``min_age`` seconds.
+def dead(folder: str, bounds: Bounds, min_age: float, watch: Watch) -> Leftover | None:
+    """What is in the folder of an attempt, if it came to nothing; it may have to be watched for a while yet.
 
-    Those that have failed need not be as old; those that a predecessor had finished but for the entry in the log may be of
-    any age. Any other whole checkpoint is none: somebody copied it here.
-
-    If it is urgent, what this coordinator or a predecessor has begun may be of any age: it can never be committed, whoever
-    still writes to it. A rank whose file is gone has its save fail when its shards are looked at, before anything is
-    sealed. What has not begun here may be a copy in the making. ``predecessors`` have been looked at.
+    What a predecessor had begun after all that it committed is safe to delete at once, whoever still writes to it: it never
+    was a checkpoint and never will be. A rank whose file is gone has its save fail when its shards are looked at, before
+    anything is sealed. What else has begun here has failed, or has been a checkpoint and is being copied back: if nobody
+    does anything for a minute it goes, and if room is needed, ``urgent``, at once. What has not begun here may be a copy
+    in the making, which is spared for ``min_age`` seconds. A whole checkpoint that was not left so by a predecessor is
+    none: somebody copied it here.
     """
     attempt = folder.rpartition("/")[2]
     if not bounds.admit(attempt):
         return None
     # Where shards are apart, those of other directories may lie among them.
-    where = store if predecessors.began(attempt) else parts_of(store)[0]
-    objects = list(objects_of_attempt(where, folder))
+    store, began = watch.store, watch.predecessors.began(attempt)
+    where = store if began else parts_of(store)[0]
+    objects, unseen = list(objects_of_attempt(where, folder)), list(hidden(where, folder))
     if not objects and where is not store:
         return None
-    whole = any(info.path == f"{folder}/{names.MANIFEST}" for info in objects)
-    if whole and not predecessors.left(attempt):
+    if any(info.path == f"{folder}/{names.MANIFEST}" for info in objects):
+        if watch.predecessors.left(attempt):
+            return leftover(where, folder, objects)
         logger.warning(
             "%s is not of this directory's log and is left alone; `distckpt adopt %s` adds it to the log",
             folder,
             store.url,
         )
         return None
-    if not whole and not _untouched(objects, _least_age(attempt, bounds, predecessors, min_age)):
-        return None
-    return leftover(where, folder, objects)
+    seconds = _patience(attempt, bounds, min_age, watch)
+    return leftover(where, folder, objects, watch.missing(where, folder, [*objects, *unseen], seconds))
 
 
-def leftover(store: Store, path: str, objects: list[ObjectInfo]) -> Leftover:
+def _patience(attempt: str, bounds: Bounds, min_age: float, watch: Watch) -> float:
+    """For how many seconds an attempt that is admitted, and not whole, must not have changed."""
+    has_failed = attempt in bounds.failed
+    if not has_failed and not watch.predecessors.began(attempt):
+        return min_age
+    if bounds.urgent:
+        return 0.0
+    is_left = watch.predecessors.left(attempt) and not has_failed
+    return min(bounds.calm if is_left else FAILED_SECONDS, min_age)
+
+
+def unfinished(folder: str, bounds: Bounds, min_age: float, watch: Watch) -> Iterator[Leftover]:
+    """What no listing shows of a folder, each by itself: interrupted writes and uploads, some of which may yet go on.
+
+    That of an attempt which came to nothing is watched for as long as the attempt. Some stores have all in one place.
+    """
+    for part in parts_of(watch.store):
+        for info in hidden(part, folder):
+            above = info.path.rpartition("/")[0]
+            attempt = above.rpartition("/")[2]
+            seconds = min(FAILED_SECONDS, min_age) if above in SWEPT else min_age
+            if names.is_attempt(attempt) and bounds.admit(attempt):
+                seconds = _patience(attempt, bounds, min_age, watch)
+            yield leftover(part, info.path, [info], watch.missing(part, info.path, [info], seconds), info)
+
+
+def leftover(
+    store: Store, path: str, objects: Collection[ObjectInfo], wait: float = 0.0, unlisted: ObjectInfo | None = None
+) -> Leftover:
     """All of these objects as one, as old as the youngest of them."""
     modified = max((info.modified for info in objects), default=0.0)
-    return Leftover(store, path, sum(info.size for info in objects), modified)
+    return Leftover(store, path, sum(info.size for info in objects), modified, wait, unlisted)
 
 
-def old_probes(store: Store, min_age: float) -> list[Leftover]:
-    """What killed processes have left that were testing the store."""
+def old_probes(min_age: float, watch: Watch) -> list[Leftover]:
+    """What processes have left that were testing the store, if they were killed."""
     return [
-        leftover(part, info.path, [info])
-        for part in parts_of(store)
+        leftover(part, info.path, [info], watch.missing(part, info.path, [info], min_age))
+        for part in parts_of(watch.store)
         for info in at_most(MOST_NAMES, part.list(PROBES), f"{part.url}/{PROBES}")
-        if info.modified < time.time() - min_age
     ]
 
 
-def dropped_pages(store: Store, epoch: int, dropped: Container[str] = ()) -> list[ObjectInfo]:
+def dropped_pages(bounds: Bounds, min_age: float, watch: Watch, dropped: Container[str] = ()) -> list[Leftover]:
     """Pages of older records that no entry in the log refers to and none ever will (``pages.old_pages``).
 
     None as long as an entry cannot be read: it may need any of them.
     """
-    found = old_pages(store, epoch, dropped)
+    store = watch.store
+    found = old_pages(store, bounds.epoch, dropped)
     if not found:
         return []
     try:
@@ -170,18 +258,38 @@ def dropped_pages(store: Store, epoch: int, dropped: Container[str] = ()) -> lis
     except DamagedError as error:
         logger.warning("no page of the log is collected: %s", error)
         return []
-    return [info for info in found if names.page_id(info.path) not in referred]
-
-
-def lost_reports(store: Store, bounds: Bounds, min_age: float) -> list[Leftover]:
-    """Reports on what is no checkpoint any more."""
+    seconds = 0.0 if bounds.urgent else min(FAILED_SECONDS, min_age)
     return [
-        leftover(store, info.path, [info])
-        for info in at_most(MOST_NAMES, store.list(names.REPORTS), f"{store.url}/{names.REPORTS}")
-        if (attempt := names.reported_attempt(info.path)) is not None
-        and bounds.admit(attempt)
-        and info.modified < time.time() - min_age
+        leftover(store, info.path, [info], watch.missing(store, info.path, [info], seconds))
+        for info in found
+        if names.page_id(info.path) not in referred
     ]
+
+
+def hidden(store: Store, folder: str) -> Iterator[ObjectInfo]:
+    """What no listing shows, where a store has such things."""
+    return store.hidden(folder) if isinstance(store, SupportsHidden) else iter(())
+
+
+def lost_reports(bounds: Bounds, min_age: float, watch: Watch) -> list[Leftover]:
+    """Reports on what is no checkpoint any more."""
+    store = watch.store
+    return [
+        leftover(store, info.path, [info], watch.missing(store, info.path, [info], min_age))
+        for info in at_most(MOST_NAMES, store.list(names.REPORTS), f"{store.url}/{names.REPORTS}")
+        if (attempt := names.reported_attempt(info.path)) is not None and bounds.admit(attempt)
+    ]
+
+
+def delete(left: Leftover) -> None:
+    """Delete what can go. Of an attempt the manifest goes first; what no listing shows stays if it has changed."""
+    if left.unlisted is not None:
+        if isinstance(left.store, SupportsSweep):
+            left.store.sweep([left.unlisted])
+    elif names.is_attempt(left.path.rpartition("/")[2]):
+        delete_attempt(left.store, left.path)
+    else:
+        left.store.delete(left.path)
 
 
 def delete_attempt(store: Store, folder: str) -> None:
@@ -200,13 +308,3 @@ def is_replaced(store: Store, epoch: int) -> bool:
         return True
     except DamagedError:  # it is no one's word
         return False
-
-
-def _least_age(attempt: str, bounds: Bounds, predecessors: Predecessors, min_age: float) -> float:
-    if bounds.urgent and (attempt in bounds.failed or predecessors.began(attempt)):
-        return -math.inf  # whatever the clocks say
-    return min(FAILED_SECONDS, min_age) if attempt in bounds.failed else min_age
-
-
-def _untouched(objects: list[ObjectInfo], min_age: float) -> bool:
-    return all(info.modified < time.time() - min_age for info in objects)

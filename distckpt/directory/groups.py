@@ -9,6 +9,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 
 from distckpt.directory import sharing
 from distckpt.directory.chain import Chain, Newest
+from distckpt.directory.log import read_tail
 from distckpt.directory.pages import read_page
 from distckpt.directory.sharing import Settings, waiting
 from distckpt.errors import (
@@ -74,7 +75,14 @@ def skip(store: Store, group: str, records: Sequence[CheckpointRecord]) -> None:
 
     Those that its workers have they keep. Returns once it counts; StorageError if that is not sure.
     """
-    Group(store, group, "retention").change("skip", lambda state: sharing.skipped(state, records))
+    tail = read_tail(store)
+
+    def apply(state: GroupState) -> GroupState:
+        # Where a group begins in a log hangs on all of it; one that has begun there needs nothing of it.
+        log = tail.head if state.origin == tail.head.origin else tail.state
+        return sharing.skipped(sharing.moved(state, log), records)
+
+    Group(store, group, "retention").change("skip", apply)
 
 
 class Group:

@@ -27,6 +27,30 @@ TRUSTED = 0.9
 """The part of its duration for which a holder trusts a lease. Monotonic clocks may run apart by the rest, a tenth."""
 
 
+class Term:
+    """Until when a holder trusts its lease, by its own clock: once that has passed, never again. Pure."""
+
+    def __init__(self, seconds: float, began: float) -> None:
+        self._seconds = seconds
+        self._end = began + TRUSTED * seconds
+        self._has_ended = False
+
+    @property
+    def end(self) -> float:
+        """When it ends, if it is not renewed."""
+        return self._end
+
+    def has_ended(self, now: float) -> bool:
+        """Whether it is over."""
+        self._has_ended = self._has_ended or now >= self._end
+        return self._has_ended
+
+    def renewed(self, began: float, now: float) -> None:
+        """A renewal that ``began`` before it was written has been answered. One that comes too late renews nothing."""
+        if not self.has_ended(now):
+            self._end = began + TRUSTED * self._seconds
+
+
 class HeldLease:
     """A lease that this process holds and renews, from ``take`` until ``release`` or until it is lost.
 
@@ -43,9 +67,8 @@ class HeldLease:
         self._clock = clock
         self._lock = threading.Lock()
         self._beat = 0
-        self._end = clock() + TRUSTED * seconds
+        self._term = Term(seconds, clock())
         self._is_fresh = True
-        self._is_lost = False
         self._renewing: Coordinator | None = None
 
     @staticmethod
@@ -118,14 +141,12 @@ class HeldLease:
         except Exception as error:  # noqa: BLE001 - what storage libraries raise untranslated may pass as well
             logger.warning("a lease could not be renewed, which is tried again in %g s: %s", self._seconds / 4, error)
             return
-        if not self._has_ended():  # an answer that comes too late renews nothing
-            with self._lock:
-                self._end = began + TRUSTED * self._seconds
+        with self._lock:
+            self._term.renewed(began, self._clock())
 
     def _has_ended(self) -> bool:
         with self._lock:
-            self._is_lost = self._is_lost or self._clock() >= self._end
-            return self._is_lost
+            return self._term.has_ended(self._clock())
 
 
 def _check_alive(store: Store, attempt: str) -> None:

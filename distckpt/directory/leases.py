@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from distckpt.directory.stillness import Stillness, elapsed
@@ -42,16 +42,22 @@ class Leases:
     """
 
     def __init__(self, store: Store, clock: Callable[[], float] = elapsed) -> None:
-        self._store = store
+        self.store = store
         self._clock = clock
         self._told: set[tuple[str, str]] = set()
         self._stillness = Stillness()
         self._unreadable: list[ObjectInfo] = []
+        self._counting: dict[ObjectInfo, float] = {}
 
     @property
     def unreadable(self) -> tuple[ObjectInfo, ...]:
         """The leases that could not be read when it was looked last, and count no longer."""
         return tuple(self._unreadable)
+
+    @property
+    def counting(self) -> Mapping[ObjectInfo, float]:
+        """The leases that counted when it was looked last, pins aside: in how many seconds they do not if nobody renews."""
+        return self._counting
 
     def read(self) -> Leased:
         """Attempts that somebody is reading now or has pinned, or why that cannot be told. What has expired is deleted."""
@@ -63,9 +69,9 @@ class Leases:
     def look(self) -> tuple[Leased, tuple[ObjectInfo, ...]]:
         """As ``read``, with the leases that have expired, and deletes nothing."""
         asked = self._clock()
-        self._unreadable = []
+        self._unreadable, self._counting = [], {}
         try:
-            found = at_most(MOST_NAMES, self._store.list(names.LEASES), f"{self._store.url}/{names.LEASES}")
+            found = at_most(MOST_NAMES, self.store.list(names.LEASES), f"{self.store.url}/{names.LEASES}")
         except (DamagedError, StorageError) as error:
             self._tell("", "nothing is deleted while the leases cannot be listed: %s", error)
             return Leased(frozenset(), str(error)), ()
@@ -76,7 +82,7 @@ class Leases:
         failed = ""
         for info in found:
             try:
-                data = self._store.read(info.path, MAX_LEASE_BYTES)
+                data = self.store.read(info.path, MAX_LEASE_BYTES)
             except ObjectNotFoundError:
                 continue  # released between listing and reading
             except Exception as error:  # noqa: BLE001 - whatever is wrong with one, retention looks at the others
@@ -92,6 +98,8 @@ class Leases:
                 expired.append(info)
                 continue
             attempts.add(lease.attempt)
+            if lease.seconds is not None:
+                self._counting[info] = lease.seconds - still
             if lease.holds:
                 pinned.add(lease.attempt)
         leased = Leased(frozenset(), failed) if failed else Leased(frozenset(attempts), "", frozenset(pinned))
@@ -105,6 +113,7 @@ class Leases:
     def _is_held(self, info: ObjectInfo, still: float, error: Exception) -> str:
         """Why nothing may be deleted because of a lease that cannot be read; '' if nobody holds it any more."""
         if still < UNREADABLE_SECONDS:
+            self._counting[info] = UNREADABLE_SECONDS - still
             self._tell(info.path, "nothing is deleted while the lease %s cannot be read: %s", info.path, error)
             return f"lease {info.path}: {error}"
         self._unreadable.append(info)
@@ -113,7 +122,7 @@ class Leases:
 
     def _delete(self, info: ObjectInfo) -> None:
         try:
-            self._store.delete(info.path)
+            self.store.delete(info.path)
         except Exception as error:  # noqa: BLE001 - it has expired all the same
             self._tell(
                 info.path, "the lease %s has expired, and stays because it cannot be deleted: %s", info.path, error

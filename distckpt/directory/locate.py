@@ -36,6 +36,11 @@ class Located:
     path: str
     manifest: Manifest
 
+    @property
+    def is_lone(self) -> bool:
+        """Whether it is a copy without its directory's log, so that nobody retires it."""
+        return "/" not in self.folder
+
     def object_path(self, name: str) -> str:
         """An object of the attempt, relative to the store's root."""
         return f"{self.folder}/{name}"

@@ -30,8 +30,12 @@ class Removed:
     left: str = ""
 
 
-def plan_removal(chosen: Iterable[Chosen], force: bool, now: float) -> tuple[Tail, tuple[CheckpointRecord, ...]]:
+def plan_removal(
+    chosen: Iterable[Chosen], force: bool, now: float, leases: Leases
+) -> tuple[Tail, tuple[CheckpointRecord, ...]]:
     """The log as it stands, and the attempts of the checkpoints to be removed. All are of one directory.
+
+    ``leases`` has watched its leases: whose reader was killed may be removed once that has been seen for long enough.
 
     CoordinatorError if one is pinned or being read, and unless ``force`` if one is the newest, or if a job may be running;
     DamagedError if the newest entries of the log cannot be read. ``now`` is in epoch seconds.
@@ -44,7 +48,7 @@ def plan_removal(chosen: Iterable[Chosen], force: bool, now: float) -> tuple[Tai
     folders = {one.folder for one in chosen}
     state = tail.having_numbers(*(record.number for one in chosen for record in one.records))
     records = tuple(record for record in state.newest_first() if _folder(record) in folders)
-    _check_free(store, records)
+    _check_free(store, records, leases)
     if not force:
         check_quiet(store, tail, now, "removing")
         newest = tail.newest()
@@ -56,8 +60,23 @@ def plan_removal(chosen: Iterable[Chosen], force: bool, now: float) -> tuple[Tai
     return tail, records
 
 
+def readers(leases: Leases, chosen: Iterable[Chosen]) -> bool:
+    """Whether somebody holds a lease on one of these, as far as is known yet; or nobody can tell."""
+    leased = leases.read()
+    chosen = tuple(chosen)
+    folders = {one.folder for one in chosen}
+    state = read_tail(leases.store).having_numbers(*(record.number for one in chosen for record in one.records))
+    return bool(leased.failed) or any(
+        record.attempt in leased.attempts and _folder(record) in folders for record in state.newest_first()
+    )
+
+
 def remove(
-    store: Store, tail: Tail, records: Collection[CheckpointRecord], clock: Callable[[], float]
+    store: Store,
+    tail: Tail,
+    records: Collection[CheckpointRecord],
+    clock: Callable[[], float],
+    leases: Leases,
 ) -> list[Removed]:
     """Retire the attempts in the log, read the leases, delete the objects of those that are free, forget those.
 
@@ -78,7 +97,7 @@ def remove(
         retiring=(*state.retiring, *records),
     )
     entry = hand.write("retire", retired, clock())
-    leased = Leases(store).read()
+    leased = leases.read()
     removed = [_deleted(store, record, leased.failed, leased.attempts) for record in records]
     gone = {one.record.attempt for one in removed if not one.left}
     if gone:
@@ -102,9 +121,9 @@ def _deleted(store: Store, record: CheckpointRecord, failed: str, leased: Collec
     return Removed(record)
 
 
-def _check_free(store: Store, records: Collection[CheckpointRecord]) -> None:
+def _check_free(store: Store, records: Collection[CheckpointRecord], leases: Leases) -> None:
     pinned = pins(store)
-    leased = Leases(store).read()
+    leased = leases.read()
     if leased.failed:
         raise CoordinatorError(f"{store.url}: nothing is removed while it is not known who reads what: {leased.failed}")
     for record in records:
@@ -112,7 +131,10 @@ def _check_free(store: Store, records: Collection[CheckpointRecord]) -> None:
         if record.pinned or record.attempt in pinned:
             raise CoordinatorError(f"{path} is pinned. Run `distckpt unpin {path}` first")
         if record.attempt in leased.attempts:
-            raise CoordinatorError(f"{path} is being read by somebody who holds a lease on it. Try again later")
+            raise CoordinatorError(
+                f"{path} is being read by somebody who holds a lease on it, or was killed and held one. Try again later, or "
+                "pass --wait, which looks until nobody does"
+            )
 
 
 def _folder(record: CheckpointRecord) -> str:

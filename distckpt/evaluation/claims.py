@@ -60,7 +60,7 @@ class Worker:
                 if offered is None:
                     return None
                 if offered.is_spent:
-                    self._set_aside(log, offered, dead)
+                    self._set_aside(log, offered, dead, resting)
                     continue
                 try:
                     lease = HeldLease.take(
@@ -104,10 +104,11 @@ class Worker:
         self._own.add(claims[-1].token)
         return claims[-1]
 
-    def _set_aside(self, log: State, offered: Offer, dead: frozenset[str]) -> None:
+    def _set_aside(self, log: State, offered: Offer, dead: frozenset[str], resting: dict[str, float]) -> None:
         def apply(state: GroupState) -> GroupState | None:
             self._state = state
-            still = sharing.offer(state, log, dead, ()) == offered
+            state = sharing.moved(state, log)
+            still = sharing.offer(state, log, dead, resting) == offered
             return sharing.spent(state, log, offered, dead, time.time()) if still else None
 
         self._state = self._group.change("reject", apply) or self._state

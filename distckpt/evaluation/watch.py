@@ -12,8 +12,9 @@ from collections.abc import Callable, Iterator, Mapping
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+from distckpt.coordinator.client.news import find_news
 from distckpt.directory.lease import LEASE_SECONDS
-from distckpt.directory.news import News, news_of
+from distckpt.directory.news import News
 from distckpt.directory.sharing import Settings
 from distckpt.evaluation.claims import Worker
 from distckpt.evaluation.deliveries import Delivery, Source
@@ -94,7 +95,8 @@ def watch(
         raise ValueError("max_in_flight and max_attempts are at least 1, max_backlog at least 0")
     settings = Settings(mode, start, max_backlog, on_lag, max_attempts)
     name = worker if worker is not None else f"{socket.gethostname()}:{os.getpid()}:{uuid.uuid4().hex[:6]}"
-    store = open_store(directory, placed(storage_options, cache_dir=cache_dir, data=data, data_options=data_options))
+    options = placed(storage_options, cache_dir=cache_dir, data=data, data_options=data_options)
+    store = open_store(directory, options)
     source: Source
     if group is None:
         if mode == "all" or settings != Settings(mode):
@@ -104,7 +106,7 @@ def watch(
         source = Newest(store, name, lease_seconds)
     else:
         source = Worker(store, group, name, settings, lease_seconds, backoff)
-    return Watch(store, source, group, timeout, timeout_fn, max_in_flight, on_report)
+    return Watch(store, find_news(store, options), source, group, timeout, timeout_fn, max_in_flight, on_report)
 
 
 class Watch(Iterator[WatchedCheckpoint]):
@@ -113,6 +115,7 @@ class Watch(Iterator[WatchedCheckpoint]):
     def __init__(
         self,
         store: Store,
+        news: News,
         source: Source,
         group: str | None,
         timeout: float | None,
@@ -127,7 +130,7 @@ class Watch(Iterator[WatchedCheckpoint]):
         self._timeout_fn = timeout_fn
         self._most = max_in_flight
         self._on_report = on_report
-        self._news: News = news_of(store)
+        self._news = news
         self._turn = threading.Lock()
         self._given: list[WatchedCheckpoint] = []
         self._settled = threading.Condition()

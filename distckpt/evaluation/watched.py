@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, SupportsFloat
 
 from distckpt.directory.locate import Located, located
 from distckpt.directory.reports import write_report
-from distckpt.errors import ClaimLostError, LeaseLostError, StorageError
+from distckpt.errors import ClaimLostError, DistckptError, LeaseLostError
 from distckpt.evaluation.deliveries import Delivery
 from distckpt.format import names
 from distckpt.reader import CheckpointReader
@@ -168,7 +168,7 @@ class WatchedCheckpoint:
                 self.reject(f"{type(error).__name__}: {error}".removesuffix(": "))
             else:
                 self.release()
-        except (ClaimLostError, StorageError) as settling:
+        except DistckptError as settling:
             logger.warning("%s could not be given back, so its claim will run out: %s", self.path, settling)
 
     def _where(self) -> Located:

@@ -7,6 +7,7 @@ import re
 LOG = "_log"
 LEASES = "_leases"
 PAGES = "_pages"
+STATS = "_stats"
 GROUPS = "_groups"
 REPORTS = "_reports"
 STATE_FILE = "checkpoint"
@@ -25,6 +26,7 @@ _ENTRY = re.compile(r"([0-9]{20})\.json")
 _CHECKPOINT = re.compile(r"(.+)-([0-9]{1,18})")
 _REPORT = re.compile(r"(e[0-9]{1,18}-[0-9a-f]{32})-[0-9a-f]{32}\.json")
 _EXPORT = re.compile(r"export-([0-9a-f]{32})")
+_STATS_OF_RUN = re.compile(r"([0-9]{18})-[0-9a-f]{32}\.json")
 _WEIGHTS_PART = re.compile(r"model-[0-9]{5,}-of-[0-9]{5,}\.safetensors")
 
 
@@ -136,6 +138,17 @@ def pinned_attempt(path: str) -> str | None:
     name = path.removeprefix(f"{LEASES}/").removesuffix(".json")
     attempt = name.removeprefix(_PIN)
     return attempt if attempt != name and is_attempt(attempt) else None
+
+
+def stats_path(run: int, unique: str) -> str:
+    """What the run with that number has measured. ``unique`` is 32 hex digits: so no two processes write to one."""
+    return f"{STATS}/{run:018d}-{unique}.json"
+
+
+def stats_run(path: str) -> int | None:
+    """The number of the run whose measurements are at ``path``, or None for any other object."""
+    match = _STATS_OF_RUN.fullmatch(path.removeprefix(f"{STATS}/"))
+    return int(match[1]) if match else None
 
 
 def report_path(attempt: str, report: str) -> str:

@@ -8,25 +8,33 @@ from collections.abc import Iterator
 from types import FrameType, TracebackType
 
 from distckpt.errors import CoordinatorError
+from distckpt.rank.costs import Costs
 
 
 class Alone:
-    """Refuses a call that a signal handler or a hook makes while the same thread is inside another one."""
+    """Refuses a call that a signal handler or a hook makes while the same thread is inside another one.
 
-    def __init__(self, directory: str) -> None:
+    ``costs`` are told of each, for training stands still meanwhile.
+    """
+
+    def __init__(self, directory: str, costs: Costs) -> None:
         self._directory = directory
+        self._costs = costs
         self._inside: dict[int, tuple[str, FrameType | None]] = {}
 
     def __call__(self, what: str) -> _Call:
         """For the time of one call. CoordinatorError, at once, if this thread is inside another call already."""
-        return _Call(self._directory, self._inside, what)
+        return _Call(self._directory, self._costs, self._inside, what)
 
 
 class _Call:
     """One call by name, as a context. Which one a thread is inside is known by name and frame."""
 
-    def __init__(self, directory: str, inside: dict[int, tuple[str, FrameType | None]], what: str) -> None:
+    def __init__(
+        self, directory: str, costs: Costs, inside: dict[int, tuple[str, FrameType | None]], what: str
+    ) -> None:
         self._directory = directory
+        self._costs = costs
         self._inside = inside
         self._what = what
 
@@ -40,10 +48,12 @@ class _Call:
                 f"handler or a hook, say. Nothing was done, and {outer} goes on: call {self._what} after it has returned"
             )
         self._inside[thread] = self._what, caller
+        self._costs.entered(self._what)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._costs.left()
         self._inside.pop(threading.get_ident(), None)
 
 

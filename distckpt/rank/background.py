@@ -146,6 +146,7 @@ class Background:
             try:
                 task.written[attempt] = self._write_shards(task, attempt)
                 task.progress.written = task.progress.seconds()
+                task.progress.nbytes = sum(receipt.size for receipt in task.written[attempt])
             except Exception as error:
                 self._report_failure(attempt, error)
                 raise

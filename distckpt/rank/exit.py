@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 import threading
 import weakref
 from typing import Protocol
@@ -21,6 +22,7 @@ class Closes(Protocol):
 _open: weakref.WeakSet[Closes] = weakref.WeakSet()
 _lock = threading.Lock()
 _registered = False
+_ending = False
 
 
 def close_at_exit(work: Closes) -> None:
@@ -43,12 +45,19 @@ def forget_at_exit(work: Closes) -> None:
         _open.discard(work)
 
 
+def died() -> bool:
+    """Whether the program ends by an error that nobody has caught, after which its managers are closed all the same."""
+    return _ending and getattr(sys, "last_value", None) is not None and not hasattr(sys, "ps1")
+
+
 def _forget_all() -> None:
     global _open
     _open = weakref.WeakSet()
 
 
 def _close_all() -> None:
+    global _ending
+    _ending = True
     for work in list(_open):
         try:
             work.close()

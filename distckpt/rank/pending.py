@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, wait
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from dataclasses import dataclass, field
@@ -24,6 +24,8 @@ class Progress:
     ``turn`` belongs to whoever brings it to its end and takes it first: the background, or the call that began it and
     gives it up, whatever interrupts that call. ``began`` is when ``save`` was called, by a clock of this process; for
     ``stall`` seconds training stood still, and ``written`` seconds after its begin this rank's shards were on storage.
+    For ``queued`` of them it waited for a buffer, and ``copied`` is what copying took; ``nbytes`` is what this rank wrote.
+    ``waiting`` is told for how many seconds somebody has waited for the end.
     ``collected`` says that the caller has been told how it ended. A failure is ``excused`` if ``tolerance``, where there
     is one, says that training may go on all the same.
     """
@@ -39,10 +41,25 @@ class Progress:
     written: float | None = None
     over: float | None = None
     excused: bool = False
+    queued: float = 0.0
+    copied: float = 0.0
+    nbytes: int = 0
+    waiting: Callable[[float], object] | None = None
 
     def seconds(self) -> float:
         """Since its begin."""
         return time.monotonic() - self.began
+
+    def wait(self, timeout: float | None) -> BaseException | None:
+        """The failure, or None, once it has ended. Raises the TimeoutError of futures."""
+        if self.ended.done():
+            return self.ended.exception()
+        began = time.monotonic()
+        try:
+            return self.ended.exception(timeout)
+        finally:
+            if self.waiting is not None:
+                self.waiting(time.monotonic() - began)
 
     def commit(self, record: CheckpointRecord) -> None:
         """It is committed."""
@@ -120,7 +137,7 @@ class PendingSave(str):
     def exception(self, timeout: float | None = None) -> BaseException | None:
         """What went wrong, or None once the checkpoint is committed. TimeoutError as in ``result``."""
         try:
-            error = self._progress.ended.exception(timeout)
+            error = self._progress.wait(timeout)
         except FutureTimeoutError:
             raise TimeoutError(f"{self.path} is not decided after {timeout:g} s") from None
         self._progress.collected = True

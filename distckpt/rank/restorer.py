@@ -57,7 +57,8 @@ class Table(Protocol):
 class Restorer:
     """Restores the objects of ``checkpoint`` together with the other ranks, again and again.
 
-    ``status`` is how keys matched in the last restore of a checkpoint, None before.
+    ``status`` is how keys matched in the last restore of a checkpoint, None before; ``bytes_read`` is what this rank read
+    for it.
     """
 
     def __init__(
@@ -70,6 +71,7 @@ class Restorer:
         shown: bool = False,
     ) -> None:
         self.status: LoadStatus | None = None
+        self.bytes_read = 0
         self._table = table
         self._store = store
         self._checkpoint = checkpoint
@@ -94,7 +96,7 @@ class Restorer:
         """
         self._asked += 1
         self._selection = selection
-        self._refused, self._is_touched, self._kept = (), False, ""
+        self._refused, self._is_touched, self._kept, self.bytes_read = (), False, "", 0
         question = Restore(self._asked, which, partial=partial)
         try:
             return self._restore(question)
@@ -195,6 +197,7 @@ class Restorer:
 
     def _finish(self, filler: Filler, keys: KeyMatch) -> None:
         mine = filler.finish()
+        self.bytes_read = filler.bytes_read
         self.status = status = LoadStatus(
             mine.path,
             list(dict.fromkeys((*mine.missing, *keys.missing))),

@@ -11,6 +11,7 @@ from distckpt.coordinator.messages import Joined, Skipped
 from distckpt.errors import DistckptError, SaveError
 from distckpt.rank.background import Background, SaveTask
 from distckpt.rank.buffer import Buffer
+from distckpt.rank.costs import Costs
 from distckpt.rank.dialogue import Dialogue
 from distckpt.rank.layout import Layout
 from distckpt.rank.options import SaverOptions
@@ -29,14 +30,20 @@ from distckpt.transfer.staging import Staging
 class Saver:
     """Saves this rank's part of ``checkpoint``, again and again. Used from one thread, the training loop's.
 
-    What is done in the background is done in threads of ``threads``.
+    What is done in the background is done in threads of ``threads``. ``costs`` are told what a GPU waits.
     """
 
     def __init__(
-        self, client: Client, store: Store, checkpoint: NamedObjects, options: SaverOptions, threads: Coordinator
+        self,
+        client: Client,
+        store: Store,
+        checkpoint: NamedObjects,
+        options: SaverOptions,
+        threads: Coordinator,
+        costs: Costs,
     ) -> None:
         self._collector = Collector(checkpoint, options.rank, options.world_size, options.check_copies)
-        self._order = StepOrder(functools.partial(optimizers_of, checkpoint))
+        self._order = StepOrder(functools.partial(optimizers_of, checkpoint), costs.device_waited)
         self._turns = Turns()
         self._dialogue = Dialogue(client, options, self._turns)
         self._background = Background(store, self._dialogue, options, threads)
@@ -146,7 +153,9 @@ class Saver:
                 if planned is None:
                     return Skipped()
                 self._layout, joined = planned
+            began = progress.seconds()
             buffer = self._free_buffer()
+            progress.queued = progress.seconds() - began
             return joined, buffer, buffer.fit(self._layout, holding)
         except DistckptError as error:
             progress.fail(error)
@@ -166,7 +175,9 @@ class Saver:
         describe = functools.partial(holding.describe, compare=False)
         buffer.lend(pending, order)
         sources = layout.tensors(holding)
+        began = progress.seconds()
         copied = staging.stage(sources, layout.values(holding))
+        progress.copied = progress.seconds() - began
         self._order.after(copied, sources)
         progress.staged.set_result(copied)
         self._background.put(SaveTask(order, number, layout, staging, describe, joined, progress))

@@ -17,10 +17,18 @@ class StepOrder:
 
     Only the parameters and state of ``optimizers``, asked for at each copy, may wait for so long. Anything else on a
     GPU, such as a buffer that the forward pass updates, makes the whole of the current stream wait instead.
+
+    At each copy ``waited`` is told for how many seconds the GPUs have stood still for the one before.
     """
 
-    def __init__(self, optimizers: Callable[[], Iterable[torch.optim.Optimizer]]) -> None:
+    def __init__(
+        self,
+        optimizers: Callable[[], Iterable[torch.optim.Optimizer]],
+        waited: Callable[[float], object] = bool,
+    ) -> None:
         self._optimizers = optimizers
+        self._waited = waited
+        self._waits: dict[torch.device, tuple[torch.cuda.Event, torch.cuda.Event]] = {}
         self._copied: StagedCopy | None = None
         # All optimizers of the process: the one that steps next may have taken the place of one that was here.
         self._hook = register_optimizer_step_pre_hook(self._before_step) if torch.cuda.is_available() else None
@@ -30,12 +38,13 @@ class StepOrder:
         on_gpu = [source for source in sources if source.is_cuda]
         if not on_gpu:
             return
+        self._tell()
         owned = _memory(self._optimizers())
         if all(source.untyped_storage().data_ptr() in owned for source in on_gpu):
             self._copied = copied
         else:
             for device in {source.device for source in on_gpu}:
-                copied.order_after(torch.cuda.current_stream(device))
+                self._order_after(copied, device)
 
     def close(self) -> None:
         """Take the hook away."""
@@ -48,7 +57,29 @@ class StepOrder:
         devices = {parameter.device for group in optimizer.param_groups for parameter in group["params"]}
         for device in devices:
             if device.type == "cuda":
-                self._copied.order_after(torch.cuda.current_stream(device))
+                self._order_after(self._copied, device)
+
+    def _order_after(self, copied: StagedCopy, device: torch.device) -> None:
+        """Have the device's stream wait, and take the time of the first wait for each copy."""
+        stream = torch.cuda.current_stream(device)
+        if device in self._waits or torch.cuda.is_current_stream_capturing():
+            copied.order_after(stream)
+            return
+        before, after = _timer(), _timer()
+        before.record(stream)
+        copied.order_after(stream)
+        after.record(stream)
+        self._waits[device] = before, after
+
+    def _tell(self) -> None:
+        waits, self._waits = self._waits, {}
+        milliseconds = [before.elapsed_time(after) for before, after in waits.values() if after.query()]  # type: ignore[no-untyped-call]
+        if milliseconds:
+            self._waited(max(milliseconds) / 1000)
+
+
+def _timer() -> torch.cuda.Event:
+    return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
 
 
 def _memory(optimizers: Iterable[torch.optim.Optimizer]) -> set[int]:

@@ -96,6 +96,11 @@ class Filler:
         return len(self._match.claimed - {SAVE_COUNTER} - self._match.misfits.keys())
 
     @property
+    def bytes_read(self) -> int:
+        """Bytes that ``read`` has read."""
+        return self._stats.bytes_read if self._stats else 0
+
+    @property
     def unclaimed(self) -> bytes:
         """A bit for each key of the checkpoint, in the order of its index: whether no object here has a place for it."""
         claimed, names = self._match.claimed, self._names
@@ -130,7 +135,7 @@ class Filler:
         """Hand the objects what was read and is not in its place yet."""
         self._match.finish(self._values)
         level = logging.INFO if self._rank == 0 else logging.DEBUG
-        seconds, nbytes = time.monotonic() - self._began, human_bytes(self._stats.bytes_read if self._stats else 0)
+        seconds, nbytes = time.monotonic() - self._began, human_bytes(self.bytes_read)
         logger.log(level, "%s restored in %.2f s: %s read by rank %d", self.path, seconds, nbytes, self._rank)
         return self.status()
 

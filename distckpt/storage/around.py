@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 
 from distckpt.storage.interface import (
     ObjectInfo,
@@ -67,9 +67,9 @@ class StoreAround:
         """See SupportsCooling."""
         cool(self._inner, path)
 
-    def sweep(self, folder: str, min_age: float) -> int:
+    def sweep(self, left: Collection[ObjectInfo]) -> int:
         """See SupportsSweep."""
-        return self._inner.sweep(folder, min_age) if isinstance(self._inner, SupportsSweep) else 0
+        return self._inner.sweep(left) if isinstance(self._inner, SupportsSweep) else 0
 
     def hidden(self, folder: str) -> Iterator[ObjectInfo]:
         """See SupportsHidden."""

@@ -31,7 +31,7 @@ from distckpt.storage.probe import FOLDER, probe
 Verdict = Literal["good", "bad", "careful", "untried"]
 
 CLOCKS_SECONDS = 60.0
-"""By how much clocks may differ: a lease counts for 120 s, and is renewed after 30."""
+"""By how much clocks may differ before it is worth a word. Nothing is deleted by them."""
 
 ROUNDS, _ROUNDS_SECONDS = 20, 4.0
 FIRST_BYTES, MOST_BYTES = 8 << 20, 256 << 20
@@ -262,13 +262,15 @@ class _Trial:
         info = self._store.stat("clock")
         if info is None:
             return "bad", "what was written is not there", "save elsewhere"
+        if not info.modified:
+            return "good", "the store does not say when something was written", ""
         offset = info.modified - (before + after) / 2
         if abs(offset) < max(1.5, after - before):  # many servers tell their time in whole seconds
             return "good", "that of the store is ours", ""
         ahead = f"that of the store is {abs(offset):.0f} s {'ahead of' if offset > 0 else 'behind'} ours"
         if abs(offset) < CLOCKS_SECONDS:
             return "good", ahead, ""
-        return "careful", ahead, "set the clocks: by them it is known which leases and leftovers are old"
+        return "careful", ahead, "set the clocks: nothing is deleted by them, but times in listings are wrong"
 
     def _ranges(self) -> _Found:
         data = os.urandom(_PIECE // 4) * 4 + b"end"

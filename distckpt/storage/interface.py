@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 
 @dataclass(frozen=True, slots=True)
 class ObjectInfo:
-    """One object as the store sees it: ``size`` in bytes, ``modified`` in epoch seconds of the store's clock.
+    """One object as the store sees it: ``size`` in bytes, ``modified`` in epoch seconds of the store's clock, 0 if it has none.
 
     ``crc32c`` is the store's own checksum of the content, where it keeps one, else None.
     """
@@ -98,10 +98,10 @@ class SupportsCooling(Protocol):
 
 @runtime_checkable
 class SupportsSweep(Protocol):
-    """A store whose killed writers leave things behind that no listing shows."""
+    """A store whose killed writers leave things behind that no listing shows, but ``hidden`` does."""
 
-    def sweep(self, folder: str, min_age: float) -> int:
-        """Remove what killed writers left directly below ``folder`` and nobody has touched for ``min_age`` seconds.
+    def sweep(self, left: Collection[ObjectInfo]) -> int:
+        """Remove of what ``hidden`` shows what is still as ``left`` says, since whoever calls knows that it is dead.
 
         Returns how many things went.
         """

@@ -8,9 +8,8 @@ import io
 import os
 import re
 import stat
-import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -157,15 +156,22 @@ class LocalStore:
         """Names of the folders directly below ``folder``."""
         return self._scan(folder_parts(folder), _folder)
 
-    def sweep(self, folder: str, min_age: float) -> int:
-        """Remove temporary files of writers that were killed, and the folders that only they kept."""
-        parts, before, gone = folder_parts(folder), time.time() - min_age, 0
-        with contextlib.suppress(ObjectNotFoundError), deleting(self._full(folder)), self._visit(parts) as folders:
-            with os.scandir(folders.fd) as entries:
-                temporary = [entry.name for entry in entries if _TEMPORARY.fullmatch(entry.name)]
-            gone = sum(_remove_old(name, folders.fd, before) for name in temporary)
-            if gone:
-                folders.prune(parts)
+    def sweep(self, left: Collection[ObjectInfo]) -> int:
+        """Remove these temporary files, as long as they are as they were, and the folders that only they kept."""
+        gone = 0
+        for info in left:
+            *above, name = info.path.split("/")
+            if not _TEMPORARY.fullmatch(name):
+                continue
+            parts = folder_parts("/".join(above))
+            with (
+                contextlib.suppress(ObjectNotFoundError),
+                deleting(self._full(info.path)),
+                self._visit(parts) as folders,
+            ):
+                if _remove_unchanged(name, folders.fd, info):
+                    gone += 1
+                    folders.prune(parts)
         return gone
 
     def hidden(self, folder: str) -> Iterator[ObjectInfo]:
@@ -429,9 +435,10 @@ def _what(status: os.stat_result) -> str:
     return kinds.get(stat.S_IFMT(status.st_mode), "a device")
 
 
-def _remove_old(name: str, folder: int, before: float) -> bool:
+def _remove_unchanged(name: str, folder: int, info: ObjectInfo) -> bool:
     with contextlib.suppress(OSError):  # another sweeper was faster, or it cannot be removed: it is only in the way
-        if os.stat(name, dir_fd=folder, follow_symlinks=False).st_mtime < before:
+        status = os.stat(name, dir_fd=folder, follow_symlinks=False)
+        if (status.st_size, status.st_mtime) == (info.size, info.modified):
             os.unlink(name, dir_fd=folder)
             return True
     return False

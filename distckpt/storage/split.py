@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import TypeVar
 
 from distckpt.errors import ObjectNotFoundError
@@ -77,9 +77,9 @@ class SplitStore:
         """See SupportsCooling."""
         cool(self._of(path), path)
 
-    def sweep(self, folder: str, min_age: float) -> int:
+    def sweep(self, left: Collection[ObjectInfo]) -> int:
         """See SupportsSweep. Of both."""
-        return sum(store.sweep(folder, min_age) for store in parts_of(self) if isinstance(store, SupportsSweep))
+        return sum(store.sweep(left) for store in parts_of(self) if isinstance(store, SupportsSweep))
 
     def hidden(self, folder: str) -> Iterator[ObjectInfo]:
         """See SupportsHidden. Of both."""

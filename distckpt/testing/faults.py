@@ -131,7 +131,9 @@ class RandomFaults:
         return dice.choice(kinds) if kinds and dice.random() < self.rate else None
 
 
-def rewritten(calls: Sequence[Call], mutable: Sequence[str] = ("checkpoint", "_leases/")) -> tuple[Call, ...]:
+def rewritten(
+    calls: Sequence[Call], mutable: Sequence[str] = ("checkpoint", "_leases/", "_stats/")
+) -> tuple[Call, ...]:
     """The writes that were done to a path which an earlier call had written, deleted since or not.
 
     Paths that begin with one of ``mutable`` may change. No call may be left over in the history of a run: no object

@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import replace
 from typing import TypeVar
 
@@ -25,7 +25,7 @@ from distckpt.errors import (
     StorageFullError,
     StoreOutcomeUnknownError,
 )
-from distckpt.storage.interface import ObjectInfo, Source, Store, SupportsSweep
+from distckpt.storage.interface import ObjectInfo, Source, Store, SupportsHidden, SupportsSweep
 from distckpt.storage.sections import SECTION_MULTIPLE
 from distckpt.testing.faults import (
     Call,
@@ -139,12 +139,16 @@ class FaultyStore:
         """Remove an object, or fail on cue."""
         self._call("delete", path, lambda: self.inner.delete(path))
 
-    def sweep(self, folder: str, min_age: float) -> int:
+    def sweep(self, left: Collection[ObjectInfo]) -> int:
         """Remove what killed writers left, if the store underneath can, or fail on cue."""
         inner = self.inner
         if not isinstance(inner, SupportsSweep):
             return 0
-        return self._call("sweep", folder, lambda: inner.sweep(folder, min_age))
+        return self._call("sweep", min((info.path for info in left), default=""), lambda: inner.sweep(left))
+
+    def hidden(self, folder: str) -> Iterator[ObjectInfo]:
+        """What the store underneath hides."""
+        return self.inner.hidden(folder) if isinstance(self.inner, SupportsHidden) else iter(())
 
     def _call(
         self,

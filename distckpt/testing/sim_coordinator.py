@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Container
+from functools import partial
 from typing import cast
+
+import msgspec
 
 from distckpt.coordinator.machine.actions import (
     Action,
@@ -42,6 +45,7 @@ from distckpt.coordinator.machine.actions import (
 from distckpt.coordinator.machine.machine import Machine
 from distckpt.coordinator.messages import Committed, FromRank, Reply, Request
 from distckpt.directory.pages import Known
+from distckpt.directory.stillness import Stillness
 from distckpt.errors import DamagedError, DistckptError, PlanError, SaveError
 from distckpt.format.json.log import Entry
 from distckpt.format.json.paging import Records, ref_of
@@ -49,7 +53,7 @@ from distckpt.format.names import attempt_epoch
 from distckpt.testing.history import INDEX, MANIFEST, Promised, Whole
 from distckpt.testing.sim_requests import Creation, Outcome
 from distckpt.testing.sim_store import SimulatedPlan, make_plan, record_of
-from distckpt.testing.sim_world import LATEST, SimulatedWorld
+from distckpt.testing.sim_world import LATEST, Clocks, SimulatedWorld
 
 GARBAGE_AGE = 15.0
 NAME = "ckpt"
@@ -63,7 +67,10 @@ class SimulatedCoordinator:
         self.up = True
         self.machine = Machine("sim://run", name, idle_timeout=None, sizes=world.sizes)
         self._world = world
-        self._skew = world.random.uniform(-40.0, 40.0)
+        self._clocks = Clocks(world)
+        self._leases = Stillness()
+        self._leased: frozenset[str] | None = None
+        self._garbage = Stillness()
         self._frozen_until = 0.0
         self._backlog: list[Callable[[], None]] = []
         self._callers: dict[int, tuple[Request, Callable[[Reply], None]]] = {}
@@ -92,10 +99,7 @@ class SimulatedCoordinator:
 
     def feed(self, event: Event) -> None:
         """Step the machine and begin what it asks for."""
-        world = self._world
-        if world.random.random() < world.faults.clock_jump:
-            self._skew += world.random.uniform(-30.0, 30.0)
-        for action in self.machine.step(event, 1e6 + world.time + self._skew, world.time):
+        for action in self.machine.step(event, self._clocks.wall(), self._world.time):
             self._perform(action)
         self._plan_tick()
 
@@ -191,6 +195,8 @@ class SimulatedCoordinator:
     def _created(self, entry: Entry, outcome: Outcome, found: Entry | None) -> None:
         if outcome == "appended":
             self.feed(Appended(entry, self._newest(entry)))
+        elif outcome == "taken" and "old_epochs_count" in self._world.unsafe and found and found.epoch > entry.epoch:
+            self._append(msgspec.structs.replace(entry, seq=self._world.store.newest() + 1))
         elif outcome == "taken":
             self.feed(NameTaken(entry, found, self._newest(entry)))
         else:
@@ -271,8 +277,26 @@ class SimulatedCoordinator:
     def _read_leases(self) -> None:
         if self._world.random.random() < 0.05:
             self.feed(LeasesRead(frozenset(), "cannot list"))
-            return
-        attempts = self._world.store.leased(self._world.time)
+        elif self._leased is not None and "leases_before_retiring" in self._world.unsafe:
+            seen, self._leased = self._leased, None
+            self._later(lambda: self.feed(LeasesRead(seen)))
+        else:
+            asked = self._clocks.elapsed()
+            self._later(lambda: self._look_at_leases(asked))
+
+    def _look_at_leases(self, asked: float) -> None:
+        leases, answered, held = self._world.store.leases, self._clocks.elapsed(), set()
+        for id, lease in list(leases.items()):
+            still = self._leases.still_for(id, lease, asked=asked, answered=answered)
+            has_expired = still >= lease.seconds
+            if "wall_clock_leases" in self._world.unsafe:
+                has_expired = lease.expires < self._clocks.wall()
+            if has_expired:
+                self._later(partial(self._world.store.drop_lease, id))
+            else:
+                held.add(lease.attempt)
+        self._leases.forget_all_but(leases.keys())
+        attempts = self._leased = frozenset(held)
         self._later(lambda: self.feed(LeasesRead(attempts)))
 
     def _publish(self, entry: Entry) -> None:
@@ -303,11 +327,6 @@ class SimulatedCoordinator:
         world = self._world
         if action.urgent:
             self._later(lambda: self.feed(RoomMade()))
-        old = [
-            attempt
-            for attempt, objects in world.store.attempts.items()
-            if action.urgent or all(stored.written < world.time - GARBAGE_AGE for stored in objects.values())
-        ]
         if action.epoch == max((entry.epoch for entry in world.store.log.values()), default=0):
             self._collect_pages(action)
         lost = [page for page in action.pages if page.id not in world.store.pages or self._cannot_read()]
@@ -318,6 +337,8 @@ class SimulatedCoordinator:
             for record in world.store.pages[page.id]
         }
         known = Known(action.known | paged, () if "forget_pages" in world.unsafe else lost)
+        self._garbage.forget_all_but(world.store.attempts.keys())
+        old = [attempt for attempt in world.store.attempts if action.urgent or self._is_old(action, attempt)]
         for attempt in sorted(old):
             if self._is_garbage(action, attempt, known):
                 self._later(lambda attempt=attempt: self._erase_objects(attempt, _nothing))  # type: ignore[misc]
@@ -326,11 +347,21 @@ class SimulatedCoordinator:
         return self._world.random.random() < self._world.faults.failed_page
 
     def _collect_pages(self, action: CollectGarbage) -> None:
+        """At once, though real ones watch them for a while first: what is safe does not hang on that."""
         store = self._world.store
         needed = {page.id for page in action.pages} if "collect_pages" in self._world.unsafe else store.referred()
         for page in sorted(store.pages.keys() - needed):
             if attempt_epoch(page) < action.epoch or page in action.dropped or "collect_pages" in self._world.unsafe:
                 store.erase_page(self.name, page)
+
+    def _is_old(self, action: CollectGarbage, attempt: str) -> bool:
+        """Whether it has been watched for long enough. What predecessors had begun need not be."""
+        objects = self._world.store.attempts[attempt]
+        if "collect_by_age" in self._world.unsafe:
+            return all(stored.written < self._world.time - GARBAGE_AGE for stored in objects.values())
+        now = self._clocks.elapsed()
+        still = self._garbage.still_for(attempt, frozenset(objects), asked=now, answered=now)
+        return attempt_epoch(attempt) < action.epoch or still >= GARBAGE_AGE
 
     def _is_garbage(self, action: CollectGarbage, attempt: str, known: Container[str]) -> bool:
         if "collect_by_age" in self._world.unsafe:

@@ -1,4 +1,4 @@
-"""Simulated ranks and readers. They follow the protocol of ``coordinator.messages`` and send again what is not answered."""
+"""Simulated ranks. They follow the protocol of ``coordinator.messages`` and send again what is not answered."""
 
 from __future__ import annotations
 
@@ -43,8 +43,6 @@ from distckpt.testing.history import (
     Content,
     Filled,
     Finished,
-    Held,
-    LetGo,
     Matched,
     Piece,
     ReadWhole,
@@ -53,7 +51,6 @@ from distckpt.testing.history import (
 from distckpt.testing.sim_store import describe
 from distckpt.testing.sim_world import SimulatedWorld
 
-LEASE_SECONDS = 60.0
 MATCH = KeyMatch(b"", 1)
 
 
@@ -398,52 +395,3 @@ class Rank(Process):
         store = self.world.store
         store.put(attempt, str(self.rank), piece, self.world.time)
         self.world.again(lambda: store.put_if_absent(attempt, str(self.rank), piece, self.world.time))
-
-
-class Reader(Process):
-    """An evaluation process: leases some checkpoint, makes sure that it is not retiring, and reads it."""
-
-    def __init__(self, world: SimulatedWorld, name: str) -> None:
-        super().__init__(world, lambda request, reply: None)
-        self.name = name
-        self.start(self._live())
-
-    def _live(self) -> Task:
-        while True:
-            yield Sleep(self.world.random.uniform(0.5, 4.0))
-            record = yield from self._choose()
-            if record is not None:
-                self.world.store.leases[self.name] = (record.attempt, self.world.time + LEASE_SECONDS)
-                yield Sleep(self.world.latency())
-                yield from self._use(record)
-                self.world.store.leases.pop(self.name, None)
-
-    def _listed(self) -> Generator[Sleep | Say, Reply | None, tuple[CheckpointRecord, ...]]:
-        """What the newest entry lists. Listing the log and reading the entry are two steps."""
-        while seq := self.world.store.newest():
-            yield Sleep(self.world.latency() * 0.3)
-            entry = self.world.store.log.get(seq)
-            if entry is not None and entry.state.pages:
-                yield Sleep(self.world.latency() * 0.3)
-                entry = self.world.store.log.get(seq)  # else its pages may have gone with it
-            if entry is not None:
-                return tuple(self.world.store.whole(self.name, entry.state).alive().values())
-        return ()
-
-    def _choose(self) -> Generator[Sleep | Say, Reply | None, CheckpointRecord | None]:
-        records = yield from self._listed()
-        return self.world.random.choice(records) if records else None
-
-    def _use(self, record: CheckpointRecord) -> Generator[Sleep | Say, Reply | None, None]:
-        records = yield from self._listed()
-        if record.attempt not in {listed.attempt for listed in records}:
-            return
-        self.world.history.add(Held(self.name, record.attempt))
-        shards: dict[str, Content] = {}
-        for rank in range(record.world_size):
-            yield Sleep(self.world.random.uniform(0.1, 5.0))
-            content = self.world.store.get(record.attempt, str(rank))
-            if content is not None:
-                shards[str(rank)] = content
-        self.world.history.add(Returned(self.name, record, shards))
-        self.world.history.add(LetGo(self.name))

@@ -23,6 +23,17 @@ class Stored:
     written: float
 
 
+@dataclass(frozen=True, slots=True)
+class SimulatedLease:
+    """A lease as it stands on the store, ``written`` when; ``expires`` is what its holder's wall clock would have it be."""
+
+    attempt: str
+    seconds: float
+    beat: int
+    expires: float
+    written: float
+
+
 class SimulatedStore:
     """The log and its pages, the objects of every attempt, and the leases. Everything that changes is put down in ``history``.
 
@@ -34,7 +45,7 @@ class SimulatedStore:
         self.exclusive = exclusive
         self.log: dict[int, Entry] = {}
         self.attempts: dict[str, dict[str, Stored]] = {}
-        self.leases: dict[str, tuple[str, float]] = {}
+        self.leases: dict[str, SimulatedLease] = {}
         self.pages: dict[str, Records] = {}
 
     def newest(self) -> int:
@@ -107,9 +118,9 @@ class SimulatedStore:
         """The objects of an attempt, manifest first."""
         return sorted(self.attempts.get(attempt, {}), key=lambda name: (name != MANIFEST, name))
 
-    def leased(self, time: float) -> frozenset[str]:
-        """Attempts that leases name which have not expired."""
-        return frozenset(attempt for attempt, until in self.leases.values() if until > time)
+    def drop_lease(self, id: str) -> None:
+        """Delete a lease; nothing happens if there is none."""
+        self.leases.pop(id, None)
 
     def complete(self, attempt: str) -> Whole | None:
         """What the manifest says, if it, the index and all shards are there."""

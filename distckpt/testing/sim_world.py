@@ -11,6 +11,7 @@ from distckpt.format.json.paging import Sizes
 from distckpt.testing.history import History
 from distckpt.testing.sim_store import SimulatedStore
 
+DAY = 86400.0
 LATEST = 40.0
 """So many seconds after a request was given up it may still be done."""
 
@@ -38,6 +39,7 @@ class Faults:
     failed_page: float = 0.0
     failed_look: float = 0.0
     clock_jump: float = 0.0
+    frozen_reader: float = 0.0
     freeze_at_append: float = 0.0
 
     def heal(self) -> None:
@@ -95,3 +97,32 @@ class SimulatedWorld:
             self.time, _, step = heapq.heappop(self._queue)
             step()
         self.time = max(self.time, until)
+
+
+class Clocks:
+    """Those of one process. The wall clock lies and may step, by a day; the monotonic one runs a little fast or slow."""
+
+    def __init__(self, world: SimulatedWorld) -> None:
+        self._world = world
+        self._skew = self._wrong(40.0)
+        self._began = world.random.uniform(0.0, 1e6)
+        self._rate = world.random.uniform(0.96, 1.04)
+
+    def wall(self) -> float:
+        """What it takes for the time."""
+        if self._world.random.random() < self._world.faults.clock_jump:
+            self._skew += self._wrong(30.0)
+        return 1e6 + self._world.time + self._skew
+
+    def elapsed(self) -> float:
+        """Seconds since some moment of its own."""
+        return self._began + self._rate * self._world.time
+
+    def until(self, elapsed: float) -> float:
+        """In how many simulated seconds ``elapsed`` will say that."""
+        return max(0.0, elapsed - self.elapsed()) / self._rate
+
+    def _wrong(self, mostly: float) -> float:
+        random = self._world.random
+        most = DAY if random.random() < 0.3 else mostly
+        return random.uniform(-most, most)

@@ -12,7 +12,8 @@ from distckpt.coordinator.messages import Pin, Reply, Request
 from distckpt.keep import Retention
 from distckpt.testing.history import CameBack, History
 from distckpt.testing.sim_coordinator import SimulatedCoordinator
-from distckpt.testing.sim_ranks import Job, Rank, Reader
+from distckpt.testing.sim_ranks import Job, Rank
+from distckpt.testing.sim_readers import Reader
 from distckpt.testing.sim_world import Faults, SimulatedWorld
 
 UNSAFE = {
@@ -22,6 +23,11 @@ UNSAFE = {
     "collect_by_age": "garbage is whatever is old and was not known when the collection was asked for",
     "forget_pages": "what only a page knows is garbage like all that nobody knows",
     "collect_pages": "pages are garbage that the state of whoever collects does not refer to, whatever else does",
+    "old_epochs_count": "whose entry finds one of a newer epoch in its place goes on after that",
+    "look_before_lease": "a reader looks whether its checkpoint is alive and then writes its lease",
+    "leases_before_retiring": "what is deleted goes by the leases that were read before it retired",
+    "outlive_lease": "a reader that could not renew its lease in time goes on",
+    "wall_clock_leases": "a lease says when it expires by its holder's clock, and others compare that with theirs",
     "no_read_back": "an entry whose creation was refused or not answered counts as another's, and nobody looks",
 }
 """Rules that a simulation can be told to break, to show that it would notice."""
@@ -51,7 +57,8 @@ class Simulation:
         """Trouble first, then calm, then a new job that must come back by itself."""
         self._replace_coordinator()
         self._start_job()
-        self.readers = [Reader(self.world, f"reader {index}") for index in range(2)]
+        for _ in range(2):
+            self._start_reader()
         self.world.later(1.0, self._trouble)
         self.world.run(TROUBLE_SECONDS)
         self._settle()
@@ -82,6 +89,7 @@ class Simulation:
             ("failed_look", 0.1),
             ("failed_page", 0.1),
             ("clock_jump", 0.01),
+            ("frozen_reader", 0.4),
             ("freeze_at_append", 0.1),
         ):
             setattr(faults, name, random.choice([0.0, random.uniform(0.0, most)]))
@@ -112,11 +120,14 @@ class Simulation:
         self.ranks = [Rank(self.world, send, job, rank) for rank in range(job.world_size)]
         self._everyone += self.ranks
 
+    def _start_reader(self) -> None:
+        self.readers.append(Reader(self.world, f"reader {len(self.readers)}"))
+
     def _trouble(self) -> None:
         if self._calm:
             return
         random = self.world.random
-        kind = random.choice(["crash", "freeze", "supersede", "split", "kill", "linger", "pin", "pin"])
+        kind = random.choice(["crash", "freeze", "supersede", "split", "kill", "linger", "pin", "pin", "reader"])
         if kind == "crash":
             self.coordinators[-1].die()
             self._replace_coordinator()
@@ -128,6 +139,9 @@ class Simulation:
             self._split()
         elif kind == "pin":
             self._pin()
+        elif kind == "reader":
+            random.choice(self.readers).kill()
+            self._start_reader()
         else:
             for rank in self.ranks:
                 if kind == "kill" or random.random() < 0.5:

@@ -16,6 +16,7 @@ from distckpt.checkpoint import Checkpoint
 from distckpt.errors import SaveError
 from distckpt.format import names
 from distckpt.manager import CheckpointManager, abandon, conclude, settle
+from distckpt.rank.costs import ManagerStats
 from distckpt.rank.pending import PendingSave, failure_of
 from distckpt.storage import canonical
 
@@ -372,6 +373,12 @@ class CheckpointSaverHook(SessionRunHook):
                 raise RuntimeError("nothing to save: give the hook a saver, or the session a checkpoint")
             self._made = CheckpointManager(session.checkpoint, self._directory, checkpoint_name=self._basename)
         return self._made
+
+    def stats(self) -> ManagerStats | None:
+        """What its saves have cost this rank so far, as its manager measures it; None before there is one."""
+        given = self._saver if self._scaffold is None else self._scaffold.saver
+        manager = given or self._made
+        return None if manager is None else manager.stats()
 
     def restore(self, session: Session, recovering: bool = False) -> str | None:
         """Restore the newest good checkpoint on all ranks; its path, or None if there is none.

@@ -13,7 +13,7 @@ import distckpt
 from distckpt.coordinator.machine.actions import CollectGarbage
 from distckpt.coordinator.shell.housekeeping import collect_garbage, delete_checkpoints
 from distckpt.directory import log
-from distckpt.directory.garbage import Predecessors
+from distckpt.directory.garbage import Watch
 from distckpt.directory.log import append, read_tail
 from distckpt.format import names
 from distckpt.format.json.log import CheckpointRecord, Entry, Kind, State
@@ -21,6 +21,7 @@ from distckpt.storage import LocalStore, Store
 from distckpt.testing.faults import Fault, FaultOn
 from distckpt.testing.faulty import FaultyStore
 from tests.support.checkpoints import put_manifest
+from tests.support.clock import Clock
 from tests.support.small_runs import Trainer, entries, mount, mounting, numbers, on_disk, run, until
 
 HOUR = 3600.0
@@ -43,11 +44,10 @@ def drop_entries(directory: Path, before: int) -> None:
         (directory / names.entry_path(seq)).unlink(missing_ok=True)
 
 
-def collect(store: Store, epoch: int, predecessors: Predecessors | None = None) -> int:
+def collect(store: Store, epoch: int, watch: Watch | None = None, failed: frozenset[str] = frozenset()) -> int:
     known = read_tail(store).state.known()
-    return collect_garbage(
-        store, CollectGarbage("ckpt", known, frozenset(), epoch), HOUR, predecessors or Predecessors(store)
-    )
+    action = CollectGarbage("ckpt", known, frozenset(), epoch, failed)
+    return collect_garbage(store, action, HOUR, watch or Watch(store))
 
 
 @pytest.fixture
@@ -67,15 +67,86 @@ def test_what_a_predecessor_sealed_and_never_committed_goes_at_once(store: Local
     assert on_disk(tmp_path) == [1]
 
 
+def put_shard(directory: Path, number: int, attempt: str) -> Path:
+    path = directory / f"ckpt-{number}" / attempt / "00000-0.arrow"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(b"a shard")
+    return path
+
+
+@pytest.mark.parametrize("modified", [0.0, time.time() - 86400, time.time() + 86400])
+def test_what_a_predecessor_had_begun_last_goes_soon_with_its_hidden_files_whatever_the_clocks_say(
+    store: LocalStore, tmp_path: Path, modified: float
+) -> None:
+    """So a job that is restarted every few minutes does not fill its disk."""
+    shard = put_shard(tmp_path, 2, attempt_of(1, 4, "a"))
+    for path in (shard, shard.with_name(f".{'7' * 32}.tmp")):
+        path.write_bytes(b"half")
+        os.utime(path, (modified, modified))
+    clock = Clock()
+    watch = Watch(store, clock)
+    collect(store, 2, watch)
+    assert on_disk(tmp_path) == [1, 2], "its ranks may not have heard yet that they were replaced"
+    clock.now += 10
+    collect(store, 2, watch)
+    assert on_disk(tmp_path) == [1]
+
+
+@pytest.mark.parametrize("modified", [0.0, time.time() - 86400, time.time() + 86400])
+@pytest.mark.parametrize(
+    ("attempt", "seconds"), [(attempt_of(1, 7, "f"), HOUR), (attempt_of(1, 1, "a"), 60), (attempt_of(2, 7, "b"), 60)]
+)
+def test_what_may_be_a_copy_in_the_making_or_be_written_to_goes_once_nobody_has_touched_it_for_long(
+    store: LocalStore, tmp_path: Path, attempt: str, seconds: float, modified: float
+) -> None:
+    """From elsewhere, back from a backup, or of ranks whose save has failed; by our own clock, from when it was seen."""
+    clock = Clock()
+    watch, failed = Watch(store, clock), frozenset({attempt_of(2, 7, "b")})
+    shard = put_shard(tmp_path, 2, attempt)
+    os.utime(shard, (modified, modified))
+    assert collect(store, 2, watch, failed) == 0
+    clock.now += seconds - 1
+    assert collect(store, 2, watch, failed) == 0
+    shard.with_name(f".{'7' * 32}.tmp").write_bytes(b"another one is coming")
+    clock.now += 1
+    assert collect(store, 2, watch, failed) == 0
+    clock.now += seconds - 1
+    assert collect(store, 2, watch, failed) == 0
+    clock.now += 1
+    collect(store, 2, watch, failed)
+    assert on_disk(tmp_path) == [1]
+
+
+def test_what_killed_processes_have_hidden_beside_the_attempts_goes_once_it_was_seen_unchanged(
+    store: LocalStore, tmp_path: Path
+) -> None:
+    clock, watch_clock = Clock(), Clock()
+    watch = Watch(store, clock)
+    lost = [tmp_path / folder / f".{'7' * 32}.tmp" for folder in ("", names.LOG, names.LEASES)]
+    probe = tmp_path / "_probe" / "dead"
+    for path in (*lost, probe):
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(b"half")
+        os.utime(path, (0, 0))
+    assert collect(store, 2, watch) == 0
+    clock.now += 60
+    assert collect(store, 2, Watch(store, watch_clock)) == 0, "another observer begins anew"
+    lost[0].write_bytes(b"whole now")
+    assert collect(store, 2, watch) == 2
+    clock.now += HOUR
+    assert collect(store, 2, watch) == 2
+    assert not any(path.exists() for path in (*lost, probe))
+
+
 def test_it_goes_also_when_it_was_sealed_after_the_log_had_dropped_its_coordinator(
     store: LocalStore, tmp_path: Path
 ) -> None:
     """One that was thought dead finishes what it did; the next commit of it is turned away."""
-    predecessors = Predecessors(store)
-    assert collect(store, 2, predecessors) == 0
+    watch = Watch(store)
+    assert collect(store, 2, watch) == 0
     drop_entries(tmp_path, 3)
     put_manifest(store, 2, attempt_of(1, 4, "a"))
-    assert collect(store, 2, predecessors) == 1
+    assert collect(store, 2, watch) == 1
     assert on_disk(tmp_path) == [1]
 
 

@@ -293,3 +293,14 @@ def test_a_clock_that_went_back_orphans_nothing_where_rules_decide() -> None:
     for number in (2, 3):
         other.save(2, 1, number, number)
     assert (numbers(other), other.machine.state.preserved) == ([2, 3], ())
+
+
+def test_a_better_one_that_is_reported_late_takes_the_place_of_the_best_without_any_save() -> None:
+    driver, run = opened(BestN(1, "loss", "min"))
+    driver.report(driver.save(run, 1, 1, 1).attempt, loss=1.0)
+    second = driver.save(run, 1, 2, 2)
+    assert numbers(driver) == [1, 2]
+    driver.report(second.attempt, loss=0.5)
+    driver.wait(30.0)
+    driver.settle()
+    assert numbers(driver) == [2]

@@ -89,7 +89,7 @@ from distckpt.testing.history import (
     Whole,
 )
 from distckpt.testing.promises import PROMISES
-from distckpt.testing.sim_store import SimulatedPlan, SimulatedStore, describe, make_plan, record_of
+from distckpt.testing.sim_store import SimulatedLease, SimulatedPlan, SimulatedStore, describe, make_plan, record_of
 
 WORLD = 2
 RETENTION = {"one": Retention(None), "two": Retention(1), "three": Retention(2)}
@@ -366,7 +366,7 @@ class Coordinators(RuleBasedStateMachine):
         records = (*entry.state.active, *entry.state.preserved)
         if records:
             attempt = records[which % len(records)].attempt
-            self.store.leases[reader] = (attempt, 1e9)
+            self.store.leases[reader] = SimulatedLease(attempt, 60.0, 0, 0.0, self.time)
             self.history.add(Held(reader, attempt))
 
     def drop_a_lease(self, reader: str) -> None:
@@ -451,7 +451,8 @@ class Coordinators(RuleBasedStateMachine):
             case Seal():
                 self._seal(shell, action, fault)
             case ReadLeases():
-                self._feed(shell, LeasesRead(self.store.leased(self.time), "cannot" if fault else ""))
+                attempts = frozenset(lease.attempt for lease in self.store.leases.values())
+                self._feed(shell, LeasesRead(attempts, "cannot" if fault else ""))
             case Delete(records):
                 for record in records if not fault else ():
                     self._erase(shell, record.attempt)

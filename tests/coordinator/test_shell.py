@@ -97,7 +97,8 @@ class Ranks:
     """Two ranks of one run, whose words the test says, before a coordinator in this process."""
 
     def __init__(self, directory: Path, save_timeout: float) -> None:
-        self.shell = Shell(LocalStore(directory), Settings())
+        self.entries: list[int] = []
+        self.shell = Shell(LocalStore(directory), Settings(), on_entry=self.entries.append)
         self.shell.start()
         self._save_timeout = save_timeout
 
@@ -174,3 +175,12 @@ def test_who_waits_while_another_ones_request_fails_is_told(two: Ranks) -> None:
     reply = waiting.result(20)
     assert isinstance(reply, Refused)
     assert isinstance(reply.error, CoordinatorFailedError)
+
+
+def test_whoever_follows_the_log_is_told_of_each_entry(two: Ranks, tmp_path: Path) -> None:
+    two.open()
+    assert two.entries == numbers_of_entries(tmp_path) != []
+
+
+def numbers_of_entries(directory: Path) -> list[int]:
+    return [entry.seq for entry in assert_sound_log(directory)]

@@ -83,6 +83,15 @@ def test_a_run_is_copied_byte_for_byte_and_the_job_goes_on_there(source: Path, t
     assert_loads(there / "ckpt-3", 3)
 
 
+def test_what_was_reported_goes_along_though_no_entry_has_it_yet(source: Path, tmp_path: Path) -> None:
+    with distckpt.open(source) as reader:
+        reader.report({"loss": 1.5})
+    fates(source, tmp_path / "there")
+    fates(source / "ckpt-3", tmp_path / "alone")
+    for there in ("there", "alone"):
+        assert records(tmp_path / there)[-1].metrics == {"loss": 1.5}
+
+
 def test_what_came_since_follows_and_nothing_is_copied_twice(source: Path, tmp_path: Path) -> None:
     there = tmp_path / "there"
     assert fates(source, there, "--newest") == [("ckpt-3", "copied")]

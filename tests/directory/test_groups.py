@@ -340,8 +340,8 @@ def test_what_else_lies_among_groups_is_none() -> None:
 
 def test_skipping_is_said_in_the_groups_own_chain() -> None:
     store = MemoryStore()
+    Group(store, "eval", "a").join(ALL, State())  # before there is a log, so that this is another one than it knows
     log = committed(store, 3)
-    Group(store, "eval", "a").join(ALL, log)
     skip(store, "eval", log.active[:2])
     state = read_groups(store)["eval"]
     assert (numbers(waiting(state, log)), state.skipped) == ([3], 2)

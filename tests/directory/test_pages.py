@@ -17,7 +17,8 @@ from distckpt.cli import main
 from distckpt.coordinator.machine.actions import CollectGarbage
 from distckpt.coordinator.shell.housekeeping import collect_garbage
 from distckpt.directory.by_hand import Hand
-from distckpt.directory.garbage import Predecessors, dropped_pages
+from distckpt.directory.collect import PAGE, Survey, delete
+from distckpt.directory.garbage import FAILED_SECONDS, GARBAGE_SECONDS, Bounds, Leftover, Watch, dropped_pages
 from distckpt.directory.groups import read_groups, waiting, wanted_by
 from distckpt.directory.lease import hold
 from distckpt.directory.locate import locate
@@ -33,6 +34,7 @@ from distckpt.storage import LocalStore
 from distckpt.testing.faults import Call, Fault
 from distckpt.testing.faulty import FaultyStore
 from tests.support.checkpoints import new_attempt, put_manifest
+from tests.support.clock import Clock
 from tests.support.damage import flip
 from tests.support.small_runs import Trainer, assert_loads, settled
 
@@ -250,7 +252,7 @@ def test_what_a_lost_page_may_name_is_not_collected_and_not_adopted(directory: P
     assert all(attempt in attempts for attempt in lost.attempts)
     assert stray.attempt not in attempts
     action = CollectGarbage("ckpt", state.known(), frozenset(), 1 << 40, urgent=True, pages=state.pages)
-    collect_garbage(store, action, -1e9, Predecessors(store))
+    collect_garbage(store, action, 0.0, Watch(store))
     assert len(list(directory.glob(f"ckpt-*/*/{names.MANIFEST}"))) == KEPT + 1
     assert json.loads(call("gc", directory, "--json", "--force").stdout)["garbage"] == []
     assert [one["checkpoint"] for one in json.loads(call("adopt", directory, "--json").stdout)["checkpoints"]] == [
@@ -261,29 +263,45 @@ def test_what_a_lost_page_may_name_is_not_collected_and_not_adopted(directory: P
 # ---- pages that nobody needs --------------------------------------------------------------------------------------------
 
 
-def aged(directory: Path) -> None:
-    for path in directory.rglob("*.json"):
-        os.utime(path, (OLD, OLD))
+def dropped(store: LocalStore, epoch: int, *said: str, watch: Watch | None = None) -> list[Leftover]:
+    return dropped_pages(Bounds((), frozenset(), epoch), GARBAGE_SECONDS, watch or Watch(store), said)
 
 
-def test_a_page_goes_when_no_entry_in_the_log_refers_to_it(directory: Path) -> None:
-    store = LocalStore(directory)
+def test_a_page_goes_once_no_entry_in_the_log_refers_to_it_and_readers_of_gone_ones_had_time(directory: Path) -> None:
+    store, clock = LocalStore(directory), Clock()
     tail = read_tail(store)
     hand = Hand(store, tail, "test")
     opened = whole(store, tail.head)
     small = msgspec.structs.replace(opened, active=opened.active[-3:], preserved=(), retiring=())
     for number in range(KEEP_ENTRIES):
-        hand.write("claim", small, OLD + number)
-    aged(directory)
-    assert dropped_pages(store, 1 << 40) == []  # the first entry is still there
+        hand.write("claim", small, 1.0 + number)
+    assert dropped(store, 1 << 40) == []  # the first entry is still there
     prune(store, read_tail(store).seq + 10)
-    assert len(dropped_pages(store, 1 << 40)) == len(pages_of(directory)) == 2
-    found = json.loads(call("gc", directory, "--json", "--dry-run").stdout)["garbage"]
-    assert {one["path"] for one in found if one["kind"] == "page of the log"} == {
-        f"{names.PAGES}/{page.name}" for page in pages_of(directory)
-    }
-    assert call("gc", directory).exit_code == 0
+    assert len(dropped(store, 1 << 40)) == len(pages_of(directory)) == 2
+    survey = Survey(store, GARBAGE_SECONDS, clock)
+    survey.look()
+    clock.now += FAILED_SECONDS - 1
+    assert not [one for one in survey.look().found if one.kind == PAGE]
+    clock.now += 1
+    found = [one for one in survey.look().found if one.kind == PAGE]
+    assert {one.left.path for one in found} == {f"{names.PAGES}/{page.name}" for page in pages_of(directory)}
+    assert delete(found) == {}
     assert pages_of(directory) == []
+
+
+def test_a_coordinator_watches_a_page_before_it_goes_however_old_the_store_says_it_is(directory: Path) -> None:
+    store, clock = LocalStore(directory), Clock()
+    write_page(store, f"e0-{'a' * 32}", "active", (read_tail(store).head.active[0],))
+    [page] = [path for path in pages_of(directory) if path.stem.startswith("e0-")]
+    os.utime(page, (1.0, 1.0))
+    state, watch = read_tail(store).head, Watch(store, clock)
+    action = CollectGarbage("ckpt", state.known(), frozenset(), 1 << 40, pages=state.pages)
+    collect_garbage(store, action, GARBAGE_SECONDS, watch)
+    assert page.exists()
+    clock.now += FAILED_SECONDS
+    collect_garbage(store, action, GARBAGE_SECONDS, watch)
+    assert not page.exists()
+    assert {path.stem for path in pages_of(directory)} == {one.id for one in state.pages}
 
 
 def test_what_the_newest_coordinator_wrote_stays_until_it_says_so(directory: Path) -> None:
@@ -291,17 +309,17 @@ def test_what_the_newest_coordinator_wrote_stays_until_it_says_so(directory: Pat
     epoch = read_tail(store).entry.epoch  # type: ignore[union-attr]
     page = f"e{epoch}-{'a' * 32}"
     write_page(store, page, "active", (read_tail(store).head.active[0],))
-    assert dropped_pages(store, epoch) == []
-    assert [info.path for info in dropped_pages(store, epoch, {page})] == [names.page_path(page)]
-    assert [info.path for info in dropped_pages(store, epoch + 1)] == [names.page_path(page)]
+    assert dropped(store, epoch) == []
+    assert [left.path for left in dropped(store, epoch, page)] == [names.page_path(page)]
+    assert [left.path for left in dropped(store, epoch + 1)] == [names.page_path(page)]
 
 
 def test_no_page_goes_while_an_entry_cannot_be_read(directory: Path) -> None:
     store = LocalStore(directory)
     write_page(store, f"e0-{'a' * 32}", "active", (read_tail(store).head.active[0],))
-    assert len(dropped_pages(store, 1)) == 1
+    assert len(dropped(store, 1)) == 1
     (directory / names.entry_path(1)).write_text("{}")
-    assert dropped_pages(store, 1) == []
+    assert dropped(store, 1) == []
 
 
 def test_who_has_an_old_entry_in_hand_finds_what_there_is_now(directory: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,9 +13,10 @@ import pytest
 from click.testing import CliRunner, Result
 
 import distckpt
-from distckpt.cli import main
+from distckpt.cli import main, removing
 from distckpt.directory.by_hand import Hand
 from distckpt.directory.chosen import choose_in
+from distckpt.directory.leases import Leases
 from distckpt.directory.log import read_tail
 from distckpt.directory.remove import plan_removal, remove
 from distckpt.errors import CheckpointNotFoundError, CoordinatorError, FencedError, StorageError
@@ -22,6 +24,7 @@ from distckpt.format import names
 from distckpt.storage import LocalStore
 from distckpt.testing.faults import Call, Fault
 from distckpt.testing.faulty import FaultyStore
+from tests.support.clock import Clock
 from tests.support.small_runs import (
     Trainer,
     assert_loads,
@@ -133,9 +136,9 @@ def test_killed_at_any_write_nothing_half_is_read_and_what_is_left_goes_later(di
         copy = tmp_path / f"copy-{write}"
         shutil.copytree(directory, copy, ignore=shutil.ignore_patterns("copy-*"))
         store = FaultyStore(LocalStore(copy), GoneAt(write))
-        tail, records = plan_removal([choose_in(LocalStore(copy), "ckpt-1")], True, 0.0)
+        tail, records = plan_removal([choose_in(LocalStore(copy), "ckpt-1")], True, 0.0, Leases(store))
         with contextlib.suppress(StorageError, CoordinatorError):
-            remove(store, tail, records, lambda: 1.0)
+            remove(store, tail, records, lambda: 1.0, Leases(store))
         if 1 in numbers(copy):
             assert_loads(copy / "ckpt-1", 1)
             continue
@@ -157,11 +160,25 @@ def test_killed_at_any_write_nothing_half_is_read_and_what_is_left_goes_later(di
     assert write < 99, "it never came to its end"
 
 
+def test_what_a_killed_reader_had_leased_goes_when_that_has_been_watched_for_long_enough(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = Clock()
+    monkeypatch.setattr(removing, "Leases", lambda store: Leases(store, clock))
+    monkeypatch.setattr(time, "sleep", lambda seconds: setattr(clock, "now", clock.now + seconds))
+    lease_on(directory, 1, seconds=95)
+    refused = call("rm", directory / "ckpt-1", "--force", "-y")
+    assert (refused.exit_code, "pass --wait" in refused.stderr) == (2, True)
+    assert call("rm", directory / "ckpt-1", "--force", "-y", "--wait").exit_code == 0
+    assert clock.now == 1100
+    assert (numbers(directory), on_disk(directory)) == ([2, 3], [2, 3])
+
+
 def test_what_somebody_begins_to_read_meanwhile_is_out_of_the_log_and_stays_for_now(directory: Path) -> None:
     store = LocalStore(directory)
-    tail, records = plan_removal([choose_in(store, "ckpt-1")], True, 0.0)
+    tail, records = plan_removal([choose_in(store, "ckpt-1")], True, 0.0, Leases(store))
     lease_on(directory, 1, seconds=60)
-    [removed] = remove(store, tail, records, lambda: 1.0)
+    [removed] = remove(store, tail, records, lambda: 1.0, Leases(store))
     assert "read" in removed.left
     assert (numbers(directory), on_disk(directory)) == ([2, 3], [1, 2, 3])
 
@@ -181,9 +198,9 @@ def test_a_save_that_only_lacks_its_entry_is_not_lost(directory: Path) -> None:
 
 def test_somebody_else_who_writes_to_the_log_meanwhile_wins(directory: Path) -> None:
     store = LocalStore(directory)
-    tail, records = plan_removal([choose_in(store, "ckpt-1")], True, 0.0)
+    tail, records = plan_removal([choose_in(store, "ckpt-1")], True, 0.0, Leases(store))
     Hand(store, tail, "test").write("claim", tail.state, 1.0)
     with pytest.raises(CoordinatorError, match="somebody else"):
-        remove(store, tail, records, lambda: 2.0)
+        remove(store, tail, records, lambda: 2.0, Leases(store))
     assert on_disk(directory) == [1, 2, 3]
     assert max(map(names.entry_seq, files(directory)), key=lambda seq: seq or 0) == tail.seq + 1

@@ -18,12 +18,13 @@ import distckpt
 from distckpt.cli import main
 from distckpt.coordinator.machine.actions import CollectGarbage
 from distckpt.coordinator.shell.housekeeping import collect_garbage
-from distckpt.directory.garbage import Predecessors
+from distckpt.directory.garbage import Watch
 from distckpt.directory.leases import Leases
 from distckpt.errors import DistckptError
 from distckpt.format import names
 from distckpt.storage import LocalStore, ObjectInfo
 from tests.support.checkpoints import new_attempt
+from tests.support.clock import Clock
 from tests.support.small_runs import Trainer, assert_loads, mount, mounting, numbers, run
 
 LEVELS = 3000
@@ -39,6 +40,7 @@ def nested() -> Iterator[Path]:
         "",
         names.LOG,
         names.LEASES,
+        names.STATS,
         "_probe",
         "ckpt-1",
         f"ckpt-1/{attempt.name}",
@@ -63,7 +65,7 @@ def dig(folder: Path) -> None:
 def test_folders_in_folders_hold_nobody_up(nested: Path) -> None:
     assert distckpt.latest_checkpoint(nested) == f"{nested}/ckpt-1"
     assert_loads(nested / "ckpt-1", 1)
-    for command in ("ls", "verify"):
+    for command in ("ls", "stats", "verify"):
         assert CliRunner().invoke(main, [command, str(nested)]).exit_code == 0
     with Trainer(nested, max_to_keep=1) as trainer:
         assert trainer.manager.restore_or_initialize() == f"{nested}/ckpt-1"
@@ -78,9 +80,12 @@ def test_garbage_is_collected_beside_folders_in_folders(nested: Path) -> None:
     store.put_if_absent(f"ckpt-2/{attempt}/00000-0.arrow", b"left behind")
     old = nested / names.LOG / f".{'0' * 32}.tmp"
     old.write_bytes(b"half an entry")
-    for path in (old, nested / f"ckpt-2/{attempt}/00000-0.arrow"):
-        os.utime(path, (1, 1))
-    collect_garbage(store, CollectGarbage("ckpt", frozenset(), frozenset(), 1 << 40), 60.0, Predecessors(store))
+    clock = Clock()
+    watch = Watch(store, clock)
+    for _ in range(2):
+        assert old.exists()
+        collect_garbage(store, CollectGarbage("ckpt", frozenset(), frozenset(), 1 << 40), 60.0, watch)
+        clock.now += 60
     assert not old.exists()
     assert not (nested / "ckpt-2" / attempt).exists()
 

@@ -41,12 +41,6 @@ for checkpoint in distckpt.watch(sys.argv[1], group="eval", mode="all", lease_se
 """
 
 
-@pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whoever waits looks every 20 ms."""
-    monkeypatch.setattr("distckpt.directory.news.POLL_SECONDS", 0.02)
-
-
 def watch(directory: object, **options: Any) -> distckpt.Watch:
     """What is there now, for one group that wants each."""
     return distckpt.watch(directory, **{"group": "eval", "mode": "all", "timeout": 0, "backoff": 0, **options})  # type: ignore[arg-type]
@@ -380,6 +374,21 @@ def test_settings_that_are_no_group_s_or_make_no_sense_are_refused(tmp_path: Pat
             watch(tmp_path, **options)
 
 
+def test_what_ends_its_workers_is_set_aside_also_while_another_one_rests(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("distckpt.directory.sharing.MAX_DELIVERIES", 2)
+    commit_bare(tmp_path, 1)
+    commit_bare(tmp_path, 2)
+    next(watch(tmp_path, backoff=1000)).release()
+    for _ in range(2):
+        next(watch(tmp_path)).release()
+    assert list(watch(tmp_path)) == []
+    state = state_of(tmp_path)
+    assert [(item.number, item.deliveries) for item in state.set_aside] == [(2, 2)]
+    assert [item.number for item in state.returned] == [1]
+
+
 def test_a_group_may_be_there_before_the_run(tmp_path: Path) -> None:
     checkpoints = watch(tmp_path / "run", timeout=60)
     begin(tmp_path / "run")
@@ -416,7 +425,8 @@ def test_a_look_without_news_costs_two_listings_however_old_the_run(tmp_path: Pa
             assert list(checkpoints) == []
             calls = [(call.operation, call.path) for call in store.calls[before:]]
             costs.append(calls[:2])
-            assert set(calls) <= {("list", "_groups/eval"), ("list", "_log")}
+            of_the_log = {("stat", names.entry_path(seq)) for seq in (read_tail(store).seq, read_tail(store).seq + 1)}
+            assert set(calls) <= {("list", "_groups/eval"), ("list", "_log"), *of_the_log}
         assert costs[0] == costs[1] == [("list", "_groups/eval"), ("list", "_log")]
 
 

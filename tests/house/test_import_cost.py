@@ -31,7 +31,7 @@ tell("saved")
 def loaded(tmp_path_factory: pytest.TempPathFactory) -> dict[str, set[str]]:
     """Which heavy packages are loaded after each module has been imported, in the order of the keys; last: "saved"."""
     light = ["distckpt", "distckpt.errors", "distckpt.iterators", "distckpt.state_file", "distckpt.reader"]
-    light += ["distckpt.directory.lease", "distckpt.export.listing"]
+    light += ["distckpt.directory.lease", "distckpt.export.listing", "distckpt.evaluation.watch"]
     below = [name for name in modules() if part(name) in ("storage", "format", "coordinator", "cli")]
     below = [name for name in below if not name.endswith("__main__") and name not in RAY]
     below = [name for name in below if not name.startswith("distckpt.storage.remote")]  # a URL pays for those

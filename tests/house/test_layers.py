@@ -21,13 +21,14 @@ FLOORS = (
     ("checkpoint",),
     ("training", "export", "evaluation"),
     ("integrations", "cli"),
+    ("ray",),
 )
 """From the lowest up. What is on one floor may use its own room, and the floors below; nothing beside it."""
 
 ROOMS = ("messages", "machine", "shell", "ray", "client")
 """Those of the coordinator, likewise."""
 
-USERS_WORDS = {"__init__", "world", "state_file", "checkpoint", "manager", "reader", "iterators", "keep"}
+USERS_WORDS = {"__init__", "world", "state_file", "checkpoint", "manager", "ray", "reader", "iterators", "keep"}
 """The modules at the top of the package: what people import and what they meet in a traceback."""
 
 
@@ -102,9 +103,9 @@ def test_no_module_needs_itself() -> None:
 
 def test_wall_clock_time_is_read_at_the_rim_and_through_time_time_alone() -> None:
     """So a test can set it, and what decides (the machine, retention) is told."""
-    rim = {"coordinator.shell.shell", "storage.local", "storage.memory", "storage.examine", "export.task"}
-    rim |= {"directory.garbage", "directory.groups", "directory.reports", "evaluation.claims", "training.hooks"}
-    rim |= {"storage.remote.generic", "storage.remote.s3_signing"}
+    rim = {"coordinator.shell.shell", "storage.memory", "storage.examine", "export.task"}
+    rim |= {"directory.groups", "directory.reports", "evaluation.claims", "training.hooks", "rank.chronicle"}
+    rim |= {"storage.remote.s3_signing"}
     rim |= {f"cli.{command}" for command in ("adopting", "collecting", "copying", "pinning", "removing")}
     harmless = {"time.monotonic", "time.perf_counter", "time.sleep"}
     harmless |= {"time.clock_gettime", "time.CLOCK_MONOTONIC"}  # of stillness.elapsed: no wall clock either
@@ -123,7 +124,8 @@ def test_wall_clock_time_is_read_at_the_rim_and_through_time_time_alone() -> Non
 
 
 def test_ray_is_used_only_where_actors_are() -> None:
-    allowed = {"distckpt.export.places", "distckpt.export.packing", "distckpt.integrations.ray_train"}
+    allowed = {"distckpt.export.places", "distckpt.export.packing", "distckpt.integrations.ray_train",
+               "distckpt.integrations.ray_evaluation"}  # fmt: skip
     # world.py only looks whether this is a Ray Train worker, who has imported ray.train already.
     found = users("ray") - {"distckpt.world"}
     assert {name for name in found if not name.startswith("distckpt.coordinator.ray")} <= allowed

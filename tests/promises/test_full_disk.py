@@ -14,7 +14,7 @@ import torch
 import distckpt
 from distckpt.coordinator.machine.actions import CollectGarbage
 from distckpt.coordinator.shell.housekeeping import collect_garbage
-from distckpt.directory.garbage import Predecessors
+from distckpt.directory.garbage import Watch
 from distckpt.directory.log import read_tail
 from distckpt.errors import StorageFullError, StoreUnsuitableError
 from distckpt.format import names
@@ -41,9 +41,9 @@ def newest(directory: Path) -> Entry:
     return entry
 
 
-def dead_attempt(directory: Path, entry: Entry, nbytes: int = 10) -> Path:
-    """A shard of an attempt that the coordinator of ``entry`` had begun when it died, just now."""
-    attempt = f"e{entry.epoch}-{0xFFFF:08x}{names.claim_of(entry.commit_id)}"
+def dead_attempt(directory: Path, entry: Entry, nbytes: int = 10, made: int = 0xFFFF) -> Path:
+    """A shard of an attempt that the coordinator of ``entry`` had begun when it died, just now; or ``made`` before."""
+    attempt = f"e{entry.epoch}-{made:08x}{names.claim_of(entry.commit_id)}"
     shard = directory / "ckpt-7" / attempt / names.shard_name(0, 0)
     shard.parent.mkdir(parents=True)
     shard.write_bytes(bytes(nbytes))
@@ -161,12 +161,12 @@ def test_whatever_finds_no_room_is_written_once_more_when_there_is(tmp_path: Pat
 def collect(directory: Path, *, epoch: int, failed: frozenset[str] = frozenset(), urgent: bool = True) -> None:
     store, known = LocalStore(directory), newest(directory).state.known()
     action = CollectGarbage("ckpt", known, frozenset(), epoch, failed, urgent)
-    collect_garbage(store, action, 3600.0, Predecessors(store))
+    collect_garbage(store, action, 3600.0, Watch(store))
 
 
-def test_only_when_it_is_urgent_garbage_need_not_be_old(tmp_path: Path) -> None:
+def test_only_when_it_is_urgent_garbage_need_not_be_watched(tmp_path: Path) -> None:
     run(tmp_path, 1)
-    dead = dead_attempt(tmp_path, newest(tmp_path))
+    dead = dead_attempt(tmp_path, newest(tmp_path), made=0)
     collect(tmp_path, epoch=2, urgent=False)
     assert dead.exists()
     collect(tmp_path, epoch=2)
@@ -196,10 +196,11 @@ def test_a_copy_in_the_making_is_left_alone_however_urgent_it_is(tmp_path: Path)
 
 def test_a_coordinator_that_was_replaced_deletes_nothing(tmp_path: Path) -> None:
     run(tmp_path, 1)
-    dead = dead_attempt(tmp_path, newest(tmp_path))
-    replaced = newest(tmp_path).epoch + 1
+    first = newest(tmp_path)
+    replaced = first.epoch + 1
     run(tmp_path, 2)
     run(tmp_path, 3)
+    dead = dead_attempt(tmp_path, first)
     assert newest(tmp_path).epoch > replaced
     collect(tmp_path, epoch=replaced)
     assert dead.exists()

@@ -113,6 +113,11 @@ def test_the_same_seed_gives_the_same_story():
         ("collect_pages", {"G1"}),
         ("restore_unasked", {"G6"}),
         ("no_read_back", {"G8"}),
+        ("old_epochs_count", {"G5"}),
+        ("look_before_lease", {"G7"}),
+        ("leases_before_retiring", {"G7"}),
+        ("outlive_lease", {"G6", "G7"}),
+        ("wall_clock_leases", {"G6", "G7"}),
     ],
 )
 def test_breaking_a_rule_breaks_promises(rule, promises):

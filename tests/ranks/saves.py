@@ -100,6 +100,7 @@ def save_where_it_is_full(directory: str, filler: str) -> str:
         manager.save(2).result(30)
         if dist.get_rank() == 0:
             disk = os.statvfs(directory)
+            Path(filler).parent.mkdir(parents=True, exist_ok=True)  # what was there is garbage, and gone by now
             Path(filler).write_bytes(bytes(disk.f_bavail * disk.f_bsize - (3 << 19)))
         dist.barrier()
         return str(manager.save(3).result(30))

@@ -53,6 +53,16 @@ CHANGES: list[tuple[Callable[[], Any], Callable[[Any], object]]] = [
 ]
 
 
+@pytest.mark.parametrize(("make", "change"), CHANGES[:-1])
+def test_a_change_anywhere_is_seen(make: Callable[[], Any], change: Callable[[Any], object]) -> None:
+    value = make()
+    snapshot = snapshot_of(value)
+    assert snapshot is not None
+    change(value)
+    assert not snapshot.is_of(value)
+
+
+@pytest.mark.wide(5)
 @pytest.mark.parametrize("wrap", [lambda value: value, distckpt.PerRank], ids=["plain", "per-rank"])
 @pytest.mark.parametrize(("make", "change"), CHANGES)
 def test_a_large_value_that_changes_anywhere_is_saved_as_it_is_then(

@@ -48,6 +48,17 @@ def batches() -> Batches:
 
 
 @pytest.fixture(scope="module")
+def played(request: pytest.FixtureRequest) -> Callable[[str], list[str]]:
+    """The entries with which a test of this module is going to run."""
+
+    def of(test: str) -> list[str]:
+        items = [item for item in request.session.items if item.nodeid.partition("::")[2].startswith(f"{test}[")]
+        return list(dict.fromkeys(item.callspec.params["name"] for item in items if isinstance(item, pytest.Function)))
+
+    return of
+
+
+@pytest.fixture(scope="module")
 def gang1(ray_address: str) -> Iterator[Gang]:
     with Gang(1, {"RAY_ADDRESS": ray_address}) as gang:
         yield gang
@@ -68,10 +79,14 @@ def test_training_draws_its_own_random_numbers_while_the_first_manager_opens(ray
         assert gang.run("ranks.zoo:drawn_meanwhile", directory=str(tmp_path)) == [True, True]
 
 
+@pytest.mark.wide(4)
 @pytest.mark.parametrize("name", ALIKE)
-def test_two_ranks_that_hold_the_same_get_it_back(gang2: Gang, batches: Batches, folder: Path, name: str) -> None:
+def test_two_ranks_that_hold_the_same_get_it_back(
+    gang2: Gang, batches: Batches, folder: Path, played: Callable[[str], list[str]], name: str
+) -> None:
+    names = played("test_two_ranks_that_hold_the_same_get_it_back")
     results = batches.result(
-        "alike", lambda: gang2.run("ranks.zoo:alike", directory=str(folder / "alike"), names=ALIKE)
+        "alike", lambda: gang2.run("ranks.zoo:alike", directory=str(folder / "alike"), names=names)
     )
     assert [result[name] for result in results] == [[], []]
 

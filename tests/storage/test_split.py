@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +14,7 @@ from distckpt import CheckpointManager, errors
 from distckpt.cli.app import main
 from distckpt.coordinator.machine.actions import CollectGarbage
 from distckpt.coordinator.shell.housekeeping import collect_garbage
-from distckpt.directory.garbage import Predecessors
+from distckpt.directory.garbage import Watch
 from distckpt.errors import DataElsewhereError, StorageError, StoreUnsuitableError
 from distckpt.format import names
 from distckpt.storage import LocalStore, MemoryStore, ObjectInfo, SplitStore, Store, open_store, placed
@@ -25,6 +23,7 @@ from distckpt.storage.probe import probe
 from distckpt.testing.conformance import StoreConformance
 from distckpt.testing.observing import Outside
 from distckpt.transfer.reader import LOCAL, REMOTE, pace_of
+from tests.support.clock import Clock
 from tests.support.small_runs import Trainer, holds, mount, mounting, numbers, records, run, target
 
 HEX = "0" * 32
@@ -185,13 +184,14 @@ def test_directories_share_a_place_for_shards_and_each_collects_its_own_garbage(
     claim = names.claim_of(records(home)[0].attempt)
     dead = f"ckpt-9/e1-{'7' * 8}{claim}/00000-0.arrow"
     store.put_unique(dead, 3, [memoryview(b"abc")])
-    old = time.time() - 10_000
-    for path in data.rglob("*.arrow"):
-        os.utime(path, (old, old))
     kept = shards(data) - {dead}
     known = frozenset(record.attempt for record in records(home))
     action = CollectGarbage("ckpt", epoch=9, known=known, live=frozenset(), failed=frozenset(), urgent=False)
-    assert collect_garbage(store, action, 3600.0, Predecessors(store)) == 1
+    clock = Clock()
+    watch = Watch(store, clock)
+    assert collect_garbage(store, action, 3600.0, watch) == 0
+    clock.now += 60
+    assert collect_garbage(store, action, 3600.0, watch) == 1
     assert shards(data) == kept
     assert holds(distckpt.load(other, "state", data=data), 1)
 

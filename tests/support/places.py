@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from distckpt.storage import SupportsSweep, open_store
+from distckpt.storage import SupportsHidden, SupportsSweep, open_store
 from tests.support import servers
 from tests.support.proxy import Seen
 from tests.support.stores import GcsBucket
@@ -223,6 +223,7 @@ class Place:
         """Says what is still hidden after a sweep, if anything."""
         store = open_store(self.url, self.options())
         assert isinstance(store, SupportsSweep)
-        store.sweep("", -60.0)  # whatever the clocks say
+        assert isinstance(store, SupportsHidden)
+        store.sweep(list(store.hidden("")))
         if hidden := self.protocol.hidden(self.port, self.bucket):
             yield f"a sweep leaves {sorted(hidden)}"

@@ -149,6 +149,7 @@ def leftovers(directory: PathLike) -> set[str]:
         path
         for path in found
         if path != names.STATE_FILE
+        and names.stats_run(path) is None
         and not (path.startswith(folders) and not Path(path).name.startswith("."))
         and not (path.startswith(f"{names.LOG}/") and names.entry_seq(path) is not None)
     }

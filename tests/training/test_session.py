@@ -634,6 +634,7 @@ def test_sigterm_to_one_rank_makes_all_save_and_stop_at_the_same_step(gang2: Gan
     assert results[0] == results[1]
     last = results[0]["steps"]
     assert small_runs.numbers(tmp_path) == [0, last]
+    assert not small_runs.entries(tmp_path)[-1].state.ended, "only one of them was told, and none says that it is over"
     state = distckpt.load(f"{tmp_path}/model.ckpt-{last}")
     assert state["progress"] == {"step": last}
     assert state["weight"].tolist() == [last] * 4
@@ -673,6 +674,7 @@ def test_the_example_saves_and_stops_when_it_is_told_to_and_goes_on_from_there(
 def test_the_example_on_two_ranks(gang2: Gang, tmp_path: Path) -> None:
     gang2.run("ranks.hooks:example", directory=str(tmp_path), steps=7, save_steps=5, loss=0.0)
     assert small_runs.numbers(tmp_path) == [0, 5, 7]
+    assert small_runs.entries(tmp_path)[-1].state.ended
     gang2.run("ranks.hooks:example", directory=str(tmp_path), steps=100, save_steps=5, loss=1e9)
     assert small_runs.numbers(tmp_path)[-2:] == [7, 12], "it went on at 7, and a listener stopped it"
 

@@ -408,12 +408,18 @@ def test_an_optimizer_that_takes_the_place_of_another_steps_after_the_copy():
     parameter = torch.nn.Parameter(torch.zeros(64 * MIB, device="cuda"))
     first, second = torch.optim.SGD([parameter]), torch.optim.SGD([parameter], lr=1.0)
     parameter.grad = torch.ones_like(parameter)
-    order = StepOrder(lambda: [first])
+    waits: list[float] = []
+    order = StepOrder(lambda: [first], waits.append)
     staging = staging_of([parameter])
     order.after(staging.stage([parameter.detach()], []), [parameter.detach()])
     second.step()
     rows, _ = written(staging)
     assert rows[0]["data"] == np.zeros(64 * MIB, dtype=np.float32).tobytes()
+    second.step()
+    torch.cuda.synchronize()
+    order.after(staging.stage([parameter.detach()], []), [parameter.detach()])
+    assert len(waits) == 1
+    assert waits[0] >= 0
     order.close()
     staging.close()
 

@@ -24,7 +24,7 @@ from distckpt.coordinator.client.line import Line, LocalLine
 from distckpt.coordinator.messages import OpenRun, RunOpened
 from distckpt.coordinator.shell.housekeeping import probe_with_room
 from distckpt.coordinator.shell.shell import Settings, Shell
-from distckpt.directory.garbage import Predecessors
+from distckpt.directory.garbage import Watch
 from distckpt.directory.strays import read_run
 from distckpt.errors import CoordinatorError, DistckptError
 from distckpt.storage import Store
@@ -80,7 +80,7 @@ def _first_look(store: Store, token: str | None, hosts: Sequence[str]) -> str:
     """Rank 0 looks for all, before anybody does anything else."""
     problem = ""
     try:
-        probe_with_room(store, Predecessors(store))
+        probe_with_room(store, Watch(store))
         read_run(store)
     except DistckptError as error:
         problem = to_text(error)

@@ -29,7 +29,8 @@ LOOK_AGAIN = 30.0
 LAG_AGAIN = 2.0
 """How often it is looked whether a group has caught up for which a save waits."""
 
-GARBAGE_EVERY = 600.0
+GARBAGE_PAUSES = (20.0, 100.0, 600.0)
+"""Seconds to the next look, the last for ever after. What must be seen unchanged for a while goes in a short life, too."""
 
 
 class Keeping:
@@ -56,6 +57,7 @@ class Keeping:
         self._deleting: frozenset[str] = frozenset()
         self._garbage_wanted = False
         self._garbage_at: float | None = None
+        self._garbage_pauses = list(GARBAGE_PAUSES)
         self._in_need: dict[int, None] = {}
         self._helped: dict[int, None] = {}
         self._helping = False
@@ -237,7 +239,8 @@ class Keeping:
 
     def _collect(self, run: Run) -> None:
         self._garbage_wanted = False
-        self._garbage_at = self._desk.mono + GARBAGE_EVERY
+        pause, *self._garbage_pauses = self._garbage_pauses if self._garbage_pauses else GARBAGE_PAUSES[-1:]
+        self._garbage_at = self._desk.mono + pause
         if self._ledger.whole:
             self._desk.emit(self._garbage(run, urgent=False))
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import logging
 import os
 from typing import Any, cast
@@ -12,6 +11,8 @@ import ray
 
 from distckpt.coordinator.machine.runs import turned_away
 from distckpt.coordinator.messages import OpenRun, Refused, Reply, Request, Unknown
+from distckpt.coordinator.ray import detached
+from distckpt.coordinator.ray.watcher import Teller
 from distckpt.coordinator.shell.shell import Settings, Shell
 from distckpt.directory.log import read_tail
 from distckpt.errors import CoordinatorFailedError, CoordinatorUnavailableError, DistckptError
@@ -19,13 +20,12 @@ from distckpt.storage import open_store
 
 logger = logging.getLogger(__name__)
 
-NAMESPACE = "distckpt"
 ENDING_SECONDS = 0.2
 
 
 def actor_name(directory: str) -> str:
     """The name under which the coordinator of a canonical directory is found in its namespace."""
-    return f"coordinator-{hashlib.sha256(directory.encode()).hexdigest()[:24]}"
+    return detached.name_of("coordinator", directory)
 
 
 class CoordinatorActor:
@@ -69,10 +69,10 @@ class CoordinatorActor:
         if self._shell is None and isinstance(request, OpenRun):
             store = open_store(self._directory, self._storage_options)
             tail = read_tail(store)
-            error = turned_away(request, tail.state, store.url, whole=not tail.damaged)
+            error = turned_away(request, tail.head, store.url, whole=not tail.damaged)
             if error is not None:
                 raise error
-            shell = Shell(store, self._settings, self._exit)
+            shell = Shell(store, self._settings, self._exit, Teller(store.url).tell)
             shell.start()
             self._shell = shell
         return self._shell
@@ -83,32 +83,12 @@ class CoordinatorActor:
 
     def _exit(self, reason: str) -> None:
         logger.info("the coordinator of %s stops: %s", self._directory, reason)
-        try:
-            # Killing itself is the one exit that Ray neither restarts nor reports as a failure of the job.
-            ray.kill(ray.get_runtime_context().current_actor, no_restart=True)
-        except BaseException:
-            # Its machine has come to its end, and an actor that stays would keep another from beginning.
-            logger.exception("the coordinator of %s cannot stop in Ray's way", self._directory)
-            os._exit(1)
+        detached.end(f"the coordinator of {self._directory}")
 
 
 def find_or_start(
     directory: str, storage_options: dict[str, Any] | None, settings: Settings, home: str
 ) -> ray.actor.ActorHandle[CoordinatorActor]:
     """The running coordinator of ``directory``, or a new one on the node ``home``; answers once before it is returned."""
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
-    remote: Any = ray.remote(CoordinatorActor)
-    actor = remote.options(
-        name=actor_name(directory),
-        namespace=NAMESPACE,
-        lifetime="detached",
-        get_if_exists=True,
-        max_restarts=-1,
-        max_concurrency=100_000,
-        num_cpus=0,
-        memory=1,  # bytes: Ray takes an actor that claims nothing at all to any node, whatever the strategy says
-        scheduling_strategy=NodeAffinitySchedulingStrategy(home, soft=True),
-    ).remote(directory, storage_options, settings)
-    ray.get(actor.describe.remote())
+    actor = detached.find_or_start(CoordinatorActor, actor_name(directory), home, directory, storage_options, settings)
     return cast("ray.actor.ActorHandle[CoordinatorActor]", actor)

@@ -17,7 +17,7 @@ from pathlib import Path
 import ray
 import ray.exceptions
 
-from distckpt.coordinator.ray.actor import NAMESPACE
+from distckpt.coordinator.ray.detached import NAMESPACE
 from distckpt.coordinator.ray.node import Started, start_cluster, start_node
 from distckpt.coordinator.ray.process import apart
 from distckpt.errors import CoordinatorUnavailableError

@@ -18,8 +18,6 @@ from distckpt.coordinator.machine.actions import (
     Action,
     Answer,
     Append,
-    Appended,
-    AppendRefused,
     AppendUnknown,
     Asked,
     CollectGarbage,
@@ -31,7 +29,6 @@ from distckpt.coordinator.machine.actions import (
     Forgotten,
     LeasesRead,
     MakePlan,
-    NameTaken,
     NewestRead,
     PagesRead,
     PageWritten,
@@ -52,6 +49,7 @@ from distckpt.coordinator.machine.actions import (
 )
 from distckpt.coordinator.machine.machine import Machine
 from distckpt.coordinator.messages import Refused, Reply, Request
+from distckpt.coordinator.shell.appending import append_entry
 from distckpt.coordinator.shell.housekeeping import (
     collect_garbage,
     collect_unclaimed,
@@ -61,9 +59,9 @@ from distckpt.coordinator.shell.housekeeping import (
 from distckpt.coordinator.shell.needs import Needs, delete_reports, tell_skips
 from distckpt.coordinator.shell.sealing import read_log_tail, seal_checkpoint
 from distckpt.coordinator.shell.workers import Made, Workers
-from distckpt.directory.garbage import GARBAGE_SECONDS, Predecessors
+from distckpt.directory.garbage import GARBAGE_SECONDS, Watch
 from distckpt.directory.locate import foreign_advice
-from distckpt.directory.log import append, prune, read_tail, sequence_numbers
+from distckpt.directory.log import prune, read_tail, sequence_numbers
 from distckpt.directory.pages import PageCache, known, write_page
 from distckpt.directory.published import PublishedState
 from distckpt.errors import (
@@ -78,7 +76,6 @@ from distckpt.errors import (
 )
 from distckpt.format import names
 from distckpt.format.json.entry_sealer import EntrySealer
-from distckpt.format.json.log import Entry
 from distckpt.sharding.plan import ShardingPlan, make_plan
 from distckpt.storage import Store
 
@@ -93,7 +90,7 @@ END_SECONDS = 5.0
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """How a coordinator behaves: seconds until an unfinished attempt is garbage, and until an idle one exits."""
+    """How a coordinator behaves: for how many seconds it watches what may be garbage, and until when an idle one exits."""
 
     garbage_age: float = GARBAGE_SECONDS
     idle_timeout: float | None = None
@@ -115,20 +112,30 @@ class Shell:
     An exception that comes out of the machine leaves it in no state to go on from. Everyone who waits for it is refused
     with that, and with the next request another machine begins from the log, as after a restart of the process.
 
+    ``on_exit`` is called when the machine has come to its end, with the reason; ``on_entry`` with the newest number of the
+    log, as soon as an entry is there: it returns at once and raises nothing.
+
     Wall-clock time is read through ``time.time`` alone, deadlines through ``time.monotonic``.
     """
 
-    def __init__(self, store: Store, settings: Settings, on_exit: Callable[[str], None] | None = None) -> None:
+    def __init__(
+        self,
+        store: Store,
+        settings: Settings,
+        on_exit: Callable[[str], None] | None = None,
+        on_entry: Callable[[int], None] | None = None,
+    ) -> None:
         self._store = store
         self._settings = settings
         self._on_exit = on_exit
+        self._on_entry = on_entry
         self._life = self._new_life()
         self._lock = threading.RLock()
         self._changed = threading.Condition(self._lock)
         self._sealer = EntrySealer()  # used in the log's thread alone
         self._state_file = PublishedState(store)
         self._pages = PageCache(store)
-        self._predecessors = Predecessors(store)
+        self._watch = Watch(store)
         self._needs = Needs(store)  # the machine reads them once at a time
         self._numbers = itertools.count()
         self._garbage: CollectGarbage | None = None
@@ -145,7 +152,7 @@ class Shell:
 
         The directory is claimed when the first request comes.
         """
-        probe_with_room(self._store, self._predecessors, self._settings.garbage_age)
+        probe_with_room(self._store, self._watch, self._settings.garbage_age)
         self._timer.start()
 
     def submit(self, request: Request) -> Future[Reply]:
@@ -334,7 +341,7 @@ class Shell:
             case ReadTail():
                 return read_log_tail(self._store)
             case Append():
-                return self._with_room(lambda: self._append(action))
+                return self._with_room(lambda: append_entry(self._store, action.entry, self._sealer, self._on_entry))
             case ReadNewest():
                 return NewestRead(max(sequence_numbers(self._store), default=0))
             case ReadPages():
@@ -359,7 +366,7 @@ class Shell:
                 delete_reports(self._store, reports)
             case CollectGarbage():
                 self._garbage = action
-                collect_garbage(self._store, action, self._settings.garbage_age, self._predecessors)
+                collect_garbage(self._store, action, self._settings.garbage_age, self._watch)
                 return RoomMade() if action.urgent else None
             case Publish():
                 if action.entry.state.active:
@@ -382,22 +389,10 @@ class Shell:
             logger.warning("%s; it is tried again once garbage has been deleted", error)
             if self._garbage is not None:
                 urgent = replace(self._garbage, urgent=True)
-                collect_garbage(self._store, urgent, self._settings.garbage_age, self._predecessors)
-            elif not collect_unclaimed(self._store, self._settings.garbage_age, self._predecessors):
+                collect_garbage(self._store, urgent, self._settings.garbage_age, self._watch)
+            elif not collect_unclaimed(self._store, self._settings.garbage_age, self._watch):
                 raise
             return write()
-
-    def _append(self, action: Append) -> Event:
-        result = append(self._store, action.entry, self._sealer)
-        if result.outcome == "appended":
-            _warn_of_clock(self._store, action.entry)
-            return Appended(action.entry, result.newest)
-        if result.outcome == "taken":
-            return NameTaken(action.entry, result.found, result.newest)
-        if result.outcome == "refused":
-            logger.error("%s: the entry %s is not written: %s", self._store.url, action.entry.kind, result.reason)
-            return AppendRefused(action.entry, result.reason)
-        return AppendUnknown(action.entry, result.reason)
 
     def _failed(self, life: _Life, action: Action, error: Exception) -> Event | None:
         if isinstance(action, MakePlan | Seal):
@@ -437,13 +432,3 @@ class Shell:
         """Without the log nothing can be served: tell everyone who waits, and read it again when asked again."""
         logger.error("the log of %s cannot be read: %s", self._store.url, error)
         self._end(life, error if isinstance(error, DistckptError) else CoordinatorError(f"{self._store.url}: {error}"))
-
-
-def _warn_of_clock(store: Store, entry: Entry) -> None:
-    behind = entry.state.last_preserved_timestamp - entry.time
-    if entry.kind == "run" and behind > 0 and (entry.state.active or entry.state.preserved):
-        logger.warning(
-            "%s: time.time() is %.0f s behind the last preserved checkpoint: what is there stays for good",
-            store.url,
-            behind,
-        )

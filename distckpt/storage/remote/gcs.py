@@ -6,7 +6,7 @@ import contextlib
 import json
 import threading
 import uuid
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import crc32c
@@ -20,7 +20,6 @@ from distckpt.storage.remote.gcs_requests import (
     UPLOAD,
     Page,
     Requests,
-    abandoned,
     below,
     crc_of,
     crc_of_all,
@@ -166,24 +165,24 @@ class GcsStore:
         object_parts(path)
         self._delete(self._prefix + path)
 
-    def sweep(self, folder: str, min_age: float) -> int:
-        """Remove the parts of uploads that have had no new part for ``min_age`` seconds. They lie in the root alone."""
-        if folder_parts(folder):
-            return 0
+    def sweep(self, left: Collection[ObjectInfo]) -> int:
+        """Remove the parts of these uploads, those that have had no new part since."""
         swept = 0
-        with self._understanding(PARTS):
-            left = abandoned(self._pages(f"{PARTS}/", "items(name,updated),nextPageToken"), min_age)
-        for names in left:
-            for name in names:
+        for info in left:
+            parts = self._unfinished(f"{info.path}-").get(info, ())
+            for name in parts:
                 self._delete(name)
-            swept += 1
+            swept += bool(parts)
         return swept
 
     def hidden(self, folder: str) -> Iterator[ObjectInfo]:
-        """Parts that are not put together yet, by their uploads."""
+        """Parts that are not put together yet, by their uploads. They lie in the root alone."""
         if not folder_parts(folder):
-            pages = self._pages(f"{PARTS}/", "items(name,size,updated),nextPageToken")
-            yield from uploads(pages, self._prefix)
+            yield from self._unfinished(f"{PARTS}/")
+
+    def _unfinished(self, above: str) -> Mapping[ObjectInfo, Sequence[str]]:
+        with self._understanding(PARTS):
+            return uploads(self._pages(above, "items(name,size,updated),nextPageToken"), self._prefix)
 
     def copy(self, source: Store | GcsStore, source_path: str, path: str, size: int) -> ObjectInfo | None:
         """Have Google copy an object of a bucket that is reached in the same way. See SupportsCopying."""
@@ -283,7 +282,7 @@ class GcsStore:
                 raise StorageError(
                     self._full(above), f"the store's listing has {sorted(found.keys() - _OF_PAGE)} in it"
                 )
-            yield Page(found.get("items", ()), found.get("prefixes", ()), answer.headers.get("date", ""))
+            yield Page(found.get("items", ()), found.get("prefixes", ()))
             token = found.get("nextPageToken")
 
     def _is_zonal(self) -> bool:

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import base64
 import json
-import math
 import re
 import uuid
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from email.utils import parsedate_to_datetime
 from typing import Any
 from urllib.parse import quote, urlencode
 
@@ -100,35 +98,24 @@ class Requests:
 
 @dataclass(frozen=True, slots=True)
 class Page:
-    """A part of a listing: objects, prefixes, and the server's time as HTTP writes it."""
+    """A part of a listing: objects, and prefixes."""
 
     items: Sequence[Mapping[str, Any]]
     prefixes: Sequence[str]
-    date: str
 
 
-def abandoned(pages: Iterable[Page], min_age: float) -> Iterator[Sequence[str]]:
-    """The parts of each upload that got no new one for ``min_age`` seconds of the server's clock."""
-    uploads: dict[str, list[tuple[float, str]]] = {}
-    now = -math.inf
-    for page in pages:
-        now = parsedate_to_datetime(page.date).timestamp() if page.date else now
-        for resource in page.items:
-            upload = resource["name"].rpartition("-")[0]
-            uploads.setdefault(upload, []).append((_time(resource["updated"]), resource["name"]))
-    return ([name for _, name in parts] for parts in uploads.values() if max(parts)[0] <= now - min_age)
-
-
-def uploads(pages: Iterable[Page], prefix: str) -> Iterator[ObjectInfo]:
-    """Each upload of which there are parts: all of them as one, as old as the youngest."""
-    found: dict[str, ObjectInfo] = {}
+def uploads(pages: Iterable[Page], prefix: str) -> dict[ObjectInfo, list[str]]:
+    """Each upload of which there are parts, all of them as one, as old as the youngest; and their names."""
+    infos: dict[str, ObjectInfo] = {}
+    parts: dict[str, list[str]] = {}
     for page in pages:
         for resource in page.items:
             path = resource["name"].removeprefix(prefix).rpartition("-")[0]
-            before = found.get(path, ObjectInfo(path, 0, 0.0))
+            before = infos.get(path, ObjectInfo(path, 0, 0.0))
             modified = max(before.modified, _time(resource["updated"]))
-            found[path] = ObjectInfo(path, before.size + int(resource["size"]), modified)
-    yield from found.values()
+            infos[path] = ObjectInfo(path, before.size + int(resource["size"]), modified)
+            parts.setdefault(path, []).append(resource["name"])
+    return {info: parts[path] for path, info in infos.items()}
 
 
 def below(name: str, prefix: str, above: str) -> str:

@@ -376,7 +376,7 @@ def _abandon(file: Any) -> None:
 
 
 def _modified(entry: Mapping[str, Any]) -> float:
-    """When it was written; now if the file system does not say, so that nothing is taken for old."""
+    """When it was written; always the same, 0, if the file system does not say."""
     for name in _MODIFIED:
         value = entry.get(name)
         if isinstance(value, str):
@@ -386,7 +386,7 @@ def _modified(entry: Mapping[str, Any]) -> float:
             return value.timestamp()
         if isinstance(value, int | float):
             return float(value)
-    return time.time()
+    return 0.0
 
 
 def _said(error: BaseException) -> str:

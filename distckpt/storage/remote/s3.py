@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping
-from email.utils import parsedate_to_datetime
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 from urllib.parse import quote
 
@@ -146,24 +145,20 @@ class S3Store:
         if not (answer.status == 404 and answer.code != "NoSuchBucket"):
             self._done(answer, path)
 
-    def sweep(self, folder: str, min_age: float) -> int:
-        """Abort uploads that have had no new part for ``min_age`` seconds. All are found in the root alone."""
-        if folder_parts(folder):
-            return 0
+    def sweep(self, left: Collection[ObjectInfo]) -> int:
+        """Abort these uploads, those that have had no new part since."""
         swept = 0
-        for upload, now in self._uploads():
-            if upload.begun <= now - min_age and self._touched(upload) <= now - min_age:
-                gone = self._is_missing(self._ask(Request("DELETE", _target_of(upload), dict(self._payer)), ""), "")
-                swept += not gone
+        for info in left:
+            for upload in self._uploads(info.path):
+                if self._info_of(upload) == info:
+                    gone = self._is_missing(self._ask(Request("DELETE", _target_of(upload), dict(self._payer)), ""), "")
+                    swept += not gone
         return swept
 
     def hidden(self, folder: str) -> Iterator[ObjectInfo]:
         """Uploads that are not finished, with the parts that have come."""
-        if folder_parts(folder):
-            return
-        for upload, _ in self._uploads():
-            size, touched = self._parts(upload)
-            yield ObjectInfo(upload.key.removeprefix(self._root), size, touched or upload.begun)
+        if not folder_parts(folder):
+            yield from (self._info_of(upload) for upload in self._uploads())
 
     def copy(self, source: Store | S3Store, source_path: str, path: str, size: int) -> ObjectInfo | None:
         """Have the server copy an object of at most 5 GiB from a bucket that is reached in the same way.
@@ -266,25 +261,25 @@ class S3Store:
             yield page
             following = page.following
 
-    def _uploads(self) -> Iterator[tuple[answers.Upload, float]]:
-        """Every upload that nobody has finished, with the server's time."""
-        query = {"uploads": "", "encoding-type": "url", "prefix": self._root}
+    def _uploads(self, path: str = "") -> Iterator[answers.Upload]:
+        """Every upload to what begins with ``path`` that nobody has finished."""
+        query = {"uploads": "", "encoding-type": "url", "prefix": self._root + path}
         following: tuple[str, str] | None = ("", "")
         while following is not None:
             markers = {"key-marker": following[0], "upload-id-marker": following[1]}
             answer = self._list({**query, **{name: value for name, value in markers.items() if value}}, "")
             with self._understanding(""):
                 page = answers.uploads_of(answer.body)
-                now = parsedate_to_datetime(answer.headers.get("date", "")).timestamp()
-            yield from ((upload, now) for upload in page.uploads if upload.key.startswith(self._root))
+            yield from (upload for upload in page.uploads if upload.key.startswith(self._root))
             following = page.following
 
-    def _touched(self, upload: answers.Upload) -> float:
-        """When the newest part of an upload came, by the server's clock; 0 if none has, or the upload is gone."""
-        return self._parts(upload)[1]
+    def _info_of(self, upload: answers.Upload) -> ObjectInfo:
+        """An upload as one object: as long as the parts that have come, and as old as the last of them."""
+        size, touched = self._parts(upload)
+        return ObjectInfo(upload.key.removeprefix(self._root), size, touched or upload.begun)
 
     def _parts(self, upload: answers.Upload) -> tuple[int, float]:
-        """How many bytes of an upload have come, and when the last of them did, as ``_touched`` says it."""
+        """How many bytes of an upload have come, and when the last did by the server's clock; 0 if none has."""
         size, newest = 0, 0.0
         following: str | None = "0"
         while following is not None:

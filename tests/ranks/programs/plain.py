@@ -11,7 +11,8 @@ import torch
 import torch.distributed as dist
 
 import distckpt
-from distckpt.coordinator.ray.actor import NAMESPACE, actor_name
+from distckpt.coordinator.ray.actor import actor_name
+from distckpt.coordinator.ray.detached import NAMESPACE
 
 
 def coordinator_pid(directory: str) -> int:

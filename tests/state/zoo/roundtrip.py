@@ -112,7 +112,9 @@ def random_states() -> Facts:
     """Where the global random number generators are."""
     facts: Facts = {}
     describe("torch", torch.get_rng_state(), facts)
-    describe("numpy", repr(np.random.get_state()), facts)
+    describe(
+        "numpy", repr([getattr(part, "tolist", lambda part=part: part)() for part in np.random.get_state()]), facts
+    )
     describe("python", repr(random.getstate()), facts)
     return facts
 

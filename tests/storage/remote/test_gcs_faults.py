@@ -66,6 +66,7 @@ def named(fault: Fault) -> str:
     return repr(fault).replace("headers={}, ", "").replace("body=b'', ", "")
 
 
+@pytest.mark.wide(2)
 @pytest.mark.parametrize("fault", [*FAULTS, Answer(412, applied=True)], ids=named)
 def test_who_creates_hears_of_it_whatever_becomes_of_the_answer(
     store: GcsStore, proxy: Proxy, outside: GcsBucket, fault: Fault
@@ -78,6 +79,7 @@ def test_who_creates_hears_of_it_whatever_becomes_of_the_answer(
         store.put_if_absent("log/1", b"theirs")
 
 
+@pytest.mark.wide(3)
 @pytest.mark.parametrize("fault", FAULTS, ids=named)
 def test_who_lost_hears_of_it_whatever_becomes_of_the_answer(
     store: GcsStore, proxy: Proxy, outside: GcsBucket, fault: Fault
@@ -148,6 +150,7 @@ def test_a_bucket_that_is_missing_is_no_empty_directory(proxy: Proxy) -> None:
         assert type(caught.value) is StorageError
 
 
+@pytest.mark.wide(3)
 @pytest.mark.parametrize("fault", FAULTS, ids=named)
 def test_a_large_object_is_whole_and_alone_whichever_request_fails(
     store: GcsStore, proxy: Proxy, outside: GcsBucket, fault: Fault
@@ -215,16 +218,16 @@ def test_parts_are_hidden_and_those_of_killed_writers_are_swept(store: GcsStore,
         outside.write(name, b"x")
     assert list(store.folders("")) == ["log"]
     assert list(store.list("")) == []
-    assert store.sweep("log", 0.0) == 0
-    assert store.sweep("", 1000.0) == 0
-    assert len(outside.names()) == 4
-    until_swept = store.sweep("", 0.0)
-    while until_swept < 2:  # the server tells its time in whole seconds
-        until_swept += store.sweep("", 0.0)
-    assert until_swept == 2
+    left = list(store.hidden(""))
+    assert sorted((info.path.rpartition("/")[2], info.size) for info in left) == [("dead", 2), ("other", 1)]
+    outside.write(f"{PARTS}/other-01", b"x")  # somebody goes on
+    assert store.sweep(left) == 1
+    assert outside.names() == {f"{PARTS}/other-00", f"{PARTS}/other-01", "log/1"}
+    assert store.sweep(list(store.hidden(""))) == 1
     assert outside.names() == {"log/1"}
 
 
+@pytest.mark.wide(2)
 @pytest.mark.parametrize("fault", [*FAULTS, Cut(2), Cut(0)], ids=named)
 def test_reading_goes_on_whatever_becomes_of_an_answer(
     store: GcsStore, proxy: Proxy, outside: GcsBucket, fault: Fault

@@ -17,11 +17,15 @@ import pytest
 from fsspec.implementations.arrow import ArrowFSWrapper
 from fsspec.spec import AbstractBufferedFile, AbstractFileSystem
 
+from distckpt.directory.lease import LEASE_SECONDS, HeldLease
+from distckpt.directory.leases import Leases
 from distckpt.errors import AlreadyExistsError, StorageError, StoreOutcomeUnknownError, StoreUnsuitableError
 from distckpt.storage import Store, open_store, probe
 from distckpt.storage.remote.generic import FsspecStore
 from distckpt.testing.conformance import MIB, StoreConformance
 from distckpt.testing.observing import Outside, sections_of
+from tests.support.checkpoints import commit, new_attempt, put_manifest
+from tests.support.clock import Clock
 from tests.support.honest import Honest
 from tests.support.stores import Files
 
@@ -356,3 +360,24 @@ def test_an_error_of_anybodys_becomes_one_of_ours_and_survives_pickling(tmp_path
     with pytest.raises(StorageError) as found:
         store.replace("a", b"x")
     assert str(pickle.loads(pickle.dumps(found.value))) == str(found.value)
+
+
+class Timeless(Honest):
+    """Does not say when a file was written."""
+
+    protocol = "timeless"
+
+    def described(self, place: Path) -> dict[str, Any]:
+        return {name: value for name, value in super().described(place).items() if name != "mtime"}
+
+
+def test_where_nobody_says_when_a_file_was_written_leases_run_out_all_the_same(tmp_path: Path) -> None:
+    fsspec.register_implementation("timeless", Timeless, clobber=True)
+    store, clock = FsspecStore("timeless://bucket/run", {"base": str(tmp_path)}), Clock()
+    record = put_manifest(store, 1, new_attempt())
+    commit(store, record)
+    leases = Leases(store, clock)
+    HeldLease.take(store, record.attempt, "a reader that is killed", clock=clock)
+    assert leases.read().attempts == {record.attempt}
+    clock.now += LEASE_SECONDS
+    assert leases.read().attempts == frozenset()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import crc32c
 import pytest
@@ -42,6 +43,7 @@ class TestOnMoto(_OnServer):
         return moto
 
 
+@pytest.mark.wide(4)
 class TestOnMotoInTheRoot(TestOnMoto):
     folder = ""
 
@@ -111,9 +113,14 @@ def test_a_sweep_of_the_root_aborts_what_killed_writers_left_anywhere_below(stor
     for key in ("run/ckpt-1/e1/0.arrow", "run/ckpt-1/e1/1.arrow", "run/2.arrow", "run-2/0.arrow"):
         upload = outside.client.create_multipart_upload(Bucket=outside.name, Key=key)["UploadId"]
         outside.client.upload_part(Bucket=outside.name, Key=key, UploadId=upload, PartNumber=7, Body=b"part")
-    assert store.sweep("", 3600) == 0, "moto says that all uploads are of 2010, but their parts are new"
-    assert store.sweep("_log", -60) == 0
-    assert store.sweep("", -60) == 3
+    left = list(store.hidden(""))
+    assert [(info.path, info.size) for info in left] == [
+        ("ckpt-1/e1/0.arrow", 4),
+        ("ckpt-1/e1/1.arrow", 4),
+        ("2.arrow", 4),
+    ]
+    assert store.sweep([replace(info, modified=info.modified - 1) for info in left]) == 0, "somebody goes on"
+    assert store.sweep(left) == 3
     assert outside.uploads() == ["run-2/0.arrow"]
 
 

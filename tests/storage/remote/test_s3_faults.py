@@ -10,6 +10,7 @@ import crc32c
 import pytest
 
 from distckpt.errors import AlreadyExistsError, DamagedError, StorageError, StoreOutcomeUnknownError
+from distckpt.storage import ObjectInfo
 from distckpt.storage.remote.s3 import S3Store, open_s3
 from distckpt.testing.observing import MIB, MOST, pattern, sections_of
 from tests.support.proxy import Answer, Cut, Fault, Flip, Proxy, Reset, Seen, Stall, at, like
@@ -55,6 +56,7 @@ def store(proxy: Proxy, outside: Bucket) -> S3Store:
     return store_at(proxy, outside)
 
 
+@pytest.mark.wide(2)
 @pytest.mark.parametrize("fault", [*FAULTS, Answer(412, applied=True)], ids=named)
 def test_who_creates_hears_of_it_whatever_becomes_of_the_answer(
     store: S3Store, proxy: Proxy, outside: Bucket, fault: Fault
@@ -67,6 +69,7 @@ def test_who_creates_hears_of_it_whatever_becomes_of_the_answer(
         store.put_if_absent("log/1", b"theirs")
 
 
+@pytest.mark.wide(3)
 @pytest.mark.parametrize("fault", FAULTS, ids=named)
 def test_who_lost_hears_of_it_whatever_becomes_of_the_answer(
     store: S3Store, proxy: Proxy, outside: Bucket, fault: Fault
@@ -102,7 +105,7 @@ def test_a_refusal_for_good_is_told_at_once_with_the_servers_words(store: S3Stor
         lambda: store.delete("a"),
         lambda: list(store.list("")),
         lambda: list(store.folders("")),
-        lambda: store.sweep("", 0),
+        lambda: store.sweep([ObjectInfo("a", 1, 1.0)]),
     ):
         before = len(proxy.seen)
         proxy.fail(Answer(403, error("AccessDenied")))

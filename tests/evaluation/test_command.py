@@ -1,0 +1,192 @@
+"""``distckpt watch`` and ``distckpt groups``."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+from click.testing import CliRunner, Result
+
+import distckpt
+from distckpt.cli.app import main
+from distckpt.directory.groups import read_groups
+from distckpt.format.json.group import GroupState
+from distckpt.storage import open_store
+from tests.support.checkpoints import append_state, commit_bare, write_checkpoint
+from tests.support.warm import ROOT
+
+SCRIPT = "import sys; print(sys.argv[1:]); print('why', file=sys.stderr); sys.exit(sys.argv[2] == '2')"
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever waits looks every 20 ms."""
+    monkeypatch.setattr("distckpt.directory.news.POLL_SECONDS", 0.02, raising=False)
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+
+def state_of(directory: Path) -> GroupState:
+    return read_groups(open_store(directory))["eval"]
+
+
+def watch(directory: Path, *command: object, group: str = "eval") -> Result:
+    """Until there is nothing more."""
+    options = ["--group", group, "--mode", "all", "--timeout", 0, "--backoff", 0, "--max-attempts", 2]
+    return run("watch", directory, *options, "--", *command)
+
+
+def failed(directory: Path) -> None:
+    """Of three checkpoints the second was given up on."""
+    for number in (1, 2, 3):
+        commit_bare(directory, number)
+    assert watch(directory, sys.executable, "-c", SCRIPT, "{path}", "{number}").exit_code == 0
+
+
+def test_how_a_command_ends_is_the_acknowledgement(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    failed(tmp_path)
+    state = state_of(tmp_path)
+    assert (state.acknowledged, state.claims, state.returned) == (2, (), ())
+    [aside] = state.set_aside
+    assert (aside.number, aside.failures, aside.error) == (2, 2, "exit status 1\nwhy")
+    said = capfd.readouterr()
+    assert said.out.splitlines()[0] == f"['{tmp_path}/ckpt-1', '1']"
+    assert said.err.count("why") == 4
+
+
+def test_a_command_that_cannot_be_run_is_a_failure_too(tmp_path: Path) -> None:
+    commit_bare(tmp_path, 1)
+    result = watch(tmp_path, "/no/such/program")
+    assert (result.exit_code, result.stderr.count("rejected")) == (0, 2)
+    assert "FileNotFoundError" in state_of(tmp_path).set_aside[0].error
+
+
+def test_a_command_may_have_the_weights_as_safetensors(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    import torch
+
+    write_checkpoint(tmp_path, 1, {"model": {"weight": torch.ones(3)}}, ranks=3)
+    script = "import sys, safetensors.torch as s; print(s.load_file(sys.argv[1] + '/model.safetensors'))"
+    options = ["--group", "eval", "--timeout", 0, "--safetensors", "model"]
+    assert run("watch", tmp_path, *options, "--", sys.executable, "-c", script, "{path}").exit_code == 0
+    assert "{'weight': tensor([1., 1., 1.])}" in capfd.readouterr().out
+    assert state_of(tmp_path).acknowledged == 1
+    next(distckpt.watch(tmp_path, group="other", worker="bob", timeout=0))
+    assert "groups that follow: other: at bob" in run("show", tmp_path).stdout
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("at_work", [True, False], ids=["at work", "idle"])
+def test_a_signal_goes_on_to_the_command_and_its_checkpoint_to_others(
+    number: signal.Signals, at_work: bool, tmp_path: Path
+) -> None:
+    if at_work:
+        commit_bare(tmp_path, 1)
+    script = """
+import os, signal, sys, time
+signal.signal(signal.SIGINT, lambda *_: print("told", flush=True) or os._exit(0))
+signal.signal(signal.SIGTERM, lambda *_: print("told", flush=True) or os._exit(0))
+print("begun", flush=True)
+time.sleep(60)
+"""
+    with subprocess.Popen(
+        [
+            sys.executable,
+            "-m",
+            "distckpt.cli",
+            "watch",
+            tmp_path,
+            "--group",
+            "eval",
+            "--",
+            sys.executable,
+            "-c",
+            script,
+        ],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+        start_new_session=True,
+    ) as worker:
+        assert worker.stdout is not None
+        assert worker.stderr is not None
+        if at_work:
+            assert worker.stdout.readline() == "begun\n"
+        else:
+            assert worker.stderr.readline() == "waiting for checkpoints\n"
+        worker.send_signal(number)
+        out, err = worker.communicate(timeout=40)
+    assert worker.returncode == 128 + number
+    if at_work:
+        assert (out, f"released, since this worker was stopped by signal {number.value}" in err) == ("told\n", True)
+        [back] = state_of(tmp_path).returned
+        assert (back.number, back.failures, back.deliveries) == (1, 0, 1)
+
+
+def test_groups_are_shown_to_people_and_programs(tmp_path: Path) -> None:
+    failed(tmp_path)
+    commit_bare(tmp_path, 4)
+    commit_bare(tmp_path, 5)
+    checkpoints = distckpt.watch(tmp_path, group="eval", worker="alice", timeout=0)
+    next(checkpoints)
+    shown = run("groups", tmp_path)
+    assert shown.exit_code == 0
+    words = " ".join(shown.stdout.split())
+    assert "eval all 2 1 1 0 1 0 0 ckpt-3" in words
+    assert "ckpt-4 at alice 1" in words
+    assert "exit status 1" in words
+    [group] = json.loads(run("groups", tmp_path, "--json").stdout)["groups"]
+    assert json.loads(run("groups", "--json", tmp_path).stdout)["groups"] == [group]
+    facts: dict[str, Any] = {"group": "eval", "unseen": 1, "acknowledged": 2, "mode": "all", "skipped": 0}
+    assert {name: group[name] for name in facts} == facts
+    assert [(claim["number"], claim["worker"], claim["has_lease"]) for claim in group["claims"]] == [(4, "alice", True)]
+    listed = run("ls", tmp_path).stdout
+    assert "eval: at alice" in listed
+    assert listed.count("eval: waiting") == listed.count("eval: set aside") == 1
+    [*_, last] = json.loads(run("ls", tmp_path, "--json").stdout)["checkpoints"]
+    assert (last["number"], last["groups"]) == (5, ["eval: waiting"])
+    checkpoints.close()
+
+
+def test_what_was_set_aside_can_be_put_back(tmp_path: Path) -> None:
+    failed(tmp_path)
+    assert run("groups", "retry", tmp_path, "eval", 2).stdout == "ckpt-2 will be tried again\n"
+    assert watch(tmp_path, sys.executable, "-c", "").exit_code == 0
+    assert (state_of(tmp_path).acknowledged, state_of(tmp_path).set_aside) == (3, ())
+    for arguments, reason in (
+        ((tmp_path, "eval", 2), "has not set aside 2"),
+        ((tmp_path, "other", 2), "no group 'other'"),
+        ((tmp_path, "../eval", 2), "no name for a group"),
+    ):
+        result = run("groups", "retry", *arguments)
+        assert (result.exit_code, reason in result.stderr) == (2, True)
+
+
+def test_what_was_deleted_cannot_be_put_back(tmp_path: Path) -> None:
+    failed(tmp_path)
+    append_state(
+        open_store(tmp_path),
+        lambda state: msgspec.structs.replace(state, active=state.active[2:], retiring=state.active[:2]),
+        kind="retire",
+    )
+    result = run("groups", "retry", tmp_path, "eval", 2)
+    assert (result.exit_code, "retention has deleted it" in result.stderr) == (2, True)
+
+
+def test_a_directory_without_groups_says_so_and_wrong_usage_is_one_sentence(tmp_path: Path) -> None:
+    assert "no group follows this directory" in run("groups", tmp_path).stdout
+    commit_bare(tmp_path, 1)
+    assert watch(tmp_path, "true").exit_code == 0
+    result = run("watch", tmp_path, "--group", "eval", "--mode", "latest", "--", "true")
+    assert (result.exit_code, result.stderr.count("\n")) == (2, 1)
+    assert "mode is 'all' and not 'latest'" in result.stderr
+    assert run("watch", tmp_path, "--group", "eval").exit_code == 2
+    assert run("groups").exit_code == 2

@@ -1,0 +1,117 @@
+"""A pool of workers on a Ray cluster shares the checkpoints of a run, whoever dies."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+import distckpt
+from distckpt.evaluation.watched import WatchedCheckpoint
+from distckpt.storage import open_store
+from tests.support.actors import end_watcher
+from tests.support.checkpoints import append_state, commit_bare
+
+pytestmark = [pytest.mark.usefixtures("connected"), pytest.mark.timeout(150)]
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Iterator[Path]:
+    """The directory of a run that is over, with five checkpoints."""
+    for number in range(1, 6):
+        commit_bare(tmp_path, number)
+    append_state(open_store(tmp_path), lambda state: msgspec.structs.replace(state, ended=True), kind="end")
+    yield tmp_path
+    end_watcher(str(tmp_path))
+
+
+def evaluate(fn: Callable[[WatchedCheckpoint], Any] | type, directory: Path, **options: Any) -> Any:
+    from distckpt.ray import evaluate
+
+    return evaluate(fn, directory, group="eval", mode="all", num_workers=2, ray_remote_args={"num_cpus": 0}, **options)
+
+
+def number_of(checkpoint: WatchedCheckpoint) -> int:
+    return checkpoint.number
+
+
+def test_each_checkpoint_is_evaluated_by_one_worker_until_the_run_is_over(run: Path) -> None:
+    found = evaluate(number_of, run)
+    assert sorted(each.result for each in found.acknowledged) == [1, 2, 3, 4, 5]
+    assert {each.path for each in found.acknowledged} == {f"{run}/ckpt-{number}" for number in range(1, 6)}
+    assert {each.delivery for each in found.acknowledged} == {1}
+    assert found.set_aside == ()
+    assert evaluate(number_of, run).acknowledged == ()
+
+
+def refuse_three(checkpoint: WatchedCheckpoint) -> int:
+    if checkpoint.number == 3:
+        raise ValueError("three is bad")
+    return checkpoint.number
+
+
+def test_what_the_function_refuses_is_told_and_the_worker_goes_on(run: Path) -> None:
+    found = evaluate(refuse_three, run, max_attempts=2, backoff=0.1)
+    assert sorted(each.number for each in found.acknowledged) == [1, 2, 4, 5]
+    [aside] = found.set_aside
+    assert (aside.number, aside.error) == (3, "ValueError: three is bad")
+
+
+def die_once(checkpoint: WatchedCheckpoint) -> tuple[int, int]:
+    """The worker that gets the second checkpoint first is killed."""
+    if checkpoint.number == 2 and checkpoint.delivery == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return checkpoint.number, checkpoint.delivery
+
+
+def test_a_worker_that_dies_is_replaced_and_what_it_had_goes_to_another(run: Path) -> None:
+    found = evaluate(die_once, run, lease_seconds=1.0)
+    assert sorted(each.result for each in found.acknowledged) == [(1, 1), (2, 2), (3, 1), (4, 1), (5, 1)]
+
+
+class Counting:
+    """Made once by each worker."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def __call__(self, checkpoint: WatchedCheckpoint) -> int:
+        self.count += 1
+        return self.count
+
+
+class Hopeless:
+    """Cannot be made."""
+
+    def __init__(self) -> None:
+        raise RuntimeError("no model here")
+
+
+def test_a_class_is_made_once_by_each_worker(run: Path) -> None:
+    results = [each.result for each in evaluate(Counting, run).acknowledged]
+    assert 3 <= max(results) <= 5
+    assert results.count(1) <= 2
+
+
+def test_a_class_that_cannot_be_made_is_an_error_at_once(run: Path) -> None:
+    import ray
+
+    with pytest.raises(ray.exceptions.RayActorError, match="no model here"):
+        evaluate(Hopeless, run)
+
+
+def test_ray_stays_ray() -> None:
+    """Whoever imports distckpt.ray, or all of distckpt's names."""
+    import ray
+
+    assert distckpt.ray is importlib.import_module("distckpt.ray")
+    assert importlib.import_module("ray") is ray
+    assert distckpt.ray is not ray
+    assert distckpt.ray.evaluate.__module__.startswith("distckpt")
+    assert "ray" not in distckpt.__all__

@@ -1,0 +1,23 @@
+"""A part of many cases, when to play all of them takes too long for every day."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+_Case = TypeVar("_Case")
+
+
+@dataclass(frozen=True)
+class Part:
+    """Chooses by ``seed``; ``whole`` chooses all."""
+
+    seed: int
+    whole: bool = False
+
+    def of(self, cases: Sequence[_Case], every: int) -> list[_Case]:
+        """Every so-manieth of the cases, in their order; at least one if there is one."""
+        if self.whole or not cases:
+            return list(cases)
+        return list(cases[self.seed % min(every, len(cases)) :: every])
