@@ -66,14 +66,19 @@ def alone(directory: str, how: str, commits: int) -> list[float]:
     """Run by one rank without Ray, which another process follows. Milliseconds."""
     with _manager(directory) as (manager, state):
         _save(manager, state, 1)
+        _commit_as_orbax(directory, 1)
         command = [sys.executable, __file__, directory, how, str(commits)]
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as follower:
             _wait_for(Path(directory, "followers"), 1)
             for number in range(2, commits + 1):
                 time.sleep(PAUSE if how == TOLD else POLL_SECONDS * (1 + number / commits))
                 _save(manager, state, number)
+                _commit_as_orbax(directory, number)
             seen = json.loads(follower.communicate()[0])
-    return _latencies(directory, seen)
+    if how != ORBAX:
+        return _latencies(directory, seen)
+    committed = {number: Path(directory, ORBAX, f"{number}").stat().st_ctime_ns for number, _ in seen}
+    return [(when - committed[number]) / 1e6 for number, when in seen if number > 1]
 
 
 @contextlib.contextmanager
@@ -88,6 +93,13 @@ def _save(manager: distckpt.CheckpointManager, state: dict[str, Any], number: in
     pending = manager.save(number)
     assert pending is not None
     pending.result(60)
+
+
+def _commit_as_orbax(directory: str, number: int) -> None:
+    """A folder of that number gets its name: so Orbax's own iterator knows what is committed."""
+    made = Path(directory, ORBAX, f"{number}.made")
+    made.mkdir(parents=True)
+    made.rename(made.with_suffix(""))
 
 
 def _wait_for(folder: Path, count: int) -> None:
@@ -163,7 +175,7 @@ def _bare_poll(directory: str) -> Iterator[int]:
 def _orbax(directory: str) -> Iterator[int]:
     from orbax.checkpoint import checkpoint_utils
 
-    return iter(checkpoint_utils.checkpoints_iterator(directory, step_prefix="ckpt"))
+    return iter(checkpoint_utils.checkpoints_iterator(f"{directory}/{ORBAX}"))
 
 
 def _tensorflow(directory: str) -> Iterator[int]:

@@ -136,15 +136,8 @@ class CheckpointManager:
         storage_options = with_patience(directory, storage_options, save_timeout)
         self._store = open_store(directory, storage_options)
         self._world = find_world(rank, world_size, run_id, save_timeout)
-        opening = OpenRun(
-            token="",
-            rank=self._world.rank,
-            world_size=self._world.size,
-            host=self._world.host,
-            name=checkpoint_name,
-            retention=retention,
-            save_timeout=save_timeout,
-        )
+        world = self._world
+        opening = OpenRun("", world.rank, world.size, world.host, checkpoint_name, retention, save_timeout)
         meeting = meet(self._store, self._world)
         self._gathering: Gathering | None = None
         settings = Settings(idle_timeout=IDLE_SECONDS)
@@ -155,8 +148,8 @@ class CheckpointManager:
 
         self._client: Client = client_of(self._store, storage_options, self._world, meeting, opening, settings, check)
         if meeting.council is not None:
-            council, hosts = meeting.council, meeting.hosts
-            self._gathering = Gathering(council, self._store, checkpoint_name, hosts, save_timeout, self._client)
+            there = meeting.council, self._store, checkpoint_name, meeting.hosts
+            self._gathering = Gathering(*there, save_timeout, self._client)
         self._cluster = RankCluster(self._client, self._world)
         self._background = Coordinator([])
         saving = SaverOptions(
@@ -376,9 +369,7 @@ class CheckpointManager:
         """
         if self._left:
             if final:
-                raise CoordinatorError(
-                    f"{self.directory}: this manager was closed before it could say that training is over"
-                )
+                raise CoordinatorError(f"{self.directory}: it was closed before it could say that training is over")
             return
         with self._alone("close"):
             self._closed = True

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from distckpt.directory.by_hand import Hand, check_nothing_sealed, is_by_hand
 from distckpt.directory.contents import objects_of_attempt
 from distckpt.directory.garbage import (
-    SWEPT,
     Bounds,
     Leftover,
     Watch,
@@ -18,6 +17,7 @@ from distckpt.directory.garbage import (
     leftover,
     lost_reports,
     old_probes,
+    other_folders,
     unfinished,
 )
 from distckpt.directory.garbage import delete as delete_leftover
@@ -107,7 +107,7 @@ class Survey:
                 later += attempts.of_the_newest(folder)
                 # A job that runs deletes them itself, and knows who restores one of them just now.
                 (judged if is_by_hand(tail) else later).extend(attempts.retired(folder))
-            for folder in SWEPT:
+            for folder in other_folders(self._store):
                 judged += attempts.hidden(folder)
             judged += [Garbage(PROBE, left) for left in old_probes(self._min_age, self._watch)]
             dead_leases = (*expired, *self._leases.unreadable)

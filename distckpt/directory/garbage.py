@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection, Container, Iterable, Iterator
 from dataclasses import dataclass
 
 from distckpt.directory.contents import attempts, checkpoint_folders, objects_of_attempt
+from distckpt.directory.groups import group_names
 from distckpt.directory.log import read_commit_id, read_entry, referred_pages, sequence_numbers
 from distckpt.directory.pages import old_pages
 from distckpt.directory.stillness import Stillness, elapsed
@@ -162,6 +163,12 @@ class Predecessors:
         return newest
 
 
+def other_folders(store: Store) -> Iterator[str]:
+    """Every folder that is no attempt's, in which killed writers may have left hidden things."""
+    yield from SWEPT
+    yield from (names.group_folder(group) for group in group_names(store))
+
+
 def attempt_folders(store: Store) -> Iterator[str]:
     """The folder of every attempt, whatever has come of it."""
     for folder in checkpoint_folders(store):
@@ -221,7 +228,8 @@ def unfinished(folder: str, bounds: Bounds, min_age: float, watch: Watch) -> Ite
         for info in hidden(part, folder):
             above = info.path.rpartition("/")[0]
             attempt = above.rpartition("/")[2]
-            seconds = min(FAILED_SECONDS, min_age) if above in SWEPT else min_age
+            is_beside = above in SWEPT or above.startswith(f"{names.GROUPS}/")
+            seconds = min(FAILED_SECONDS, min_age) if is_beside else min_age
             if names.is_attempt(attempt) and bounds.admit(attempt):
                 seconds = _patience(attempt, bounds, min_age, watch)
             yield leftover(part, info.path, [info], watch.missing(part, info.path, [info], seconds), info)

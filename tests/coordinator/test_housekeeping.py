@@ -74,7 +74,10 @@ def put_shard(directory: Path, number: int, attempt: str) -> Path:
     return path
 
 
-@pytest.mark.parametrize("modified", [0.0, time.time() - 86400, time.time() + 86400])
+CLOCKS = ["none", "a day behind", "a day ahead"]
+
+
+@pytest.mark.parametrize("modified", [0.0, time.time() - 86400, time.time() + 86400], ids=CLOCKS)
 def test_what_a_predecessor_had_begun_last_goes_soon_with_its_hidden_files_whatever_the_clocks_say(
     store: LocalStore, tmp_path: Path, modified: float
 ) -> None:
@@ -92,7 +95,7 @@ def test_what_a_predecessor_had_begun_last_goes_soon_with_its_hidden_files_whate
     assert on_disk(tmp_path) == [1]
 
 
-@pytest.mark.parametrize("modified", [0.0, time.time() - 86400, time.time() + 86400])
+@pytest.mark.parametrize("modified", [0.0, time.time() - 86400, time.time() + 86400], ids=CLOCKS)
 @pytest.mark.parametrize(
     ("attempt", "seconds"), [(attempt_of(1, 7, "f"), HOUR), (attempt_of(1, 1, "a"), 60), (attempt_of(2, 7, "b"), 60)]
 )

@@ -43,7 +43,7 @@ from tests.support.small_runs import (
 
 
 def call(*arguments: str | Path) -> Result:
-    return CliRunner().invoke(main, [str(argument) for argument in arguments])
+    return CliRunner(env={"COLUMNS": None}).invoke(main, [str(argument) for argument in arguments])
 
 
 def found(*arguments: str | Path) -> dict[str, list[Any]]:

@@ -9,7 +9,6 @@ from distckpt.coordinator.machine.actions import CollectGarbage, Deleted
 from distckpt.directory.garbage import (
     GARBAGE_SECONDS,
     LEFT_SECONDS,
-    SWEPT,
     Bounds,
     Leftover,
     Watch,
@@ -21,6 +20,7 @@ from distckpt.directory.garbage import (
     is_replaced,
     lost_reports,
     old_probes,
+    other_folders,
     unfinished,
 )
 from distckpt.directory.log import read_tail
@@ -77,7 +77,7 @@ def collect_garbage(store: Store, action: CollectGarbage, min_age: float, watch:
             found = dead(folder, bounds, min_age, watch)
             gone += _collected([found] if found is not None else [])
             gone += _collected(unfinished(folder, bounds, min_age, watch))
-        for folder in SWEPT:
+        for folder in other_folders(store):
             gone += _collected(unfinished(folder, bounds, min_age, watch))
         return gone + _collected([*old_probes(min_age, watch), *lost_reports(bounds, min_age, watch)])
 
