@@ -360,7 +360,9 @@ def own_threads() -> list[str]:
 def test_a_managers_background_work_runs_in_loopers_that_end_with_it(tmp_path: Path) -> None:
     before = own_threads()
     with distckpt.CheckpointManager(distckpt.Checkpoint(a=torch.ones(2)), tmp_path, buffers=2) as manager:
-        assert own_threads() == sorted([*before, "distckpt-heartbeat", "distckpt-save-0", "distckpt-save-1"])
+        assert own_threads() == sorted(
+            [*before, *("distckpt-heartbeat", "distckpt-save-0", "distckpt-save-1", "distckpt-stats")]
+        )
         for number in range(1, 6):
             manager.save(number)
     assert own_threads() == before

@@ -33,6 +33,7 @@ def test_a_rank_that_just_leaves_and_one_that_does_not_come_are_named():
     for leaves in (True, False):
         driver = Driver().lead()
         run = driver.open(2)
+        driver.calm()
         ticket = driver.ask(FromRank(run, 0, FINAL))
         if leaves:
             driver.answer(FromRank(run, 1, Leave()))

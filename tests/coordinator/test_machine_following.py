@@ -246,6 +246,7 @@ def test_reports_on_what_is_gone_go_with_it_and_those_on_what_is_unknown_stay() 
 
 def test_late_reports_are_judged_without_any_save() -> None:
     driver, run = opened(BestN(1, "loss", "min", group="eval"))
+    driver.calm()
     driver.groups["eval"] = group("skip", most=9, every=False)
     records = []
     for number in (1, 2, 3):

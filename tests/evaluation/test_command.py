@@ -24,12 +24,6 @@ from tests.support.warm import ROOT
 SCRIPT = "import sys; print(sys.argv[1:]); print('why', file=sys.stderr); sys.exit(sys.argv[2] == '2')"
 
 
-@pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whoever waits looks every 20 ms."""
-    monkeypatch.setattr("distckpt.directory.news.POLL_SECONDS", 0.02, raising=False)
-
-
 def run(*arguments: object) -> Result:
     return CliRunner(env={"COLUMNS": None}).invoke(main, [str(argument) for argument in arguments])
 

@@ -5,18 +5,10 @@ from __future__ import annotations
 import threading
 from pathlib import Path
 
-import pytest
-
 import distckpt
 from distckpt.directory.groups import read_groups
 from distckpt.storage import open_store
 from tests.support.small_runs import Trainer, assert_loads, holds, numbers
-
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whoever waits looks every 20 ms."""
-    monkeypatch.setattr("distckpt.directory.news.POLL_SECONDS", 0.02, raising=False)
 
 
 def test_none_is_missed_while_a_run_that_keeps_one_goes_on_and_each_is_whole(tmp_path: Path) -> None:

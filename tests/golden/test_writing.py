@@ -21,8 +21,9 @@ OF_TORCH = "optimizer.param_groups"
 NUMPY = ',{"array":"numpy"}'
 """Since then, arrays say that they are no tensors. Readers take a path without it for a tensor's."""
 
-COUNTED = ("origin", "commits", "order")
-"""Since then, a log has a name and counts its commits. Readers take one without for one that has none, or did not."""
+SINCE = ("origin", "commits", "order", "ended")
+"""Since then, a log has a name, counts its commits, and says when training is over. Readers take one without for one that
+has none, or did not."""
 
 
 def test_one_rank_writes_what_it_wrote_then(tmp_path: Path) -> None:
@@ -53,7 +54,7 @@ def assert_same_form(found: Path, golden: Path) -> None:
 def forms(directory: Path) -> dict[str, Any]:
     """What each file is like, by its name without what is unique for ever. Of the log, what each kind of entry is."""
     found: dict[str, Any] = {}
-    for path in sorted(file for file in directory.rglob("*") if file.is_file()):
+    for path in sorted(file for file in directory.rglob("*") if file.is_file() and file.parent.name != names.STATS):
         name = re.sub(r"[0-9a-f]{32}", "<id>", str(path.relative_to(directory)))
         if name.startswith(f"{names.LOG}/"):
             entry = json.loads(path.read_bytes())
@@ -73,7 +74,7 @@ def forms(directory: Path) -> dict[str, Any]:
 def form_of_json(value: Any) -> Any:
     """Members in their order, and types; of a list, each form that is in it."""
     if isinstance(value, dict):
-        return [(name, form_of_json(inside)) for name, inside in value.items() if name not in COUNTED]
+        return [(name, form_of_json(inside)) for name, inside in value.items() if name not in SINCE]
     if isinstance(value, list):
         return sorted({repr(form_of_json(inside)) for inside in value})
     return type(value).__name__

@@ -42,6 +42,7 @@ from distckpt.coordinator.machine.actions import (
     WritePage,
 )
 from distckpt.coordinator.machine.following import Followed, Following
+from distckpt.coordinator.machine.keeping import GARBAGE_PAUSES
 from distckpt.coordinator.machine.machine import Machine
 from distckpt.coordinator.messages import (
     AwaitPlan,
@@ -129,6 +130,12 @@ class Driver:
         ticket = self.ask(request)
         self.settle()
         return self.replies.get(ticket)
+
+    def calm(self) -> Driver:
+        """Let the looks for garbage pass that come soon after a start: there is none."""
+        for pause in GARBAGE_PAUSES[:-1]:
+            self.wait(pause)
+        return self
 
     def wait(self, seconds: float) -> None:
         self.now += seconds
