@@ -143,15 +143,22 @@ class Group:
         return self._change(kind, present)
 
     def _change(self, kind: Kind, apply: Callable[[GroupState | None], GroupState | None]) -> GroupState | None:
+        doubt = ""
         while True:
             self._newest = found = self._whole()
             before = found.entry.state if found.entry is not None else None
             state = apply(before)
+            if state is None and doubt:  # perhaps just because it counts
+                raise StoreOutcomeUnknownError(join(self._store.url, names.group_folder(self.name)), doubt)
             if state is None or state == before:
                 return state
             previous = found.entry.commit_id if found.entry is not None else ""
             entry = GroupEntry(FORMAT, found.seq + 1, kind, time.time(), self.worker, uuid.uuid4().hex, previous, state)
-            if self._append(entry):
+            try:
+                counts = self._append(entry)
+            except _CannotTell as error:
+                counts, doubt = False, str(error)
+            if counts:
                 self._prune(entry.seq)
                 return state
 
@@ -188,11 +195,14 @@ class Group:
         raise StoreOutcomeUnknownError(where, f"may or may not have been written ({reason})")
 
     def _is_followed(self, entry: GroupEntry) -> bool:
-        """Whether the next one was made from it. If not, it filled a place long after the chain had been pruned there."""
+        """Whether the next one was made from it. If not, it filled a place long after the chain had been pruned there.
+
+        Once the next one has been pruned, too, nobody can tell: somebody may have gone on from it, and then it counts.
+        """
         try:
             return self._chain.read(entry.seq + 1).previous == entry.commit_id
-        except (ObjectNotFoundError, DamagedError):
-            return False
+        except (ObjectNotFoundError, DamagedError) as error:
+            raise _CannotTell(f"may or may not count, for what came next is gone: {error}") from error
 
     def _prune(self, seq: int) -> None:
         if seq % PRUNE_EVERY:
@@ -201,6 +211,10 @@ class Group:
             self._chain.prune(seq - KEEP_ENTRIES)
         except (StorageError, DamagedError) as error:
             logger.warning("old entries of the group %s were left: %s", self.name, error)
+
+
+class _CannotTell(Exception):
+    """Whether an entry counts."""
 
 
 def _chain(store: Store, name: str) -> Chain[GroupEntry]:

@@ -13,7 +13,15 @@ from typing import SupportsFloat
 from distckpt.directory.log import read_tail
 from distckpt.errors import AlreadyExistsError, DamagedError, ObjectNotFoundError, StoreOutcomeUnknownError
 from distckpt.format import names
-from distckpt.format.json.report import FORMAT, MAX_REPORT_BYTES, Report, Reported, merged_metrics
+from distckpt.format.json.report import (
+    FORMAT,
+    MAX_METRIC_NAME,
+    MAX_REPORT_BYTES,
+    Report,
+    Reported,
+    is_metric,
+    merged_metrics,
+)
 from distckpt.format.json.sealed import seal, unseal
 from distckpt.storage import MOST_NAMES, Store, at_most
 
@@ -34,25 +42,37 @@ def write_report(store: Store, attempt: str, metrics: Mapping[str, SupportsFloat
     """Say what was found out about ``attempt``; durable on return, and seen by whoever lists from then on.
 
     It is of that attempt alone, also if its number is saved again. Of a metric that is reported twice the later report
-    counts. ``reporter`` says who reports, for people. Raises ValueError for what is no finite number, a name of more than
-    128 or of unprintable characters, and more than 64 metrics; StorageError if it could not be written: then it may or
-    may not be there, and to report again does no harm.
+    counts. ``reporter`` says who reports, for people. Raises TypeError for what is no number, ValueError for one that is
+    not finite, a name of more than 128 or of unprintable characters, and more than 64 metrics; StorageError if it could
+    not be written: then it may or may not be there, and to report again does no harm.
     """
-    for name, value in metrics.items():
-        _check(name, value)
-    numbers = {name: float(value) for name, value in metrics.items()}
+    if not isinstance(metrics, Mapping):
+        raise TypeError(f"metrics are reported as a dict, such as {{'loss': 1.2}}, and this is {metrics!r:.200}")
+    numbers = {_checked_name(name): _number(name, value) for name, value in metrics.items()}
     report = Report(FORMAT, attempt, numbers, time.time(), reporter)
     _put(store, names.report_path(attempt, uuid.uuid4().hex), seal(report))
     return report
 
 
-def _check(name: object, value: object) -> None:
-    """What seal would refuse as well, said in the words of whoever reports."""
+def _checked_name(name: object) -> str:
     if not isinstance(name, str):
         raise TypeError(f"a metric's name is a str, and this is {name!r}")
-    number = float(value)  # type: ignore[arg-type]  # what float() does not take, it refuses
+    if not is_metric(name):
+        raise ValueError(f"{name!r} is not the name of a metric: 1 to {MAX_METRIC_NAME} printable characters")
+    return name
+
+
+def _number(name: str, value: SupportsFloat) -> float:
+    """Asked for once: what it says may come from a device, and change."""
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"metric {name!r} must be one number, not {value!r:.200}: {error}") from error
     if not math.isfinite(number):
         raise ValueError(f"metric {name!r} is {number}: only finite numbers can be reported")
+    return number
 
 
 def _put(store: Store, path: str, data: bytes) -> None:

@@ -57,18 +57,19 @@ DEFAULTS = Settings("latest", "earliest", 16, "skip", 3)
 class Offer:
     """What a worker may claim. ``instead_of`` is the token of a dead claim on it ('' if there is none).
 
-    ``is_spent``: it was delivered too often, and is to be set aside.
+    ``is_stale``: the group wants the newest alone, and has had a newer one.
     """
 
     item: Item
     delivery: int = 1
     failures: int = 0
     instead_of: str = ""
+    is_stale: bool = False
 
     @property
-    def is_spent(self) -> bool:
-        """Whether it has been delivered often enough."""
-        return self.delivery > MAX_DELIVERIES
+    def is_over(self) -> bool:
+        """Whether nobody is to get it any more: it is stale, or was delivered too often."""
+        return self.is_stale or self.delivery > MAX_DELIVERIES
 
 
 def made(settings: Settings, log: State) -> GroupState:
@@ -152,7 +153,7 @@ def offer(state: GroupState, log: State, dead: Collection[str], resting: Collect
         if item.attempt in alive and item.attempt not in resting
     ]
     found += [
-        Offer(_item(claim), claim.delivery + 1, claim.failures, claim.token)
+        Offer(_item(claim), claim.delivery + 1, claim.failures, claim.token, _is_stale(state, claim))
         for claim in state.claims
         if claim.attempt in alive and claim.token in dead
     ]
@@ -180,9 +181,11 @@ def claimed(
     return replace(state, claims=(*state.claims, make(offered)))
 
 
-def spent(state: GroupState, log: State, offered: Offer, dead: Collection[str], time: float) -> GroupState:
-    """The group after what was delivered too often has been set aside."""
+def ended(state: GroupState, log: State, offered: Offer, dead: Collection[str], time: float) -> GroupState:
+    """The group after what is over has been passed over if it is stale, and else set aside."""
     state = _taken(_tidied(state, log, dead), offered)
+    if offered.is_stale:
+        return state
     times = offered.delivery - 1
     error = f"delivered {times} times, and neither acknowledged nor rejected: it seems to end its workers"
     return _aside(state, SetAside(*_fields(offered.item), times, offered.failures, error, time))
@@ -208,8 +211,7 @@ def released(state: GroupState, token: str, backoff: float) -> GroupState | None
     if claim is None:
         return None
     back = Returned(*_fields(claim), claim.delivery, claim.failures, _longer(backoff, claim.delivery))
-    state = _without(state, {claim.attempt})
-    return replace(state, returned=(*state.returned, back))
+    return _given_back(_without(state, {claim.attempt}), back)
 
 
 def rejected(state: GroupState, token: str, error: str, backoff: float, time: float) -> GroupState | None:
@@ -221,7 +223,7 @@ def rejected(state: GroupState, token: str, error: str, backoff: float, time: fl
     if failures >= state.max_attempts:
         return _aside(state, SetAside(*_fields(claim), claim.delivery, failures, error, time))
     back = Returned(*_fields(claim), claim.delivery, failures, _longer(backoff, failures), error)
-    return replace(state, returned=(*state.returned, back))
+    return _given_back(state, back)
 
 
 def skipped(state: GroupState, records: Iterable[CheckpointRecord]) -> GroupState:
@@ -279,20 +281,30 @@ def _place(item: Item | CheckpointRecord) -> tuple[int, tuple[int, str]]:
     return item.order, attempt_age(item.attempt)
 
 
+def _position(state: GroupState) -> tuple[int, tuple[int, str]]:
+    """Where the group is, to be compared with places: after all that is done with without a gap, or was given out."""
+    return state.through, attempt_age(state.through_attempt) if state.through_attempt else (0, "")
+
+
 def _is_beyond(state: GroupState, record: CheckpointRecord) -> bool:
     if record.order:
         inside = any(first <= record.order <= last for first, last in state.finished)
         return record.order > state.through and not inside
-    return not state.through and (
-        not state.through_attempt or attempt_age(record.attempt) > attempt_age(state.through_attempt)
-    )
+    return _place(record) > _position(state)
 
 
 def _tidied(state: GroupState, log: State, dead: Collection[str]) -> GroupState:
-    """Without what was to be delivered again, and cannot be, since it was deleted."""
+    """Without what was to be delivered again, and cannot be, since it was deleted.
+
+    Not what was committed after the log was read: others may have had that meanwhile, and have given it back.
+    """
     alive = log.alive()
-    items = [*state.returned, *(claim for claim in state.claims if claim.token in dead)]
-    gone = {one.attempt for one in items if not (one.attempt in alive or log.may_have_in_pages(one.attempt))}
+    again = (*state.returned, *(claim for claim in state.claims if claim.token in dead))
+    gone = {
+        item.attempt
+        for item in again
+        if item.attempt not in alive and item.order <= log.commits and not log.may_have_in_pages(item.attempt)
+    }
     return replace(_without(state, gone), missed=state.missed + len(gone))
 
 
@@ -303,15 +315,10 @@ def _taken(state: GroupState, offered: Offer) -> GroupState:
 
 def _passed(state: GroupState, item: Item) -> GroupState:
     """At ``item``, if that is beyond; who wants each has missed what lay before, and is neither finished nor there."""
-    if not item.order:
-        if state.through or _place(item) <= (
-            0,
-            attempt_age(state.through_attempt) if state.through_attempt else (0, ""),
-        ):
-            return state
-        return replace(state, through_attempt=item.attempt)
-    if item.order <= state.through:
+    if item.order == state.through > 0 or _place(item) <= _position(state):
         return state
+    if not item.order:
+        return replace(state, through_attempt=item.attempt)
     between = item.order - state.through - 1
     between -= sum(last - first + 1 for first, last in state.finished if last < item.order)
     missed = state.missed + (between if state.mode == "all" else 0)
@@ -343,6 +350,16 @@ def _without(state: GroupState, attempts: Collection[str]) -> GroupState:
         returned=tuple(item for item in state.returned if item.attempt not in attempts),
         set_aside=tuple(item for item in state.set_aside if item.attempt not in attempts),
     )
+
+
+def _given_back(state: GroupState, item: Returned) -> GroupState:
+    """With it to be delivered again, if anybody would want it."""
+    return state if _is_stale(state, item) else replace(state, returned=(*state.returned, item))
+
+
+def _is_stale(state: GroupState, item: Item) -> bool:
+    """Whether the group wants the newest alone, and a newer one than this has been given out."""
+    return state.mode == "latest" and _place(item) < _position(state)
 
 
 def _aside(state: GroupState, item: SetAside) -> GroupState:

@@ -59,8 +59,8 @@ class Worker:
                 offered = sharing.offer(sharing.moved(self._state, log), log, dead, resting)
                 if offered is None:
                     return None
-                if offered.is_spent:
-                    self._set_aside(log, offered, dead, resting)
+                if offered.is_over:
+                    self._end(log, offered, dead, resting)
                     continue
                 try:
                     lease = HeldLease.take(
@@ -104,14 +104,14 @@ class Worker:
         self._own.add(claims[-1].token)
         return claims[-1]
 
-    def _set_aside(self, log: State, offered: Offer, dead: frozenset[str], resting: dict[str, float]) -> None:
+    def _end(self, log: State, offered: Offer, dead: frozenset[str], resting: dict[str, float]) -> None:
         def apply(state: GroupState) -> GroupState | None:
             self._state = state
             state = sharing.moved(state, log)
             still = sharing.offer(state, log, dead, resting) == offered
-            return sharing.spent(state, log, offered, dead, time.time()) if still else None
+            return sharing.ended(state, log, offered, dead, time.time()) if still else None
 
-        self._state = self._group.change("reject", apply) or self._state
+        self._state = self._group.change("skip" if offered.is_stale else "reject", apply) or self._state
 
     def ack(self, claim: Claim) -> bool:
         """Whether it counts; if not, somebody else has taken over."""

@@ -30,12 +30,17 @@ Prepare = Callable[[WatchedCheckpoint], AbstractContextManager[str]]
 """Makes of a checkpoint what stands in the command for ``{path}``, for as long as the command runs."""
 
 
+class _NotStartedError(ValueError):
+    """That is this worker's fault, and would be the same for every checkpoint."""
+
+
 class CommandRunner:
     """Runs ``command`` for every checkpoint of a watch, one after the other. In each word ``{path}`` and ``{number}`` are
     replaced.
 
     Exit status 0 acknowledges; any other rejects, with the status and the last lines of the error output, which goes where
-    ours goes all the same. ``told`` is called with a sentence on each that has ended. ``stop`` may be called by any other thread.
+    ours goes all the same. If the command cannot be started at all, no checkpoint is to blame: it is released.
+    ``told`` is called with a sentence on each that has ended. ``stop`` may be called by any other thread.
     """
 
     def __init__(self, watch: Watch, command: Sequence[str], prepare: Prepare, told: Callable[[str], object]) -> None:
@@ -48,7 +53,7 @@ class CommandRunner:
         self._stopped = 0
 
     def run(self) -> None:
-        """Until the watch ends, or ``stop``. Raises what the watch raises."""
+        """Until the watch ends, or ``stop``. Raises what the watch raises, ValueError if the command cannot be started."""
         for checkpoint in self._watch:
             try:
                 said = self._run(checkpoint)
@@ -74,11 +79,13 @@ class CommandRunner:
                     checkpoint.release()
                     return "released, since this worker was stopped"
                 status, lines = self._finished(process, checkpoint)
-        except LeaseLostError as error:
+        except (LeaseLostError, _NotStartedError) as error:
             checkpoint.release()
+            if isinstance(error, _NotStartedError):
+                raise
             return f"released: {error}"
         except Exception as error:
-            checkpoint.reject(f"{type(error).__name__}: {error}")
+            checkpoint.reject(error)
             if isinstance(error, StorageError | ClaimLostError):
                 raise
             return f"rejected: {error}"
@@ -98,9 +105,12 @@ class CommandRunner:
         with self._lock:
             if self._stopped:
                 return None
-            self._process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True
-            )
+            try:
+                self._process = subprocess.Popen(
+                    command, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True
+                )
+            except OSError as error:
+                raise _NotStartedError(f"the command cannot be started: {error}") from error
             return self._process
 
     def _finished(self, process: subprocess.Popen[bytes], checkpoint: WatchedCheckpoint) -> tuple[int, Sequence[str]]:

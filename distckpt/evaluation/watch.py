@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 BACKOFF = 10.0
 
 _LONGEST_WAIT = 60.0
+_LONGEST_NAME = 256
 
 
 def watch(
@@ -94,6 +95,10 @@ def watch(
     if max_in_flight < 1 or (max_attempts is not None and max_attempts < 1) or (max_backlog or 0) < 0:
         raise ValueError("max_in_flight and max_attempts are at least 1, max_backlog at least 0")
     settings = Settings(mode, start, max_backlog, on_lag, max_attempts)
+    if worker is not None and not _is_one_line(worker):
+        raise ValueError(
+            f"worker is up to {_LONGEST_NAME} printable characters that say who this is, not {worker!r:.200}"
+        )
     name = worker if worker is not None else f"{socket.gethostname()}:{os.getpid()}:{uuid.uuid4().hex[:6]}"
     options = placed(storage_options, cache_dir=cache_dir, data=data, data_options=data_options)
     store = open_store(directory, options)
@@ -107,6 +112,10 @@ def watch(
     else:
         source = Worker(store, group, name, settings, lease_seconds, backoff)
     return Watch(store, find_news(store, options), source, group, timeout, timeout_fn, max_in_flight, on_report)
+
+
+def _is_one_line(name: object) -> bool:
+    return isinstance(name, str) and name.isprintable() and len(name) <= _LONGEST_NAME
 
 
 class Watch(Iterator[WatchedCheckpoint]):

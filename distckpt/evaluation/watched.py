@@ -134,12 +134,13 @@ class WatchedCheckpoint:
         """Give it back without blame: some worker gets it after a while. ClaimLostError if it was not ours any more."""
         self._settle("released", self._settlement.release)
 
-    def reject(self, error: str = "") -> None:
+    def reject(self, error: str | BaseException = "") -> None:
         """Give it back with blame: some worker gets it after a while, or nobody, after ``max_attempts`` of the group.
 
         ``error`` says why, to people. ClaimLostError if it was not ours any more.
         """
-        self._settle("rejected", lambda: self._settlement.reject(error))
+        why = _in_words(error) if isinstance(error, BaseException) else str(error)
+        self._settle("rejected", lambda: self._settlement.reject(why))
 
     def _settle(self, how: str, settle: Callable[[], bool]) -> None:
         with self._lock:
@@ -165,7 +166,7 @@ class WatchedCheckpoint:
             return
         try:
             if isinstance(error, Exception) and not isinstance(error, LeaseLostError):
-                self.reject(f"{type(error).__name__}: {error}".removesuffix(": "))
+                self.reject(error)
             else:
                 self.release()
         except DistckptError as settling:
@@ -179,3 +180,10 @@ class WatchedCheckpoint:
             return located(self._store, self._record)
         finally:
             self.check()
+
+
+def _in_words(error: BaseException) -> str:
+    try:
+        return f"{type(error).__name__}: {error}".removesuffix(": ")
+    except Exception:  # noqa: BLE001 - an error that cannot say what it is must not keep its checkpoint
+        return type(error).__name__

@@ -15,6 +15,7 @@ from distckpt.errors import EncodeError
 from distckpt.format.tree.tree import DictStep, flatten
 from distckpt.format.tree.values import encode_value
 from distckpt.manager import CheckpointManager
+from distckpt.rank.arguments import retention_of
 from distckpt.state.objects import is_array
 from distckpt.training.hooks import CheckpointSaverHook, CheckpointSaverListener, SecondOrStepTimer, Session
 from distckpt.training.session import HookedLoop
@@ -27,7 +28,8 @@ class Saving:
     """Where and when a trainer's runs are saved, as the user said it.
 
     ``options`` go to the CheckpointManager of each run. ValueError unless exactly one of ``save_steps`` and
-    ``save_secs`` is given, TypeError for an option that a CheckpointManager does not have.
+    ``save_secs`` is given, TypeError for an option that a CheckpointManager does not have, and either for what it would
+    not keep checkpoints by.
     """
 
     directory: str | os.PathLike[str]
@@ -39,7 +41,10 @@ class Saving:
 
     def __post_init__(self) -> None:
         SecondOrStepTimer(self.save_secs, self.save_steps)
-        inspect.signature(CheckpointManager).bind(None, self.directory, **self.options)
+        given = inspect.signature(CheckpointManager).bind(None, self.directory, **self.options)
+        given.apply_defaults()
+        asked = given.arguments
+        retention_of(asked["max_to_keep"], asked["keep_checkpoint_every_n_hours"], asked["keep"])
 
     def hook(self) -> CheckpointSaverHook:
         """The hook that restores and saves, with a CheckpointManager of its own for what its session has to save."""

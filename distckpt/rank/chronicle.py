@@ -8,6 +8,7 @@ import time
 import uuid
 
 from distckpt.coordinator.client.client import Client
+from distckpt.directory.log import read_tail
 from distckpt.directory.stats import PRUNE_EVERY, prune_stats, write_stats
 from distckpt.format import names
 from distckpt.format.json.stats import FORMAT, MAX_TEXT_LENGTH, End, RunStats
@@ -67,6 +68,8 @@ class Chronicle(LooperThread):
         opened = self._client.opened
         if opened is None:
             return  # nobody has given the run a number yet
+        if read_tail(self._store).state.origin != opened.origin:
+            return  # the directory is gone, or another is in its place, where nothing of this run belongs
         stats = self._costs.stats()
         measured = {field.name: getattr(stats, field.name) for field in dataclasses.fields(stats)}
         record = RunStats(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from distckpt.format.json.group import Claim, GroupEntry
 from distckpt.format.json.log import CheckpointRecord, Entry
 
 MANIFEST = "manifest"
@@ -111,6 +112,47 @@ class Returned:
 
 
 @dataclass(frozen=True, slots=True)
+class GroupLogged:
+    """As ``Logged``, of an entry of the chain of ``group``."""
+
+    group: str
+    who: str
+    entry: GroupEntry
+    heard: bool = True
+    overwrote: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class GroupsRead:
+    """A coordinator has read how these groups stand, before it decides what retires."""
+
+    who: str
+    groups: frozenset[str]
+
+
+@dataclass(frozen=True, slots=True)
+class Settled:
+    """A worker of ``group`` was told that what it did with its claim counts, or, if not ``counts``, that it does not.
+
+    ``how``: "ack", "release" or "reject". Who never hears what became of it is told neither.
+    """
+
+    worker: str
+    group: str
+    claim: Claim
+    how: str
+    counts: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Drained:
+    """At the end, after a long calm with workers at work: what each group still wants."""
+
+    group: str
+    waiting: tuple[CheckpointRecord, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Agreed:
     """A rank was told that every rank has restored this checkpoint (None: there is none), in that ``round``."""
 
@@ -180,6 +222,10 @@ Happening = (
     | Held
     | LetGo
     | Returned
+    | GroupLogged
+    | GroupsRead
+    | Settled
+    | Drained
     | Agreed
     | Matched
     | Filled

@@ -1,4 +1,4 @@
-"""Whether the promises G1 to G8 of the design held throughout a simulation.
+"""Whether the promises of the design held throughout a simulation.
 
 Every check reads the whole history and returns what was broken, in words; an empty list means that the promise held.
 "Newest" always means the entry with the highest number ever written: what any reader finds that lists the log.
@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from distckpt.format.json.log import CheckpointRecord, Entry
+from distckpt.testing.group_promises import g10_acknowledged_once, g11_none_is_lost
 from distckpt.testing.history import (
     INDEX,
     MANIFEST,
@@ -290,6 +291,8 @@ PROMISES: dict[str, Callable[[History], list[str]]] = {
     "G6": g6_readers_get_one_attempt,
     "G7": g7_retention_spares,
     "G8": g8_next_job_comes_back,
+    "G10": g10_acknowledged_once,
+    "G11": g11_none_is_lost,
 }
 
 

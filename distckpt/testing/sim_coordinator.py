@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Generator
+from dataclasses import replace
 from functools import partial
 from typing import cast
 
@@ -37,20 +38,28 @@ from distckpt.coordinator.machine.actions import (
     RoomMade,
     Seal,
     Sealed,
+    SkipsTold,
     StepFailed,
     TailRead,
+    TellSkips,
     Tick,
     WritePage,
 )
+from distckpt.coordinator.machine.following import Followed
 from distckpt.coordinator.machine.machine import Machine
 from distckpt.coordinator.messages import Committed, FromRank, Reply, Request
+from distckpt.coordinator.shell.needs import following
+from distckpt.directory import sharing
 from distckpt.directory.pages import Known
 from distckpt.directory.stillness import Stillness
-from distckpt.errors import DamagedError, DistckptError, PlanError, SaveError
-from distckpt.format.json.log import Entry
+from distckpt.errors import DamagedError, DistckptError, PlanError, SaveError, StoreOutcomeUnknownError
+from distckpt.format.json.group import GroupState
+from distckpt.format.json.log import CheckpointRecord, Entry, State
 from distckpt.format.json.paging import Records, ref_of
 from distckpt.format.names import attempt_epoch
-from distckpt.testing.history import INDEX, MANIFEST, Promised, Whole
+from distckpt.testing.history import INDEX, MANIFEST, GroupsRead, Promised, Whole
+from distckpt.testing.sim_groups import change, newest
+from distckpt.testing.sim_ranks import Sleep
 from distckpt.testing.sim_requests import Creation, Outcome
 from distckpt.testing.sim_store import SimulatedPlan, make_plan, record_of
 from distckpt.testing.sim_world import LATEST, Clocks, SimulatedWorld
@@ -70,6 +79,7 @@ class SimulatedCoordinator:
         self._clocks = Clocks(world)
         self._leases = Stillness()
         self._leased: frozenset[str] | None = None
+        self._followed: Followed | None = None
         self._garbage = Stillness()
         self._frozen_until = 0.0
         self._backlog: list[Callable[[], None]] = []
@@ -106,9 +116,10 @@ class SimulatedCoordinator:
     def _thaw(self) -> None:
         backlog, self._backlog = self._backlog, []
         for step in backlog:
-            self._later(step)
+            self.later(step)
 
-    def _later(self, step: Callable[[], None], slowness: float = 1.0) -> None:
+    def later(self, step: Callable[[], None], slowness: float = 1.0) -> None:
+        """See ``sim_requests.Later``."""
         self._world.later(self._world.latency() * slowness, lambda: self._now(step))
 
     def _now(self, step: Callable[[], None]) -> None:
@@ -136,28 +147,30 @@ class SimulatedCoordinator:
             case Answer(ticket, reply):
                 self._answer(ticket, reply)
             case ReadTail():
-                self._later(self._read_tail)
+                self.later(self._read_tail)
             case Append(entry):
                 self._seq = entry.seq
                 self._append(entry)
             case ReadNewest():
-                self._later(self._read_newest)
+                self.later(self._read_newest)
             case ReadPages():
-                self._later(lambda: self._read_pages(action))
+                self.later(lambda: self._read_pages(action))
             case WritePage():
                 self._write_page(action)
             case MakePlan():
-                self._later(lambda: self._make_plan(action))
+                self.later(lambda: self._make_plan(action))
             case Seal():
-                self._later(lambda: self._write_index(action))
+                self.later(lambda: self._write_index(action))
             case ReadLeases():
-                self._later(self._read_leases)
+                self.later(lambda: self._read_leases(action))
+            case TellSkips():
+                self._do(self._tell_skips(action))
             case Delete(records):
                 self._erase([record.attempt for record in records], [])
             case CollectGarbage():
-                self._later(lambda: self._collect(action))
+                self.later(lambda: self._collect(action))
             case Publish(entry):
-                self._later(lambda: self._publish(entry))
+                self.later(lambda: self._publish(entry))
             case Exit():
                 self._world.later(0.0, self.die)
 
@@ -170,9 +183,9 @@ class SimulatedCoordinator:
         send(reply)
 
     def _read_tail(self) -> None:
-        entry = self._world.store.newest_entry()
+        entry = self._world.store.log.newest_entry()
         if entry is None:
-            self._later(lambda: self.feed(TailRead(0, None)))
+            self.later(lambda: self.feed(TailRead(0, None)))
             return
         known = entry.state.known()
         complete = []
@@ -180,37 +193,37 @@ class SimulatedCoordinator:
             whole = self._world.store.complete(attempt)
             if attempt not in known and attempt_epoch(attempt) == entry.epoch and whole is not None:
                 complete.append(record_of(NAME, attempt, whole))
-        self._later(lambda: self.feed(TailRead(entry.seq, entry, tuple(complete))))
+        self.later(lambda: self.feed(TailRead(entry.seq, entry, tuple(complete))))
 
     def _append(self, entry: Entry) -> None:
         world = self._world
         if entry.commit_id not in self._tried and entry.kind == "commit":
             self._tried.add(entry.commit_id)  # whether a reader would take it does not change
             if world.random.random() < world.faults.refused_commit:
-                self._later(lambda: self.feed(AppendRefused(entry, "too long to be read")))
+                self.later(lambda: self.feed(AppendRefused(entry, "too long to be read")))
                 return
         world.about_to_append(self)
-        Creation(world, self.name, entry, self._later, self._created).begin()
+        Creation(world, world.store.log, self.name, entry, self.later, self._created, "no_read_back").begin()
 
     def _created(self, entry: Entry, outcome: Outcome, found: Entry | None) -> None:
         if outcome == "appended":
             self.feed(Appended(entry, self._newest(entry)))
         elif outcome == "taken" and "old_epochs_count" in self._world.unsafe and found and found.epoch > entry.epoch:
-            self._append(msgspec.structs.replace(entry, seq=self._world.store.newest() + 1))
+            self._append(msgspec.structs.replace(entry, seq=self._world.store.log.newest() + 1))
         elif outcome == "taken":
             self.feed(NameTaken(entry, found, self._newest(entry)))
         else:
             self.feed(AppendUnknown(entry, "no answer"))
 
     def _newest(self, entry: Entry) -> int:
-        return entry.seq if "ignore_newest" in self._world.unsafe else self._world.store.newest()
+        return entry.seq if "ignore_newest" in self._world.unsafe else self._world.store.log.newest()
 
     def _read_newest(self) -> None:
         if self._world.random.random() < self._world.faults.failed_look:
-            self._later(lambda: self.feed(NewestRead(None, "cannot list")))
+            self.later(lambda: self.feed(NewestRead(None, "cannot list")))
             return
-        newest = self._seq if "restore_unasked" in self._world.unsafe else self._world.store.newest()
-        self._later(lambda: self.feed(NewestRead(newest)))
+        newest = self._seq if "restore_unasked" in self._world.unsafe else self._world.store.log.newest()
+        self.later(lambda: self.feed(NewestRead(newest)))
 
     def _read_pages(self, action: ReadPages) -> None:
         world = self._world
@@ -222,7 +235,7 @@ class SimulatedCoordinator:
                 failed[page.id] = DamagedError(page.id, "cannot be read")
             else:
                 found[page.id] = records
-        self._later(lambda: self.feed(PagesRead(action.asked, found, failed)))
+        self.later(lambda: self.feed(PagesRead(action.asked, found, failed)))
 
     def _write_page(self, action: WritePage) -> None:
         """It is there in time, or late, or never; and in doubt nobody needs it."""
@@ -236,14 +249,14 @@ class SimulatedCoordinator:
             put()
             if not fate:
                 ref = ref_of(action.page, action.of, action.records, 1, 1)
-                self._later(lambda: self.feed(PageWritten(action.page, ref)))
+                self.later(lambda: self.feed(PageWritten(action.page, ref)))
 
         if fate == "late":
             world.later(world.random.uniform(0.0, LATEST), put)
         elif fate != "never":
             world.later(world.latency(), arrive)
         if fate:
-            world.later(2.0, lambda: self._later(lambda: self.feed(PageWritten(action.page, None))))
+            world.later(2.0, lambda: self.later(lambda: self.feed(PageWritten(action.page, None))))
 
     def _make_plan(self, action: MakePlan) -> None:
         try:
@@ -263,28 +276,28 @@ class SimulatedCoordinator:
             return
         store.put(action.attempt, INDEX, whole, self._world.time)
         self._world.again(lambda: store.put_if_absent(action.attempt, INDEX, whole, self._world.time))
-        self._later(lambda: self._write_manifest(action, whole))
+        self.later(lambda: self._write_manifest(action, whole))
 
     def _write_manifest(self, action: Seal, whole: Whole) -> None:
         store = self._world.store
         store.put(action.attempt, MANIFEST, whole, self._world.time)
         self._world.again(lambda: store.put_if_absent(action.attempt, MANIFEST, whole, self._world.time))
         if self._world.random.random() < self._world.faults.failed_seal:
-            self._later(lambda: self.feed(StepFailed(action.attempt, SaveError(action.number, "no answer"))))
+            self.later(lambda: self.feed(StepFailed(action.attempt, SaveError(action.number, "no answer"))))
         else:
-            self._later(lambda: self.feed(Sealed(action.attempt, 1, 1, whole.chunks)))
+            self.later(lambda: self.feed(Sealed(action.attempt, 1, 1, whole.chunks)))
 
-    def _read_leases(self) -> None:
+    def _read_leases(self, action: ReadLeases) -> None:
         if self._world.random.random() < 0.05:
             self.feed(LeasesRead(frozenset(), "cannot list"))
         elif self._leased is not None and "leases_before_retiring" in self._world.unsafe:
             seen, self._leased = self._leased, None
-            self._later(lambda: self.feed(LeasesRead(seen)))
+            self._do(self._read_groups(action, seen))
         else:
             asked = self._clocks.elapsed()
-            self._later(lambda: self._look_at_leases(asked))
+            self.later(lambda: self._look_at_leases(action, asked))
 
-    def _look_at_leases(self, asked: float) -> None:
+    def _look_at_leases(self, action: ReadLeases, asked: float) -> None:
         leases, answered, held = self._world.store.leases, self._clocks.elapsed(), set()
         for id, lease in list(leases.items()):
             still = self._leases.still_for(id, lease, asked=asked, answered=answered)
@@ -292,25 +305,67 @@ class SimulatedCoordinator:
             if "wall_clock_leases" in self._world.unsafe:
                 has_expired = lease.expires < self._clocks.wall()
             if has_expired:
-                self._later(partial(self._world.store.drop_lease, id))
+                self.later(partial(self._world.store.drop_lease, id))
             else:
                 held.add(lease.attempt)
         self._leases.forget_all_but(leases.keys())
         attempts = self._leased = frozenset(held)
-        self._later(lambda: self.feed(LeasesRead(attempts)))
+        self._do(self._read_groups(action, attempts))
+
+    def _read_groups(self, action: ReadLeases, leased: frozenset[str]) -> Generator[Sleep, None, None]:
+        """After the leases, one group after the other."""
+        store, groups = self._world.store, {}
+        for name, chain in list(store.groups.items()):
+            entry = yield from newest(self._world, chain)
+            if entry is not None:
+                groups[name] = entry.state
+        if any(page.id not in store.pages or self._cannot_read() for page in action.state.pages):
+            self.feed(LeasesRead(frozenset(), "cannot read a page"))
+            return
+        state = store.whole(self.name, action.state)
+        found = {name: following(name, group, state) for name, group in groups.items()}
+        self._world.history.add(GroupsRead(self.name, frozenset(found)))
+        followed = Followed(tuple(found.values()), action.state.commits)
+        if "retire_before_groups" in self._world.unsafe:
+            before, self._followed = self._followed or Followed(), followed
+            followed = replace(before, commits=followed.commits)
+        if "news_is_nobodys" in self._world.unsafe:
+            followed = replace(followed, commits=1 << 40)
+        if "skips_untold" in self._world.unsafe:
+            followed = followed.without_surplus()
+        yield Sleep(self._world.latency())
+        self.feed(LeasesRead(leased, followed=followed))
+
+    def _tell_skips(self, action: TellSkips) -> Generator[Sleep, None, None]:
+        done = True
+        for group, records in action.skips.items():
+            tail = self._world.store.log.newest_entry()
+            assert tail is not None
+            state = self._world.store.whole(self.name, tail.state)
+            try:
+                yield from change(self._world, self, group, "skip", partial(_skipped, log=state, records=records))
+            except StoreOutcomeUnknownError:
+                done = False
+        self.feed(SkipsTold(done))
+
+    def _do(self, steps: Generator[Sleep, None, None]) -> None:
+        """Step after step, as long as it lives."""
+        wish = next(steps, None)
+        if wish is not None:
+            self._world.later(wish.seconds, lambda: self._now(lambda: self._do(steps)))
 
     def _publish(self, entry: Entry) -> None:
-        self._world.store.prune(entry.seq - self._world.random.choice([0, 0, 1, 3]))
-        self._later(lambda: self.feed(Published(entry)))
+        self._world.store.log.prune(entry.seq - self._world.random.choice([0, 0, 1, 3]))
+        self.later(lambda: self.feed(Published(entry)))
 
     def _erase(self, attempts: list[str], done: list[str]) -> None:
         """One object after the other, manifests first; sometimes an attempt cannot be deleted today."""
         if not attempts:
-            self._later(lambda: self.feed(Deleted(tuple(done))))
+            self.later(lambda: self.feed(Deleted(tuple(done))))
             return
         attempt = attempts[0]
         if self._world.random.random() < 0.1:
-            self._later(lambda: self._erase(attempts[1:], done))
+            self.later(lambda: self._erase(attempts[1:], done))
         else:
             self._erase_objects(attempt, lambda: self._erase(attempts[1:], [*done, attempt]))
 
@@ -321,13 +376,13 @@ class SimulatedCoordinator:
             return
         self._world.store.erase(self.name, attempt, names[0])
         self._world.again(lambda: self._world.store.erase(self.name, attempt, names[0]))
-        self._later(lambda: self._erase_objects(attempt, then), 0.3)
+        self.later(lambda: self._erase_objects(attempt, then), 0.3)
 
     def _collect(self, action: CollectGarbage) -> None:
         world = self._world
         if action.urgent:
-            self._later(lambda: self.feed(RoomMade()))
-        if action.epoch == max((entry.epoch for entry in world.store.log.values()), default=0):
+            self.later(lambda: self.feed(RoomMade()))
+        if action.epoch == max((entry.epoch for entry in world.store.log.entries.values()), default=0):
             self._collect_pages(action)
         lost = [page for page in action.pages if page.id not in world.store.pages or self._cannot_read()]
         paged = {
@@ -341,7 +396,7 @@ class SimulatedCoordinator:
         old = [attempt for attempt in world.store.attempts if action.urgent or self._is_old(action, attempt)]
         for attempt in sorted(old):
             if self._is_garbage(action, attempt, known):
-                self._later(lambda attempt=attempt: self._erase_objects(attempt, _nothing))  # type: ignore[misc]
+                self.later(lambda attempt=attempt: self._erase_objects(attempt, _nothing))  # type: ignore[misc]
 
     def _cannot_read(self) -> bool:
         return self._world.random.random() < self._world.faults.failed_page
@@ -368,6 +423,10 @@ class SimulatedCoordinator:
             return attempt not in known and attempt not in action.live
         epoch = attempt_epoch(attempt)
         return (epoch < action.epoch and attempt not in known) or attempt in action.failed
+
+
+def _skipped(state: GroupState | None, log: State, records: tuple[CheckpointRecord, ...]) -> GroupState | None:
+    return sharing.skipped(sharing.moved(state, log), records) if state is not None else None
 
 
 def _nothing() -> None:

@@ -17,6 +17,7 @@ from distckpt.coordinator.messages import (
     Join,
     Joined,
     KeyMatch,
+    Lag,
     Late,
     Leave,
     MakeRoom,
@@ -197,7 +198,7 @@ class Rank(Process):
             if isinstance(reply, Unknown):
                 yield from self._open()
                 return reply
-            if isinstance(reply, Late):
+            if isinstance(reply, Late | Lag):
                 continue
             if not isinstance(reply, Refused):
                 return reply

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal, Protocol
+from typing import Generic, Literal, Protocol
 
-from distckpt.format.json.log import Entry
+from distckpt.testing.sim_store import LinkT, SimulatedChain
 from distckpt.testing.sim_world import LATEST, SimulatedWorld
 
 TIMEOUT = 2.0
@@ -23,26 +23,32 @@ class Later(Protocol):
     def __call__(self, step: Callable[[], None], slowness: float = 1.0) -> None: ...
 
 
-class Creation:
-    """Creates one entry of the log, as the stores of object stores do it (``creating.create``), for ``who``.
+class Creation(Generic[LinkT]):
+    """Creates one entry of a chain, as the stores of object stores do it (``creating.create``), for ``who``.
 
     Try, and where there is no clear yes, look: what is there is ours or another's; if it is nothing, try the same again.
     ``told`` gets what became of it, and the other entry. A try that was given up may be done all the same, much later.
+    ``blind`` is the rule not to look that may be broken.
     """
 
     def __init__(
         self,
         world: SimulatedWorld,
+        chain: SimulatedChain[LinkT],
         who: str,
-        entry: Entry,
+        entry: LinkT,
         later: Later,
-        told: Callable[[Entry, Outcome, Entry | None], None],
+        told: Callable[[LinkT, Outcome, LinkT | None], None],
+        blind: str,
     ) -> None:
         self._world = world
+        self._chain = chain
+        self._blind = blind
         self._who = who
         self._entry = entry
         self._later = later
-        self._told = told
+        self._tell = told
+        self._over = False
         self._end = world.time + world.random.choice([0.0, PATIENCE])
 
     def begin(self) -> None:
@@ -62,21 +68,25 @@ class Creation:
             world.later(TIMEOUT, lambda: self._later(self._doubt))
 
     def _arrive_late(self) -> None:
-        self._world.store.put_entry(self._who, self._entry, heard=False)
+        self._chain.put(self._who, self._entry, heard=False)
 
     def _arrive(self, fate: str) -> None:
-        store = self._world.store
-        created = store.put_entry(self._who, self._entry)
+        created = self._chain.put(self._who, self._entry, heard=not self._over)
         if fate == "twice":
-            created = store.put_entry(self._who, self._entry)
+            created = self._chain.put(self._who, self._entry)
         if fate != "lost":
             self._later(self._done if created else self._doubt)
+
+    def _told(self, entry: LinkT, outcome: Outcome, found: LinkT | None) -> None:
+        """What is under way of it still arrives, and nobody hears of that any more."""
+        self._over = True
+        self._tell(entry, outcome, found)
 
     def _done(self) -> None:
         self._told(self._entry, "appended", None)
 
     def _doubt(self) -> None:
-        if "no_read_back" in self._world.unsafe:
+        if self._blind in self._world.unsafe:
             self._told(self._entry, "taken", None)
         elif self._world.random.random() < self._world.faults.failed_look:
             self._again()
@@ -84,7 +94,7 @@ class Creation:
             self._later(self._look)
 
     def _look(self) -> None:
-        found = self._world.store.log.get(self._entry.seq)
+        found = self._chain.entries.get(self._entry.seq)
         if found is None:
             self._again()
         elif found.commit_id == self._entry.commit_id:

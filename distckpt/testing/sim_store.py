@@ -4,15 +4,77 @@ from __future__ import annotations
 
 import array
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Generic, Protocol, TypeVar
 
 from msgspec.structs import replace
 
 from distckpt.errors import PlanError
+from distckpt.format.json.group import GroupEntry
 from distckpt.format.json.log import CheckpointRecord, Entry, State
 from distckpt.format.json.paging import Records, opened
-from distckpt.testing.history import INDEX, MANIFEST, Content, Erased, History, Logged, LostPage, Whole, Wrote
+from distckpt.testing.history import (
+    INDEX,
+    MANIFEST,
+    Content,
+    Erased,
+    GroupLogged,
+    History,
+    Logged,
+    LostPage,
+    Whole,
+    Wrote,
+)
+
+
+class Link(Protocol):
+    """An entry of a chain."""
+
+    @property
+    def seq(self) -> int:
+        """Its number."""
+
+    @property
+    def commit_id(self) -> str:
+        """What is unique to it for ever."""
+
+
+LinkT = TypeVar("LinkT", bound=Link)
+
+
+class SimulatedChain(Generic[LinkT]):
+    """Numbered entries, as ``directory.chain`` keeps them. ``landed`` hears of each: who, which, heard, overwrote.
+
+    ``exclusive`` False breaks put-if-absent: entries are then overwritten, as on a store that the probe would refuse.
+    """
+
+    def __init__(self, landed: Callable[[str, LinkT, bool, bool], None], *, exclusive: bool = True) -> None:
+        self.entries: dict[int, LinkT] = {}
+        self._landed = landed
+        self._exclusive = exclusive
+
+    def newest(self) -> int:
+        """The highest number, 0 if there is none."""
+        return max(self.entries, default=0)
+
+    def newest_entry(self) -> LinkT | None:
+        """The entry with the highest number."""
+        return self.entries.get(self.newest())
+
+    def put(self, who: str, entry: LinkT, *, heard: bool = True) -> bool:
+        """Create an entry if its number is free; whether it was."""
+        taken = entry.seq in self.entries
+        if taken and self._exclusive:
+            return False
+        self.entries[entry.seq] = entry
+        self._landed(who, entry, heard, taken)
+        return True
+
+    def prune(self, below: int) -> None:
+        """Drop entries with smaller numbers."""
+        for seq in [seq for seq in self.entries if seq < below]:
+            del self.entries[seq]
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,37 +97,30 @@ class SimulatedLease:
 
 
 class SimulatedStore:
-    """The log and its pages, the objects of every attempt, and the leases. Everything that changes is put down in ``history``.
+    """The log and its pages, groups' chains, the objects of every attempt, and the leases.
 
-    ``exclusive`` False breaks put-if-absent: the log is then overwritten, as on a store that the probe would refuse.
+    What changes is put down in ``history``.
     """
 
     def __init__(self, history: History, *, exclusive: bool = True) -> None:
         self.history = history
-        self.exclusive = exclusive
-        self.log: dict[int, Entry] = {}
+        self.log = SimulatedChain[Entry](self._logged, exclusive=exclusive)
+        self.groups: dict[str, SimulatedChain[GroupEntry]] = {}
         self.attempts: dict[str, dict[str, Stored]] = {}
         self.leases: dict[str, SimulatedLease] = {}
         self.pages: dict[str, Records] = {}
 
-    def newest(self) -> int:
-        """The highest number in the log, 0 if it is empty."""
-        return max(self.log, default=0)
+    def group(self, name: str) -> SimulatedChain[GroupEntry]:
+        """A group's chain, empty if there is no such group."""
+        if name not in self.groups:
+            history = self.history
+            self.groups[name] = SimulatedChain[GroupEntry](lambda *what: history.add(GroupLogged(name, *what)))
+        return self.groups[name]
 
-    def newest_entry(self) -> Entry | None:
-        """The entry with the highest number."""
-        return self.log.get(self.newest())
-
-    def put_entry(self, who: str, entry: Entry, *, heard: bool = True) -> bool:
-        """Create an entry if its number is free; whether it was."""
-        taken = entry.seq in self.log
-        if taken and self.exclusive:
-            return False
-        is_newest = entry.seq > self.newest()  # what a sleeper puts below it counts for nobody
-        self.log[entry.seq] = entry
+    def _logged(self, who: str, entry: Entry, heard: bool, overwrote: bool) -> None:
+        is_newest = entry.seq == self.log.newest() and not overwrote  # what a sleeper puts below it counts for nobody
         state = self.whole(who if is_newest else "", entry.state)
-        self.history.add(Logged(who, replace(entry, state=state), heard, taken, len(entry.state.pages)))
-        return True
+        self.history.add(Logged(who, replace(entry, state=state), heard, overwrote, len(entry.state.pages)))
 
     def whole(self, who: str, state: State) -> State:
         """The state with what is in its pages; ``who``, if it is somebody, must find them."""
@@ -80,18 +135,13 @@ class SimulatedStore:
 
     def referred(self) -> set[str]:
         """The pages to which the entries refer that are there."""
-        return {page.id for entry in self.log.values() for page in entry.state.pages}
+        return {page.id for entry in self.log.entries.values() for page in entry.state.pages}
 
     def erase_page(self, who: str, page: str) -> None:
         """Delete a page. Nobody may miss it."""
         if page in self.referred():
             self.history.add(LostPage(who, page))
         self.pages.pop(page, None)
-
-    def prune(self, below: int) -> None:
-        """Drop entries with smaller numbers."""
-        for seq in [seq for seq in self.log if seq < below]:
-            del self.log[seq]
 
     def put(self, attempt: str, name: str, content: Content, time: float) -> None:
         """Create an object of an attempt."""

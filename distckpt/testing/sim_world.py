@@ -41,6 +41,8 @@ class Faults:
     clock_jump: float = 0.0
     frozen_reader: float = 0.0
     freeze_at_append: float = 0.0
+    rejected: float = 0.0
+    released: float = 0.0
 
     def heal(self) -> None:
         """From now on nothing goes wrong any more."""

@@ -9,9 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 
 from distckpt.coordinator.messages import Pin, Reply, Request
+from distckpt.directory.sharing import Settings, waiting
+from distckpt.format.json.log import CheckpointRecord
 from distckpt.keep import Retention
-from distckpt.testing.history import CameBack, History
+from distckpt.testing.history import CameBack, Drained, History
 from distckpt.testing.sim_coordinator import SimulatedCoordinator
+from distckpt.testing.sim_groups import Member
 from distckpt.testing.sim_ranks import Job, Rank
 from distckpt.testing.sim_readers import Reader
 from distckpt.testing.sim_world import Faults, SimulatedWorld
@@ -28,12 +31,19 @@ UNSAFE = {
     "leases_before_retiring": "what is deleted goes by the leases that were read before it retired",
     "outlive_lease": "a reader that could not renew its lease in time goes on",
     "wall_clock_leases": "a lease says when it expires by its holder's clock, and others compare that with theirs",
+    "no_group_read_back": "as no_read_back, of the entries of groups",
+    "ignore_group_newest": "as ignore_newest, of the entries of groups",
+    "ack_without_token": "an acknowledgement counts whatever has become of the claim",
+    "retire_before_groups": "what retires goes by what groups wanted when it was looked the time before",
+    "news_is_nobodys": "what was committed after the groups were read retires like any other",
+    "skips_untold": "what a group that lags does not get retires, and then the group is told",
     "no_read_back": "an entry whose creation was refused or not answered counts as another's, and nobody looks",
 }
 """Rules that a simulation can be told to break, to show that it would notice."""
 
 TROUBLE_SECONDS = 40.0
 CALM_SECONDS = 600.0
+DRAIN_SECONDS = 200.0
 
 
 class Simulation:
@@ -47,6 +57,8 @@ class Simulation:
         self.coordinators: list[SimulatedCoordinator] = []
         self.ranks: list[Rank] = []
         self.readers: list[Reader] = []
+        self.members: list[Member] = []
+        self.groups: dict[str, Settings] = {}
         self._everyone: list[Rank] = []
         self._home: list[SimulatedCoordinator] = []
         self._calm = False
@@ -59,6 +71,8 @@ class Simulation:
         self._start_job()
         for _ in range(2):
             self._start_reader()
+        for group in range(self.world.random.choice([0, 1, 1, 2])):
+            self._begin_group(f"group-{group}")
         self.world.later(1.0, self._trouble)
         self.world.run(TROUBLE_SECONDS)
         self._settle()
@@ -91,6 +105,8 @@ class Simulation:
             ("clock_jump", 0.01),
             ("frozen_reader", 0.4),
             ("freeze_at_append", 0.1),
+            ("rejected", 0.5),
+            ("released", 0.5),
         ):
             setattr(faults, name, random.choice([0.0, random.uniform(0.0, most)]))
 
@@ -123,11 +139,29 @@ class Simulation:
     def _start_reader(self) -> None:
         self.readers.append(Reader(self.world, f"reader {len(self.readers)}"))
 
+    def _begin_group(self, group: str) -> None:
+        random = self.world.random
+        self.groups[group] = Settings(
+            mode=random.choice(["all", "all", "all", "latest"]),
+            start=random.choice(["earliest", "latest"]),
+            max_backlog=random.choice([0, 1, 2, 4, 16]),
+            on_lag=random.choice(["skip", "hold", "block"]),
+            max_attempts=random.randint(1, 3),
+        )
+        for _ in range(random.randint(1, 4)):
+            self.world.later(random.choice([0.0, random.uniform(0.0, 30.0)]), lambda: self._start_member(group))
+
+    def _start_member(self, group: str) -> None:
+        name = f"worker {len(self.members)} of {group}"
+        self.members.append(Member(self.world, name, group, self.groups[group]))
+
     def _trouble(self) -> None:
         if self._calm:
             return
         random = self.world.random
-        kind = random.choice(["crash", "freeze", "supersede", "split", "kill", "linger", "pin", "pin", "reader"])
+        kind = random.choice(
+            ["crash", "freeze", "supersede", "split", "kill", "linger", "pin", "pin", "reader", "worker", "worker"]
+        )
         if kind == "crash":
             self.coordinators[-1].die()
             self._replace_coordinator()
@@ -139,6 +173,11 @@ class Simulation:
             self._split()
         elif kind == "pin":
             self._pin()
+        elif kind == "worker":
+            if self.members:
+                killed = random.choice(self.members)
+                killed.kill()
+                self.world.later(random.uniform(0.0, 20.0), lambda: self._start_member(killed.group))
         elif kind == "reader":
             random.choice(self.readers).kill()
             self._start_reader()
@@ -169,7 +208,7 @@ class Simulation:
         self.coordinators.append(SimulatedCoordinator(self.world, name))
 
     def _pin(self) -> None:
-        entry = self.world.store.newest_entry()
+        entry = self.world.store.log.newest_entry()
         if entry is not None and entry.state.active:
             whole = self.world.store.whole("simulator", entry.state)
             number = self.world.random.choice(whole.active).number
@@ -179,6 +218,8 @@ class Simulation:
         """No more faults; whoever was frozen wakes up and finds out."""
         self._calm = True
         self.world.faults.heal()
+        for group in self.groups:
+            self._start_member(group)
         self.world.run(self.world.time + 40.0)
 
     def _come_back(self) -> None:
@@ -188,11 +229,12 @@ class Simulation:
         for coordinator in self.coordinators:
             coordinator.die()
         self._replace_coordinator()
-        expected = self.world.store.newest_entry()
+        expected = self.world.store.log.newest_entry()
         self._start_job(saves=2)
         end = self.world.time + CALM_SECONDS
         while self.world.time < end and not all(rank.done for rank in self.ranks):
             self.world.run(self.world.time + 1.0)
+        self._drain()
         lost = [str(error) for rank in self.ranks for error in rank.failed]
         if not healthy:
             lost.append("every coordinator stopped, although one must have been the last to claim")
@@ -207,6 +249,19 @@ class Simulation:
         self.world.history.add(
             CameBack(first.restored, tuple(sorted(first.saved, key=lambda record: record.number)), "; ".join(lost))
         )
+
+    def _drain(self) -> None:
+        """What groups want they get, if they have the time."""
+        end = self.world.time + DRAIN_SECONDS
+        while self.world.time < end and any(self._waiting(group) for group in self.groups):
+            self.world.run(self.world.time + 1.0)
+        for group in self.groups:
+            self.world.history.add(Drained(group, self._waiting(group)))
+
+    def _waiting(self, group: str) -> tuple[CheckpointRecord, ...]:
+        store = self.world.store
+        of_group, log = store.group(group).newest_entry(), store.log.newest_entry()
+        return waiting(of_group.state, store.whole("", log.state)) if of_group is not None and log is not None else ()
 
     # ---- the network -----------------------------------------------------------------------------------------------
 

@@ -190,7 +190,7 @@ class Coordinators(RuleBasedStateMachine):
             self.shells.pop(which % len(self.shells))
         elif what == "late" and self.late:
             who, append = self.late.pop(which % len(self.late))
-            self.store.put_entry(who, append.entry, heard=False)
+            self.store.log.put(who, append.entry, heard=False)
         elif what == "wait":
             self.wait([0.5, 5.0, 31.0][which % 3])
         elif what in ("pin", "unpin"):
@@ -355,13 +355,13 @@ class Coordinators(RuleBasedStateMachine):
     def repeat_anything(self, which: int, to: int) -> None:
         self._ask(to, self.asked[which % len(self.asked)])
 
-    @precondition(lambda self: self.store.log)
+    @precondition(lambda self: self.store.log.entries)
     @rule(which=PICK, reader=st.sampled_from(["r1", "r2"]), take=st.booleans())
     def lease(self, which: int, reader: str, take: bool) -> None:
         self.drop_a_lease(reader)
         if not take:
             return
-        entry = self.store.newest_entry()
+        entry = self.store.log.newest_entry()
         assert entry is not None
         records = (*entry.state.active, *entry.state.preserved)
         if records:
@@ -430,7 +430,7 @@ class Coordinators(RuleBasedStateMachine):
             case Append():
                 self._append(shell, action, fault)
             case ReadNewest():
-                self._feed(shell, NewestRead(None, "no answer") if fault else NewestRead(self.store.newest()))
+                self._feed(shell, NewestRead(None, "no answer") if fault else NewestRead(self.store.log.newest()))
             case ReadPages(asked, pages):
                 found = {
                     page.id: self.store.pages[page.id] for page in pages if not fault and page.id in self.store.pages
@@ -468,7 +468,7 @@ class Coordinators(RuleBasedStateMachine):
                 if urgent:
                     self._feed(shell, RoomMade())
             case Publish(entry):
-                self.store.prune(entry.seq)
+                self.store.log.prune(entry.seq)
                 self._feed(shell, Published(entry))
             case Exit():
                 self.shells.remove(shell)
@@ -476,7 +476,7 @@ class Coordinators(RuleBasedStateMachine):
                     self.start()
 
     def _tail(self) -> TailRead:
-        entry = self.store.newest_entry()
+        entry = self.store.log.newest_entry()
         if entry is None:
             return TailRead(0, None)
         whole = {attempt: self.store.complete(attempt) for attempt in self.store.attempts}
@@ -496,10 +496,10 @@ class Coordinators(RuleBasedStateMachine):
         elif fault in ("unknown", "late"):
             self.late += [(shell.name, action)] if fault == "late" else []
             self._feed(shell, AppendUnknown(entry, "no answer"))
-        elif self.store.put_entry(shell.name, entry) and fault != "lost":
-            self._feed(shell, Appended(entry, self.store.newest()))
+        elif self.store.log.put(shell.name, entry) and fault != "lost":
+            self._feed(shell, Appended(entry, self.store.log.newest()))
         else:
-            self._feed(shell, NameTaken(entry, self.store.log.get(entry.seq), self.store.newest()))
+            self._feed(shell, NameTaken(entry, self.store.log.entries.get(entry.seq), self.store.log.newest()))
 
     def _seal(self, shell: Shell, action: Seal, fault: str) -> None:
         plan = cast(SimulatedPlan, action.plan)

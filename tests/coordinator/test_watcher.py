@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -140,7 +141,7 @@ def test_close_ends_the_waiting(store: Store, news: News, elsewhere: ThreadPoolE
     started(store)
     waiting = elsewhere.submit(news.wait, FOR_EVER)
     news.close()
-    waiting.result()
+    waiting.result(timeout=60)  # not what it would have waited for ever
 
 
 def test_a_watcher_that_nobody_asks_ends_by_itself(store: Store, elsewhere: ThreadPoolExecutor) -> None:
@@ -231,6 +232,20 @@ def test_workers_go_on_when_the_node_where_the_watcher_lives_is_gone(
         news.close()
 
 
+def living_nodes() -> list[str]:
+    """Those whose processes are there: Ray itself needs some 20 s to find that one is gone."""
+    import ray
+
+    def answers(node: dict[str, Any]) -> bool:
+        try:
+            socket.create_connection((node["NodeManagerAddress"], node["NodeManagerPort"]), 10).close()
+        except ConnectionRefusedError:
+            return False
+        return True
+
+    return [node["NodeID"] for node in ray.nodes() if node["Alive"] and answers(node)]
+
+
 def follow(directory: str, until_seq: int) -> list[int]:
     """What a worker hears, one after the other, and until it has heard of ``until_seq`` or later."""
     heard: list[int] = []
@@ -249,7 +264,8 @@ def test_workers_on_both_nodes_hear_of_commits_also_when_the_coordinator_was_kil
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     gang2.run("ranks.saves:hold", directory=str(tmp_path), save_timeout=40)
-    nodes = [node["NodeID"] for node in ray.nodes() if node["Alive"]]
+    nodes = living_nodes()
+    assert len(nodes) >= 2
     store = open_store(tmp_path)
     begun = read_tail(store).seq
     remote: Any = ray.remote(num_cpus=0)(follow)

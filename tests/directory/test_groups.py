@@ -10,7 +10,7 @@ from distckpt.directory import sharing
 from distckpt.directory.groups import Group, group_names, read_groups, skip, waiting
 from distckpt.directory.log import read_tail
 from distckpt.directory.sharing import Offer, Settings
-from distckpt.errors import DamagedError, GroupMismatchError, GroupNotFoundError
+from distckpt.errors import DamagedError, GroupMismatchError, GroupNotFoundError, StoreOutcomeUnknownError
 from distckpt.format import names
 from distckpt.format.json.group import MAX_SET_ASIDE, Claim, GroupEntry, GroupState
 from distckpt.format.json.log import CheckpointRecord, State
@@ -75,6 +75,19 @@ def test_each_is_delivered_in_the_order_of_commits_and_to_one_worker_only() -> N
     for token in range(3):
         state = settled(sharing.acknowledged(state, f"{token:032x}"))
     assert (state.acknowledged, sharing.is_done(state, log), state.missed) == (3, True, 0)
+
+
+def test_what_was_committed_and_given_back_after_a_worker_read_the_log_is_not_missed() -> None:
+    log = log_of(3)
+    older = msgspec.structs.replace(log, active=log.active[:2], commits=2)
+    state, _ = take(sharing.made(ALL, older), older, 0)
+    state, _ = take(state, log, 1)
+    state, _ = take(state, log, 2)
+    for token in (2, 1):
+        state = settled(sharing.released(state, f"{token:032x}", 0.0))
+    state, offered = take(state, older, 3)
+    assert (offered.item.number, state.missed) == (2, 0)
+    assert numbers(waiting(state, log)) == [1, 2, 3]
 
 
 def test_the_newest_is_delivered_once_and_those_before_it_never() -> None:
@@ -147,8 +160,8 @@ def test_what_ends_its_workers_is_set_aside_too() -> None:
     dead = {f"{token:032x}"}
     offered = sharing.offer(state, log, dead, ())
     assert offered is not None
-    assert offered.is_spent
-    state = settled(sharing.spent(state, log, offered, dead, 1.0))
+    assert offered.is_over
+    state = settled(sharing.ended(state, log, offered, dead, 1.0))
     assert (sharing.is_done(state, log), len(state.set_aside)) == (True, 1)
 
 
@@ -315,6 +328,33 @@ def test_an_entry_in_a_place_that_was_pruned_long_ago_does_not_count() -> None:
     assert sum(path.startswith("_groups/") for path in store.objects) <= 90
 
 
+def test_a_worker_whose_acknowledgement_was_followed_and_pruned_is_not_told_that_it_does_not_count() -> None:
+    store = MemoryStore()
+    log = committed(store, 1)
+    busy = Group(store, "eval", "busy")
+    offered = sharing.offer(busy.join(ALL, log), log, (), ())
+    assert offered is not None
+    busy.change("claim", lambda state: sharing.claimed(state, log, offered, (), claim(1)))
+    written: list[str] = []
+
+    class Overtaken:
+        """Others go on, a hundred times, after an entry is there and before it is listed whether it counts."""
+
+        def fault(self, call: Call) -> Fault | None:
+            if call.operation == "put_if_absent":
+                written.append(call.path)
+            elif written and call.operation == "list":
+                written.clear()
+                for count in range(1, 100):
+                    busy.change("skip", lambda now, count=count: msgspec.structs.replace(now, skipped=count))  # type: ignore[misc]
+            return None
+
+    slow = Group(FaultyStore(store, Overtaken()), "eval", "slow")
+    with pytest.raises(StoreOutcomeUnknownError, match="may or may not count"):
+        slow.change("ack", lambda state: sharing.acknowledged(state, f"{1:032x}"))
+    assert read_groups(store)["eval"].acknowledged == 1
+
+
 def test_settings_that_disagree_are_refused_by_name_and_none_takes_what_there_is() -> None:
     store = MemoryStore()
     Group(store, "eval", "a").join(Settings(mode="all", max_attempts=5), State())
@@ -358,3 +398,22 @@ def test_a_group_that_cannot_be_read_says_so() -> None:
     store.put_if_absent(path, b"{}")
     with pytest.raises(DamagedError, match="_groups/eval"):
         read_groups(store)
+
+
+@pytest.mark.parametrize("counted", [True, False])
+def test_who_wants_the_newest_never_gets_an_older_one_again_whatever_became_of_it(counted: bool) -> None:
+    older, log = log_of(1, counted=counted), log_of(2, counted=counted)
+    log = msgspec.structs.replace(log, active=(*older.active, log.active[1]))
+    state, _ = take(sharing.made(Settings(mode="latest"), older), older, 1)
+    state, offered = take(state, log, 2)
+    assert offered.item.number == 2
+    state = settled(sharing.acknowledged(state, f"{2:032x}"))
+    for after in (sharing.released(state, f"{1:032x}", 1.0), sharing.rejected(state, f"{1:032x}", "why", 1.0, 0.0)):
+        assert settled(after).returned == ()
+        assert sharing.is_done(settled(after), log)
+    dead = {f"{1:032x}"}
+    left = sharing.offer(state, log, dead, ())
+    assert left is not None
+    assert (left.item.number, left.is_over) == (1, True)
+    state = settled(sharing.ended(state, log, left, dead, 0.0))
+    assert (state.claims, state.set_aside, sharing.is_done(state, log)) == ((), (), True)

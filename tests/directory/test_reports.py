@@ -7,7 +7,9 @@ import logging
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from click.testing import CliRunner
 
 import distckpt
@@ -64,13 +66,29 @@ def test_a_report_is_of_the_attempt_that_was_read_and_not_of_one_that_took_its_n
         ({"a\nb": 1.0}, "not the name of a metric"),
         ({"x" * 129: 1.0}, "not the name of a metric"),
         ({f"m{index}": 1.0 for index in range(MAX_METRICS + 1)}, "65 metrics"),
+        ({"\ud800": 1.0}, "not the name of a metric"),
+        ({"loss": 10**400}, "metric 'loss' is inf"),
+        ({"loss": torch.tensor([1.0, 2.0])}, "metric 'loss' must be one number, not tensor"),
+        ({"loss": np.array([1.0, 2.0])}, "metric 'loss' must be one number, not array"),
+        ({"loss": torch.empty((), device="meta")}, "metric 'loss' must be one number"),
+        ({"eval": {"loss": 1.0}}, "metric 'eval' must be one number, not {'loss': 1.0}"),
+        ({"loss": "low"}, "metric 'loss' must be one number, not 'low'"),
+        ({1: 1.0}, "a metric's name is a str, and this is 1"),
+        (None, "reported as a dict"),
+        ([("loss", 1.0)], "reported as a dict"),
     ],
 )
-def test_what_no_reader_would_take_is_refused_and_leaves_nothing(metrics: dict[str, float], words: str) -> None:
+def test_what_no_reader_would_take_is_refused_and_leaves_nothing(metrics: Any, words: str) -> None:
     store = MemoryStore()
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises((TypeError, ValueError), match=words):
         write_report(store, new_attempt(), metrics)
     assert list(store.list(names.REPORTS)) == []
+
+
+def test_scalars_of_other_libraries_are_numbers() -> None:
+    store, attempt = MemoryStore(), new_attempt()
+    write_report(store, attempt, {"a": torch.tensor([1.5]), "b": np.float32(2.5), "c": np.array(3.5), "d": True})
+    assert [one.report.metrics for one in read_reports(store).found] == [{"a": 1.5, "b": 2.5, "c": 3.5, "d": 1.0}]
 
 
 def test_a_report_whose_answer_was_lost_is_there_once() -> None:

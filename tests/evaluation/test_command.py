@@ -56,11 +56,14 @@ def test_how_a_command_ends_is_the_acknowledgement(tmp_path: Path, capfd: pytest
     assert said.err.count("why") == 4
 
 
-def test_a_command_that_cannot_be_run_is_a_failure_too(tmp_path: Path) -> None:
+def test_a_command_that_cannot_be_started_ends_its_worker_and_blames_no_checkpoint(tmp_path: Path) -> None:
+    """A typo on one host does not set aside, one after the other, what all others wait for."""
     commit_bare(tmp_path, 1)
+    commit_bare(tmp_path, 2)
     result = watch(tmp_path, "/no/such/program")
-    assert (result.exit_code, result.stderr.count("rejected")) == (0, 2)
-    assert "FileNotFoundError" in state_of(tmp_path).set_aside[0].error
+    assert (result.exit_code, result.stderr.count("rejected")) == (2, 0)
+    assert "the command cannot be started: [Errno 2] No such file or directory: '/no/such/program'" in result.stderr
+    assert [(back.number, back.failures) for back in state_of(tmp_path).returned] == [(1, 0)]
 
 
 def test_a_command_may_have_the_weights_as_safetensors(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

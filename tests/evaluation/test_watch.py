@@ -164,6 +164,23 @@ def test_leaving_the_block_says_what_became_of_it(tmp_path: Path) -> None:
     assert state.last_acknowledged.number == 2
 
 
+class Speechless(Exception):
+    """Cannot say what it is."""
+
+    def __str__(self) -> str:
+        raise RuntimeError
+
+
+def test_an_error_is_taken_as_it_is_and_never_keeps_the_checkpoint(tmp_path: Path) -> None:
+    commit_bare(tmp_path, 1)
+    next(watch(tmp_path)).reject(ValueError("no good"))
+    assert [back.error for back in state_of(tmp_path).returned] == ["ValueError: no good"]
+    with pytest.raises(Speechless), next(watch(tmp_path)):
+        raise Speechless
+    assert [(back.failures, back.error) for back in state_of(tmp_path).returned] == [(2, "Speechless")]
+    assert leases(tmp_path) == []
+
+
 def test_what_was_given_back_comes_after_its_backoff(tmp_path: Path) -> None:
     commit_bare(tmp_path, 1)
     commit_bare(tmp_path, 2)
@@ -339,7 +356,7 @@ def test_a_lease_that_was_lost_is_no_fault_of_the_checkpoint(tmp_path: Path) -> 
     write_checkpoint(tmp_path, 1, {"step": 1})
     with mounting():
         cut = FaultyStore(open_store(tmp_path))
-        checkpoint = next(watch(mount(cut), lease_seconds=0.3))
+        checkpoint = next(watch(mount(cut), lease_seconds=1.5))
         cut.script = FaultsOnLeases()
         assert until(lambda: is_lost(checkpoint))
         with pytest.raises(LeaseLostError), checkpoint:
@@ -368,6 +385,9 @@ def test_settings_that_are_no_group_s_or_make_no_sense_are_refused(tmp_path: Pat
         {"max_in_flight": 0},
         {"max_attempts": 0},
         {"max_backlog": -1},
+        {"worker": "a\nb"},
+        {"worker": "x" * 257},
+        {"worker": 5},
     ]
     for options in nonsense:
         with pytest.raises(ValueError, match=r"."):

@@ -349,7 +349,13 @@ def test_transformers_callback_refuses_a_trainer_that_is_not_its_own(tmp_path: P
 @pytest.mark.parametrize("name", ["transformers", "lightning"])
 @pytest.mark.parametrize(
     ("arguments", "error"),
-    [({}, ValueError), ({"save_steps": 1, "save_secs": 1.0}, ValueError), ({"save_steps": 1, "keep": 3}, TypeError)],
+    [
+        ({}, ValueError),
+        ({"save_steps": 1, "save_secs": 1.0}, ValueError),
+        ({"save_steps": 1, "kept": 3}, TypeError),
+        ({"save_steps": 1, "keep": 3}, TypeError),
+        ({"save_steps": 1, "max_to_keep": 0}, ValueError),
+    ],
 )
 def test_wrong_arguments_are_refused_at_once(name: str, arguments: dict[str, Any], error: type[Exception]) -> None:
     callback = importlib.import_module(f"distckpt.integrations.{name}").DistckptCallback

@@ -50,7 +50,7 @@ class Needs:
                 f"{self._store.url}: no worker has begun the group {name!r} yet, for which retention waits: until then BestN "
                 "keeps every checkpoint",
             )
-        found = tuple(_following(name, group, state) for name, group in groups.items())
+        found = tuple(following(name, group, state) for name, group in groups.items())
         followed = Followed(found, action.state.commits, reports.unclear)
         return LeasesRead(leased.attempts, "", leased.pinned, followed, reports.found)
 
@@ -90,7 +90,8 @@ def delete_reports(store: Store, reports: tuple[Reported, ...]) -> None:
             )
 
 
-def _following(name: str, group: GroupState, state: State) -> Following:
+def following(name: str, group: GroupState, state: State) -> Following:
+    """What a group that stands so wants of what the log lists."""
     claimed = frozenset(claim.attempt for claim in group.claims)
     wanted = (record.attempt for record in waiting(group, state))
     return Following(
