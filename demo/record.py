@@ -44,7 +44,10 @@ class Digests:
 
 @dataclass
 class Record:
-    """Grows with every ``look``: ``evaluations`` are lines of evaluation.py, the others but ``commits`` events of training.py."""
+    """Grows with every ``look``.
+
+    ``evaluations`` are lines of evaluation.py, the others but ``commits`` events of training.py.
+    """
 
     folder: Path
     directory: str

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
+from distckpt.directory.chosen import refuse_inside
 from distckpt.directory.log import sequence_numbers
 from distckpt.directory.newest import newest_committed
 from distckpt.directory.news import news_of
@@ -35,10 +36,12 @@ def wait_for_new_checkpoint(
     Looks at least once, then when there is news of the log, at least every ``seconds_to_sleep`` seconds, and once more
     when ``timeout`` seconds are over; None if nothing came by then. A directory that does not exist yet is waited for.
     Paths are compared as text, so the same path saved again is not new here. StorageError if the store cannot be read,
-    LogMissingError if there are checkpoints but no log, DamagedError if no log entry can be read.
+    LogMissingError if there are checkpoints but no log, DamagedError if no log entry can be read, ValueError for a
+    checkpoint's own path.
     """
     last = canonical(last_checkpoint) if last_checkpoint else None
     store = open_store(checkpoint_dir, storage_options)
+    refuse_inside(store, storage_options)
     follower = _Follower(store)
     with contextlib.closing(news_of(store)) as news:
         return wait_for(functools.partial(follower.path_other_than, last), seconds_to_sleep, timeout, news.wait)
@@ -72,6 +75,7 @@ def _paths(
     storage_options: Mapping[str, Any] | None,
 ) -> Iterator[str]:
     store = open_store(directory, storage_options)
+    refuse_inside(store, storage_options)
     follower = _Follower(store)
     with contextlib.closing(news_of(store)) as news:
         for record in follow(follower.record_other_than, min_interval_secs, timeout, timeout_fn, news.wait):

@@ -128,8 +128,9 @@ def find_world(
     incarnation of the job: the same text on every rank, another one after every restart. With it, what Slurm or MPI say
     of the ranks is taken too. ``timeout`` is how many seconds ranks wait for each other when they share something.
 
-    Raises ValueError for one of rank and world_size alone, and for a ``run_id`` that the log has no room for. LaunchError where there are more ranks than this one, and they
-    have no way to find each other, or nothing that tells them from those of an earlier start.
+    Raises ValueError for one of rank and world_size alone, and for a ``run_id`` that the log has no room for.
+    LaunchError where there are more ranks than this one, and they have no way to find each other, or nothing that tells
+    them from those of an earlier start.
     """
     if run_id is not None and not 0 < len(run_id) <= MOST_OF_RUN_ID:
         raise ValueError(f"run_id must be a text of 1 to {MOST_OF_RUN_ID} characters, not {run_id!r:.80}")

@@ -82,7 +82,10 @@ def watch_directory(
 
 
 def _run_until_signalled(runner: CommandRunner, began: Callable[[], object]) -> int:
-    """The signal that has ended it, 0 if none. ``began`` is called once signals are heard. In another thread, so that a signal finds this one doing nothing else."""
+    """The signal that has ended it, 0 if none. ``began`` is called once signals are heard.
+
+    In another thread, so that a signal finds this one doing nothing else.
+    """
     failed: list[BaseException] = []
     signals: list[int] = []
 

@@ -329,8 +329,8 @@ class AwaitStop:
     """The rank takes part in ``generation``, and wants to know of its stop when that is another than ``known``.
 
     ``known`` is the stop that it knows of or asks for itself: the first one to come is everyone's. ``members`` are the
-    ranks that it knows to take part. It is answered within ``patience`` seconds, in any case. Nothing heard of it for ``silence_timeout`` seconds is a stop by itself; None
-    says that the rank leaves.
+    ranks that it knows to take part. It is answered within ``patience`` seconds, in any case. Nothing heard of it for
+    ``silence_timeout`` seconds is a stop by itself; None says that the rank leaves.
     """
 
     generation: int

@@ -98,7 +98,8 @@ class Chain(Generic[T]):
     def newest(self, known: Newest[T] | None = None) -> Newest[T]:
         """The end of the chain as it stands. Damaged entries are passed over, remembered and logged, never mended.
 
-        It is ``known``, which was found before, if nothing has come since: that costs one listing. Raises UnsupportedFormatError if a newer release wrote one of them, DamagedError if none can be read.
+        It is ``known``, which was found before, if nothing has come since: that costs one listing. Raises
+        UnsupportedFormatError if a newer release wrote one of them, DamagedError if none can be read.
         """
         for _ in range(8):
             numbers = self.numbers()

@@ -51,6 +51,13 @@ def choose(path: str, storage_options: Mapping[str, Any] | None = None) -> Chose
     return choose_in(open_store(directory, storage_options), folder)
 
 
+def refuse_inside(store: Store, storage_options: Mapping[str, Any] | None = None) -> None:
+    """ValueError if the store is at a checkpoint of a run, whose directory is the one above: nothing will ever come there."""
+    above, _, folder = store.url.rpartition("/")
+    if above and names.parse_checkpoint(folder) is not None and read_tail(open_store(above, storage_options)).entry:
+        raise ValueError(f"{store.url} is a checkpoint of a run. To follow the run, give its directory: {above}")
+
+
 def choose_in(store: Store, folder: str) -> Chosen:
     """The committed checkpoint of that name in a directory. Raises as ``choose``."""
     tail = read_tail(store)

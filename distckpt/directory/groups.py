@@ -47,18 +47,19 @@ def group_names(store: Store) -> list[str]:
     return sorted(name for name in found if names.is_name(name))
 
 
-def read_groups(store: Store) -> Mapping[str, GroupState]:
+def read_groups(store: Store, known: dict[str, Newest[GroupEntry]] | None = None) -> Mapping[str, GroupState]:
     """How every group of a directory stands. Costs a listing, and of each group a listing and its newest entry.
 
+    ``known`` is for who looks again and again, and is kept up here: an entry that has been read before is not read again.
     StorageError if they cannot be read, DamagedError if of one of them no entry can be read: to delete ``_groups/<group>``
     makes an end of that group, and it begins anew.
     """
-    found = {}
-    for name in group_names(store):
-        entry = _chain(store, name).newest().entry
-        if entry is not None:
-            found[name] = entry.state
-    return found
+    before = known if known is not None else {}
+    now = {name: _chain(store, name).newest(_undamaged(before.get(name))) for name in group_names(store)}
+    if known is not None:
+        known.clear()
+        known.update(now)
+    return {name: found.entry.state for name, found in now.items() if found.entry is not None}
 
 
 def wanted_by(store: Store, log: State, groups: Collection[GroupState]) -> State:
@@ -163,8 +164,7 @@ class Group:
                 return state
 
     def _look(self) -> Newest[GroupEntry]:
-        known = self._newest
-        return self._chain.newest(known if known is not None and not known.damaged else None)
+        return self._chain.newest(_undamaged(self._newest))
 
     def _whole(self) -> Newest[GroupEntry]:
         """The end of the chain to append to. What goes on from an entry before the newest undoes that: so it is read again
@@ -215,6 +215,11 @@ class Group:
 
 class _CannotTell(Exception):
     """Whether an entry counts."""
+
+
+def _undamaged(known: Newest[GroupEntry] | None) -> Newest[GroupEntry] | None:
+    """What was damaged may be read the next time."""
+    return known if known is not None and not known.damaged else None
 
 
 def _chain(store: Store, name: str) -> Chain[GroupEntry]:

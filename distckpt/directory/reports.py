@@ -32,7 +32,7 @@ TRIES = 3
 
 @dataclass(frozen=True, slots=True)
 class Reports:
-    """What was ``found``, in the order in which the store got it. ``unclear`` are attempts with a report that cannot be read."""
+    """What was ``found``, in the order in which the store got it; ``unclear``: attempts with one that cannot be read."""
 
     found: tuple[Reported, ...]
     unclear: frozenset[str]

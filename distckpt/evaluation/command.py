@@ -79,6 +79,8 @@ class CommandRunner:
                     checkpoint.release()
                     return "released, since this worker was stopped"
                 status, lines = self._finished(process, checkpoint)
+                if status:
+                    checkpoint.check()  # what fails because its checkpoint was deleted is not to blame
         except (LeaseLostError, _NotStartedError) as error:
             checkpoint.release()
             if isinstance(error, _NotStartedError):

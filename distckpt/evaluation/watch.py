@@ -13,6 +13,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from distckpt.coordinator.client.news import find_news
+from distckpt.directory.chosen import refuse_inside
 from distckpt.directory.lease import LEASE_SECONDS
 from distckpt.directory.news import News
 from distckpt.directory.sharing import Settings
@@ -84,8 +85,8 @@ def watch(
         storage_options, cache_dir, data, data_options: as for ``open``.
 
     Settings that are left out are the group's. Raises GroupMismatchError, at once, for settings that are not the group's;
-    ValueError for those that make no sense, or need a group. ``next`` raises StorageError if the store cannot be read,
-    LogMissingError and DamagedError as ``wait_for_new_checkpoint``.
+    ValueError for those that make no sense, or need a group, and for a checkpoint's own path. ``next`` raises
+    StorageError if the store cannot be read, LogMissingError and DamagedError as ``wait_for_new_checkpoint``.
     """
     for name, chosen, known in (("mode", mode, MODES), ("on_lag", on_lag, ON_LAGS), ("start", start, STARTS)):
         if chosen is not None and chosen not in known:
@@ -102,6 +103,7 @@ def watch(
     name = worker if worker is not None else f"{socket.gethostname()}:{os.getpid()}:{uuid.uuid4().hex[:6]}"
     options = placed(storage_options, cache_dir=cache_dir, data=data, data_options=data_options)
     store = open_store(directory, options)
+    refuse_inside(store, options)
     source: Source
     if group is None:
         if mode == "all" or settings != Settings(mode):

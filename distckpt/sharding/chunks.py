@@ -169,8 +169,9 @@ def rectangles(
     """What the rank at ``coordinate`` of a mesh holds of a tensor of that shape; none if its part is empty.
 
     Pure: needs no process group. ``order`` lists mesh dimensions in the order in which they cut (those that replicate
-    count for nothing), and takes placements literally. Without it the order is left to right, or, with _StridedShard as fully_shard makes it
-    over tensor parallelism, the one that its split factors stand for. ValueError for Partial and unknown placements.
+    count for nothing), and takes placements literally. Without it the order is left to right, or, with _StridedShard as
+    fully_shard makes it over tensor parallelism, the one that its split factors stand for. ValueError for Partial and
+    unknown placements.
     """
     for placement in placements:
         _check_placement(placement)

@@ -24,7 +24,7 @@ class StatefulState:
         return [Section(self._prefix, lambda: self._obj.state_dict(), packs=True)]  # the method that it has then
 
     def match(self, match: Match, saved: Saved) -> None:
-        """It takes whatever was saved, in new memory, laid out over ranks as what it holds now; with it what is not asked for."""
+        """It takes whatever was saved, also what is not asked for, in new memory, laid out over ranks as what it holds."""
         if not saved:
             match.lacks([key_of(self._prefix)])
             return

@@ -84,9 +84,10 @@ def read_transfers(
     """Carry out the transfers: on return every byte of them is in place, and has been checked against its CRC32C.
 
     ``folder`` is that of the attempt, relative to the root of ``store``. ``targets`` has for each wanted rectangle its
-    memory: writable, contiguous, exactly as many bytes as it takes. ``progress`` is told of the bytes read. Raises DamagedError, naming shard and key, if a
-    shard is missing, too short or not what was written; StorageError if the store fails. After an error the targets
-    hold anything. ValueError if a wanted rectangle is not covered, or its memory does not fit.
+    memory: writable, contiguous, exactly as many bytes as it takes. ``progress`` is told of the bytes read. Raises
+    DamagedError, naming shard and key, if a shard is missing, too short or not what was written; StorageError if the
+    store fails. After an error the targets hold anything. ValueError if a wanted rectangle is not covered, or its
+    memory does not fit.
     """
     return _carry_out(store, folder, index, transfers, _views(transfers, targets), threads, pace, progress)
 

@@ -29,7 +29,8 @@ def write_shard(
 ) -> ShardReceipt:
     """Write what was last staged, once it has all arrived; durable on return.
 
-    ``section_bytes`` is a multiple of 1 MiB. ``wrote`` is called with the bytes of each section on its way. Raises StorageError, or DamagedError if the store took in something else.
+    ``section_bytes`` is a multiple of 1 MiB. ``wrote`` is called with the bytes of each section on its way. Raises
+    StorageError, or DamagedError if the store took in something else.
     """
     if shard.copied is None:
         raise ValueError("nothing has been staged")

@@ -56,6 +56,25 @@ def test_how_a_command_ends_is_the_acknowledgement(tmp_path: Path, capfd: pytest
     assert said.err.count("why") == 4
 
 
+def test_a_command_that_fails_because_its_checkpoint_was_deleted_is_not_blamed(tmp_path: Path) -> None:
+    """As is one whose worker hears that its lease is gone while the command still runs."""
+    commit_bare(tmp_path, 1)
+    loses = "import os, shutil, sys, time; shutil.rmtree('_leases'); open('_leases', 'x'); time.sleep(1)"
+    options = ["--group", "eval", "--timeout", 0, "--backoff", 3600, "--lease", 0.5]
+    said = run(
+        "watch",
+        tmp_path,
+        *options,
+        "--",
+        sys.executable,
+        "-c",
+        f"import os; os.chdir({str(tmp_path)!r}); {loses}; sys.exit(1)",
+    )
+    assert (said.exit_code, "ckpt-1, delivery 1: released" in said.stderr) == (0, True), said.stderr
+    [returned] = state_of(tmp_path).returned
+    assert (returned.failures, returned.error) == (0, "")
+
+
 def test_a_command_that_cannot_be_started_ends_its_worker_and_blames_no_checkpoint(tmp_path: Path) -> None:
     """A typo on one host does not set aside, one after the other, what all others wait for."""
     commit_bare(tmp_path, 1)

@@ -1,4 +1,4 @@
-"""The ways in which people start many ranks: torchrun, with and without torch.distributed. Ray Train is in test_integrations."""
+"""How people start many ranks: torchrun, with and without torch.distributed. Ray Train is in test_integrations."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Memory runs out, or Ctrl-C is pressed, at any line of what ranks and their coordinator do: nobody waits, the next save works."""
+"""Memory runs out, or Ctrl-C comes, at any line of ranks and their coordinator: nobody waits, the next save works."""
 
 from __future__ import annotations
 

@@ -158,6 +158,21 @@ def test_a_url_is_watched_like_a_path() -> None:
 # ---- what counts as committed -------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    "follow", [distckpt.wait_for_new_checkpoint, lambda path: next(distckpt.checkpoints_iterator(path))]
+)
+def test_what_follows_a_checkpoint_instead_of_its_run_is_told_so(
+    tmp_path: Path, follow: Callable[[Path], object]
+) -> None:
+    """It would wait for ever."""
+    commit_bare(tmp_path, 1)
+    with pytest.raises(ValueError, match=f"ckpt-1 is a checkpoint of a run. .* give its directory: {tmp_path}$"):
+        follow(tmp_path / "ckpt-1")
+    named_alike = tmp_path / "elsewhere" / "ckpt-1"
+    commit_bare(named_alike, 2)
+    assert follow(named_alike) == f"{named_alike}/ckpt-2"
+
+
 def test_an_uncommitted_attempt_is_never_seen(tmp_path: Path) -> None:
     store = open_store(tmp_path)
     begin(tmp_path)

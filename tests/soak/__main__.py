@@ -19,6 +19,7 @@ from rich.table import Table
 from distckpt.testing.system_calls import NoCompilerError
 from tests.soak.attack import Attack, Attacked, Broken, Siege
 from tests.soak.calls import Calls
+from tests.soak.evaluation import Evaluation
 from tests.soak.flips import Flips
 from tests.soak.kills import Kills
 from tests.soak.power import Power
@@ -29,6 +30,7 @@ from tests.soak.stores import Stores
 ATTACKS: tuple[Attack, ...] = (
     *(Kills(), Calls(), Power(), Flips(), Ranks(), Stores()),
     *(Requests("gs"), Requests("s3"), Requests("moto"), Kills("gs"), Kills("moto")),
+    *(Evaluation(), Evaluation("memory"), Evaluation("moto", commits=60)),
 )
 
 console = Console(highlight=False, soft_wrap=True)

@@ -1,8 +1,9 @@
 """At every request of a run that restores, saves, deletes and reads, the network or the server does what it must not.
 
 A run in a bucket goes through a proxy; a case is one of its requests, and what becomes of it, or several such, with a plus
-sign between them. What passes by itself must cost nothing, not even a save. Whatever it was: the previous checkpoint loads, nothing that was acknowledged is lost, and
-what is listed is whole, as other programs see the bucket too; the next save works, and a sweep leaves nothing hidden.
+sign between them. What passes by itself must cost nothing, not even a save. Whatever it was: the previous checkpoint
+loads, nothing that was acknowledged is lost, and what is listed is whole, as other programs see the bucket too; the
+next save works, and a sweep leaves nothing hidden.
 """
 
 from __future__ import annotations

@@ -220,4 +220,4 @@ def test_the_table_counts_what_broke() -> None:
 
 
 def test_every_attack_has_a_name_of_its_own() -> None:
-    assert len({attack.name for attack in ATTACKS}) == len(ATTACKS) == 11
+    assert len({attack.name for attack in ATTACKS}) == len(ATTACKS) == 14

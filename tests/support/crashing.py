@@ -7,6 +7,7 @@ import json
 import os
 import resource
 import signal
+import subprocess
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -55,6 +56,18 @@ class Crashing:
     def kill(self) -> None:
         """By SIGKILL."""
         self._process.kill()
+
+    def send_signal(self, number: int) -> None:
+        """As Popen."""
+        self._process.send_signal(number)
+
+    def has_ended(self, seconds: float) -> bool:
+        """Whether it has, within so many seconds. What it has said is to be asked for by ``end``."""
+        try:
+            self._process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            return False
+        return True
 
     def end(self, limit: float | None = None) -> Ended:
         """Wait for its end, at most so many seconds; then it is killed."""

@@ -1,4 +1,4 @@
-"""What may come at any line of some of our code: memory that runs out, in whatever thread runs it, or Ctrl-C in the main one."""
+"""What may come at any line of our code: memory that runs out, in whatever thread, or Ctrl-C in the main one."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ class Pressure:
     That is a MemoryError, or a KeyboardInterrupt, which comes in the main thread alone.
 
     Threads count that begin inside; functions whose names are in ``but`` do not. Nor do lines that need no memory:
-    ``try``, and ``with``, which releases a lock at its end. ``lines`` says how many have been executed, ``struck`` which one it was.
+    ``try``, and ``with``, which releases a lock at its end. ``lines`` says how many have been executed, ``struck``
+    which one it was.
     """
 
     def __init__(

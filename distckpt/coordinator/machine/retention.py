@@ -45,9 +45,9 @@ def sweep(
 
     By rules nothing is preserved, and what a report that cannot be read is on stays. Without, an evicted checkpoint is
     preserved if it is at least ``keep_checkpoint_every_n_hours`` younger than the last preserved one, else retired. The
-    newest, pinned ones, those in ``spared`` (attempts) and those that groups of readers want stay active; they take no place
-    of a younger one, so the newest ``max_to_keep`` always stay. Times are epoch seconds. What is younger than something in
-    one of ``pages`` waits until that has been read (``next_due``).
+    newest, pinned ones, those in ``spared`` (attempts) and those that groups of readers want stay active; they take no
+    place of a younger one, so the newest ``max_to_keep`` always stay. Times are epoch seconds. What is younger than
+    something in one of ``pages`` waits until that has been read (``next_due``).
     """
     spared = spared | followed.held
     news = frozenset(record.attempt for record in active if followed.is_news(record))

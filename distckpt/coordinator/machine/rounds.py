@@ -44,9 +44,10 @@ class SaveRound:
     replaced; ``missed`` is the place of one of the same number that ended because the rank that begins this had not come to it;
     ``place`` sorts rounds as they began: what goes on after a restart keeps it, and what is tried again comes next to
     what it missed. ``first_landed`` is when the first rank's shards had landed, ``last_landed`` the last rank and when its had;
-    ``reminded`` are ranks of which others know that they are late, as was looked for this deadline, ``reminded_for``. ``strays`` are numbers that ranks saved which did not join this. ``time`` is when sealing began, in epoch
-    seconds; ``record`` what the log will say of it, once it is sealed. ``ended`` is when it was over, and ``absent``
-    are ranks whose absence ended it. Tickets on ``awaiting_plan`` and ``awaiting_end`` wait for that.
+    ``reminded`` are ranks of which others know that they are late, as was looked for this deadline, ``reminded_for``.
+    ``strays`` are numbers that ranks saved which did not join this. ``time`` is when sealing began, in epoch seconds;
+    ``record`` what the log will say of it, once it is sealed. ``ended`` is when it was over, and ``absent`` are ranks
+    whose absence ended it. Tickets on ``awaiting_plan`` and ``awaiting_end`` wait for that.
     """
 
     number: int | None

@@ -6,10 +6,11 @@ import logging
 
 from distckpt.coordinator.machine.actions import LeasesRead, ReadLeases, SkipsTold, TellSkips
 from distckpt.coordinator.machine.following import Followed, Following
+from distckpt.directory.chain import Newest
 from distckpt.directory.groups import read_groups, skip, waiting, wanted_by
 from distckpt.directory.leases import Leases
 from distckpt.directory.reports import read_reports
-from distckpt.format.json.group import GroupState
+from distckpt.format.json.group import GroupEntry, GroupState
 from distckpt.format.json.log import State
 from distckpt.format.json.report import Reported
 from distckpt.storage import Store, join
@@ -26,6 +27,7 @@ class Needs:
     def __init__(self, store: Store) -> None:
         self._store = store
         self._leases = Leases(store)
+        self._groups: dict[str, Newest[GroupEntry]] = {}
         self._told: set[str] = set()
         self._damaged: set[str] = set()
 
@@ -38,7 +40,7 @@ class Needs:
         if leased.failed:
             return LeasesRead(frozenset(), leased.failed)
         try:
-            groups = read_groups(self._store)
+            groups = read_groups(self._store, self._groups)
             state = wanted_by(self._store, action.state, groups.values())
             reports = read_reports(self._store, told=self._damaged, most=MOST_REPORTS)
         except Exception as error:  # noqa: BLE001 - whatever it is, it must not have anything deleted

@@ -65,8 +65,9 @@ def flatten(tree: object, is_array: Callable[[object], bool], prefix: Path = (),
     """The leaves of ``tree`` in its own order, with paths that begin with ``prefix``.
 
     Non-empty dicts are entered; lists, tuples and all other containers, and with ``most`` dicts of more than so many
-    items, only if there is an array somewhere in them. All else is a leaf. Raises EncodeError for a tree that holds itself or is deeper than 100 levels, for two leaves of
-    one key, and for an array in a container that could not be made again.
+    items, only if there is an array somewhere in them. All else is a leaf. Raises EncodeError for a tree that holds
+    itself or is deeper than 100 levels, for two leaves of one key, and for an array in a container that could not be
+    made again.
     """
     walk = _Walk(is_array, most)
     try:
