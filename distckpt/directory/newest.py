@@ -23,7 +23,7 @@ def newest_committed(store: Store) -> CheckpointRecord | None:
 
 
 def newest_there(store: Store, tail: Tail) -> CheckpointRecord | None:
-    """As ``newest_committed``, for a log that has been read. Only if its newest checkpoint is gone, the others are looked at."""
+    """As ``newest_committed``, for a log that has been read. Others are looked at only if its newest checkpoint is gone."""
     last = tail.head.active[-1:]
     if last and has_manifest(store, last[0]):
         return last[0]

@@ -39,7 +39,10 @@ class KnownLog:
         return self._tail
 
     def look(self, group: GroupState | None = None) -> State:
-        """How it stands now, with all that the group may want, if it is known, at hand. LogMissingError if there are checkpoints and no log, DamagedError if it cannot be read."""
+        """How it stands now, with all that the group may want, if it is known, at hand.
+
+        LogMissingError if there are checkpoints and no log, DamagedError if it cannot be read.
+        """
         tail = self.tail()
         pages = [page for page in tail.head.pages if group is None or may_want(group, tail.head, page)]
         wanted = (tail.seq, frozenset(page.id for page in pages))

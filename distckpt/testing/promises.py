@@ -274,7 +274,9 @@ def g8_next_job_comes_back(history: History) -> list[str]:
         ends += 1
         if happening.lost:
             broken.append(happening.lost)
-        elif before.state.active[-1:] != happening.saved[-1:]:
+        elif (
+            happening.saved and before.state.active[-1:] != happening.saved[-1:]
+        ):  # who skips saves may have skipped all
             broken.append(f"{happening.saved[-1:]} was saved last, but the log lists {before.state.active[-1:]}")
         newest = begun.state.newest()
         if happening.restored != newest:

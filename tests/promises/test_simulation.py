@@ -37,7 +37,7 @@ pytestmark = pytest.mark.timeout(240)
 
 STORIES = 170
 SEARCH = range(120)
-RARE = {"ignore_group_newest": range(290, 410)}
+RARE = {"ignore_group_newest": range(290, 410), "news_is_nobodys": range(150, 270)}
 """What needs many things to come together is looked for where they do."""
 
 
