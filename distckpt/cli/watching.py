@@ -13,7 +13,7 @@ import click
 
 from distckpt.cli import options
 from distckpt.directory.lease import LEASE_SECONDS
-from distckpt.evaluation.command import CommandRunner, as_it_is
+from distckpt.evaluation.command import CommandRunner, as_it_is, exported_within
 from distckpt.evaluation.watch import BACKOFF, watch
 from distckpt.evaluation.watched import WatchedCheckpoint
 from distckpt.format.json.group import MODES, ON_LAGS, STARTS
@@ -42,6 +42,12 @@ STOPPING = (signal.SIGINT, signal.SIGTERM)
 @click.option(
     "--safetensors", metavar="KEY", help="{path} is a folder with the weights below KEY as model.safetensors."
 )
+@click.option(
+    "--export",
+    metavar="AGE",
+    callback=options.optional_seconds,
+    help="{path} is what was exported from the checkpoint, for which so long is waited.",
+)
 @click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
 @options.storage_options
 def watch_directory(
@@ -50,6 +56,7 @@ def watch_directory(
     timeout: float | None,
     lease: float,
     safetensors: str | None,
+    export: float | None,
     command: tuple[str, ...],
     storage_options: Mapping[str, Any],
     **settings: Any,
@@ -64,6 +71,8 @@ def watch_directory(
     back; a worker that is killed is replaced by another one of the group. Ends when the run has said that it is over and
     everything is done.
     """
+    if safetensors is not None and export is not None:
+        raise click.UsageError("{path} is one thing: give --safetensors or --export")
     watching = watch(
         directory, group=group, timeout=timeout, lease_seconds=lease, storage_options=storage_options, **settings
     )
@@ -75,7 +84,8 @@ def watch_directory(
         with checkpoint.open() as reader, weights_of(reader, safetensors or "") as folder:
             yield folder
 
-    runner = CommandRunner(watching, command, as_it_is if safetensors is None else weights, _tell)
+    prepare = exported_within(export) if export is not None else weights if safetensors is not None else as_it_is
+    runner = CommandRunner(watching, command, prepare, _tell)
     stopped = _run_until_signalled(runner, lambda: _tell("waiting for checkpoints"))
     if stopped:
         click.get_current_context().exit(128 + stopped)

@@ -9,11 +9,12 @@ import os
 import signal
 import subprocess
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import IO
 
-from distckpt.errors import ClaimLostError, LeaseLostError, StorageError
+from distckpt.errors import CheckpointNotFoundError, ClaimLostError, LeaseLostError, StorageError
 from distckpt.evaluation.watch import Watch
 from distckpt.evaluation.watched import WatchedCheckpoint
 
@@ -162,6 +163,25 @@ def _send(process: subprocess.Popen[bytes], number: int) -> None:
 
 def _filled(word: str, path: str, number: int) -> str:
     return word.replace("{path}", path).replace("{number}", str(number))
+
+
+def exported_within(seconds: float) -> Prepare:
+    """``{path}`` is that of the checkpoint's export, which is waited for so long. CheckpointNotFoundError if none comes."""
+
+    @contextlib.contextmanager
+    def prepare(checkpoint: WatchedCheckpoint) -> Iterator[str]:
+        deadline = time.monotonic() + seconds
+        while not checkpoint.is_settled:  # as it is if this worker is stopped
+            path = checkpoint.export_path()
+            if path is not None:
+                yield path
+                return
+            if time.monotonic() >= deadline:
+                raise CheckpointNotFoundError(checkpoint.path, f"nothing was exported from it within {seconds:g} s")
+            time.sleep(min(LOOK_SECONDS, max(0.0, deadline - time.monotonic())))
+        yield ""
+
+    return prepare
 
 
 @contextlib.contextmanager

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, SupportsFloat
 
+from distckpt.directory.exports import read_export
 from distckpt.directory.locate import Located, located
 from distckpt.directory.reports import write_report
 from distckpt.errors import ClaimLostError, DistckptError, LeaseLostError
@@ -86,6 +87,16 @@ class WatchedCheckpoint:
     def open(self) -> CheckpointReader:
         """It, open for reading. DamagedError if it is not what was written, LeaseLostError as for ``check``."""
         return CheckpointReader(self._where(), self.check)
+
+    def export_path(self) -> str | None:
+        """The path of what was exported from it, or None: then nothing has been, or not yet. Raises what ``open`` raises."""
+        self._check_unsettled()
+        folder = names.attempt_folder(self._record.name, self._record.number, self.attempt)
+        try:
+            export = read_export(self._store, folder)
+        finally:
+            self.check()
+        return None if export is None else join(self._store.url, folder, export.folder)
 
     def load(self, select: str | Sequence[str] | None = None) -> Any:
         """What was saved, with whole tensors on the CPU, whatever number of ranks wrote it: see CheckpointReader.load."""
@@ -172,10 +183,13 @@ class WatchedCheckpoint:
         except DistckptError as settling:
             logger.warning("%s could not be given back, so its claim will run out: %s", self.path, settling)
 
-    def _where(self) -> Located:
+    def _check_unsettled(self) -> None:
         if self._settled:
             raise ValueError(f"{self.path} was {self._settled}, so nothing keeps it from being deleted: read it before")
         self.check()
+
+    def _where(self) -> Located:
+        self._check_unsettled()
         try:
             return located(self._store, self._record)
         finally:

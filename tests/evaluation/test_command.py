@@ -19,6 +19,7 @@ from distckpt.directory.groups import read_groups
 from distckpt.format.json.group import GroupState
 from distckpt.storage import open_store
 from tests.support.checkpoints import append_state, commit_bare, write_checkpoint
+from tests.support.exports import exported
 from tests.support.warm import ROOT
 
 SCRIPT = "import sys; print(sys.argv[1:]); print('why', file=sys.stderr); sys.exit(sys.argv[2] == '2')"
@@ -96,6 +97,19 @@ def test_a_command_may_have_the_weights_as_safetensors(tmp_path: Path, capfd: py
     assert state_of(tmp_path).acknowledged == 1
     next(distckpt.watch(tmp_path, group="other", worker="bob", timeout=0))
     assert "groups that follow: other: at bob" in run("show", tmp_path).stdout
+
+
+def test_a_command_may_have_what_was_exported_and_waits_for_it(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    path = exported(open_store(tmp_path), 1)
+    commit_bare(tmp_path, 2)
+    options = ["--group", "eval", "--mode", "all", "--timeout", 0, "--max-attempts", 1, "--export", 0.5]
+    said = run("watch", tmp_path, *options, "--", sys.executable, "-c", "import sys; print(sys.argv[1])", "{path}")
+    assert (said.exit_code, capfd.readouterr().out) == (0, f"{path}\n")
+    assert "ckpt-2: nothing was exported from it within 0.5 s" in said.stderr
+    assert [aside.number for aside in state_of(tmp_path).set_aside] == [2]
+    assert run("watch", tmp_path, *options, "--safetensors", "model", "--", "true").exit_code == 2
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

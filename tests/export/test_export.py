@@ -34,15 +34,14 @@ from distckpt.export.recipes import recipes_of
 from distckpt.export.task import NICENESS, Order, Outcome, carry_out
 from distckpt.format import names
 from distckpt.format.json.export import ExportedFile, ExportedModule, ExportManifest
-from distckpt.format.json.log import CheckpointRecord
 from distckpt.storage import LocalStore, MemoryStore, Store
 from distckpt.testing.faults import Call, Fault, FaultAt, faults_of, rewritten
 from distckpt.testing.faulty import FaultyStore
 from distckpt.testing.observing import everything
 from tests.ranks.export import Tower, blocks, gpt_config, inputs, output, small_gpt, tower
 from tests.support.checkpoints import append_state, commit, new_attempt, put_manifest, write_checkpoint
+from tests.support.exports import describe_export, exported
 from tests.support.gang import ROOT, Gang
-from tests.support.sealed import plain, resealed
 from tests.support.small_runs import mount, mounting, until
 from tests.support.warm import run_script, warm
 
@@ -52,25 +51,6 @@ Exporting = functools.partial(
 
 
 # ---- which exports there are: nothing but storage -------------------------------------------------------------------
-
-
-def exported(
-    store: Store, number: int, name: str = "ckpt", change: Callable[[ExportManifest], Any] = lambda manifest: manifest
-) -> str:
-    """Commit a bare checkpoint and the description of an export of it; the export's path."""
-    record = put_manifest(store, number, new_attempt(), name=name)
-    commit(store, record)
-    return describe_export(store, record, change)
-
-
-def describe_export(
-    store: Store, record: CheckpointRecord, change: Callable[[ExportManifest], Any] = lambda manifest: manifest
-) -> str:
-    folder = names.attempt_folder(record.name, record.number, record.attempt)
-    files = (ExportedFile(names.WEIGHTS, 1, 2),)
-    manifest = ExportManifest(1, new_attempt()[-32:], record.attempt, 3.0, (ExportedModule("tower", files),))
-    store.put_if_absent(f"{folder}/{names.EXPORT}", resealed(plain(change(manifest))))
-    return f"{store.url}/{folder}/{manifest.folder}"
 
 
 def test_exports_are_listed_by_save_and_visited_by_number_and_zero_is_one(tmp_path: Path) -> None:
