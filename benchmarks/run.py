@@ -268,14 +268,21 @@ def starts(folder: Path, repetitions: int) -> list[Figure]:
 
 
 def keeping(folder: Path, repetitions: int) -> list[Figure]:
-    """From a save of a few bytes to its commit, one rank, in memory, by how many checkpoints the directory keeps."""
+    """From a save of a few bytes to its commit, a look at the newest, and memory, one rank, in memory, by how many
+    checkpoints the directory keeps: the most of them in pages."""
     with tempfile.TemporaryDirectory(dir=MEMORY, prefix="distckpt-bench-") as memory:
         measured = _measured(run_ranks(1, "keeping:commits", folder, folder=memory, repetitions=2 * repetitions))
-    commit = {name: longest(measured, name, "commit") for name in measured[0]}
+    commit, look, memory = (
+        {name: longest(measured, name, what) for name in measured[0]} for what in ("commit", "look", "memory")
+    )
     few, *_, many = commit
     return [
         *(plain(f"{count} kept: a commit", "ms", _ms(seconds)) for count, seconds in commit.items()),
         ratio(f"a commit with {many} kept, compared with {few}", commit[many], commit[few], 1.5),
+        *(plain(f"{count} kept: a look at the newest", "ms", _ms(seconds)) for count, seconds in look.items()),
+        ratio(f"a look with {many} kept, compared with {few}", look[many], look[few], 1.5),
+        *(plain(f"{count} kept: Python's memory", "MB", [held / 1e6 for held in of]) for count, of in memory.items()),
+        ratio(f"memory with {many} kept, compared with {few}", memory[many], memory[few], 1.5),
     ]
 
 

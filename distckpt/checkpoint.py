@@ -155,7 +155,8 @@ def _check_ours(directory: str, storage_options: Mapping[str, Any] | None) -> No
     """ValueError if a run saves to this directory, or it is inside of one: there a manager has its say."""
     store = open_store(directory, storage_options)
     above, _, name = store.url.rpartition("/")
-    others = [record for record in read_tail(store).state.newest_first() if record.name != ONE_OFF]
+    head = read_tail(store).head
+    others = head.pages or [record for record in head.newest_first() if record.name != ONE_OFF]
     inside = names.parse_checkpoint(name) and above and read_tail(open_store(above, storage_options)).entry is not None
     if others or inside:
         raise ValueError(

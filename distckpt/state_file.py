@@ -108,7 +108,7 @@ def from_log_state(state: State) -> CheckpointState:
 
 
 def listed(state: State) -> tuple[CheckpointRecord, ...]:
-    """The checkpoints that a state file has, in its order."""
+    """The checkpoints that a state file has, in its order: all active ones that are in no page of the log."""
     return state.active or state.newest_first()[:1]
 
 

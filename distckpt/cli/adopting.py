@@ -88,7 +88,7 @@ def _print(what: Survey, entry: str | None, dry_run: bool) -> None:
     for one in what.found:
         if one.reason:
             console.print(Text(f"{one.stray.path}: {one.fate}: {one.reason}"), overflow="fold")
-    newest = what.state.newest()
+    newest = next(iter(what.state.active[-1:]), None) or what.state.newest()
     if entry is not None and newest is not None:
         console.print(f"written: {entry}; the newest is {names.checkpoint_folder(newest.name, newest.number)}")
     else:

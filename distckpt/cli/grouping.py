@@ -17,7 +17,7 @@ from distckpt.directory.strays import read_run
 from distckpt.errors import DamagedError, GroupNotFoundError
 from distckpt.format import names
 from distckpt.format.json.group import Claim, GroupEntry, GroupState, Item, SetAside
-from distckpt.format.json.log import State
+from distckpt.format.json.log import CheckpointRecord, State
 from distckpt.storage import Store, open_store
 from distckpt.terminal.sizes import counted
 
@@ -26,11 +26,11 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Standing:
-    """A group, and what of the run is waiting for it."""
+    """A group, and what of the run is waiting for it: those that it has not seen, of them the newest if it wants no other."""
 
     name: str
     entry: GroupEntry
-    unseen: int
+    unseen: tuple[CheckpointRecord, ...]
 
     @property
     def state(self) -> GroupState:
@@ -109,13 +109,19 @@ def retry(directory: str, group: str, numbers: tuple[int, ...], storage_options:
 def standings(store: Store) -> Iterator[Standing]:
     """Every group there is, in the order of their names."""
     entries = [(name, Group(store, name, "").newest()) for name in group_names(store)]
-    log = read_run(store).state if entries else State()
+    log = _log_of(store, [entry.state for _, entry in entries if entry is not None]) if entries else State()
     for name, entry in entries:
         if entry is not None:
             state = sharing.moved(entry.state, log)
             coming = sharing.unseen(state, log)
-            unseen = min(len(coming), 1) if state.mode == "latest" else len(coming)
-            yield Standing(name, msgspec.structs.replace(entry, state=state), unseen)
+            unseen = coming[-1:] if state.mode == "latest" else coming
+            yield Standing(name, msgspec.structs.replace(entry, state=state), tuple(unseen))
+
+
+def _log_of(store: Store, groups: list[GroupState]) -> State:
+    """The state of the log with everything at hand that these may want."""
+    tail = read_run(store)
+    return tail.having(lambda page: any(sharing.may_want(group, tail.head, page) for group in groups))
 
 
 def in_words(store: Store) -> dict[str, list[str]]:
@@ -126,12 +132,11 @@ def in_words(store: Store) -> dict[str, list[str]]:
     except DamagedError as error:
         logger.warning("left out is what groups have to do with checkpoints, for it cannot be read: %s", error)
         return said
-    log = read_run(store).state if found else State()
     for one in found:
         stands: list[tuple[Item, str]] = [(claim, f"at {claim.worker}") for claim in one.state.claims]
         stands += [(item, "given back") for item in one.state.returned]
         stands += [(item, "set aside") for item in one.state.set_aside]
-        stands += [(sharing.item_of(record), "waiting") for record in sharing.unseen(one.state, log)[-one.unseen :]]
+        stands += [(sharing.item_of(record), "waiting") for record in one.unseen]
         for item, how in stands:
             said.setdefault(item.attempt, []).append(f"{one.name}: {how}")
     return said
@@ -145,7 +150,7 @@ def _print(store: Store, found: list[Standing]) -> None:
     table = text.table(["group", "mode", *numbers, "newest done", "last sign"], right=numbers)
     for one in found:
         state = one.state
-        counts = [state.acknowledged, len(state.claims), one.unseen, len(state.returned)]
+        counts = [state.acknowledged, len(state.claims), len(one.unseen), len(state.returned)]
         counts += [len(state.set_aside) + state.forgotten, state.skipped, state.missed]
         newest = "" if state.last_acknowledged is None else _folder(state.last_acknowledged)
         table.add_row(one.name, state.mode, *map(str, counts), newest, text.local_time(one.entry.time))
@@ -190,4 +195,4 @@ def _as_json(store: Store, one: Standing) -> dict[str, Any]:
     state: dict[str, Any] = msgspec.to_builtins(one.state)
     for told, claim in zip(state["claims"], one.state.claims, strict=True):
         told["has_lease"] = _has_lease(store, claim)
-    return {"group": one.name, "unseen": one.unseen, "last_sign": one.entry.time, "by": one.entry.by, **state}
+    return {"group": one.name, "unseen": len(one.unseen), "last_sign": one.entry.time, "by": one.entry.by, **state}

@@ -13,6 +13,7 @@ from rich.text import Text
 from distckpt.cli import options, text
 from distckpt.cli.grouping import in_words
 from distckpt.directory.newest import has_manifest
+from distckpt.directory.pages import Lost
 from distckpt.directory.pins import pins
 from distckpt.directory.reports import read_reports
 from distckpt.directory.strays import read_run
@@ -44,36 +45,42 @@ class Listed:
 @click.argument("directory", metavar="DIR")
 @options.as_json
 @options.storage_options
-def list_checkpoints(directory: str, as_json: bool, storage_options: Mapping[str, Any]) -> None:
+@click.pass_context
+def list_checkpoints(ctx: click.Context, directory: str, as_json: bool, storage_options: Mapping[str, Any]) -> None:
     """List the checkpoints of a directory, oldest first, the newest one last.
 
     Active ones take part in retention, preserved ones are kept for good, retiring ones are being deleted. Missing ones
-    are in the log, but were deleted by other means than distckpt.
+    are in the log, but were deleted by other means than distckpt. Exit status 1 if a part of the log cannot be read.
     """
     store = open_store(directory, storage_options)
     reports = [one.report for one in read_reports(store).found]  # before the log, into which they go
-    state, missing = _settled(store)
+    state, missing, lost = _settled(store)
     state = with_reports(state, reports)
     pinned, groups = pins(store), in_words(store)
     listed = in_order(state, missing, pinned.keys())
-    if not listed:
+    if not listed and not lost:
         raise CheckpointNotFoundError(store.url, "no checkpoint has been committed here")
     if as_json:
         checkpoints = [_as_json(one, pinned, groups) for one in listed]
-        text.print_json({"directory": store.url, "ended": state.ended, "checkpoints": checkpoints})
+        shown = {"directory": store.url, "ended": state.ended, "checkpoints": checkpoints}
+        text.print_json({**shown, "unreadable": [str(one.error) for one in lost]} if lost else shown)
     else:
         _print(listed, groups)
+        for one in lost:
+            text.console().print(Text(f"not listed: {one.error}", style="bold red"), overflow="fold")
+    if lost:
+        ctx.exit(1)
 
 
-def _settled(store: Store) -> tuple[State, frozenset[str]]:
-    """The state of the log, and which attempts are missing that it says may be opened."""
-    state = read_run(store).state
+def _settled(store: Store) -> tuple[State, frozenset[str], tuple[Lost, ...]]:
+    """The state of the log, which attempts are missing that it says may be opened, and what of the log cannot be read."""
+    state, lost = read_run(store).readable()
     while missing := frozenset(record.attempt for record in state.newest_first() if not has_manifest(store, record)):
-        again = read_run(store).state
+        again, lost = read_run(store).readable()
         if missing <= again.alive().keys():
             break
         state = again  # some have been retired since the log was read
-    return state, missing
+    return state, missing, lost
 
 
 def in_order(

@@ -71,7 +71,7 @@ def _unpin_in_log(where: Chosen) -> None:
             msgspec.structs.replace(record, pinned=False) if record in where.records else record for record in records
         )
 
-    state: State = where.tail.state
+    state: State = where.tail.having_numbers(where.records[0].number)
     changed = msgspec.structs.replace(state, active=without(state.active), preserved=without(state.preserved))
     Hand(where.store, where.tail, "unpin").write("pin", changed, time.time())
 

@@ -14,7 +14,8 @@ from distckpt.cli.listing import in_order
 from distckpt.directory.locate import Located, locate, located, read_index
 from distckpt.directory.log import Tail, read_tail
 from distckpt.directory.verify import Damage, VerifyReport, verify
-from distckpt.errors import CheckpointNotFoundError, DamagedError
+from distckpt.errors import CheckpointNotFoundError, DamagedError, StorageError
+from distckpt.format import names
 from distckpt.format.json.log import CheckpointRecord
 from distckpt.storage import Store, join, open_store
 from distckpt.terminal.bar import bar
@@ -51,14 +52,17 @@ def _reports(path: str, storage_options: Mapping[str, Any]) -> Iterator[VerifyRe
     if tail.entry is None:
         yield check(locate(path, storage_options))
         return
-    records = [one.record for one in in_order(tail.state) if "retiring" not in one.marks]
-    if not records:
+    state, lost = tail.readable()
+    records = [one.record for one in in_order(state) if "retiring" not in one.marks]
+    if not records and not lost:
         raise CheckpointNotFoundError(store.url, "no checkpoint has been committed here")
     yield from _log_report(store, tail)
+    for one in lost:
+        yield _unreadable(join(store.url, names.page_path(one.page.id)), one.error)
     for record in records:
         report = _check_record(store, record)
         # Retention may have taken it away while it was being read.
-        if report.good or record.attempt in read_tail(store).state.alive():
+        if report.good or record.attempt in read_tail(store).having_attempt(record.attempt).alive():
             yield report
 
 
@@ -86,9 +90,10 @@ def check(where: Located) -> VerifyReport:
         return verify(where, index, update)
 
 
-def _unreadable(path: str, error: DamagedError) -> VerifyReport:
-    """What there is to say when manifest or index cannot be read: then nobody knows what should be there."""
-    return VerifyReport(path, 0, 0, 0, (Damage(error.path, error.key, error.reason),))
+def _unreadable(path: str, error: DamagedError | StorageError) -> VerifyReport:
+    """What there is to say when manifest, index or a page cannot be read: then nobody knows what should be there."""
+    damage = Damage(error.path, error.key, error.reason) if isinstance(error, DamagedError) else None
+    return VerifyReport(path, 0, 0, 0, (damage or Damage(path, None, f"cannot be read: {error}"),))
 
 
 def _print(report: VerifyReport) -> None:

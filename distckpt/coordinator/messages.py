@@ -42,11 +42,12 @@ class OpenRun:
 
 @dataclass(frozen=True, slots=True)
 class RunOpened:
-    """The run's number, larger than that of every run before it, what is on storage now, and the log's origin."""
+    """The run's number, larger than that of every run before it, and the log's origin. ``recovers_at`` is when its manager
+    was made, in epoch seconds, until the log says what it manages: from its first commit on."""
 
     run: int
     epoch: int
-    checkpoints: tuple[CheckpointRecord, ...]
+    recovers_at: float | None
     origin: str = ""
 
 

@@ -12,6 +12,7 @@ import msgspec
 from distckpt.directory.by_hand import Hand, in_save_order
 from distckpt.directory.locate import Located, read_sealed
 from distckpt.directory.log import Tail, read_tail
+from distckpt.directory.pages import known
 from distckpt.directory.strays import Stray, strays
 from distckpt.directory.verify import Damage, VerifyReport
 from distckpt.errors import (
@@ -76,12 +77,14 @@ def survey(store: Store, check: Callable[[Located], VerifyReport]) -> Survey:
             "the newest entries of the log cannot be read. Make a manager first, which goes on from the newest one that "
             "can, then adopt",
         )
-    found = [_examined(store, stray, check) for stray in strays(store, tail.state.known())]
-    if not found and tail.state.newest() is None:
+    is_fresh = tail.newest() is None
+    found = [_examined(store, stray, check) for stray in strays(store, known(store, tail.head))]
+    if not found and is_fresh:
         raise CheckpointNotFoundError(store.url, "there is no checkpoint here to adopt")
     whole, rest = _sorted_out(tail, found)
-    adopted = _revived(store, whole) if tail.state.newest() is None else _added(tail, whole)
-    return Survey(tail, (*rest, *adopted), _state(store, tail.state, adopted))
+    adopted = _revived(store, whole) if is_fresh else _added(tail, whole)
+    state = tail.having_numbers(*(_record(one).number for one in adopted))
+    return Survey(tail, (*rest, *adopted), _state(store, state, adopted, is_fresh))
 
 
 def adopt(store: Store, what: Survey, now: float) -> Entry:
@@ -118,7 +121,8 @@ def _examined(store: Store, stray: Stray, check: Callable[[Located], VerifyRepor
 def _sorted_out(tail: Tail, found: Sequence[Found]) -> tuple[list[Found], list[Found]]:
     """Those to be adopted, oldest first, each number once; and the others."""
     rest = [one for one in found if not one.adopted]
-    alive = {(record.name, record.number): record for record in tail.state.alive().values()}
+    state = tail.having_numbers(*(_record(one).number for one in found if one.adopted))
+    alive = {(record.name, record.number): record for record in state.alive().values()}
     winners: dict[str, Found] = {}
     for one in _oldest_first([one for one in found if one.adopted]):
         record = _record(one)
@@ -143,7 +147,7 @@ def _lacks_its_entry(tail: Tail, record: CheckpointRecord) -> bool:
     """Whether the last coordinator had come with a save as far as its entry, as when a new one takes it over."""
     if tail.entry is None or names.claim_of(record.attempt) != names.claim_of(tail.entry.commit_id):
         return False
-    active = tail.state.active
+    active = tail.head.active
     return not active or names.attempt_age(record.attempt) > names.attempt_age(active[-1].attempt)
 
 
@@ -171,8 +175,7 @@ def _added(tail: Tail, whole: Sequence[Found]) -> list[Found]:
     return [one if _lacks_its_entry(tail, _record(one)) else replace(one, fate="preserved") for one in whole]
 
 
-def _state(store: Store, state: State, adopted: Sequence[Found]) -> State:
-    fresh = state.newest() is None
+def _state(store: Store, state: State, adopted: Sequence[Found], fresh: bool) -> State:
     state, records = state.counted(*map(_record, adopted))
     active = [record for record, one in zip(records, adopted, strict=True) if one.fate == "active"]
     preserved = [record for record, one in zip(records, adopted, strict=True) if one.fate == "preserved"]

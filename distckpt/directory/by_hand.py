@@ -8,10 +8,12 @@ from collections.abc import Iterable
 
 from distckpt.directory.contents import attempts, checkpoint_folders, is_there
 from distckpt.directory.log import Tail, append, prune
+from distckpt.directory.pages import write_page
 from distckpt.directory.published import PublishedState
 from distckpt.errors import CoordinatorError, DamagedError, StorageError, StoreOutcomeUnknownError
 from distckpt.format import names
 from distckpt.format.json.log import FORMAT, CheckpointRecord, Entry, Kind, State
+from distckpt.format.json.paging import SIZES, next_page, turned
 from distckpt.storage import Store, join, parts_of, probe
 
 logger = logging.getLogger(__name__)
@@ -47,13 +49,14 @@ def check_nothing_sealed(store: Store, tail: Tail) -> None:
     """
     if tail.entry is None:
         return
-    active = tail.state.active
+    active = tail.head.active
     last = names.attempt_age(active[-1].attempt) if active else (0, "")
     home = parts_of(store)[0]  # which has the manifests
     for folder in checkpoint_folders(home):
         for attempt in attempts(home, folder):
             is_of_last = names.claim_of(attempt) == names.claim_of(tail.entry.commit_id)
-            if not is_of_last or attempt in tail.state.known() or names.attempt_age(attempt) < last:
+            # What is in a page is older than the last one.
+            if not is_of_last or attempt in tail.head.known() or names.attempt_age(attempt) < last:
                 continue
             if is_there(store, f"{folder}/{attempt}/{names.MANIFEST}"):
                 raise CoordinatorError(
@@ -98,11 +101,24 @@ class Hand:
         if not self._has_claimed:
             probe(self._store)
         commit_id = f"{_BY_HAND}{uuid.uuid4().hex}"
+        state = self._turned(state)
         entry = Entry(FORMAT, self._seq + 1, self._epoch, kind if self._has_claimed else "claim", now, commit_id, state)
         self._append(entry)
         self._seq, self._has_claimed = entry.seq, True
         self._publish(entry)
         return entry
+
+    def _turned(self, state: State) -> State:
+        """The state with its older records in pages, if there are many of them. An entry has room without, if need be."""
+        while (found := next_page(state, SIZES, active=True)) is not None:
+            page = f"e{self._epoch}-{uuid.uuid4().hex}"
+            try:
+                ref = write_page(self._store, page, *found)
+            except StorageError as error:
+                logger.warning("older checkpoints stay in the entry itself: %s", error)
+                break
+            state = turned(state, ref, found[1])
+        return state
 
     def _append(self, entry: Entry) -> None:
         url, doing = self._store.url, self._doing

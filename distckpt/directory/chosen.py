@@ -9,6 +9,7 @@ from typing import Any
 from distckpt.directory.locate import foreign_advice
 from distckpt.directory.log import Tail, read_tail
 from distckpt.directory.newest import newest_there
+from distckpt.directory.pages import known
 from distckpt.errors import CheckpointNotFoundError
 from distckpt.format import names
 from distckpt.format.json.log import CheckpointRecord
@@ -42,7 +43,7 @@ def choose(path: str, storage_options: Mapping[str, Any] | None = None) -> Chose
     store = open_store(path, storage_options)
     tail = read_tail(store)
     if tail.entry is not None:
-        newest = newest_there(store, tail.state) or tail.state.newest()
+        newest = newest_there(store, tail) or tail.newest()
         if newest is None:
             raise CheckpointNotFoundError(store.url, "no checkpoint has been committed here")
         return _chosen(store, tail, names.checkpoint_folder(newest.name, newest.number))
@@ -68,11 +69,11 @@ def choose_in(store: Store, folder: str) -> Chosen:
 
 
 def _chosen(store: Store, tail: Tail, folder: str) -> Chosen:
-    found = [
-        record for record in tail.state.newest_first() if names.checkpoint_folder(record.name, record.number) == folder
-    ]
+    _, number = names.parse_checkpoint(folder) or ("", -1)
+    state = tail.having_numbers(number)
+    found = [record for record in state.newest_first() if names.checkpoint_folder(record.name, record.number) == folder]
     if not found:
-        advice = foreign_advice(store, folder, tail.state.known())
+        advice = foreign_advice(store, folder, known(store, tail.head))
         path = join(store.url, folder)
         raise CheckpointNotFoundError(path, f"not a committed checkpoint of {store.url}{advice}")
     return Chosen(store, tail, tuple(found))

@@ -13,6 +13,7 @@ from distckpt.directory.garbage import (
     Watch,
     attempt_folders,
     dead,
+    dropped_pages,
     leftover,
     lost_reports,
     old_probes,
@@ -22,6 +23,7 @@ from distckpt.directory.garbage import (
 from distckpt.directory.garbage import delete as delete_leftover
 from distckpt.directory.leases import Leased, Leases
 from distckpt.directory.log import Tail
+from distckpt.directory.pages import known
 from distckpt.directory.pins import pins
 from distckpt.directory.stillness import elapsed
 from distckpt.directory.strays import read_run
@@ -35,6 +37,7 @@ HIDDEN = "interrupted write"
 LEASE = "expired lease"
 LEASED = "lease"
 PROBE = "probe"
+PAGE = "page of the log"
 PIN = "pin of nothing"
 REPORT = "report on what is gone"
 
@@ -115,6 +118,8 @@ class Survey:
             ]
             judged += [Garbage(PIN, left) for left in attempts.lost_pins()]
             judged += [Garbage(REPORT, left) for left in attempts.lost_reports()]
+            for page, is_of_the_newest in attempts.pages():
+                (later if is_of_the_newest else judged).append(page)
         found = tuple(one for one in judged if not one.left.wait)
         return Collection(tail, found, tuple(later), tuple(one for one in judged if one.left.wait))
 
@@ -139,7 +144,7 @@ def turn_away(store: Store, tail: Tail, now: float) -> None:
     raises. ``now`` is in epoch seconds.
     """
     check_nothing_sealed(store, tail)
-    Hand(store, tail, "gc").write("claim", tail.state, now)
+    Hand(store, tail, "gc").write("claim", tail.head, now)
 
 
 class _Attempts:
@@ -149,9 +154,9 @@ class _Attempts:
         self._store = store
         self._min_age = min_age
         self._watch = watch
-        self._known = tail.state.known()
+        self._known = known(store, tail.head)
         self._epoch = tail.entry.epoch if tail.entry is not None else 0
-        self._retiring = {record.attempt for record in tail.state.retiring}
+        self._retiring = {record.attempt for record in tail.head.retiring}
         self._leased = leased
 
     def hidden(self, folder: str) -> Iterator[Garbage]:
@@ -174,6 +179,13 @@ class _Attempts:
         """What would be garbage if the newest coordinator were not there any more."""
         if names.attempt_epoch(folder.rpartition("/")[2]) == self._epoch:
             yield from self._dead(folder, self._epoch + 1)
+
+    def pages(self) -> Iterator[tuple[Garbage, bool]]:
+        """Pages to which no entry refers; and whether the newest coordinator, if it is there, may be about to."""
+        bounds = Bounds(self._known, frozenset(), self._epoch + 1)
+        for left in dropped_pages(bounds, self._min_age, self._watch):
+            page = names.page_id(left.path)
+            yield Garbage(PAGE, left), page is not None and names.attempt_epoch(page) == self._epoch
 
     def lost_reports(self) -> list[Leftover]:
         """Reports on what the log has let go."""

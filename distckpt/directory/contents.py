@@ -9,8 +9,8 @@ from distckpt.format import names
 from distckpt.format.limits import MAX_WORLD
 from distckpt.storage import MOST_NAMES, ObjectInfo, Store, at_most
 
-MOST_CHECKPOINTS = 1 << 18
-"""More than an entry of the log has room for."""
+MOST_CHECKPOINTS = 1 << 22
+"""More than anybody makes: one a minute for eight years."""
 
 MOST_OBJECTS = 2 * MAX_WORLD
 

@@ -89,9 +89,10 @@ def origin(path: PathLike, storage_options: Mapping[str, Any] | None = None) -> 
     tail = read_tail(store)
     if tail.entry is None:
         where = locate(path, storage_options)
-        reports = read_reports(where.store, where.manifest.attempt).found
-        state = with_reports(read_tail(where.store).state, (one.report for one in reports))
-        record = state.find(where.manifest.attempt)
+        attempt = where.manifest.attempt
+        reports = read_reports(where.store, attempt).found
+        state = with_reports(read_tail(where.store).having_attempt(attempt), (one.report for one in reports))
+        record = state.find(attempt)
         if record is not None:
             return Origin(where.store, (Wanted(record),))
         return Origin(where.store, (Wanted(read_sealed(where.store, where.folder)[1], alone=where),))
@@ -119,7 +120,8 @@ class Copying:
         _check_claimable(target, tail, {one.record.attempt for one in origin.wanted})
         self._origin = origin
         self._target = target
-        self._state = tail.state
+        self._state = tail.state  # all of it
+        self._written = tail.head  # as it stands in the log, with older ones in pages
         self._clock = clock
         self._carrier = Carrier(origin.store, target)
         epochs = [names.attempt_epoch(one.record.attempt) for one in origin.wanted]
@@ -147,7 +149,7 @@ class Copying:
             with self._held(wanted):
                 return self._copy(wanted)
         except (CheckpointNotFoundError, ObjectNotFoundError, DamagedError) as error:
-            is_gone = wanted.alone is None and record.attempt not in read_tail(self._origin.store).state.alive()
+            is_gone = wanted.alone is None and self._has_retired(record)
             if record.attempt not in self._state.known():
                 delete_attempt(self._target, _folder(record))
             if is_gone:
@@ -155,6 +157,9 @@ class Copying:
             if isinstance(error, DamagedError):
                 return Copied(record, "damaged", str(error))
             raise
+
+    def _has_retired(self, record: CheckpointRecord) -> bool:
+        return record.attempt not in read_tail(self._origin.store).having_attempt(record.attempt).alive()
 
     def _in_the_way(self, record: CheckpointRecord) -> str:
         """Why it cannot be committed at the target; '' if it can."""
@@ -192,7 +197,7 @@ class Copying:
             return Copied(record, "there already", "", nbytes, ways[Way.THERE], ways[Way.SERVER])
         self._put_small(where, record, names.MANIFEST, MAX_MANIFEST_BYTES)
         self._check_landed(record, freights)
-        self._state = self._hand.write("commit", self._with(wanted), self._clock()).state
+        self._commit(wanted)
         return Copied(record, "copied", "", nbytes, ways[Way.THERE], ways[Way.SERVER])
 
     def _exported(self, where: Located, record: CheckpointRecord) -> Iterator[Freight]:
@@ -234,10 +239,18 @@ class Copying:
             if there.get(one.path) != one.size:
                 raise StorageError(join(self._target.url, one.path), "it had been written, and is there no more")
 
-    def _with(self, wanted: Wanted) -> State:
+    def _commit(self, wanted: Wanted) -> None:
+        self._state = after = self._with(self._state, wanted)
+        written = self._with(self._written, wanted)
+        # What is older than something in a page has its place among that.
+        is_last = after.active[-1:] and after.active[-1].attempt == wanted.record.attempt
+        written = written if is_last or wanted.is_preserved or after.run else after
+        self._written = self._hand.write("commit", written, self._clock()).state
+
+    def _with(self, state: State, wanted: Wanted) -> State:
         """The state at the target with one more checkpoint. Pins stay behind: they are of the source."""
-        state, (record,) = self._state.counted(msgspec.structs.replace(wanted.record, pinned=False))
-        if state.newest() is None:
+        state, (record,) = state.counted(msgspec.structs.replace(wanted.record, pinned=False))
+        if state.newest() is None and not state.pages:
             last = self._origin.state.last_preserved_timestamp or record.time - 1.0
             state = msgspec.structs.replace(state, last_preserved_timestamp=last)
         if state.run or wanted.is_preserved:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Container, Iterable, Iterator
 from dataclasses import dataclass
 
 from distckpt.directory.contents import attempts, checkpoint_folders, objects_of_attempt
 from distckpt.directory.groups import group_names
-from distckpt.directory.log import read_commit_id, read_entry, sequence_numbers
+from distckpt.directory.log import read_commit_id, read_entry, referred_pages, sequence_numbers
+from distckpt.directory.pages import old_pages
 from distckpt.directory.stillness import Stillness, elapsed
 from distckpt.errors import DamagedError, ObjectNotFoundError
 from distckpt.format import names
@@ -32,7 +33,8 @@ GARBAGE_SECONDS = 3600.0
 FAILED_SECONDS = 60.0
 """The same for an attempt that was begun here and has failed, so that it can never be committed, and takes room; and for
 
-hidden things beside the attempts: who writes a small object for longer has to write it again, and loses nothing.
+hidden things beside the attempts: who writes a small object for longer has to write it again, and loses nothing. And for
+pages of the log that no entry needs any more: who has an entry in hand that is gone by now may just be reading them.
 """
 
 LEFT_SECONDS = 10.0
@@ -42,7 +44,7 @@ It never was a checkpoint and never will be. But who still writes to it should b
 that its files are gone.
 """
 
-SWEPT = ("", names.LOG, names.LEASES, names.STATS, names.REPORTS, PROBES)
+SWEPT = ("", names.LOG, names.PAGES, names.LEASES, names.STATS, names.REPORTS, PROBES)
 """Folders in which killed writers may have left hidden things, beside those of the attempts."""
 
 
@@ -56,7 +58,7 @@ class Bounds:
     for how long what predecessors had in work must be.
     """
 
-    known: frozenset[str]
+    known: Container[str]
     live: frozenset[str]
     epoch: int
     failed: frozenset[str] = frozenset()
@@ -149,6 +151,7 @@ class Predecessors:
             for seq in reversed(sequence_numbers(self._store)):
                 claim = names.claim_of(read_commit_id(self._store, seq))
                 if claim not in newest:  # this is its last entry
+                    # What is in pages is older than the last active one.
                     known = read_entry(self._store, seq).state.known()
                     ages = [names.attempt_age(attempt) for attempt in known if names.claim_of(attempt) == claim]
                     newest[claim] = max(ages, default=(0, ""))
@@ -246,6 +249,28 @@ def old_probes(min_age: float, watch: Watch) -> list[Leftover]:
         leftover(part, info.path, [info], watch.missing(part, info.path, [info], min_age))
         for part in parts_of(watch.store)
         for info in at_most(MOST_NAMES, part.list(PROBES), f"{part.url}/{PROBES}")
+    ]
+
+
+def dropped_pages(bounds: Bounds, min_age: float, watch: Watch, dropped: Container[str] = ()) -> list[Leftover]:
+    """Pages of older records that no entry in the log refers to and none ever will (``pages.old_pages``).
+
+    None as long as an entry cannot be read: it may need any of them.
+    """
+    store = watch.store
+    found = old_pages(store, bounds.epoch, dropped)
+    if not found:
+        return []
+    try:
+        referred = referred_pages(store)
+    except DamagedError as error:
+        logger.warning("no page of the log is collected: %s", error)
+        return []
+    seconds = 0.0 if bounds.urgent else min(FAILED_SECONDS, min_age)
+    return [
+        leftover(store, info.path, [info], watch.missing(store, info.path, [info], seconds))
+        for info in found
+        if names.page_id(info.path) not in referred
     ]
 
 

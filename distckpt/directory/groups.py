@@ -5,11 +5,12 @@ from __future__ import annotations
 import logging
 import time
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 from distckpt.directory import sharing
 from distckpt.directory.chain import Chain, Newest
 from distckpt.directory.log import read_tail
+from distckpt.directory.pages import read_page
 from distckpt.directory.sharing import Settings, waiting
 from distckpt.errors import (
     DamagedError,
@@ -22,10 +23,12 @@ from distckpt.errors import (
 from distckpt.format import names
 from distckpt.format.json.group import FORMAT, GroupEntry, GroupState, Kind
 from distckpt.format.json.log import CheckpointRecord, State
+from distckpt.format.json.page import PageRef
+from distckpt.format.json.paging import opened
 from distckpt.format.json.sealed import seal
 from distckpt.storage import Store, at_most, join
 
-__all__ = ["Group", "group_names", "read_groups", "skip", "waiting"]
+__all__ = ["Group", "group_names", "read_groups", "skip", "waiting", "wanted_by"]
 
 logger = logging.getLogger(__name__)
 
@@ -59,13 +62,28 @@ def read_groups(store: Store, known: dict[str, Newest[GroupEntry]] | None = None
     return {name: found.entry.state for name, found in now.items() if found.entry is not None}
 
 
+def wanted_by(store: Store, log: State, groups: Collection[GroupState]) -> State:
+    """The state of the log with everything at hand that these groups may still want. Raises as ``pages.whole``."""
+    return opened(log, {page.id: read_page(store, page) for page in log.pages if _may_want(page, log, groups)})
+
+
+def _may_want(page: PageRef, log: State, groups: Collection[GroupState]) -> bool:
+    return any(sharing.may_want(group, log, page) for group in groups)
+
+
 def skip(store: Store, group: str, records: Sequence[CheckpointRecord]) -> None:
     """Say in the group's chain that it does not get these, because it lags: before they are retired.
 
     Those that its workers have they keep. Returns once it counts; StorageError if that is not sure.
     """
-    log = read_tail(store).state
-    Group(store, group, "retention").change("skip", lambda state: sharing.skipped(sharing.moved(state, log), records))
+    tail = read_tail(store)
+
+    def apply(state: GroupState) -> GroupState:
+        # Where a group begins in a log hangs on all of it; one that has begun there needs nothing of it.
+        log = tail.head if state.origin == tail.head.origin else tail.state
+        return sharing.skipped(sharing.moved(state, log), records)
+
+    Group(store, group, "retention").change("skip", apply)
 
 
 class Group:

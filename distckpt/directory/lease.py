@@ -150,7 +150,7 @@ class HeldLease:
 
 
 def _check_alive(store: Store, attempt: str) -> None:
-    if attempt not in read_tail(store).state.alive():
+    if attempt not in read_tail(store).having_attempt(attempt).alive():
         raise CheckpointNotFoundError(f"{store.url}: {attempt}", "it is not, or no longer, a committed checkpoint")
 
 

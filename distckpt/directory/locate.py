@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ import crc32c
 from distckpt.directory.contents import attempts, is_there
 from distckpt.directory.log import read_tail
 from distckpt.directory.newest import newest_there
+from distckpt.directory.pages import known
 from distckpt.directory.strays import read_run, strays_in
 from distckpt.errors import CheckpointNotFoundError, DamagedError, ObjectNotFoundError
 from distckpt.format import names
@@ -60,7 +61,7 @@ def locate(path: PathLike, storage_options: Mapping[str, Any] | None = None) -> 
     store = open_store(path, storage_options)
     tail = read_tail(store)
     if tail.entry is not None:
-        newest = newest_there(store, tail.state) or tail.state.newest()
+        newest = newest_there(store, tail) or tail.newest()
         if newest is None:
             raise CheckpointNotFoundError(store.url, "no checkpoint has been committed here")
         return located(store, newest)
@@ -77,14 +78,14 @@ def _in_directory(store: Store, storage_options: Mapping[str, Any] | None) -> Lo
     tail = read_tail(parent)
     if tail.entry is None:
         return None
-    for record in tail.state.newest_first():
+    for record in tail.having_numbers(checkpoint[1]).newest_first():
         if (record.name, record.number) == checkpoint:
             return located(parent, record)
-    advice = foreign_advice(parent, folder, tail.state.known())
+    advice = foreign_advice(parent, folder, known(parent, tail.head))
     raise CheckpointNotFoundError(store.url, f"not a committed checkpoint of {parent.url}{advice}")
 
 
-def foreign_advice(store: Store, folder: str, known: Collection[str]) -> str:
+def foreign_advice(store: Store, folder: str, known: Container[str]) -> str:
     """What to do about a folder that looks whole but is not in the log; '' if there is none."""
     if next(strays_in(store, folder, known), None) is None:
         return ""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 
 from distckpt.directory.contents import is_there
-from distckpt.directory.log import read_tail
+from distckpt.directory.log import Tail, read_tail
 from distckpt.directory.strays import read_run
 from distckpt.format import names
 from distckpt.format.json.log import CheckpointRecord, State
@@ -19,11 +19,15 @@ def newest_committed(store: Store) -> CheckpointRecord | None:
 
     LogMissingError if there are checkpoints and no log, DamagedError if no entry of the log can be read.
     """
-    return newest_there(store, read_run(store).state)
+    return newest_there(store, read_run(store))
 
 
-def newest_there(store: Store, state: State) -> CheckpointRecord | None:
-    """As ``newest_committed``, for a log that has been read."""
+def newest_there(store: Store, tail: Tail) -> CheckpointRecord | None:
+    """As ``newest_committed``, for a log that has been read. Others are looked at only if its newest checkpoint is gone."""
+    last = tail.head.active[-1:]
+    if last and has_manifest(store, last[0]):
+        return last[0]
+    state = tail.state
     while True:
         found, missing = _search(store, state)
         if not missing:

@@ -25,7 +25,7 @@ def pin(store: Store, attempt: str, holder: str, note: str, now: float) -> Lease
     StorageError if it could not be written: then there is none.
     """
     found = pin_of(store, attempt)
-    if found is not None and found.holds and attempt in read_tail(store).state.alive():
+    if found is not None and found.holds and attempt in read_tail(store).having_attempt(attempt).alive():
         return found
     made = Lease(FORMAT, attempt, holder, None, since=now, note=note)
     try:
@@ -73,7 +73,7 @@ def pin_of(store: Store, attempt: str) -> Lease | None:
 
 
 def _check_alive(store: Store, attempt: str) -> None:
-    if attempt not in read_tail(store).state.alive():
+    if attempt not in read_tail(store).having_attempt(attempt).alive():
         raise CheckpointNotFoundError(
             f"{store.url}: {attempt}", "the pin came too late: it is not, or no longer, a committed checkpoint"
         )

@@ -35,8 +35,8 @@ class PublishedState:
     def __init__(self, store: Store) -> None:
         self._store = store
         self._written: bytes | None = None
-        self._paths = FollowingText(lambda record: line_of_path(_folder(record)))
-        self._times = FollowingText(lambda record: line_of_time(record.time))
+        self._paths = FollowingText[CheckpointRecord](lambda record: line_of_path(_folder(record)))
+        self._times = FollowingText[CheckpointRecord](lambda record: line_of_time(record.time))
 
     def publish(self, state: State) -> None:
         """Have the state file say what ``state`` says.

@@ -46,12 +46,13 @@ def plan_removal(
     if tail.damaged:
         raise DamagedError(join(store.url, tail.damaged[0].path), "the newest entries of the log cannot be read")
     folders = {one.folder for one in chosen}
-    records = tuple(record for record in tail.state.newest_first() if _folder(record) in folders)
+    state = tail.having_numbers(*(record.number for one in chosen for record in one.records))
+    records = tuple(record for record in state.newest_first() if _folder(record) in folders)
     _check_free(store, records, leases)
     if not force:
         check_quiet(store, tail, now, "removing")
-        newest = tail.state.newest()
-        if newest in records:
+        newest = tail.newest()
+        if newest is not None and newest in records:
             raise CoordinatorError(
                 f"{join(store.url, _folder(newest))} is the newest checkpoint, with which a job would go on. Pass --force"
             )
@@ -62,8 +63,9 @@ def plan_removal(
 def readers(leases: Leases, chosen: Iterable[Chosen]) -> bool:
     """Whether somebody holds a lease on one of these, as far as is known yet; or nobody can tell."""
     leased = leases.read()
+    chosen = tuple(chosen)
     folders = {one.folder for one in chosen}
-    state = read_tail(leases.store).state
+    state = read_tail(leases.store).having_numbers(*(record.number for one in chosen for record in one.records))
     return bool(leased.failed) or any(
         record.attempt in leased.attempts and _folder(record) in folders for record in state.newest_first()
     )
@@ -87,7 +89,7 @@ def remove(
     def alive(of: tuple[CheckpointRecord, ...]) -> tuple[CheckpointRecord, ...]:
         return tuple(record for record in of if record.attempt not in attempts)
 
-    state = tail.state
+    state = tail.having_numbers(*(record.number for record in records))
     retired = msgspec.structs.replace(
         state,
         active=alive(state.active),

@@ -132,6 +132,6 @@ def _tell(path: str, error: DamagedError, told: set[str] | None) -> None:
 def reported_metrics(store: Store, attempt: str) -> dict[str, float]:
     """All metrics of an attempt, those that are in the log already and those that are not. Empty if there are none."""
     reports = read_reports(store, attempt).found
-    record = read_tail(store).state.find(attempt)
+    record = read_tail(store).having_attempt(attempt).find(attempt)
     known = dict(record.metrics) if record is not None else {}
     return merged_metrics(known, (one.report for one in reports))

@@ -25,6 +25,7 @@ from distckpt.format.json.group import (
     Start,
 )
 from distckpt.format.json.log import CheckpointRecord, State
+from distckpt.format.json.page import PageRef
 from distckpt.format.names import attempt_age
 
 MAX_DELIVERIES = 20
@@ -114,6 +115,15 @@ def unseen(state: GroupState, log: State) -> list[CheckpointRecord]:
     """Those that nobody of the group has had, in the order in which they were committed."""
     known = {item.attempt for item in state.items()}
     return [record for record in _in_order(log) if record.attempt not in known and _is_beyond(state, record)]
+
+
+def may_want(state: GroupState, log: State, page: PageRef) -> bool:
+    """Whether a page may have something that the group has not seen yet, or has had given back, or has at work."""
+    if state.origin != log.origin:
+        return True
+    if state.mode == "all" and (page.orders[1] > state.through or not page.orders[0]):
+        return True
+    return any(page.may_have_attempt(item.attempt) for item in state.items())
 
 
 def waiting(state: GroupState, log: State) -> tuple[CheckpointRecord, ...]:
@@ -290,7 +300,11 @@ def _tidied(state: GroupState, log: State, dead: Collection[str]) -> GroupState:
     """
     alive = log.alive()
     again = (*state.returned, *(claim for claim in state.claims if claim.token in dead))
-    gone = {item.attempt for item in again if item.attempt not in alive and item.order <= log.commits}
+    gone = {
+        item.attempt
+        for item in again
+        if item.attempt not in alive and item.order <= log.commits and not log.may_have_in_pages(item.attempt)
+    }
     return replace(_without(state, gone), missed=state.missed + len(gone))
 
 

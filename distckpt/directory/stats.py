@@ -50,18 +50,18 @@ def read_stats(store: Store) -> Told:
 
     Raises what ``read_tail`` raises, and StorageError.
     """
-    state = read_tail(store).state
+    head = read_tail(store).head
     found: dict[int, RunStats] = {}
     passed_over: list[str] = []
     with ThreadPoolExecutor(READERS) as pool:
         for stats in pool.map(lambda info: _read(store, info.path), _listed(store)):
             if isinstance(stats, DamagedError):
                 passed_over.append(f"{join(store.url, stats.path)}: {stats.reason}")
-            elif stats is not None and stats.origin != state.origin:
+            elif stats is not None and stats.origin != head.origin:
                 passed_over.append(f"run {stats.run} on {stats.host}: it is of another log than this directory's")
             elif stats is not None and (stats.run not in found or found[stats.run].seconds <= stats.seconds):
                 found[stats.run] = stats
-    return Told(History(tuple(found[run] for run in sorted(found)), state.run), tuple(sorted(passed_over)))
+    return Told(History(tuple(found[run] for run in sorted(found)), head.run), tuple(sorted(passed_over)))
 
 
 def _read(store: Store, path: str) -> RunStats | DamagedError | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass
 
 from distckpt.directory.contents import attempts, checkpoint_folders, is_there
@@ -25,13 +25,13 @@ class Stray:
         return f"{self.folder}/{self.attempt}"
 
 
-def strays(store: Store, known: Collection[str]) -> Iterator[Stray]:
+def strays(store: Store, known: Container[str]) -> Iterator[Stray]:
     """Every attempt with a manifest that is not among ``known``. What never came to a manifest is none."""
     for folder in sorted(checkpoint_folders(parts_of(store)[0])):
         yield from strays_in(store, folder, known)
 
 
-def strays_in(store: Store, folder: str, known: Collection[str]) -> Iterator[Stray]:
+def strays_in(store: Store, folder: str, known: Container[str]) -> Iterator[Stray]:
     """Those of one checkpoint folder."""
     for attempt in sorted(attempts(parts_of(store)[0], folder)):
         if attempt not in known:

@@ -52,7 +52,7 @@ class Worker:
         """See Source."""
         with self._lock:
             self._state = self._group.read() or self._state
-            log = self._log.look()  # after the group: so it knows all that the group does
+            log = self._log.look(self._state)  # after the group: so it knows all that the group does
             while True:
                 dead = self._onlooker.dead(self._state, self._own)
                 resting = self._onlooker.resting(self._state)

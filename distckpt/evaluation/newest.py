@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 
 from distckpt.directory.lease import HeldLease
-from distckpt.directory.log import sequence_numbers
+from distckpt.directory.log import Tail, sequence_numbers
 from distckpt.directory.newest import newest_there
+from distckpt.directory.sharing import may_want
 from distckpt.directory.strays import read_run
 from distckpt.errors import CheckpointNotFoundError
 from distckpt.evaluation.deliveries import Delivery, Unclaimed
+from distckpt.format.json.group import GroupState
 from distckpt.format.json.log import CheckpointRecord, State
 from distckpt.storage import Store
 
@@ -23,14 +25,30 @@ class KnownLog:
     def __init__(self, store: Store) -> None:
         self._store = store
         self._seq = 0
+        self._tail = Tail(0, None)
+        self._opened: tuple[int, frozenset[str]] | None = None
         self.state = State()
 
-    def look(self) -> State:
-        """How it stands now. LogMissingError if there are checkpoints and no log, DamagedError if it cannot be read."""
+    def tail(self) -> Tail:
+        """Its end. Raises as ``look``."""
         seq = max(sequence_numbers(self._store), default=0)
         if seq != self._seq or not seq:
-            self.state = read_run(self._store).state
+            self._tail = read_run(self._store)
             self._seq = seq
+            self.state = self._tail.head
+        return self._tail
+
+    def look(self, group: GroupState | None = None) -> State:
+        """How it stands now, with all that the group may want, if it is known, at hand.
+
+        LogMissingError if there are checkpoints and no log, DamagedError if it cannot be read.
+        """
+        tail = self.tail()
+        pages = [page for page in tail.head.pages if group is None or may_want(group, tail.head, page)]
+        wanted = (tail.seq, frozenset(page.id for page in pages))
+        if wanted != self._opened or self._opened is None:
+            self.state = tail.having(lambda page: group is None or may_want(group, tail.head, page))
+            self._opened = wanted
         return self.state
 
 
@@ -46,7 +64,7 @@ class Newest:
 
     def get(self) -> Delivery | None:
         """See Source."""
-        record = self._next(self._log.look())
+        record = self._next(self._log.tail())
         if record is None:
             return None
         try:
@@ -56,11 +74,11 @@ class Newest:
         self._last = record.attempt
         return Delivery(record, lease, 1, Unclaimed())
 
-    def _next(self, state: State) -> CheckpointRecord | None:
-        newest = state.newest()
+    def _next(self, tail: Tail) -> CheckpointRecord | None:
+        newest = tail.newest()
         if newest is None or newest.attempt == self._last:
             return None
-        found = newest_there(self._store, state)
+        found = newest_there(self._store, tail)
         return found if found is not None and found.attempt != self._last else None
 
     def is_drained(self) -> bool:

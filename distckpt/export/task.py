@@ -131,7 +131,8 @@ class _Work:
         return Outcome("exported", f"{self._store.url}/{self._folder}/{manifest.folder}")
 
     def _check_committed(self) -> None:
-        if self._record.attempt not in read_tail(self._store).state.alive():
+        attempt = self._record.attempt
+        if attempt not in read_tail(self._store).having_attempt(attempt).alive():
             raise CheckpointNotFoundError(self._folder, "it was retired while it was being exported")
 
     def _discard(self, unwanted: Callable[[str], bool]) -> None:

@@ -6,6 +6,7 @@ import re
 
 LOG = "_log"
 LEASES = "_leases"
+PAGES = "_pages"
 STATS = "_stats"
 GROUPS = "_groups"
 REPORTS = "_reports"
@@ -76,6 +77,17 @@ def link_seq(folder: str, path: str) -> int | None:
     """The sequence number of a path in ``folder``, or None for what is no entry of a chain there."""
     match = _ENTRY.fullmatch(path.removeprefix(f"{folder}/"))
     return int(match[1]) if match else None
+
+
+def page_path(page: str) -> str:
+    """The page of older records with that id."""
+    return f"{PAGES}/{page}.json"
+
+
+def page_id(path: str) -> str | None:
+    """The id of the page at a path, or None for any other object. It looks like an attempt's."""
+    page = path.removeprefix(f"{PAGES}/").removesuffix(".json")
+    return page if is_attempt(page) and path == page_path(page) else None
 
 
 def group_folder(group: str) -> str:

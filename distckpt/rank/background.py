@@ -187,7 +187,7 @@ class Background:
     def _committed(self, attempt: str) -> CheckpointRecord | None:
         """Storage is the truth when the coordinator is gone: was our attempt committed before it went?"""
         try:
-            return read_tail(self._store).state.find(attempt) if attempt else None
+            return read_tail(self._store).having_attempt(attempt).find(attempt) if attempt else None
         except DistckptError as error:
             logger.warning("whether %s was committed cannot be found out: %s", attempt, error)
             return None

@@ -31,7 +31,7 @@ def finish(client: Client, store: Store, timeout: float) -> None:
             pass  # it was replaced, and the run is open again
     except (CoordinatorUnavailableError, CoordinatorFailedError):
         # It may have gone with the rank that had started it, who was told before us.
-        state = read_tail(store).state
+        state = read_tail(store).head
         opened = client.opened
         if opened is None or not (state.ended and state.run == opened.run):
             raise

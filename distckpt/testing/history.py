@@ -39,12 +39,24 @@ Content = Piece | Whole
 
 @dataclass(frozen=True, slots=True)
 class Logged:
-    """``who`` created an entry. ``heard``: it was told, or would have been; False if the write landed long after."""
+    """``who`` created an entry. ``heard``: it was told, or would have been; False if the write landed long after.
+
+    In the entry's state here is also what the entry has in ``pages``, so many.
+    """
 
     who: str
     entry: Entry
     heard: bool = True
     overwrote: bool = False
+    pages: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class LostPage:
+    """An entry that is in the log refers to a page that ``who`` has deleted, or did not find."""
+
+    who: str
+    page: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,6 +215,7 @@ class CameBack:
 
 Happening = (
     Logged
+    | LostPage
     | Wrote
     | Erased
     | Promised

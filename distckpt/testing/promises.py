@@ -24,6 +24,7 @@ from distckpt.testing.history import (
     History,
     LetGo,
     Logged,
+    LostPage,
     Matched,
     Piece,
     Promised,
@@ -46,7 +47,7 @@ def newest_entries(happenings: Iterable[Happening]) -> Iterator[tuple[Happening,
 
 
 def g1_committed_is_whole(history: History) -> list[str]:
-    """A committed checkpoint has every shard with its digest until it is retired."""
+    """A committed checkpoint has every shard with its digest until it is retired, and every entry in the log its pages."""
     broken: list[str] = []
     objects: dict[str, dict[str, Content]] = {}
     for happening, before, logged in newest_entries(history.happenings):
@@ -56,6 +57,8 @@ def g1_committed_is_whole(history: History) -> list[str]:
             objects.get(happening.attempt, {}).pop(happening.name, None)
             if before is not None and happening.attempt in before.state.alive():
                 broken.append(f"{happening.who} deleted {happening.name} of {happening.attempt}, which is not retired")
+        elif isinstance(happening, LostPage):
+            broken.append(f"{happening.who} misses page {happening.page}, to which an entry of the log refers")
         elif logged is not None:
             known = before.state.alive() if before is not None else {}
             for attempt, record in logged.state.alive().items():
@@ -271,7 +274,9 @@ def g8_next_job_comes_back(history: History) -> list[str]:
         ends += 1
         if happening.lost:
             broken.append(happening.lost)
-        elif before.state.active[-1:] != happening.saved[-1:]:
+        elif (
+            happening.saved and before.state.active[-1:] != happening.saved[-1:]
+        ):  # who skips saves may have skipped all
             broken.append(f"{happening.saved[-1:]} was saved last, but the log lists {before.state.active[-1:]}")
         newest = begun.state.newest()
         if happening.restored != newest:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Container, Generator
 from dataclasses import replace
 from functools import partial
 from typing import cast
@@ -26,11 +26,14 @@ from distckpt.coordinator.machine.actions import (
     MakePlan,
     NameTaken,
     NewestRead,
+    PagesRead,
+    PageWritten,
     PlanMade,
     Publish,
     Published,
     ReadLeases,
     ReadNewest,
+    ReadPages,
     ReadTail,
     RoomMade,
     Seal,
@@ -40,23 +43,26 @@ from distckpt.coordinator.machine.actions import (
     TailRead,
     TellSkips,
     Tick,
+    WritePage,
 )
 from distckpt.coordinator.machine.following import Followed
 from distckpt.coordinator.machine.machine import Machine
 from distckpt.coordinator.messages import Committed, FromRank, Reply, Request
 from distckpt.coordinator.shell.needs import following
 from distckpt.directory import sharing
+from distckpt.directory.pages import Known
 from distckpt.directory.stillness import Stillness
-from distckpt.errors import PlanError, SaveError, StoreOutcomeUnknownError
+from distckpt.errors import DamagedError, DistckptError, PlanError, SaveError, StoreOutcomeUnknownError
 from distckpt.format.json.group import GroupState
 from distckpt.format.json.log import CheckpointRecord, Entry, State
+from distckpt.format.json.paging import Records, ref_of
 from distckpt.format.names import attempt_epoch
 from distckpt.testing.history import INDEX, MANIFEST, GroupsRead, Promised, Whole
 from distckpt.testing.sim_groups import change, newest
 from distckpt.testing.sim_ranks import Sleep
 from distckpt.testing.sim_requests import Creation, Outcome
 from distckpt.testing.sim_store import SimulatedPlan, make_plan, record_of
-from distckpt.testing.sim_world import Clocks, SimulatedWorld
+from distckpt.testing.sim_world import LATEST, Clocks, SimulatedWorld
 
 GARBAGE_AGE = 15.0
 NAME = "ckpt"
@@ -68,7 +74,7 @@ class SimulatedCoordinator:
     def __init__(self, world: SimulatedWorld, name: str) -> None:
         self.name = name
         self.up = True
-        self.machine = Machine("sim://run", name, idle_timeout=None)
+        self.machine = Machine("sim://run", name, idle_timeout=None, sizes=world.sizes)
         self._world = world
         self._clocks = Clocks(world)
         self._leases = Stillness()
@@ -147,6 +153,10 @@ class SimulatedCoordinator:
                 self._append(entry)
             case ReadNewest():
                 self.later(self._read_newest)
+            case ReadPages():
+                self.later(lambda: self._read_pages(action))
+            case WritePage():
+                self._write_page(action)
             case MakePlan():
                 self.later(lambda: self._make_plan(action))
             case Seal():
@@ -215,6 +225,39 @@ class SimulatedCoordinator:
         newest = self._seq if "restore_unasked" in self._world.unsafe else self._world.store.log.newest()
         self.later(lambda: self.feed(NewestRead(newest)))
 
+    def _read_pages(self, action: ReadPages) -> None:
+        world = self._world
+        found: dict[str, Records] = {}
+        failed: dict[str, DistckptError] = {}
+        for page in action.pages:
+            records = world.store.pages.get(page.id)
+            if records is None or world.random.random() < world.faults.failed_page:
+                failed[page.id] = DamagedError(page.id, "cannot be read")
+            else:
+                found[page.id] = records
+        self.later(lambda: self.feed(PagesRead(action.asked, found, failed)))
+
+    def _write_page(self, action: WritePage) -> None:
+        """It is there in time, or late, or never; and in doubt nobody needs it."""
+        world, faults = self._world, self._world.faults
+        fate = world.pick(late=faults.late_write, never=faults.failed_write, lost=faults.lost_acknowledgement)
+
+        def put() -> None:
+            world.store.put_page(action.page, action.records)
+
+        def arrive() -> None:
+            put()
+            if not fate:
+                ref = ref_of(action.page, action.of, action.records, 1, 1)
+                self.later(lambda: self.feed(PageWritten(action.page, ref)))
+
+        if fate == "late":
+            world.later(world.random.uniform(0.0, LATEST), put)
+        elif fate != "never":
+            world.later(world.latency(), arrive)
+        if fate:
+            world.later(2.0, lambda: self.later(lambda: self.feed(PageWritten(action.page, None))))
+
     def _make_plan(self, action: MakePlan) -> None:
         try:
             plan = make_plan(action.number, action.descriptions, action.staged, action.attempt)
@@ -271,11 +314,16 @@ class SimulatedCoordinator:
 
     def _read_groups(self, action: ReadLeases, leased: frozenset[str]) -> Generator[Sleep, None, None]:
         """After the leases, one group after the other."""
-        found = {}
-        for name, chain in list(self._world.store.groups.items()):
+        store, groups = self._world.store, {}
+        for name, chain in list(store.groups.items()):
             entry = yield from newest(self._world, chain)
             if entry is not None:
-                found[name] = following(name, entry.state, action.state)
+                groups[name] = entry.state
+        if any(page.id not in store.pages or self._cannot_read() for page in action.state.pages):
+            self.feed(LeasesRead(frozenset(), "cannot read a page"))
+            return
+        state = store.whole(self.name, action.state)
+        found = {name: following(name, group, state) for name, group in groups.items()}
         self._world.history.add(GroupsRead(self.name, frozenset(found)))
         followed = Followed(tuple(found.values()), action.state.commits)
         if "retire_before_groups" in self._world.unsafe:
@@ -293,8 +341,9 @@ class SimulatedCoordinator:
         for group, records in action.skips.items():
             tail = self._world.store.log.newest_entry()
             assert tail is not None
+            state = self._world.store.whole(self.name, tail.state)
             try:
-                yield from change(self._world, self, group, "skip", partial(_skipped, log=tail.state, records=records))
+                yield from change(self._world, self, group, "skip", partial(_skipped, log=state, records=records))
             except StoreOutcomeUnknownError:
                 done = False
         self.feed(SkipsTold(done))
@@ -333,11 +382,32 @@ class SimulatedCoordinator:
         world = self._world
         if action.urgent:
             self.later(lambda: self.feed(RoomMade()))
+        if action.epoch == max((entry.epoch for entry in world.store.log.entries.values()), default=0):
+            self._collect_pages(action)
+        lost = [page for page in action.pages if page.id not in world.store.pages or self._cannot_read()]
+        paged = {
+            record.attempt
+            for page in action.pages
+            if page not in lost and "forget_pages" not in world.unsafe
+            for record in world.store.pages[page.id]
+        }
+        known = Known(action.known | paged, () if "forget_pages" in world.unsafe else lost)
         self._garbage.forget_all_but(world.store.attempts.keys())
         old = [attempt for attempt in world.store.attempts if action.urgent or self._is_old(action, attempt)]
         for attempt in sorted(old):
-            if self._is_garbage(action, attempt):
+            if self._is_garbage(action, attempt, known):
                 self.later(lambda attempt=attempt: self._erase_objects(attempt, _nothing))  # type: ignore[misc]
+
+    def _cannot_read(self) -> bool:
+        return self._world.random.random() < self._world.faults.failed_page
+
+    def _collect_pages(self, action: CollectGarbage) -> None:
+        """At once, though real ones watch them for a while first: what is safe does not hang on that."""
+        store = self._world.store
+        needed = {page.id for page in action.pages} if "collect_pages" in self._world.unsafe else store.referred()
+        for page in sorted(store.pages.keys() - needed):
+            if attempt_epoch(page) < action.epoch or page in action.dropped or "collect_pages" in self._world.unsafe:
+                store.erase_page(self.name, page)
 
     def _is_old(self, action: CollectGarbage, attempt: str) -> bool:
         """Whether it has been watched for long enough. What predecessors had begun need not be."""
@@ -348,11 +418,11 @@ class SimulatedCoordinator:
         still = self._garbage.still_for(attempt, frozenset(objects), asked=now, answered=now)
         return attempt_epoch(attempt) < action.epoch or still >= GARBAGE_AGE
 
-    def _is_garbage(self, action: CollectGarbage, attempt: str) -> bool:
+    def _is_garbage(self, action: CollectGarbage, attempt: str, known: Container[str]) -> bool:
         if "collect_by_age" in self._world.unsafe:
-            return attempt not in action.known and attempt not in action.live
+            return attempt not in known and attempt not in action.live
         epoch = attempt_epoch(attempt)
-        return (epoch < action.epoch and attempt not in action.known) or attempt in action.failed
+        return (epoch < action.epoch and attempt not in known) or attempt in action.failed
 
 
 def _skipped(state: GroupState | None, log: State, records: tuple[CheckpointRecord, ...]) -> GroupState | None:

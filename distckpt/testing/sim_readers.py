@@ -71,15 +71,17 @@ class Holder(Process):
             step()
 
     def listed(self) -> Steps[State]:
-        """What the newest entry says. Listing the log and reading the entry are two steps."""
-        while True:
-            seq = self.world.store.log.newest()
+        """What the newest entry says, with its pages. Listing the log, reading the entry and its pages are steps."""
+        log = self.world.store.log
+        while seq := log.newest():
             yield Sleep(self.world.latency() * 0.3)
-            entry = self.world.store.log.entries.get(seq)
-            if seq == 0:
-                return State()
+            entry = log.entries.get(seq)
+            if entry is not None and entry.state.pages:
+                yield Sleep(self.world.latency() * 0.3)
+                entry = log.entries.get(seq)  # else its pages may have gone with it
             if entry is not None:
-                return entry.state
+                return self.world.store.whole(self.name, entry.state)
+        return State()
 
     # ---- the lease -------------------------------------------------------------------------------------------------
 

@@ -8,10 +8,24 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
+from msgspec.structs import replace
+
 from distckpt.errors import PlanError
 from distckpt.format.json.group import GroupEntry
-from distckpt.format.json.log import CheckpointRecord, Entry
-from distckpt.testing.history import INDEX, MANIFEST, Content, Erased, GroupLogged, History, Logged, Whole, Wrote
+from distckpt.format.json.log import CheckpointRecord, Entry, State
+from distckpt.format.json.paging import Records, opened
+from distckpt.testing.history import (
+    INDEX,
+    MANIFEST,
+    Content,
+    Erased,
+    GroupLogged,
+    History,
+    Logged,
+    LostPage,
+    Whole,
+    Wrote,
+)
 
 
 class Link(Protocol):
@@ -83,14 +97,18 @@ class SimulatedLease:
 
 
 class SimulatedStore:
-    """The log, groups' chains, the objects of every attempt, and the leases. What changes is put down in ``history``."""
+    """The log and its pages, groups' chains, the objects of every attempt, and the leases.
+
+    What changes is put down in ``history``.
+    """
 
     def __init__(self, history: History, *, exclusive: bool = True) -> None:
         self.history = history
-        self.log = SimulatedChain[Entry](lambda *what: history.add(Logged(*what)), exclusive=exclusive)
+        self.log = SimulatedChain[Entry](self._logged, exclusive=exclusive)
         self.groups: dict[str, SimulatedChain[GroupEntry]] = {}
         self.attempts: dict[str, dict[str, Stored]] = {}
         self.leases: dict[str, SimulatedLease] = {}
+        self.pages: dict[str, Records] = {}
 
     def group(self, name: str) -> SimulatedChain[GroupEntry]:
         """A group's chain, empty if there is no such group."""
@@ -98,6 +116,32 @@ class SimulatedStore:
             history = self.history
             self.groups[name] = SimulatedChain[GroupEntry](lambda *what: history.add(GroupLogged(name, *what)))
         return self.groups[name]
+
+    def _logged(self, who: str, entry: Entry, heard: bool, overwrote: bool) -> None:
+        is_newest = entry.seq == self.log.newest() and not overwrote  # what a sleeper puts below it counts for nobody
+        state = self.whole(who if is_newest else "", entry.state)
+        self.history.add(Logged(who, replace(entry, state=state), heard, overwrote, len(entry.state.pages)))
+
+    def whole(self, who: str, state: State) -> State:
+        """The state with what is in its pages; ``who``, if it is somebody, must find them."""
+        for page in state.pages:
+            if who and page.id not in self.pages:
+                self.history.add(LostPage(who, page.id))
+        return opened(state, self.pages)
+
+    def put_page(self, page: str, records: Records) -> None:
+        """Create a page, if there is none."""
+        self.pages.setdefault(page, records)
+
+    def referred(self) -> set[str]:
+        """The pages to which the entries refer that are there."""
+        return {page.id for entry in self.log.entries.values() for page in entry.state.pages}
+
+    def erase_page(self, who: str, page: str) -> None:
+        """Delete a page. Nobody may miss it."""
+        if page in self.referred():
+            self.history.add(LostPage(who, page))
+        self.pages.pop(page, None)
 
     def put(self, attempt: str, name: str, content: Content, time: float) -> None:
         """Create an object of an attempt."""

@@ -7,6 +7,7 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from distckpt.format.json.paging import Sizes
 from distckpt.testing.history import History
 from distckpt.testing.sim_store import SimulatedStore
 
@@ -35,6 +36,7 @@ class Faults:
     missed_save: float = 0.0
     lone_restore: float = 0.0
     failed_read: float = 0.0
+    failed_page: float = 0.0
     failed_look: float = 0.0
     clock_jump: float = 0.0
     frozen_reader: float = 0.0
@@ -56,6 +58,7 @@ class SimulatedWorld:
         self.history = History(seed)
         self.store = SimulatedStore(self.history, exclusive="overwrite" not in unsafe)
         self.faults = faults
+        self.sizes = Sizes(self.random.randint(1, 2), 2, self.random.choice([4, 8]), 2)
         self.unsafe = unsafe
         self.time = 0.0
         self.about_to_append: Callable[[object], None] = lambda _: None

@@ -24,6 +24,8 @@ UNSAFE = {
     "overwrite": "the store overwrites log entries instead of refusing to",
     "restore_unasked": "what was restored is told without a look whether the log has anything newer",
     "collect_by_age": "garbage is whatever is old and was not known when the collection was asked for",
+    "forget_pages": "what only a page knows is garbage like all that nobody knows",
+    "collect_pages": "pages are garbage that the state of whoever collects does not refer to, whatever else does",
     "old_epochs_count": "whose entry finds one of a newer epoch in its place goes on after that",
     "look_before_lease": "a reader looks whether its checkpoint is alive and then writes its lease",
     "leases_before_retiring": "what is deleted goes by the leases that were read before it retired",
@@ -99,6 +101,7 @@ class Simulation:
             ("lone_restore", 0.05),
             ("failed_read", 0.05),
             ("failed_look", 0.1),
+            ("failed_page", 0.1),
             ("clock_jump", 0.01),
             ("frozen_reader", 0.4),
             ("freeze_at_append", 0.1),
@@ -207,7 +210,8 @@ class Simulation:
     def _pin(self) -> None:
         entry = self.world.store.log.newest_entry()
         if entry is not None and entry.state.active:
-            number = self.world.random.choice(entry.state.active).number
+            whole = self.world.store.whole("simulator", entry.state)
+            number = self.world.random.choice(whole.active).number
             self._send(Pin(number, self.world.random.random() < 0.7), lambda reply: None)
 
     def _settle(self) -> None:
@@ -255,8 +259,9 @@ class Simulation:
             self.world.history.add(Drained(group, self._waiting(group)))
 
     def _waiting(self, group: str) -> tuple[CheckpointRecord, ...]:
-        of_group, log = self.world.store.group(group).newest_entry(), self.world.store.log.newest_entry()
-        return waiting(of_group.state, log.state) if of_group is not None and log is not None else ()
+        store = self.world.store
+        of_group, log = store.group(group).newest_entry(), store.log.newest_entry()
+        return waiting(of_group.state, store.whole("", log.state)) if of_group is not None and log is not None else ()
 
     # ---- the network -----------------------------------------------------------------------------------------------
 

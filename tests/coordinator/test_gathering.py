@@ -241,7 +241,7 @@ def test_a_run_that_restored_before_an_earlier_one_committed_is_told(directory: 
 
 def test_a_run_that_was_superseded_while_it_restored_is_told_at_once(directory: Path) -> None:
     state = read_tail(open_store(directory)).state
-    ranks = Ranks(directory, opening=NotYet(opened=RunOpened(state.run, 1, ())))
+    ranks = Ranks(directory, opening=NotYet(opened=RunOpened(state.run, 1, None)))
     record = ranks.ask(Restore(1, None))[0].record
     ranks.ask(tried(record.attempt, keys=FITS))
     ranks.ask(tried(record.attempt, stage="fill"))

@@ -452,11 +452,11 @@ def test_the_same_token_gets_the_same_run_also_after_a_restart():
     assert kinds(other) == ["claim", "run", "claim"]
 
 
-def test_a_new_run_opens_with_what_is_on_storage():
+def test_a_new_run_opens_and_hears_when_it_was_made():
     driver = Driver().lead()
-    saved = driver.save(driver.open(), 1, 1, 7)
+    driver.save(driver.open(), 1, 1, 7)
     reply = driver.settled(OpenRun("job2", 0, 1, "h", "ckpt", Retention(), TIMEOUT))
-    assert reply == RunOpened(2, 1, (saved,), driver.machine.state.origin)
+    assert reply == RunOpened(2, 1, driver.now, driver.machine.state.origin)
 
 
 def test_an_older_run_is_refused_everything():

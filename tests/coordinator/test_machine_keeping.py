@@ -22,6 +22,7 @@ from distckpt.coordinator.machine.actions import (
     TailRead,
     Tick,
 )
+from distckpt.coordinator.machine.retention import recover
 from distckpt.coordinator.messages import (
     Accepted,
     Committed,
@@ -108,7 +109,9 @@ def test_trace_b_through_the_machine():
         driver.save(run, 1, order, order)
     driver.now = 5000.0
     run = driver.open(token="job2", retention=Retention(1))
-    assert list(driver.replies.values())[-1] == RunOpened(run, 1, (), driver.machine.state.origin)
+    opened = list(driver.replies.values())[-1]
+    assert opened == RunOpened(run, 1, 5000.0, driver.machine.state.origin)
+    assert recover(driver.machine.state, 5000.0).active == ()
     reply = driver.answer(FromRank(run, 0, Restore(0, None)))
     assert cast(MatchWith, reply).record.number == 3
     for report in (matched, filled, finished):

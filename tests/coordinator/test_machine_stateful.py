@@ -26,11 +26,14 @@ from distckpt.coordinator.machine.actions import (
     MakePlan,
     NameTaken,
     NewestRead,
+    PagesRead,
+    PageWritten,
     PlanMade,
     Publish,
     Published,
     ReadLeases,
     ReadNewest,
+    ReadPages,
     ReadTail,
     RoomMade,
     Seal,
@@ -38,6 +41,7 @@ from distckpt.coordinator.machine.actions import (
     StepFailed,
     TailRead,
     Tick,
+    WritePage,
 )
 from distckpt.coordinator.machine.machine import Machine
 from distckpt.coordinator.messages import (
@@ -65,7 +69,8 @@ from distckpt.coordinator.messages import (
     ShardReceipt,
     Status,
 )
-from distckpt.errors import PlanError, SaveError
+from distckpt.errors import DamagedError, PlanError, SaveError
+from distckpt.format.json.paging import Sizes, ref_of
 from distckpt.format.names import attempt_epoch
 from distckpt.keep import Retention
 from distckpt.testing.history import (
@@ -87,6 +92,7 @@ from distckpt.testing.promises import PROMISES
 from distckpt.testing.sim_store import SimulatedLease, SimulatedPlan, SimulatedStore, describe, make_plan, record_of
 
 WORLD = 2
+RETENTION = {"one": Retention(None), "two": Retention(1), "three": Retention(2)}
 FAULTS = st.sampled_from(["", "", "", "", "lost", "unknown", "late", "refused"])
 PICK = st.integers(0, 1 << 20)
 TO = st.sampled_from([-1, -1, -1, 0, 1])
@@ -105,7 +111,7 @@ class Shell:
 
     def __init__(self, name: str) -> None:
         self.name = name
-        self.machine = Machine("mem://run", name)
+        self.machine = Machine("mem://run", name, sizes=Sizes(1, 2, 4, 2))
         self.pending: list[Action] = []
 
 
@@ -202,7 +208,7 @@ class Coordinators(RuleBasedStateMachine):
     def open_run(self, token: str, rank: int, to: int) -> None:
         self.token = token
         run = self.runs.get(f"{token}/{rank}", 0)
-        self._ask(to, OpenRun(token, rank, WORLD, "h", "ckpt", Retention(1), 20.0, run))
+        self._ask(to, OpenRun(token, rank, WORLD, "h", "ckpt", RETENTION[token], 20.0, run))
 
     @rule(to=TO)
     def save_at_once(self, to: int) -> None:
@@ -425,6 +431,16 @@ class Coordinators(RuleBasedStateMachine):
                 self._append(shell, action, fault)
             case ReadNewest():
                 self._feed(shell, NewestRead(None, "no answer") if fault else NewestRead(self.store.log.newest()))
+            case ReadPages(asked, pages):
+                found = {
+                    page.id: self.store.pages[page.id] for page in pages if not fault and page.id in self.store.pages
+                }
+                failed = {page.id: DamagedError(page.id, "no answer") for page in pages if page.id not in found}
+                self._feed(shell, PagesRead(asked, found, failed))
+            case WritePage(page, of, records):
+                if fault != "unknown":
+                    self.store.put_page(page, records)
+                self._feed(shell, PageWritten(page, None if fault else ref_of(page, of, records, 1, 1)))
             case MakePlan():
                 try:
                     plan = make_plan(action.number, action.descriptions, action.staged, action.attempt)
@@ -441,7 +457,11 @@ class Coordinators(RuleBasedStateMachine):
                 for record in records if not fault else ():
                     self._erase(shell, record.attempt)
                 self._feed(shell, Deleted(tuple(record.attempt for record in records) if not fault else ()))
-            case CollectGarbage(known=known, epoch=epoch, failed=failed, urgent=urgent):
+            case CollectGarbage(known=known, epoch=epoch, failed=failed, urgent=urgent, pages=pages):
+                known |= {record.attempt for page in pages for record in self.store.pages.get(page.id, ())}
+                for page_id in self.store.pages.keys() - self.store.referred():
+                    if attempt_epoch(page_id) < epoch or page_id in action.dropped:
+                        self.store.erase_page(shell.name, page_id)
                 for attempt in list(self.store.attempts):
                     if attempt in failed or (attempt_epoch(attempt) < epoch and attempt not in known):
                         self._erase(shell, attempt)

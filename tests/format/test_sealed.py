@@ -251,7 +251,9 @@ def test_an_entry_after_others_has_the_bytes_that_it_has_alone(states: list[Any]
         once = {record.attempt: (record, where) for record, where in records}.values()
         lists = {name: tuple(record for record, where in once if where == name) for _, name in once}
         entry = Entry(1, seq, 1, "commit", 1.5, f"c{seq}", State(run_token=token, **lists))
-        assert sealer.seal(entry) == seal(entry)
+        data = sealer.seal(entry)
+        assert data == EntrySealer().seal(entry)
+        assert unseal(data, Entry, PATH, len(data)) == entry
 
 
 def test_an_entry_after_others_is_refused_like_any_other() -> None:
@@ -263,7 +265,8 @@ def test_an_entry_after_others_is_refused_like_any_other() -> None:
         sealer.seal(with_state(run_token="x" * 257))
     with pytest.raises(ValueError, match="not a number"):
         sealer.seal(with_state(active=(*ENTRY.state.active[:1], msgspec.structs.replace(RECORD, time=float("nan")))))
-    assert sealer.seal(ENTRY) == seal(ENTRY)
+    assert sealer.seal(ENTRY) == EntrySealer().seal(ENTRY)
+    assert unseal(sealer.seal(ENTRY), Entry, PATH, 1 << 20) == unseal(seal(ENTRY), Entry, PATH, 1 << 20)
 
 
 def long_record(number: int, nbytes: int) -> CheckpointRecord:

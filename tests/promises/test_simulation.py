@@ -20,6 +20,7 @@ from distckpt.testing.history import (
     History,
     LetGo,
     Logged,
+    LostPage,
     Matched,
     Piece,
     Promised,
@@ -36,7 +37,7 @@ pytestmark = pytest.mark.timeout(240)
 
 STORIES = 170
 SEARCH = range(120)
-RARE = {"ignore_group_newest": range(290, 410)}
+RARE = {"ignore_group_newest": range(290, 410), "news_is_nobodys": range(150, 270)}
 """What needs many things to come together is looked for where they do."""
 
 
@@ -100,6 +101,7 @@ def test_the_simulations_are_full_of_what_they_are_about(histories):
                 count["below the newest"] += happening.entry.seq <= newest
                 count["landed late"] += not happening.heard
                 count["replaced"] += len(happening.entry.state.retiring) > 0
+                count["paged"] += happening.pages > 0
                 count["preserved"] += len(happening.entry.state.preserved) > 0
                 count["pinned"] += any(record.pinned for record in happening.entry.state.active)
                 newest = max(newest, happening.entry.seq)
@@ -112,7 +114,7 @@ def test_the_simulations_are_full_of_what_they_are_about(histories):
         "claim": 600, "run": 350, "commit": 1700, "retire": 170, "forget": 600, "pin": 60, "below the newest": 20,
         "landed late": 30, "Promised": 2800, "Held": 1200, "Agreed": 600, "preserved": 300, "pinned": 170, "replaced": 300,
         "group's claim": 1000, "group's ack": 800, "group's reject": 50, "group's release": 50, "group's skip": 5,
-        "taken over": 50, "settled in vain": 10,
+        "taken over": 50, "settled in vain": 10, "paged": 550,
     }.items():  # fmt: skip
         assert count[name] >= least, (name, count)
 
@@ -128,6 +130,8 @@ def test_the_same_seed_gives_the_same_story():
         ("ignore_newest", {"G2", "G3"}),
         ("overwrite", {"G2", "G4"}),
         ("collect_by_age", {"G1"}),
+        ("forget_pages", {"G1"}),
+        ("collect_pages", {"G1"}),
         ("restore_unasked", {"G6"}),
         ("no_read_back", {"G8"}),
         ("old_epochs_count", {"G5"}),
@@ -215,6 +219,7 @@ def test_an_honest_history_breaks_nothing():
             [*written(ONE)[1:], Wrote(ONE.attempt, "0", Piece(1, 1, 1, 0, b"\1\0\0\0", 1)), logged(1, active=(ONE,))],
             id="shard with other chunks",
         ),
+        pytest.param("G1", [*START, LostPage("a", "page")], id="page missing"),
         pytest.param("G2", [logged(1), logged(3)], id="gap"),
         pytest.param("G2", [logged(1), logged(2), logged(1, "b"), logged(3, "b")], id="went on below the newest"),
         pytest.param("G2", [logged(1), Logged("b", logged(1).entry, overwrote=True)], id="two writers of a number"),

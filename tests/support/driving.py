@@ -24,11 +24,14 @@ from distckpt.coordinator.machine.actions import (
     LeasesRead,
     MakePlan,
     NewestRead,
+    PagesRead,
+    PageWritten,
     PlanMade,
     Publish,
     Published,
     ReadLeases,
     ReadNewest,
+    ReadPages,
     ReadTail,
     Seal,
     Sealed,
@@ -36,6 +39,7 @@ from distckpt.coordinator.machine.actions import (
     TailRead,
     TellSkips,
     Tick,
+    WritePage,
 )
 from distckpt.coordinator.machine.following import Followed, Following
 from distckpt.coordinator.machine.keeping import GARBAGE_PAUSES
@@ -57,8 +61,10 @@ from distckpt.coordinator.messages import (
     Restore,
     RunOpened,
 )
+from distckpt.errors import DamagedError
 from distckpt.format.arrow.receipt import ShardReceipt
 from distckpt.format.json.log import CheckpointRecord, Entry
+from distckpt.format.json.paging import SIZES, Records, Sizes, ref_of
 from distckpt.format.json.report import Report, Reported
 from distckpt.format.names import report_path
 from distckpt.keep import Retention
@@ -76,10 +82,16 @@ class Driver:
     """A machine, the log that it shares with other drivers, and what it has asked for and not been given."""
 
     def __init__(
-        self, log: dict[int, Entry] | None = None, claim: str = "a", idle_timeout: float | None = None
+        self,
+        log: dict[int, Entry] | None = None,
+        claim: str = "a",
+        idle_timeout: float | None = None,
+        sizes: Sizes = SIZES,
     ) -> None:
         self.log = {} if log is None else log
-        self.machine = Machine(DIRECTORY, claim * 32, idle_timeout=idle_timeout)
+        self.pages: dict[str, Records] = {}
+        self.sizes = sizes
+        self.machine = Machine(DIRECTORY, claim * 32, idle_timeout=idle_timeout, sizes=sizes)
         self.now = 100000.0
         self.mono = 50.0
         self.pending: list[Action] = []
@@ -163,6 +175,13 @@ class Driver:
                 self.feed(Appended(entry, max(self.log)))
             case ReadNewest():
                 self.feed(NewestRead(max(self.log, default=0)))
+            case ReadPages(asked, pages):
+                found = {page.id: self.pages[page.id] for page in pages if page.id in self.pages}
+                failed = {page.id: DamagedError(page.id, "missing") for page in pages if page.id not in found}
+                self.feed(PagesRead(asked, found, failed))
+            case WritePage(page, of, records):
+                self.pages[page] = records
+                self.feed(PageWritten(page, ref_of(page, of, records, 1, 1)))
             case MakePlan():
                 plan = make_plan(action.number, action.descriptions, action.staged, "spin")
                 self.feed(PlanMade(action.attempt, plan))
@@ -200,7 +219,8 @@ class Driver:
 
     def restarted(self, claim: str) -> Driver:
         """Another coordinator on the same log."""
-        other = Driver(self.log, claim)
+        other = Driver(self.log, claim, sizes=self.sizes)
+        other.pages = self.pages
         other.now, other.mono = self.now, self.mono
         return other.lead()
 

@@ -13,7 +13,7 @@ import msgspec
 
 from distckpt.coordinator.client.client import raised
 from distckpt.coordinator.client.error_text import from_text, to_text
-from distckpt.coordinator.machine.restore_round import RestoreRound
+from distckpt.coordinator.machine.restore_round import RestoreRound, pages_for
 from distckpt.coordinator.messages import (
     FillFrom,
     FinishWith,
@@ -28,6 +28,7 @@ from distckpt.coordinator.messages import (
 from distckpt.coordinator.shell.sealing import read_log_tail
 from distckpt.directory.lease import hold
 from distckpt.directory.log import read_tail
+from distckpt.directory.pages import read_page, readable
 from distckpt.errors import (
     AbsentRanksError,
     CheckpointNotFoundError,
@@ -38,6 +39,7 @@ from distckpt.errors import (
     ranks_at_hosts,
 )
 from distckpt.format.json.log import State
+from distckpt.format.json.paging import opened
 from distckpt.storage import Store
 from distckpt.threads.coordinator import Coordinator
 from distckpt.threads.looper import LooperThread
@@ -104,7 +106,7 @@ class Gathering:
 
     def check_newest(self) -> None:
         """RestoreError if the newest checkpoint is another one than when the last restore ended."""
-        newest = _newest(read_tail(self._store).state)
+        newest = _newest(read_tail(self._store).head)
         if self.newest is not None and newest != self.newest:
             raise RestoreError(
                 f"{self._store.url}: while this run was being opened, an earlier one committed {newest}, which is newer "
@@ -174,11 +176,14 @@ class _Host:
             if round.outcome is None:
                 round.hear(rank, self._hosts.get(rank, ""), message)
         if round.is_complete:
-            round.advance(read_tail(self._store).state)
+            round.advance(read_tail(self._store).head)
+            if round.wants_pages:
+                state, lost = readable(self._store, round.state)
+                round.extend(state, [str(one.error) for one in lost])
         if isinstance(round.outcome, Restored):
-            state, opened = read_tail(self._store).state, self._opening.opened
-            if opened is not None and opened.run < state.run:
-                raise StaleRunError(self._store.url, opened.run, state.run)
+            state, run = read_tail(self._store).head, self._opening.opened
+            if run is not None and run.run < state.run:
+                raise StaleRunError(self._store.url, run.run, state.run)
             if first.which is None and _newest(state) != _newest(round.state):  # another run has committed meanwhile
                 round = self._round = self._new_round(first, state)
         return round.outcome or self._asked(round, first)
@@ -191,10 +196,11 @@ class _Host:
                 self._lease.enter_context(hold(self._store, round.current.attempt, "a restore of all ranks"))
                 self._held = round.current.attempt
             except CheckpointNotFoundError:  # retired since the log was read
-                round = self._round = self._new_round(first, read_tail(self._store).state)
+                round = self._round = self._new_round(first, read_tail(self._store).head)
         return round.outcome or round.question
 
     def _new_round(self, first: Restore, state: State) -> RestoreRound:
+        state = opened(state, {page.id: read_page(self._store, page) for page in pages_for(first.which, state)})
         round = RestoreRound(self._store.url, len(self._hosts), first.which, first.partial, self._name, state)
         if not round.candidates:  # and all ranks are here
             round.advance(state)
@@ -204,7 +210,7 @@ class _Host:
         tail = read_log_tail(self._store)
         if tail.complete:
             self._opening.open()
-            return read_tail(self._store).state
+            return read_tail(self._store).head
         return tail.entry.state if tail.entry is not None else State()
 
 

@@ -10,6 +10,7 @@ from distckpt.coordinator.machine.following import Followed
 from distckpt.coordinator.messages import Receipt, Reply, Request
 from distckpt.errors import BlockedError, DistckptError
 from distckpt.format.json.log import CheckpointRecord, Entry, State
+from distckpt.format.json.page import ListName, PageRef
 from distckpt.format.json.report import Reported
 
 
@@ -105,6 +106,23 @@ class NewestRead:
 
 
 @dataclass(frozen=True, slots=True)
+class PagesRead:
+    """The records of the pages that were ``asked`` for, by id; and why others of them could not be read."""
+
+    asked: int
+    pages: Mapping[str, tuple[CheckpointRecord, ...]] = field(repr=False)
+    failed: Mapping[str, DistckptError] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class PageWritten:
+    """The page is durable, and ``ref`` refers to it; None if nobody knows whether it is there: then it is not needed."""
+
+    page: str
+    ref: PageRef | None
+
+
+@dataclass(frozen=True, slots=True)
 class PlanMade:
     """The plan of ``attempt``."""
 
@@ -186,6 +204,8 @@ Event = (
     | AppendUnknown
     | AppendRefused
     | NewestRead
+    | PagesRead
+    | PageWritten
     | PlanMade
     | Sealed
     | StepFailed
@@ -224,6 +244,23 @@ class Append:
 @dataclass(frozen=True, slots=True)
 class ReadNewest:
     """List the log, after every append that was asked for; NewestRead follows."""
+
+
+@dataclass(frozen=True, slots=True)
+class ReadPages:
+    """Read these pages of the log; PagesRead follows."""
+
+    asked: int
+    pages: tuple[PageRef, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class WritePage:
+    """Put records of one list into a page of their own, if there is none of that id; PageWritten follows."""
+
+    page: str
+    of: ListName
+    records: tuple[CheckpointRecord, ...] = field(repr=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -295,10 +332,12 @@ class DeleteReports:
 class CollectGarbage:
     """Delete attempts of this name that came to nothing and are old enough. Nothing follows, or RoomMade if ``urgent``.
 
-    Of epochs before ``epoch``: all that are not ``known``; of ``epoch`` itself: only those in ``failed``, which have
+    What may be in one of ``pages`` is known too, and all that may be in one that cannot be read. Of
+    epochs before ``epoch``: all that are not ``known``; of ``epoch`` itself: only those in ``failed``, which have
     no manifest and never will; of later epochs: none. These rules hold however late the action is performed: what it
     deletes can never be committed. ``live`` are attempts in work. If it is ``urgent``, because the store is full, those
-    need not be old that a coordinator of this directory's log has begun.
+    need not be old that a coordinator of this directory's log has begun. Pages go that no entry of the log refers to: of
+    epochs before, and those of ``epoch`` that are ``dropped``.
     """
 
     name: str
@@ -307,6 +346,8 @@ class CollectGarbage:
     epoch: int
     failed: frozenset[str] = frozenset()
     urgent: bool = False
+    pages: tuple[PageRef, ...] = ()
+    dropped: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -331,6 +372,8 @@ Action = (
     | ReadTail
     | Append
     | ReadNewest
+    | ReadPages
+    | WritePage
     | MakePlan
     | Seal
     | ReadLeases

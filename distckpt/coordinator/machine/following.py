@@ -81,7 +81,8 @@ class Followed:
         alive = state.alive() if blocking else {}
         for group in blocking:
             most = max(1, group.max_backlog)
-            waiting = sum(attempt in alive for attempt in group.waiting) + state.commits - self.commits + saving
+            there = (attempt in alive or state.may_have_in_pages(attempt) for attempt in group.waiting)
+            waiting = sum(there) + state.commits - self.commits + saving
             if waiting >= most:
                 return Lag(group.group, waiting, most)
         return None

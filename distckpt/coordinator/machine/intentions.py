@@ -2,18 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
 import msgspec
 
 from distckpt.coordinator.machine.following import Followed
-from distckpt.coordinator.machine.records import Records, committed, find_number
-from distckpt.coordinator.machine.retention import NOBODY, swept
+from distckpt.coordinator.machine.records import committed, find_number
+from distckpt.coordinator.machine.retention import NOBODY, next_due, swept
 from distckpt.coordinator.messages import OpenRun
 from distckpt.format.json.log import CheckpointRecord, Kind, State
+from distckpt.format.json.page import PageRef
+from distckpt.format.json.paging import Records
 from distckpt.format.names import attempt_age
 from distckpt.keep import Retention
+
+Need = tuple[PageRef, Callable[[CheckpointRecord], bool] | None]
+"""A page that has to be read first; its records must be at hand if this holds for one of them, or (None) in any case."""
+
+
+def _of_number(state: State, number: int, *lists: str) -> Iterator[Need]:
+    """Pages of these lists that may have the number."""
+    pages = (page for page in state.pages if page.of in lists and page.may_have_number(number))
+    return ((page, lambda record: record.number == number) for page in pages)
+
+
+def _due(state: State, retention: Retention) -> Iterator[Need]:
+    page = next_due(state, retention)
+    return iter(() if page is None else ((page, None),))
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +43,11 @@ class Claim:
     kind: ClassVar[Kind] = "claim"
     complete: tuple[CheckpointRecord, ...]
     origin: str
+
+    def needs(self, state: State) -> Iterator[Need]:
+        """Pages that may have checkpoints whose place they take."""
+        for record in self.complete:
+            yield from _of_number(state, record.number, "active")
 
     def apply(self, state: State) -> State:
         """Commit them in the order in which they had begun.
@@ -48,6 +70,10 @@ class BeginRun:
     kind: ClassVar[Kind] = "run"
     first: OpenRun
 
+    def needs(self, state: State) -> Iterator[Need]:
+        """No page."""
+        return iter(())
+
     def apply(self, state: State) -> State:
         """Its number is larger than that of every run before it. One that the log has lost keeps its own."""
         number = max(state.run + 1, self.first.run)
@@ -69,6 +95,11 @@ class Commit:
     spared: frozenset[str] | None
     followed: Followed = NOBODY
 
+    def needs(self, state: State) -> Iterator[Need]:
+        """Pages that may have one of the same number, and the one from which something is due."""
+        yield from _of_number(state, self.record.number, "active")
+        yield from _due(state, self.retention) if self.spared is not None else ()
+
     def apply(self, state: State) -> State:
         """It is the newest checkpoint, and one of the same name and number makes room for it."""
         state = committed(state, self.record, self.saves)
@@ -87,6 +118,11 @@ class Discard:
     kind: ClassVar[Kind] = "retire"
     record: CheckpointRecord
 
+    def needs(self, state: State) -> Iterator[Need]:
+        """Pages that may know it."""
+        pages = (page for page in state.pages if page.may_have_attempt(self.record.attempt))
+        return ((page, lambda record: record.attempt == self.record.attempt) for page in pages)
+
     def apply(self, state: State) -> State | None:
         """It is among the retiring, if the state does not know it already."""
         if self.record.attempt in state.known():
@@ -104,6 +140,10 @@ class Retire:
     spared: frozenset[str]
     followed: Followed = NOBODY
 
+    def needs(self, state: State) -> Iterator[Need]:
+        """The page from which something is due. What is due of the others waits for its turn."""
+        return _due(state, self.retention) if state.run == self.run else iter(())
+
     def apply(self, state: State) -> State | None:
         """Nothing changes once another run has begun, which deletes nothing before its first commit."""
         return swept(state, self.retention, self.spared, self.followed) if state.run == self.run else None
@@ -115,6 +155,10 @@ class Forget:
 
     kind: ClassVar[Kind] = "forget"
     attempts: frozenset[str]
+
+    def needs(self, state: State) -> Iterator[Need]:
+        """No page: nothing in them is retiring."""
+        return iter(())
 
     def apply(self, state: State) -> State | None:
         """The state knows them no more."""
@@ -131,6 +175,10 @@ class SetPin:
     number: int
     name: str
     pinned: bool
+
+    def needs(self, state: State) -> Iterator[Need]:
+        """Pages that may have the number."""
+        return _of_number(state, self.number, "active", "preserved")
 
     def apply(self, state: State) -> State | None:
         """The newest record of the number is pinned; or none of its records is."""
@@ -159,6 +207,10 @@ class Reprieve:
     kind: ClassVar[Kind] = "pin"
     attempts: frozenset[str]
 
+    def needs(self, state: State) -> Iterator[Need]:
+        """No page: nothing in them is retiring."""
+        return iter(())
+
     def apply(self, state: State) -> State | None:
         """They are preserved, as another one may have their number by now. What was never committed stays retiring."""
         back = tuple(record for record in state.retiring if record.attempt in self.attempts and record.manifest_size)
@@ -174,6 +226,10 @@ class End:
 
     kind: ClassVar[Kind] = "end"
     run: int
+
+    def needs(self, state: State) -> Iterator[Need]:
+        """No page."""
+        return iter(())
 
     def apply(self, state: State) -> State | None:
         """So it is, unless another run has begun."""

@@ -18,7 +18,7 @@ from distckpt.coordinator.machine.following import Followed
 from distckpt.coordinator.machine.intentions import Forget, Reprieve, Retire
 from distckpt.coordinator.machine.ledger import Ledger
 from distckpt.coordinator.machine.restores import Restores
-from distckpt.coordinator.machine.retention import NOBODY, Sweep, sweep
+from distckpt.coordinator.machine.retention import NOBODY, Sweep, next_due, sweep
 from distckpt.coordinator.machine.roundbook import RoundBook
 from distckpt.coordinator.machine.runs import Run, Runs
 from distckpt.coordinator.messages import Accepted, Lag
@@ -196,12 +196,12 @@ class Keeping:
             return
 
         def swept(spared: frozenset[str], followed: Followed) -> Sweep:
-            return sweep(state.active, run.retention, state.last_preserved_timestamp, spared, followed)
+            return sweep(state.active, run.retention, state.last_preserved_timestamp, spared, followed, state.pages)
 
         free = swept(spared, followed)
         if len(free.active) > len(swept(frozenset(), followed.at_rest(state)).active):
             self._look_later()
-        if free.evicts:
+        if free.evicts or next_due(state, run.retention) is not None:
             self._ledger.intend(Retire(run.number, run.retention, spared, followed))
         self._skip(swept(spared, followed.without_surplus()).retire)
         if run.retention.keep is not None and run.retention.keep.metrics and not run.deserted:
@@ -245,5 +245,7 @@ class Keeping:
             self._desk.emit(self._garbage(run, urgent=False))
 
     def _garbage(self, run: Run, *, urgent: bool) -> CollectGarbage:
-        known, failed = self._ledger.state.known(), frozenset(self._book.failed)
-        return CollectGarbage(run.name, known, self._book.live, self._ledger.epoch, failed, urgent)
+        ledger, failed = self._ledger, frozenset(self._book.failed)
+        known, pages = ledger.state.known(), ledger.state.pages
+        live, dropped = self._book.live, ledger.dropped
+        return CollectGarbage(run.name, known, live, ledger.epoch, failed, urgent, pages, dropped)

@@ -14,18 +14,21 @@ from distckpt.coordinator.machine.actions import (
     DeleteReports,
     NameTaken,
     NewestRead,
+    PageWritten,
     ReadNewest,
     ReadTail,
     TailRead,
 )
 from distckpt.coordinator.machine.desk import Desk, Identities
 from distckpt.coordinator.machine.intentions import BeginRun, Claim, Commit, Confirm, Intention
+from distckpt.coordinator.machine.library import Library
+from distckpt.coordinator.machine.making import Job, Making
 from distckpt.coordinator.machine.retention import recover
 from distckpt.errors import CoordinatorError, DamagedError, DistckptError, FencedError
 from distckpt.format.json.log import FORMAT, Entry, State
+from distckpt.format.json.paging import Sizes
 from distckpt.format.json.report import Reported, with_reports
 from distckpt.format.names import LOG
-from distckpt.keep import Retention
 
 FIRST_RETRY = 0.5
 LAST_RETRY = 10.0
@@ -42,7 +45,6 @@ class Ledger:
     """The newest counted entry, and the way to the next one.
 
     ``follow_up`` is called with each intention when its entry counts, or with None instead of an entry when there was
-    ``follow_up`` is called with each intention when its entry counts, or with None instead of an entry when there was
     nothing left to change, or only something to make sure of; only then is the next intention applied. ``give_up`` is
     called with one whose entry no reader would take, and with the reason. ``ended`` is why this machine may never append
     again (FencedError; DamagedError for an unreadable log; CoordinatorError for a claim that cannot be written), or None.
@@ -57,6 +59,8 @@ class Ledger:
         identities: Identities,
         follow_up: Callable[[Intention | Confirm, Entry | None], None],
         give_up: Callable[[Intention, str], None],
+        library: Library,
+        sizes: Sizes,
     ) -> None:
         self.entry: Entry | None = None
         self.ended: DistckptError | None = None
@@ -67,6 +71,8 @@ class Ledger:
         self._identities = identities
         self._follow_up = follow_up
         self._give_up = give_up
+        self._library = library
+        self._making = Making(desk, identities, library, sizes)
         self._wanted: deque[Intention | Confirm] = deque()
         self._flight: _Flight | None = None
         self._confirming: Confirm | None = None
@@ -93,7 +99,22 @@ class Ledger:
     @property
     def busy(self) -> bool:
         """Whether an entry is in flight or waits to be, or the log is looked at."""
-        return self._flight is not None or self._confirming is not None or bool(self._wanted)
+        return self._flight is not None or self._confirming is not None or self._making.busy or bool(self._wanted)
+
+    @property
+    def sound(self) -> State:
+        """``state`` without the pages that cannot be read."""
+        return self._library.sound(self.state)
+
+    @property
+    def seen(self) -> State:
+        """The state to which the last intention was applied, with all that it needed of pages at hand."""
+        return self._making.seen
+
+    @property
+    def dropped(self) -> frozenset[str]:
+        """Pages of this epoch to which no entry refers any more."""
+        return self._making.dropped(self.state, *([self._flight.entry.state] if self._flight is not None else []))
 
     @property
     def has_saved(self) -> bool:
@@ -110,23 +131,22 @@ class Ledger:
         self._desk.emit(ReadTail())
 
     @property
+    def recovers_at(self) -> float | None:
+        """When the present manager was made, in epoch seconds, if it has not committed anything yet; else None.
+
+        It recovers what it finds as TensorFlow's manager does (``retention.recover``): in the log from the first commit
+        on. Until then the log stays as it is, so a clock that was wrong while nothing was saved leaves no trace.
+        """
+        return self._recover_at
+
+    @property
     def reported(self) -> State:
-        """The state of the newest entry, with what has been reported since."""
-        return with_reports(self.state, (one.report for one in self._reports))
+        """``sound``, with what has been reported since the newest entry."""
+        return with_reports(self.sound, (one.report for one in self._reports))
 
     def fold(self, reports: tuple[Reported, ...]) -> None:
         """Have the next entry, whatever it is for, say what has been reported; then the reports are deleted."""
         self._reports = reports
-
-    def recovered(self, state: State, retention: Retention) -> State:
-        """``state``, that of the newest entry, as the present manager sees it.
-
-        It recovers what it finds as TensorFlow's manager does: in the log from the first commit on. Until then the log
-        stays as it is, so a clock that was wrong while nothing was saved leaves no trace. Rules need nothing of this.
-        """
-        if self._recover_at is None or retention.keep is not None:
-            return state
-        return recover(state, self._recover_at)
 
     def intend(self, intention: Intention) -> None:
         """Append an entry once those before it are counted, made from the state that there is then."""
@@ -146,7 +166,7 @@ class Ledger:
 
     def tail_read(self, tail: TailRead) -> None:
         """Claim the epoch after the newest one."""
-        if self.leading or self._flight is not None or self.ended is not None:
+        if self.leading or self._flight is not None or self._making.busy or self.ended is not None:
             return
         if tail.entry is None and tail.seq > 0:
             self.ended = DamagedError(f"{self._desk.directory}/{LOG}", "no entry of the log can be read")
@@ -158,7 +178,15 @@ class Ledger:
         # Every unreadable entry may have been a claim.
         epoch = (old.epoch if old is not None else 0) + damaged + 1
         claim = Claim(tail.complete, self._identities.commit())
-        self._fly(claim, tail.seq + 1, epoch, claim.apply(state))
+        self._make(claim, state, tail.seq + 1, epoch)
+
+    def page_written(self, event: PageWritten) -> None:
+        """What waited for the page goes on."""
+        self._making.page_written(event)
+
+    def go_on(self) -> None:
+        """Append what waits, now that pages have come or gone."""
+        self._append_next()
 
     def appended(self, event: Appended) -> None:
         """The entry is there. It counts only if nothing newer is: names of pruned entries can be created again."""
@@ -264,29 +292,35 @@ class Ledger:
         epoch = self._flight.entry.epoch if self._flight is not None else self.epoch
         self.ended = FencedError(self._desk.directory, epoch, max(newer, epoch + 1))
         self._ground()
+        self._making.stop()
         self._wanted.clear()
 
     def _append_next(self) -> None:
-        while self.entry is not None and self._flight is None and self._confirming is None and self._wanted:
+        while self.entry is not None and not self._engaged and self._wanted:
             intention = self._wanted.popleft()
             if isinstance(intention, Confirm):
                 self._confirming = intention
                 self._desk.emit(ReadNewest())
                 return
-            found = self.reported
-            if isinstance(intention, Commit):
-                found = self.recovered(found, intention.retention)
-            state = intention.apply(found)
-            if state is not None:
-                self._fly(intention, self.entry.seq + 1, self.entry.epoch, state)
-            else:
-                self._follow_up(intention, None)
+            self._make(intention, self.entry.state, self.entry.seq + 1, self.entry.epoch)
 
-    def _fly(self, intention: Intention, seq: int, epoch: int, state: State) -> None:
+    @property
+    def _engaged(self) -> bool:
+        return self._flight is not None or self._confirming is not None or self._making.busy
+
+    def _make(self, intention: Intention, state: State, seq: int, epoch: int) -> None:
+        def then(changed: State | None, folded: tuple[Reported, ...]) -> None:
+            if changed is None:
+                self._follow_up(intention, None)
+            else:
+                self._fly(intention, seq, epoch, changed, folded)
+
+        recovers = isinstance(intention, Commit) and intention.retention.keep is None  # rules need nothing of this
+        self._making.make(Job(intention, state, epoch, self._recover_at if recovers else None, self._reports, then))
+
+    def _fly(self, intention: Intention, seq: int, epoch: int, state: State, folded: tuple[Reported, ...]) -> None:
         if isinstance(intention, Claim | BeginRun):
             self._recover_at = self._desk.now
         entry = Entry(FORMAT, seq, epoch, intention.kind, self._desk.now, self._identities.commit(), state)
-        alive = state.alive() if self._reports else {}
-        folded = tuple(one for one in self._reports if one.report.attempt in alive)
         self._flight = _Flight(intention, entry, folded)
         self._desk.emit(Append(entry))

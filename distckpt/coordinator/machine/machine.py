@@ -22,6 +22,8 @@ from distckpt.coordinator.machine.actions import (
     LeasesRead,
     NameTaken,
     NewestRead,
+    PagesRead,
+    PageWritten,
     PlanMade,
     Published,
     RoomMade,
@@ -49,8 +51,9 @@ from distckpt.coordinator.machine.intentions import (
 )
 from distckpt.coordinator.machine.keeping import Keeping
 from distckpt.coordinator.machine.ledger import Ledger
+from distckpt.coordinator.machine.library import Library
+from distckpt.coordinator.machine.lookups import Lookups
 from distckpt.coordinator.machine.publishing import Publishing
-from distckpt.coordinator.machine.records import find_number
 from distckpt.coordinator.machine.restores import Restores
 from distckpt.coordinator.machine.roundbook import RoundBook
 from distckpt.coordinator.machine.rounds import Phase
@@ -82,14 +85,14 @@ from distckpt.coordinator.messages import (
     Unknown,
 )
 from distckpt.errors import (
-    CheckpointNotFoundError,
     CoordinatorError,
     CoordinatorUnavailableError,
     DistckptError,
     StorageError,
 )
 from distckpt.format.json.log import Entry, State
-from distckpt.format.names import checkpoint_folder, entry_path
+from distckpt.format.json.paging import SIZES, Sizes
+from distckpt.format.names import entry_path
 
 DEFAULT_NAME = "ckpt"
 DESERTED_SECONDS = 5.0
@@ -104,10 +107,12 @@ class Machine:
 
     ``claim_id`` must be unique for ever; every id that the machine makes is derived from it, so the same events always
     give the same actions. ``idle_timeout`` (seconds; None: never) is how long it goes on when nobody asks anything, at
-    most; when every rank has left and nothing is to be deleted later, that is a few seconds.
+    most; when every rank has left and nothing is to be deleted later, that is a few seconds. ``sizes`` are those of pages.
     """
 
-    def __init__(self, directory: str, claim_id: str, *, idle_timeout: float | None = None) -> None:
+    def __init__(
+        self, directory: str, claim_id: str, *, idle_timeout: float | None = None, sizes: Sizes = SIZES
+    ) -> None:
         identities = Identities(claim_id)
         self._desk = Desk(directory)
         self._idle_timeout = idle_timeout
@@ -116,14 +121,16 @@ class Machine:
         self._heard = 0.0
         self._early: dict[int, Request] = {}
         self._pinning: dict[int, None] = {}
+        self._library = Library(self._desk)
         self._book = RoundBook()
-        self._ledger = Ledger(self._desk, identities, self._follow_up, self._give_up)
+        self._ledger = Ledger(self._desk, identities, self._follow_up, self._give_up, self._library, sizes)
         self._runs = Runs(self._desk, self._ledger)
-        self._restores = Restores(self._desk, self._ledger, self._runs)
+        self._restores = Restores(self._desk, self._ledger, self._runs, self._library)
         self._stops = Stops(self._desk, self._runs)
         self._publishing = Publishing(self._desk)
         self._ending = Ending(self._desk, self._ledger, self._runs)
         self._keeping = Keeping(self._desk, self._ledger, self._runs, self._restores, self._book)
+        self._lookups = Lookups(self._desk, self._ledger, self._library, self._book)
         self._saves = Saves(self._desk, self._ledger, identities, self._runs, self._book, self._keeping)
 
     @property
@@ -150,7 +157,8 @@ class Machine:
         if self._end is not None:
             self._after_the_end(event, self._end)
             return self._desk.take()
-        if not self._started and not _is_of_a_rank(event):
+        is_of_a_rank = isinstance(event, Asked) and isinstance(event.request, FromRank)
+        if not self._started and not is_of_a_rank:
             self._started = True
             self._heard = mono
             self._ledger.start()
@@ -192,6 +200,12 @@ class Machine:
                 self._ledger.append_refused(event)
             case NewestRead():
                 self._ledger.newest_read(event)
+            case PagesRead():
+                self._library.pages_read(event)
+                self._ledger.go_on()
+            case PageWritten():
+                self._ledger.page_written(event)
+                self._ledger.go_on()
             case TailRead():
                 if self._is_wanted(event):
                     self._ledger.tail_read(event)
@@ -266,7 +280,7 @@ class Machine:
 
     def _idle_at(self) -> float | None:
         """When it will have been idle for too long; None while there is work."""
-        parts = (self._ledger, self._restores, self._keeping, self._publishing, self._ending)
+        parts = (self._ledger, self._library, self._restores, self._keeping, self._publishing, self._ending)
         if self._idle_timeout is None or not self._ledger.leading:
             return None
         if self._book or self._early or any(part.busy for part in parts):
@@ -297,10 +311,13 @@ class Machine:
             case FromRank():
                 self._serve_rank(ticket, request)
 
-    def _serve_rank(self, ticket: int, envelope: FromRank) -> None:
+    def _serve_rank(self, ticket: int, envelope: FromRank, looked: bool = False) -> None:
         rank, request = envelope.rank, envelope.request
         run = self._runs.current
         refusal = self._runs.refusal(envelope.run, rank)
+        may_look = isinstance(refusal, Unknown | None) and not looked
+        if may_look and self._lookups.hold(ticket, envelope, lambda: self._serve_rank(ticket, envelope, looked=True)):
+            return
         if refusal is not None or run is None:
             self._turn_away(ticket, request, refusal)
             return
@@ -364,8 +381,8 @@ class Machine:
 
     def _follow_up(self, intention: Intention | Confirm, entry: Entry | None) -> None:
         """The entry of an intention counts, or (None) there was nothing left to change."""
-        if isinstance(intention, SetPin):
-            self._pin_settled(intention)
+        if isinstance(intention, SetPin) and intention.ticket in self._pinning:  # whoever asked may wait no longer
+            self._desk.answer(intention.ticket, self._lookups.pinned(intention.number, intention.name))
         elif isinstance(intention, Confirm):
             self._restores.confirmed(intention.asked)
         elif isinstance(intention, End):
@@ -429,15 +446,3 @@ class Machine:
         if self._runs.current is not None:
             self._saves.begin_run(self._runs.current)
             self._keeping.collect()
-
-    def _pin_settled(self, pin: SetPin) -> None:
-        """Whoever asked is answered once the log says so, at once if it does already; unless nobody waits any more."""
-        found = find_number(self._ledger.state, pin.number, pin.name)
-        if pin.ticket in self._pinning:
-            path = f"{self._desk.directory}/{checkpoint_folder(pin.name, pin.number)}"
-            unknown = Refused(CheckpointNotFoundError(path, "no such checkpoint is committed"))
-            self._desk.answer(pin.ticket, unknown if found is None else Accepted())
-
-
-def _is_of_a_rank(event: Event) -> bool:
-    return isinstance(event, Asked) and isinstance(event.request, FromRank)

@@ -7,8 +7,6 @@ import msgspec
 from distckpt.format.json.log import CheckpointRecord, State
 from distckpt.format.names import checkpoint_folder
 
-Records = tuple[CheckpointRecord, ...]
-
 
 def never_committed(name: str, number: int, attempt: str, time: float, world_size: int) -> CheckpointRecord:
     """What stands among the retiring for an attempt that failed: a record without a manifest."""

@@ -8,6 +8,7 @@ Knows neither time nor how ranks are reached: the coordinator has rounds, and so
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from distckpt.coordinator.machine.records import find_folder, find_number, record_path
@@ -24,14 +25,19 @@ from distckpt.coordinator.messages import (
     RestoreStage,
     merged_matches,
 )
-from distckpt.errors import CheckpointNotFoundError, NoGoodCheckpointError, RestoreError
+from distckpt.errors import CheckpointNotFoundError, DistckptError, NoGoodCheckpointError, RestoreError
 from distckpt.format.json.log import CheckpointRecord, State
+from distckpt.format.json.page import PageRef
+from distckpt.format.names import attempt_age, parse_checkpoint
 
 
 @dataclass(slots=True, eq=False)
 class RestoreRound:
     """``candidates`` are what is left to try, best first; its first element is being tried. None: nothing is there.
 
+    ``state`` has what the round may need at hand (``pages_for``). If it falls back further than the entry goes,
+    ``wants_pages`` says so, and ``extend`` is to be called with all that can be read of them. ``lost`` says why pages
+    cannot be read that may have what is wanted.
     ``name`` is the run's own, ``label`` tells this round from others.
 
     ``keys`` is how those ranks match it that have said so. ``reported`` are ranks that are through with this ``stage``,
@@ -44,6 +50,7 @@ class RestoreRound:
     partial: bool
     name: str
     state: State
+    lost: tuple[DistckptError, ...] = ()
     candidates: list[CheckpointRecord] = field(default_factory=list)
     keys: KeyMatch | None = None
     stage: RestoreStage = "match"
@@ -53,6 +60,9 @@ class RestoreRound:
     refusal: str = ""
     outcome: Reply | None = None
     label: str = ""
+    wants_pages: bool = False
+    older: frozenset[str] | None = None
+    tried: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         self.candidates = self._wanted(self.state)
@@ -74,7 +84,7 @@ class RestoreRound:
     @property
     def is_complete(self) -> bool:
         """Whether every rank has reported on what is wanted, and the round is to go on."""
-        return self.outcome is None and len(self.reported) == self.world_size
+        return self.outcome is None and not self.wants_pages and len(self.reported) == self.world_size
 
     @property
     def rests_on_log(self) -> bool:
@@ -116,7 +126,7 @@ class RestoreRound:
 
     def _wanted(self, state: State) -> list[CheckpointRecord]:
         if self.which is None:
-            return list(state.newest_first())
+            return list(_newest_at_hand(state))
         if isinstance(self.which, str):
             record = find_folder(state, self.which)
         else:
@@ -127,7 +137,7 @@ class RestoreRound:
         if self.which is None:
             return Restored(None, (), self.label)
         path = f"{self.directory}/{self.which if isinstance(self.which, str) else f'{self.name}-{self.which}'}"
-        return Refused(CheckpointNotFoundError(path, "no such checkpoint is committed"))
+        return Refused(next(iter(self.lost), CheckpointNotFoundError(path, "no such checkpoint is committed")))
 
     def _is_answer(self, message: Restore) -> bool:
         """Whether a rank reports on what is wanted now, and not on an earlier candidate, stage or round."""
@@ -143,6 +153,7 @@ class RestoreRound:
         self.reported = set()
 
     def _fall_back(self, state: State) -> None:
+        self.tried.add(self.current.attempt)
         refused = (record_path(self.directory, self.current), self.refusal)
         self.refused = (*self.refused, refused)
         self.refusal = ""
@@ -151,12 +162,25 @@ class RestoreRound:
         # What an older one lacks keeps what was there before: so it must not have been touched.
         is_last = self.stage == "finish" or (self.partial and self.spoiled)
         self._begin("match")
-        # Retention may have taken older ones away meanwhile.
-        alive = state.alive()
-        left = [record for record in self.candidates[1:] if record.attempt in alive and not is_last]
-        if left:
-            self.candidates = left
-        else:
+        # Retention may have taken older ones away meanwhile: it opens their pages first.
+        alive, retiring = state.alive(), {record.attempt for record in state.retiring}
+        paged = (self.older or frozenset()) - retiring
+        left = [record for record in self.candidates[1:] if record.attempt in alive or record.attempt in paged]
+        self._go_on_with([] if is_last else left, may_extend=not is_last)
+
+    def extend(self, state: State, lost: Sequence[str]) -> None:
+        """Older candidates are known: those of ``state``. ``lost`` says which pages could not be read, and why."""
+        self.wants_pages = False
+        self.refused = (*self.refused, *((self.directory, reason) for reason in lost))
+        found = [record for record in state.newest_first() if record.attempt not in self.tried]
+        self.older = frozenset(record.attempt for record in found)
+        self._go_on_with(found, may_extend=False)
+
+    def _go_on_with(self, left: list[CheckpointRecord], *, may_extend: bool) -> None:
+        self.candidates = left
+        if not left and may_extend and self.which is None and self.state.pages and self.older is None:
+            self.wants_pages = True
+        elif not left:
             self.outcome = Refused(NoGoodCheckpointError(self.directory, self.refused, self.spoiled))
 
     def _disagreement(self, rank: int, message: Restore) -> str:
@@ -168,6 +192,23 @@ class RestoreRound:
                 f"the restore of rank {rank} is {mine}, that of others {others}: all ranks must give the same partial"
             )
         return ""
+
+
+def pages_for(which: int | str | None, state: State) -> Iterator[PageRef]:
+    """Pages that a round has to have at hand from the beginning. The last active checkpoint is in none."""
+    if isinstance(which, str):
+        which = (parse_checkpoint(which) or ("", -1))[1]
+    if which is None:
+        return iter(() if state.active else state.pages)
+    return (page for page in state.pages if page.may_have_number(which))
+
+
+def _newest_at_hand(state: State) -> Iterator[CheckpointRecord]:
+    """The newest first, down to what may be older than something in a page."""
+    first = state.newest_first()
+    youngest = max((attempt_age(page.attempts[1]) for page in state.pages), default=None)
+    yield from first[:1]
+    yield from (one for one in first[1:] if youngest is None or attempt_age(one.attempt) > youngest)
 
 
 def _shown(which: int | str | None) -> str:

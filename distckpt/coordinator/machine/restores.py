@@ -17,10 +17,13 @@ from dataclasses import dataclass, field
 from distckpt.coordinator.machine.desk import Desk
 from distckpt.coordinator.machine.intentions import Confirm
 from distckpt.coordinator.machine.ledger import Ledger
-from distckpt.coordinator.machine.restore_round import RestoreRound
+from distckpt.coordinator.machine.library import Found, Library
+from distckpt.coordinator.machine.restore_round import RestoreRound, pages_for
 from distckpt.coordinator.machine.runs import Run, Runs
 from distckpt.coordinator.messages import Refused, Reply, Restore
 from distckpt.errors import DistckptError, MissingRanksError, RestoreError
+from distckpt.format.json.log import State
+from distckpt.format.json.paging import opened
 
 REMEMBERED_ROUNDS = 16
 
@@ -44,10 +47,12 @@ class _Round(RestoreRound):
 class Restores:
     """The restore rounds of the current run, of which one is open at most, and the outcomes of the latest ones."""
 
-    def __init__(self, desk: Desk, ledger: Ledger, runs: Runs) -> None:
+    def __init__(self, desk: Desk, ledger: Ledger, runs: Runs, library: Library) -> None:
         self._desk = desk
         self._ledger = ledger
         self._runs = runs
+        self._library = library
+        self._looking: dict[int, None] = {}
         self._rounds: deque[_Round] = deque(maxlen=REMEMBERED_ROUNDS)
         self._begun = 0
         self._asked = 0
@@ -77,22 +82,34 @@ class Restores:
             self._end(self._open, Refused(error))
         self._rounds.clear()
 
-    def restore(self, ticket: int, rank: int, message: Restore) -> None:
-        """A rank wants to restore, or says what came of the last candidate."""
+    def restore(self, ticket: int, rank: int, message: Restore, found: Found | None = None) -> None:
+        """A rank wants to restore, or says what came of the last candidate.
+
+        ``found`` are the pages that may have the checkpoint, if they had to be read.
+        """
         if message.order < max((round.orders.get(rank, 0) for round in self._rounds), default=0):
             reason = f"rank {rank} has begun a later restore already: if as another process, give a new run_id"
             self._desk.answer(ticket, Refused(RestoreError(f"{self._desk.directory}: {reason}")))
             return
         round = next((round for round in self._rounds if round.orders.get(rank) == message.order), None)
-        round = round or self._joined(rank, message)
-        if round.outcome is None and round.verdict is None:
+        if round is None and found is None and (pages := tuple(pages_for(message.which, self._ledger.sound))):
+            self._desk.hold(ticket, self._looking, None)
+            self._library.read(pages, lambda found: self._looked(ticket, rank, message, found))
+            return
+        round = round or self._joined(rank, message, opened(self._ledger.sound, found or {}))
+        if round.outcome is None and round.verdict is None and not round.wants_pages:
             self._hear(round, rank, message)
         if round.outcome is not None:
             self._desk.answer(ticket, round.outcome)
-        elif round.verdict is not None or rank in round.reported:
+        elif round.verdict is not None or round.wants_pages or rank in round.reported:
             self._desk.hold(ticket, round.waiting, rank)
         else:
             self._desk.answer(ticket, round.question)
+
+    def _looked(self, ticket: int, rank: int, message: Restore, found: Found) -> None:
+        if ticket in self._looking:  # else nobody waits any more
+            self._desk.forget(ticket)
+            self.restore(ticket, rank, message, found)
 
     def alive(self, rank: int) -> None:
         """A rank gave a sign of life; restoring may take it longer than the timeout once it has begun."""
@@ -119,7 +136,7 @@ class Restores:
     def _open(self) -> _Round | None:
         return self._rounds[-1] if self._rounds and self._rounds[-1].outcome is None else None
 
-    def _joined(self, rank: int, message: Restore) -> _Round:
+    def _joined(self, rank: int, message: Restore, state: State) -> _Round:
         """The round that a restore which the rank begins belongs to.
 
         It is the one that waits for the rank, or would if another rank had not failed it: until its deadline the rank is
@@ -130,13 +147,14 @@ class Restores:
             reason = f"rank {rank} ({self._current.hosts.get(rank, '')}) has begun another restore"
             self._end(round, Refused(RestoreError(f"{self._desk.directory}: {reason}")))
         if round is None or rank in round.orders or (round.outcome is not None and round.deadline <= self._desk.mono):
-            round = self._new_round(message)
+            round = self._new_round(message, state)
         round.orders[rank] = message.order
         return round
 
-    def _new_round(self, first: Restore) -> _Round:
-        run, state = self._current, self._ledger.state
-        round = _Round(self._desk.directory, run.world_size, first.which, first.partial, run.name, state)
+    def _new_round(self, first: Restore, state: State) -> _Round:
+        run = self._current
+        lost = self._library.errors(pages_for(first.which, self._ledger.state))
+        round = _Round(self._desk.directory, run.world_size, first.which, first.partial, run.name, state, lost)
         self._begun += 1
         round.label = f"{self._ledger.epoch}-{self._begun}"
         round.deadline = self._desk.mono + run.save_timeout
@@ -149,8 +167,24 @@ class Restores:
             round.deadline = self._desk.mono + self._current.save_timeout
         if round.is_complete:
             round.advance(self._ledger.state)
-            if round.outcome is None:
+            if round.wants_pages:
+                pages = self._library.sound(round.state).pages
+                self._library.read(pages, lambda found: self._extend(round, found))
+            elif round.outcome is None:
                 self._desk.answer_shelf(round.waiting, round.question)
+        self._come_to_its_end(round)
+
+    def _extend(self, round: _Round, found: Found) -> None:
+        """There are older candidates, or none."""
+        if round.outcome is not None:
+            return
+        lost = self._library.errors(dict.fromkeys((*round.state.pages, *self._ledger.state.pages)))
+        round.extend(opened(round.state, found), list(map(str, lost)))
+        if round.outcome is None:
+            self._desk.answer_shelf(round.waiting, round.question)
+        self._come_to_its_end(round)
+
+    def _come_to_its_end(self, round: _Round) -> None:
         if round.outcome is None:
             return
         if round.rests_on_log:

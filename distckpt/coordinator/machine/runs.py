@@ -127,8 +127,9 @@ class Runs:
         run = self.current or self._settle(message)
         run.hosts[message.rank] = message.host
         run.left.discard(message.rank)
-        managed = self._ledger.recovered(self._ledger.state, run.retention).active
-        self._desk.answer(ticket, RunOpened(run.number, self._ledger.epoch, managed, self._ledger.state.origin))
+        ledger = self._ledger
+        recovers_at = ledger.recovers_at if run.retention.keep is None else None  # rules need nothing of this
+        self._desk.answer(ticket, RunOpened(run.number, ledger.epoch, recovers_at, ledger.state.origin))
 
     def _disagreement(self, message: OpenRun) -> str:
         run = self.current

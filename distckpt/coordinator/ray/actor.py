@@ -69,7 +69,7 @@ class CoordinatorActor:
         if self._shell is None and isinstance(request, OpenRun):
             store = open_store(self._directory, self._storage_options)
             tail = read_tail(store)
-            error = turned_away(request, tail.state, store.url, whole=not tail.damaged)
+            error = turned_away(request, tail.head, store.url, whole=not tail.damaged)
             if error is not None:
                 raise error
             shell = Shell(store, self._settings, self._exit, Teller(store.url).tell)

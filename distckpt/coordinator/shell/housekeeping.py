@@ -16,6 +16,7 @@ from distckpt.directory.garbage import (
     dead,
     delete,
     delete_attempt,
+    dropped_pages,
     is_replaced,
     lost_reports,
     old_probes,
@@ -23,6 +24,7 @@ from distckpt.directory.garbage import (
     unfinished,
 )
 from distckpt.directory.log import read_tail
+from distckpt.directory.pages import known_of
 from distckpt.errors import StorageFullError, StoreUnsuitableError
 from distckpt.format import names
 from distckpt.format.json.log import CheckpointRecord
@@ -68,8 +70,9 @@ def collect_garbage(store: Store, action: CollectGarbage, min_age: float, watch:
         watch.look()
         if is_replaced(store, action.epoch):
             return 0  # that is for a newer coordinator to do
-        bounds = Bounds(action.known, action.live, action.epoch, action.failed, action.urgent, LEFT_SECONDS)
-        gone = 0
+        known = known_of(store, action.known, action.pages)
+        bounds = Bounds(known, action.live, action.epoch, action.failed, action.urgent, LEFT_SECONDS)
+        gone = _collected(dropped_pages(bounds, min_age, watch, action.dropped))
         for folder in attempt_folders(store):
             found = dead(folder, bounds, min_age, watch)
             gone += _collected([found] if found is not None else [])
@@ -88,7 +91,8 @@ def collect_unclaimed(store: Store, min_age: float, watch: Watch) -> int:
     entry = read_tail(store).entry
     if entry is None:
         return 0
-    action = CollectGarbage("", entry.state.known(), frozenset(), entry.epoch, urgent=True)
+    state = entry.state
+    action = CollectGarbage("", state.known(), frozenset(), entry.epoch, urgent=True, pages=state.pages)
     return collect_garbage(store, action, min_age, watch)
 
 

@@ -7,7 +7,7 @@ import logging
 from distckpt.coordinator.machine.actions import LeasesRead, ReadLeases, SkipsTold, TellSkips
 from distckpt.coordinator.machine.following import Followed, Following
 from distckpt.directory.chain import Newest
-from distckpt.directory.groups import read_groups, skip, waiting
+from distckpt.directory.groups import read_groups, skip, waiting, wanted_by
 from distckpt.directory.leases import Leases
 from distckpt.directory.reports import read_reports
 from distckpt.format.json.group import GroupEntry, GroupState
@@ -41,6 +41,7 @@ class Needs:
             return LeasesRead(frozenset(), leased.failed)
         try:
             groups = read_groups(self._store, self._groups)
+            state = wanted_by(self._store, action.state, groups.values())
             reports = read_reports(self._store, told=self._damaged, most=MOST_REPORTS)
         except Exception as error:  # noqa: BLE001 - whatever it is, it must not have anything deleted
             self._tell(str(error), f"nothing is deleted while it cannot be read who needs what: {error}")
@@ -51,7 +52,7 @@ class Needs:
                 f"{self._store.url}: no worker has begun the group {name!r} yet, for which retention waits: until then BestN "
                 "keeps every checkpoint",
             )
-        found = tuple(following(name, group, action.state) for name, group in groups.items())
+        found = tuple(following(name, group, state) for name, group in groups.items())
         followed = Followed(found, action.state.commits, reports.unclear)
         return LeasesRead(leased.attempts, "", leased.pinned, followed, reports.found)
 

@@ -15,6 +15,7 @@ from distckpt.directory.contents import attempts, checkpoint_folders
 from distckpt.directory.elsewhere import require_shards_of_newest
 from distckpt.directory.locate import read_sealed
 from distckpt.directory.newest import has_manifest
+from distckpt.directory.pages import readable
 from distckpt.directory.strays import read_run
 from distckpt.errors import (
     AlreadyExistsError,
@@ -132,7 +133,11 @@ def read_log_tail(store: Store) -> TailRead:
 
 
 def _without_vanished(store: Store, state: State) -> State:
-    gone = [record for record in state.active if not has_manifest(store, record)]
+    at_hand, _ = readable(store, state)
+    gone = [record for record in at_hand.active if not has_manifest(store, record)]
+    if not gone:
+        return state
+    state = at_hand  # what has vanished of pages, too
     return msgspec.structs.replace(
         state,
         active=tuple(record for record in state.active if record not in gone),
@@ -141,12 +146,15 @@ def _without_vanished(store: Store, state: State) -> State:
 
 
 def _complete(store: Store, entry: Entry) -> Iterator[CheckpointRecord]:
-    known = entry.state.known()
+    known, active = entry.state.known(), entry.state.active
+    last = names.attempt_age(active[-1].attempt) if active else (0, "")
     home = parts_of(store)[0]  # which has the manifests
     for folder in checkpoint_folders(home):
         for attempt in attempts(home, folder):
             # Of the same coordinator as the newest entry: a folder that was copied here from another run is not ours.
-            if names.claim_of(attempt) == names.claim_of(entry.commit_id) and attempt not in known:
+            is_of_last = names.claim_of(attempt) == names.claim_of(entry.commit_id)
+            # What is older than the last one is committed, perhaps in a page, or was passed over.
+            if is_of_last and attempt not in known and names.attempt_age(attempt) > last:
                 record = _complete_record(store, f"{folder}/{attempt}")
                 if record is not None:
                     yield record

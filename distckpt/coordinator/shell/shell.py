@@ -18,8 +18,6 @@ from distckpt.coordinator.machine.actions import (
     Action,
     Answer,
     Append,
-    Appended,
-    AppendRefused,
     AppendUnknown,
     Asked,
     CollectGarbage,
@@ -31,13 +29,15 @@ from distckpt.coordinator.machine.actions import (
     Forgotten,
     LeasesRead,
     MakePlan,
-    NameTaken,
     NewestRead,
+    PagesRead,
+    PageWritten,
     PlanMade,
     Publish,
     Published,
     ReadLeases,
     ReadNewest,
+    ReadPages,
     ReadTail,
     RoomMade,
     Seal,
@@ -45,9 +45,11 @@ from distckpt.coordinator.machine.actions import (
     StepFailed,
     TellSkips,
     Tick,
+    WritePage,
 )
 from distckpt.coordinator.machine.machine import Machine
 from distckpt.coordinator.messages import Refused, Reply, Request
+from distckpt.coordinator.shell.appending import append_entry
 from distckpt.coordinator.shell.housekeeping import (
     collect_garbage,
     collect_unclaimed,
@@ -56,10 +58,11 @@ from distckpt.coordinator.shell.housekeeping import (
 )
 from distckpt.coordinator.shell.needs import Needs, delete_reports, tell_skips
 from distckpt.coordinator.shell.sealing import read_log_tail, seal_checkpoint
-from distckpt.coordinator.shell.workers import Workers
+from distckpt.coordinator.shell.workers import Made, Workers
 from distckpt.directory.garbage import GARBAGE_SECONDS, Watch
 from distckpt.directory.locate import foreign_advice
-from distckpt.directory.log import append, prune, read_tail, sequence_numbers
+from distckpt.directory.log import prune, read_tail, sequence_numbers
+from distckpt.directory.pages import PageCache, known, write_page
 from distckpt.directory.published import PublishedState
 from distckpt.errors import (
     BlockedError,
@@ -68,10 +71,11 @@ from distckpt.errors import (
     CoordinatorFailedError,
     DistckptError,
     SaveError,
+    StorageError,
     StorageFullError,
 )
+from distckpt.format import names
 from distckpt.format.json.entry_sealer import EntrySealer
-from distckpt.format.json.log import Entry
 from distckpt.sharding.plan import ShardingPlan, make_plan
 from distckpt.storage import Store
 
@@ -130,6 +134,7 @@ class Shell:
         self._changed = threading.Condition(self._lock)
         self._sealer = EntrySealer()  # used in the log's thread alone
         self._state_file = PublishedState(store)
+        self._pages = PageCache(store)
         self._watch = Watch(store)
         self._needs = Needs(store)  # the machine reads them once at a time
         self._numbers = itertools.count()
@@ -245,8 +250,8 @@ class Shell:
     def _advised(self, error: CheckpointNotFoundError) -> CheckpointNotFoundError:
         """The same error, with what to do if such a checkpoint lies there without being in the log."""
         try:
-            known = read_tail(self._store).state.known()
-            advice = foreign_advice(self._store, error.path.rpartition("/")[2], known)
+            state = read_tail(self._store).head
+            advice = foreign_advice(self._store, error.path.rpartition("/")[2], known(self._store, state))
             return CheckpointNotFoundError(error.path, f"{error.message}{advice}") if advice else error
         except Exception as problem:  # noqa: BLE001 - somebody waits for the answer, which this only adds to
             logger.warning("looking for %s, which the log does not know, failed: %s", error.path, problem)
@@ -298,9 +303,11 @@ class Shell:
     def _dispatch(self, life: _Life, action: Action) -> None:
         if self._closed:
             return
-        if isinstance(action, Append | ReadTail | ReadNewest):
+        if isinstance(action, Append | ReadTail | ReadNewest | WritePage):
             workers = self._log_worker
-        elif isinstance(action, MakePlan | Seal | ReadLeases):  # a commit waits for leases, but for no deletion
+        elif isinstance(
+            action, MakePlan | Seal | ReadLeases | ReadPages
+        ):  # a commit waits for leases, but for no deletion
             workers = self._workers
         elif isinstance(action, CollectGarbage):  # it may take long, and nothing waits for it
             workers = self._garbage_worker
@@ -334,9 +341,15 @@ class Shell:
             case ReadTail():
                 return read_log_tail(self._store)
             case Append():
-                return self._with_room(lambda: self._append(action))
+                return self._with_room(lambda: append_entry(self._store, action.entry, self._sealer, self._on_entry))
             case ReadNewest():
                 return NewestRead(max(sequence_numbers(self._store), default=0))
+            case ReadPages():
+                found, failed = self._pages.read(action.pages)
+                return PagesRead(action.asked, found, failed)
+            case WritePage():
+                ref = self._with_room(lambda: write_page(self._store, action.page, action.of, action.records))
+                return PageWritten(action.page, ref)
             case MakePlan():
                 plan = make_plan(action.number, action.descriptions, action.staged, action.fresh)
                 return PlanMade(action.attempt, plan)
@@ -365,7 +378,7 @@ class Shell:
                     self._on_exit(action.reason)
         return None
 
-    def _with_room(self, write: Callable[[], Event]) -> Event:
+    def _with_room(self, write: Callable[[], Made]) -> Made:
         """What ``write`` returns; if the store is full, once more after dead attempts have been deleted.
 
         The garbage that the machine asked for last is garbage for ever, so it need not be asked again.
@@ -381,20 +394,6 @@ class Shell:
                 raise
             return write()
 
-    def _append(self, action: Append) -> Event:
-        result = append(self._store, action.entry, self._sealer)
-        if result.outcome in ("appended", "taken") and self._on_entry is not None:
-            self._on_entry(max(result.newest, action.entry.seq))
-        if result.outcome == "appended":
-            _warn_of_clock(self._store, action.entry)
-            return Appended(action.entry, result.newest)
-        if result.outcome == "taken":
-            return NameTaken(action.entry, result.found, result.newest)
-        if result.outcome == "refused":
-            logger.error("%s: the entry %s is not written: %s", self._store.url, action.entry.kind, result.reason)
-            return AppendRefused(action.entry, result.reason)
-        return AppendUnknown(action.entry, result.reason)
-
     def _failed(self, life: _Life, action: Action, error: Exception) -> Event | None:
         if isinstance(action, MakePlan | Seal):
             if not isinstance(error, DistckptError):
@@ -406,6 +405,12 @@ class Shell:
             return AppendUnknown(action.entry, f"{type(error).__name__}: {error}", blocked)
         if isinstance(action, ReadNewest):
             return NewestRead(None, f"{type(error).__name__}: {error}")
+        if isinstance(action, ReadPages):
+            known_error = error if isinstance(error, DistckptError) else StorageError(names.PAGES, f"{error}")
+            return PagesRead(action.asked, {}, {page.id: known_error for page in action.pages})
+        if isinstance(action, WritePage):
+            logger.warning("a page of the log was not written, which is tried again: %s", error)
+            return PageWritten(action.page, None)
         if isinstance(action, ReadLeases):
             return LeasesRead(frozenset(), f"{error}")
         if isinstance(action, TellSkips):
@@ -427,13 +432,3 @@ class Shell:
         """Without the log nothing can be served: tell everyone who waits, and read it again when asked again."""
         logger.error("the log of %s cannot be read: %s", self._store.url, error)
         self._end(life, error if isinstance(error, DistckptError) else CoordinatorError(f"{self._store.url}: {error}"))
-
-
-def _warn_of_clock(store: Store, entry: Entry) -> None:
-    behind = entry.state.last_preserved_timestamp - entry.time
-    if entry.kind == "run" and behind > 0 and (entry.state.active or entry.state.preserved):
-        logger.warning(
-            "%s: time.time() is %.0f s behind the last preserved checkpoint: what is there stays for good",
-            store.url,
-            behind,
-        )

@@ -10,10 +10,12 @@ import msgspec
 
 from distckpt.format.json.following import FollowingText
 from distckpt.format.json.log import CheckpointRecord, Entry, State
+from distckpt.format.json.page import PageRef
 from distckpt.format.json.sealed import SEAL_BYTES, seal, seal_of
 
-_EMPTY: dict[str, Any] = {"active": (), "preserved": (), "retiring": ()}
+_EMPTY: dict[str, Any] = {"active": (), "preserved": (), "retiring": (), "pages": ()}
 _EMPTY_TEXT = b'"active":[],"preserved":[],"retiring":[]'  # no string in JSON looks like that: quotes in it are escaped
+_NO_PAGES = b',"pages":[]'
 
 
 class EntrySealer:
@@ -26,7 +28,7 @@ class EntrySealer:
         self._forget()
 
     def seal(self, entry: Entry) -> bytes:
-        """The entry as sealed JSON that every reader will take and find equal.
+        """The entry as sealed JSON that every reader will take and find equal. Without pages it does not speak of them.
 
         ValueError if there is none, and for a commit that would leave no room for what may have to follow it.
         """
@@ -38,18 +40,19 @@ class EntrySealer:
 
     def _forget(self) -> None:
         self._active, self._preserved, self._retiring = _Records(), _Records(), _Records()
+        self._pages = FollowingText(_encode_page)
 
     def _seal(self, entry: Entry) -> bytes:
         state = entry.state
         self._follow(state)
         # The records are sound, by themselves and together; so this is about everything else.
         rest = seal(msgspec.structs.replace(entry, state=msgspec.structs.replace(state, **_EMPTY)))
-        head, _, tail = rest[:-SEAL_BYTES].partition(_EMPTY_TEXT)
+        head, _, rest_of_state = rest[:-SEAL_BYTES].partition(_EMPTY_TEXT)
+        middle, _, tail = rest_of_state.partition(_NO_PAGES)
         active, preserved, retiring = self._active.json, self._preserved.json, self._retiring.json
         lists = (b'"active":[', active, b'],"preserved":[', preserved, b'],"retiring":[', retiring, b"]")
-        active, preserved, retiring = self._active.json, self._preserved.json, self._retiring.json
-        lists = (b'"active":[', active, b'],"preserved":[', preserved, b'],"retiring":[', retiring, b"]")
-        parts = (head, *lists, tail)
+        pages = (b',"pages":[', memoryview(self._pages.text)[:-1], b"]") if state.pages else ()
+        parts = (head, *lists, middle, *pages, tail)
         crc = 0
         for part in parts:
             crc = crc32c.crc32c(part, crc)
@@ -66,6 +69,8 @@ class EntrySealer:
         twice |= any(
             record.attempt in records.attempts for record in retiring for records in (self._active, self._preserved)
         )
+        self._pages.follow(state.pages)
+        twice |= len({page.id for page in state.pages}) < len(state.pages)
         if twice:
             raise ValueError(f"this Entry cannot be stored: {next(state.doubles())}")
 
@@ -103,6 +108,12 @@ def _encode(record: CheckpointRecord) -> bytes:
     if msgspec.json.decode(data, type=CheckpointRecord) != record:
         raise ValueError("this CheckpointRecord would read back as another one")
     return data + b","
+
+
+def _encode_page(page: PageRef) -> bytes:
+    for problem in page.problems():
+        raise ValueError(f"this PageRef cannot be stored: {problem}")
+    return msgspec.json.encode(page) + b","
 
 
 def _check_room(entry: Entry, size: int, retiring: int) -> None:

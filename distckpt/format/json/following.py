@@ -7,24 +7,23 @@ at the end. So the cost of the next text hardly depends on how many there are.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Generic, TypeVar
 
-from distckpt.format.json.log import CheckpointRecord
+Record = TypeVar("Record")
 
 MOST_GONE = 16
 """How many records may have gone from the front of a list before its text is made anew."""
 
 
-class FollowingText:
+class FollowingText(Generic[Record]):
     """The texts that ``make`` makes of the records of one list, one after the other. For one thread at a time."""
 
-    def __init__(self, make: Callable[[CheckpointRecord], bytes]) -> None:
+    def __init__(self, make: Callable[[Record], bytes]) -> None:
         self._make = make
-        self.records: tuple[CheckpointRecord, ...] = ()
+        self.records: tuple[Record, ...] = ()
         self.text = b""
 
-    def follow(
-        self, records: tuple[CheckpointRecord, ...]
-    ) -> tuple[Sequence[CheckpointRecord], Sequence[CheckpointRecord]]:
+    def follow(self, records: tuple[Record, ...]) -> tuple[Sequence[Record], Sequence[Record]]:
         """The list is this one now: which records have gone since the last time, and which have come."""
         gone, kept = _shared(self.records, records)
         left, come = self.records[:gone], records[kept:]
@@ -34,7 +33,7 @@ class FollowingText:
         return left, come
 
 
-def _shared(old: tuple[CheckpointRecord, ...], new: tuple[CheckpointRecord, ...]) -> tuple[int, int]:
+def _shared(old: tuple[Record, ...], new: tuple[Record, ...]) -> tuple[int, int]:
     """How many have gone from the front of ``old``, so that the others, so many, are the beginning of ``new``."""
     first = new[:1]
     gone = next((at for at in range(min(len(old), MOST_GONE)) if old[at : at + 1] == first), len(old))

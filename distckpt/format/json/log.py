@@ -9,6 +9,7 @@ from typing import ClassVar, Literal
 import msgspec
 
 from distckpt.format.json.manifest import MAX_MANIFEST_BYTES
+from distckpt.format.json.page import PageRef
 from distckpt.format.json.sealed import Sealed
 from distckpt.format.limits import MAX_BYTES, MAX_CRC32C, MAX_NUMBER, MAX_WORLD, shown
 from distckpt.format.names import attempt_age, is_attempt, is_name
@@ -41,6 +42,24 @@ class CheckpointRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     def problems(self) -> Iterator[str]:
         """Why it makes no sense, whoever wrote it."""
+        # All of an entry's are looked at by everybody who reads it: the usual answer is to cost little.
+        return iter(()) if self._is_sound() else self._problems()
+
+    def _is_sound(self) -> bool:
+        return (
+            0 <= self.number <= MAX_NUMBER
+            and 0 <= self.order <= MAX_NUMBER
+            and 0 <= self.manifest_size <= MAX_MANIFEST_BYTES
+            and 0 <= self.manifest_crc32c <= MAX_CRC32C
+            and 1 <= self.world_size <= MAX_WORLD
+            and 0 <= self.nbytes <= MAX_BYTES
+            and math.isfinite(self.time)
+            and all(map(math.isfinite, self.metrics.values()))
+            and is_attempt(self.attempt)
+            and is_name(self.name)
+        )
+
+    def _problems(self) -> Iterator[str]:
         if not is_name(self.name):
             yield f"{shown(self.name)} is not a checkpoint name"
         if not is_attempt(self.attempt):
@@ -68,6 +87,9 @@ class State(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     and names the log itself, from its first entry on; logs that began before there was such a name have ''.
     ``commits`` counts all checkpoints that ever came into the log, whatever became of them. ``ended`` says that the run
     has said that training is over; whatever comes after that run, or after it in that run, takes it back.
+
+    ``pages`` have what of ``active`` and ``preserved`` is older: all that is said here is about the records at hand, which
+    never lack the last active one. ``paging.opened`` has those of pages at hand too.
     """
 
     active: tuple[CheckpointRecord, ...] = ()
@@ -80,6 +102,7 @@ class State(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     origin: str = ""
     commits: int = 0
     ended: bool = False
+    pages: tuple[PageRef, ...] = ()
 
     def alive(self) -> dict[str, CheckpointRecord]:
         """What may be opened, by attempt: preserved ones first, then active ones in save order."""
@@ -93,6 +116,10 @@ class State(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         """The checkpoint that an attempt became, even if it is being deleted by now; None if it never became one."""
         committed = (record for record in self.retiring if record.manifest_size)
         return self.alive().get(attempt) or next((record for record in committed if record.attempt == attempt), None)
+
+    def may_have_in_pages(self, attempt: str) -> bool:
+        """Whether a page may have an attempt that is not at hand."""
+        return any(page.may_have_attempt(attempt) for page in self.pages)
 
     def newest_first(self) -> tuple[CheckpointRecord, ...]:
         """What may be opened, each once: the last one committed, then the others by age. No clock has a say in this."""
@@ -121,6 +148,8 @@ class State(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         alive = self.alive() if self.retiring else {}
         if any(record.attempt in alive for record in self.retiring):
             yield "it lists a checkpoint both as alive and as being deleted"
+        if len({page.id for page in self.pages}) < len(self.pages):
+            yield "it refers to a page twice"
 
 
 class Entry(Sealed, frozen=True, forbid_unknown_fields=True):
@@ -160,4 +189,6 @@ class Entry(Sealed, frozen=True, forbid_unknown_fields=True):
             yield "its commit id, run token or origin is empty or too long"
         for record in (*state.active, *state.preserved, *state.retiring):
             yield from record.problems()
+        for page in state.pages:
+            yield from page.problems()
         yield from state.doubles()

@@ -115,7 +115,8 @@ def _nested_deeper(data: bytes, levels: int) -> bool:
     """Whether brackets outside strings nest deeper than ``levels``. Linear in time and memory for any input."""
     if data.count(b"[") + data.count(b"{") <= levels:
         return False
-    left = data.replace(b"\\\\", b"").replace(b'\\"', b"").translate(None, _OTHER_BYTES)
+    plain = data if b"\\" not in data else data.replace(b"\\\\", b"").replace(b'\\"', b"")
+    left = plain.translate(None, _OTHER_BYTES)
     text = np.frombuffer(left, dtype=np.uint8)
     inside = np.logical_xor.accumulate(text == ord('"'))
     step = _STEPS[text]
