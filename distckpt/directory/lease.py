@@ -21,6 +21,7 @@ from distckpt.threads.looper import LooperThread
 logger = logging.getLogger(__name__)
 
 LEASE_SECONDS = 120.0
+TRIES = 3
 """How long a lease counts that is not renewed. It is, four times as often."""
 
 TRUSTED = 0.9
@@ -82,8 +83,18 @@ class HeldLease:
         """Keep a committed checkpoint from being deleted. ``holder`` says who reads, for people.
 
         Raises CheckpointNotFoundError if the log does not list the attempt as active or preserved, StorageError if the
-        lease cannot be written, LeaseLostError if all that took too long, ValueError if it would last for more than a day.
+        lease cannot be written, LeaseLostError if all that took longer than it lasts, several times in a row, ValueError if
+        it would last for more than a day.
         """
+        for _ in range(TRIES - 1):
+            try:
+                return HeldLease._taken(store, attempt, holder, seconds, clock)
+            except LeaseLostError as error:  # this process may have stood still
+                logger.warning("a lease was lost before it was known to hold, and is taken again: %s", error)
+        return HeldLease._taken(store, attempt, holder, seconds, clock)
+
+    @staticmethod
+    def _taken(store: Store, attempt: str, holder: str, seconds: float, clock: Callable[[], float]) -> HeldLease:
         held = HeldLease(store, attempt, holder, seconds, clock)
         try:
             held._write()

@@ -201,6 +201,33 @@ def test_a_renewal_that_is_answered_too_late_renews_nothing() -> None:
     held.release()
 
 
+@pytest.mark.parametrize("times", [1, 99])
+def test_who_stood_still_while_it_took_a_lease_takes_another_one(times: int) -> None:
+    """Else a follower that is suspended at the wrong moment ends with an error when it wakes up."""
+    clock = Clock()
+
+    class Late(MemoryStore):
+        left = times
+
+        def replace(self, path: str, data: bytes) -> None:
+            super().replace(path, data)
+            if path.startswith(names.LEASES) and self.left:
+                self.left -= 1
+                clock.now += 1000
+
+    store = Late()
+    attempt = committed(store)
+    if times > 1:
+        with pytest.raises(LeaseLostError):
+            HeldLease.take(store, attempt, "a test", clock=clock)
+        assert list(store.list(names.LEASES)) == []
+        return
+    held = HeldLease.take(store, attempt, "a test", clock=clock)
+    held.check()
+    assert [info.path for info in store.list(names.LEASES)] == [names.lease_path(held.id)]
+    held.release()
+
+
 def test_a_lease_of_another_version_is_one_that_cannot_be_read(store: MemoryStore) -> None:
     """A job and its readers may be of different releases: who cannot tell what is meant deletes nothing."""
     body = b'{"format":1,"attempt":"%s","holder":"old","expires":1.0' % committed(store).encode()
