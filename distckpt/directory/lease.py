@@ -21,8 +21,9 @@ from distckpt.threads.looper import LooperThread
 logger = logging.getLogger(__name__)
 
 LEASE_SECONDS = 120.0
-TRIES = 3
 """How long a lease counts that is not renewed. It is, four times as often."""
+
+TRIES = 3
 
 TRUSTED = 0.9
 """The part of its duration for which a holder trusts a lease. Monotonic clocks may run apart by the rest, a tenth."""
