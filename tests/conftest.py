@@ -27,6 +27,10 @@ hypothesis.settings.register_profile("explore", deadline=None, print_blob=True)
 hypothesis.settings.load_profile("same")
 
 
+LONG = ("training", "state", "soak", "storage")
+"""Folders that begin first: a file is played by one process, and others would wait for a long one that begins last."""
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     """The tests that are wide play a part of their cases, the same every time, but with ``--wide``."""
     parser.addoption("--wide", action="store_true", help="play every case of the tests that are marked wide")
@@ -50,11 +54,16 @@ def part(request: pytest.FixtureRequest, seed: int) -> Part:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """What depends on the seed can be chosen, and what needs Ray can be left out; of what is wide a part is played."""
+    """What depends on the seed can be chosen, and what needs Ray can be left out; of what is wide a part is played.
+
+    What takes long begins first.
+    """
     left_out = _beyond(Part(_seed_of(config), config.getoption("--wide")), items)
     if left_out:
         config.hook.pytest_deselected(items=left_out)
         items[:] = [item for item in items if item not in left_out]
+    tests = Path(__file__).parent
+    items.sort(key=lambda item: item.path.relative_to(tests).parts[0] not in LONG)
     for item in items:
         used = getattr(item, "fixturenames", ())
         if "seed" in used:  # which ``part`` follows too
