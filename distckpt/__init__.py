@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import builtins
 import importlib
 from typing import TYPE_CHECKING, Any
 
@@ -122,7 +121,7 @@ _HOMES = {
 
 _NAMES = sorted([*_HOMES, "__version__", "errors"])
 
-__all__ = [name for name in _NAMES if name not in vars(builtins)]  # a * import hides nothing
+__all__ = [name for name in _NAMES if name != "open"]  # a * import leaves Python's own
 
 
 def __getattr__(name: str) -> Any:

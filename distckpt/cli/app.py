@@ -23,6 +23,8 @@ _HOMES = {
     "gc": ("collecting", "collect"),
     "watch": ("watching", "watch_directory"),
     "groups": ("grouping", "groups"),
+    "report": ("reporting", "write_report"),
+    "serve": ("reporting", "serve_page"),
 }
 
 

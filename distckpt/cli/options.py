@@ -40,6 +40,14 @@ def storage_options(command: _Command) -> _Command:
     return _with_data(_options_of(command, "-o", "storage_options", "the store"), "--data", "storage_options", where)
 
 
+def storage_options_beside_output(command: _Command) -> _Command:
+    """``--option key=value``, for commands whose ``-o`` is the file that they write; and ``--data URL``."""
+    where = "Where the shards are, if the manager was given data=URL."
+    return _with_data(
+        _options_of(command, "--option", "storage_options", "the store"), "--data", "storage_options", where
+    )
+
+
 def destination_options(command: _Command) -> _Command:
     """``--to-option key=value`` and ``--to-data URL``, where ``-o`` and ``--data`` are for the source."""
     with_options = _options_of(command, "--to-option", "destination_options", "the store of the destination")

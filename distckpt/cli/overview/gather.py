@@ -1,0 +1,89 @@
+"""What there is to show of a run, read from its directory."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from distckpt.cli.grouping import Standing, standings
+from distckpt.cli.listing import Listed, in_order
+from distckpt.directory.goodput import History
+from distckpt.directory.log import Tail
+from distckpt.directory.newest import has_manifest
+from distckpt.directory.pins import pins
+from distckpt.directory.reports import read_reports
+from distckpt.directory.stats import read_stats
+from distckpt.directory.strays import read_run
+from distckpt.errors import DamagedError, ObjectNotFoundError
+from distckpt.format import names
+from distckpt.format.json.lease import MAX_LEASE_BYTES, Lease
+from distckpt.format.json.log import State
+from distckpt.format.json.report import with_reports
+from distckpt.format.json.sealed import unseal
+from distckpt.storage import MOST_NAMES, Store, at_most
+
+MOST_LOOKED_FOR = 200
+"""So many of the newest checkpoints are looked for on storage: a request each."""
+
+
+@dataclass(frozen=True, slots=True)
+class Overview:
+    """A run at a moment, ``read_at`` in epoch seconds: ``listed`` oldest first, ``wrong`` what could not be read or is gone."""
+
+    directory: str
+    read_at: float
+    state: State
+    listed: tuple[Listed, ...]
+    leases: tuple[Lease, ...]
+    groups: tuple[Standing, ...]
+    history: History
+    wrong: tuple[str, ...]
+
+
+def gather(store: Store, now: float) -> Overview:
+    """All of it, at ``now``. StorageError if the store cannot be read, LogMissingError if there are checkpoints and no log.
+
+    DamagedError if no entry of the log can be read; whatever else is damaged is told in ``wrong``.
+    """
+    wrong: list[str] = []
+    reports = read_reports(store)  # before the log, into which they go
+    tail = read_run(store)
+    state, lost = tail.readable()
+    wrong += [f"{error}" for error in tail.damaged]
+    wrong += [f"{one.error}" for one in lost]
+    state = with_reports(state, (one.report for one in reports.found))
+    missing = frozenset(_missing(store, tail, state))
+    leases = tuple(_leases(store, wrong))
+    groups = tuple(_groups(store, wrong))
+    told = read_stats(store)
+    wrong += told.passed_over
+    listed = tuple(in_order(state, missing, pins(store).keys()))
+    wrong += [f"{one.name} is in the log, and not on storage" for one in listed if "missing" in one.marks]
+    return Overview(store.url, now, state, listed, leases, groups, told.history, tuple(wrong))
+
+
+def _missing(store: Store, tail: Tail, state: State) -> Iterator[str]:
+    """Attempts that may be opened, and are not there, of the newest ones."""
+    gone = [
+        record for record in itertools.islice(state.newest_first(), MOST_LOOKED_FOR) if not has_manifest(store, record)
+    ]
+    alive = read_run(store).readable()[0].alive() if gone else {}
+    return (record.attempt for record in gone if record.attempt in alive)  # others have been retired meanwhile
+
+
+def _leases(store: Store, wrong: list[str]) -> Iterator[Lease]:
+    for info in at_most(MOST_NAMES, store.list(names.LEASES), f"{store.url}/{names.LEASES}"):
+        try:
+            yield unseal(store.read(info.path, MAX_LEASE_BYTES), Lease, info.path, MAX_LEASE_BYTES)
+        except ObjectNotFoundError:
+            continue  # released since the listing
+        except DamagedError as error:
+            wrong.append(str(error))
+
+
+def _groups(store: Store, wrong: list[str]) -> Iterator[Standing]:
+    try:
+        yield from standings(store)
+    except DamagedError as error:
+        wrong.append(str(error))

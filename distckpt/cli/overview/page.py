@@ -1,0 +1,280 @@
+"""The page: what was gathered, in words, figures and pictures. Pure."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from importlib import resources
+
+import jinja2
+from markupsafe import Markup
+
+from distckpt.cli import text
+from distckpt.cli.listing import Listed
+from distckpt.cli.overview.charts import Mark, Point, Span, line_chart, timeline
+from distckpt.cli.overview.gather import Overview
+from distckpt.format import names
+from distckpt.format.json.group import Item
+from distckpt.format.json.lease import Lease
+from distckpt.format.json.log import CheckpointRecord
+from distckpt.format.json.stats import RunStats
+from distckpt.terminal.sizes import counted, human_bytes
+
+MOST_ROWS = 100
+"""Of a table, the newest."""
+
+MOST_RUNS = 40
+"""Rows of the picture of runs, the newest."""
+
+Charts = list[tuple[str, Markup]]
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """Cells with their columns' names; ``style`` is for all of it."""
+
+    cells: tuple[tuple[str, str], ...]
+    style: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """``left_out`` says how many rows came before these, '' for none."""
+
+    title: str
+    columns: tuple[str, ...]
+    rows: tuple[Row, ...]
+    right: frozenset[str] = frozenset()
+    left_out: str = ""
+
+
+def page(overview: Overview, refresh: int = 0) -> str:
+    """One HTML file without scripts, which needs nothing else.
+
+    A browser asks for it again every ``refresh`` seconds; 0: never.
+    """
+    return _template().render(
+        directory=overview.directory,
+        read_at=text.local_time(overview.read_at),
+        ended=overview.state.ended,
+        refresh=refresh,
+        figures=list(_figures(overview)),
+        wrong=overview.wrong,
+        pictures=[
+            ("Runs", _runs_chart(overview)),
+            ("Checkpoints", _checkpoint_charts(overview)),
+            ("Metrics", _metric_charts(overview)),
+            ("What saving costs", _cost_charts(overview)),
+        ],
+        tables=[_checkpoints(overview), _groups(overview), _held(overview), _leases(overview), _runs(overview)],
+    )
+
+
+@functools.cache
+def _template() -> jinja2.Template:
+    source = resources.files(__package__).joinpath("page.html").read_text(encoding="utf-8")
+    return jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(source)
+
+
+# ---- figures ------------------------------------------------------------------------------------------------------
+
+
+def _figures(overview: Overview) -> Iterator[tuple[str, str]]:
+    history, kept = overview.history, overview.state.newest_first()
+    newest = next((one for one in reversed(overview.listed) if "newest" in one.marks), None)
+    yield "newest checkpoint", newest.name if newest is not None else "none"
+    if newest is not None:
+        yield "since it was saved", text.duration(max(0.0, overview.read_at - newest.record.time))
+    yield "checkpoints", f"{len(kept):,}"
+    yield "in all of them", human_bytes(sum(record.nbytes for record in kept))
+    if history.runs:
+        yield "goodput", f"{100 * history.goodput.fraction:.1f} %"
+        yield "runs, and failures", f"{len(history.runs):,}, {history.failures.count:,}"
+        stall, committed = history.all(lambda run: run.stall), history.all(lambda run: run.committed)
+        if stall.times:
+            yield "training stood still for a save", text.duration(stall.mean)
+        if committed.times:
+            yield "until it was committed", text.duration(committed.mean)
+
+
+# ---- pictures -----------------------------------------------------------------------------------------------------
+
+
+def _runs_chart(overview: Overview) -> Charts:
+    runs = overview.history.runs[-MOST_RUNS:]
+    rows = [(f"run {run.run}", [Span(run.began, run.began + run.seconds, _of_run(overview, run), _end(overview, run))])
+            for run in runs]  # fmt: skip
+    words = "from the first sign of life of each to its last: green ended in good order, red did not, blue goes on"
+    return [(words, Markup(timeline(rows, text.local_time)))] if rows else []
+
+
+def _of_run(overview: Overview, run: RunStats) -> str:
+    ranks = counted(run.world_size, "rank")
+    return f"run {run.run}, {_end(overview, run)}: {ranks}, {text.duration(run.seconds)}, {counted(run.saves, 'save')}"
+
+
+def _end(overview: Overview, run: RunStats) -> str:
+    return run.end or ("crashed" if overview.history.failed(run) else "open")
+
+
+def _checkpoint_charts(overview: Overview) -> Charts:
+    """By the time of their saves."""
+    records = sorted((one.record for one in overview.listed if "retiring" not in one.marks), key=lambda one: one.time)
+    if len(records) < 2:
+        return []
+    resized = [
+        Mark(after.time, f"from {before.world_size} to {counted(after.world_size, 'rank')}", "resized")
+        for before, after in itertools.pairwise(records)
+        if before.world_size != after.world_size
+    ]
+    crashes = [
+        Mark(run.began + run.seconds, f"run {run.run} {_end(overview, run)}", "crash")
+        for run in overview.history.runs
+        if overview.history.failed(run) and records[0].time <= run.began + run.seconds <= records[-1].time
+    ]
+    numbers = [Point(one.time, one.number, f"{_name(one)}, {text.local_time(one.time)}") for one in records]
+    sizes = [Point(one.time, one.nbytes, f"{_name(one)}: {human_bytes(one.nbytes)}") for one in records]
+    marks = [*resized, *crashes]
+    said = " (red: a run failed; amber: another number of ranks)" if marks else ""
+    return [
+        (f"numbers, by when they were saved{said}", Markup(line_chart(numbers, text.local_time, _plain, marks))),
+        ("sizes", Markup(line_chart(sizes, text.local_time, lambda nbytes: human_bytes(int(nbytes))))),
+    ]
+
+
+def _metric_charts(overview: Overview) -> Charts:
+    """By number. One of a number that was saved again counts, the newest."""
+    records = sorted((one.record for one in overview.listed), key=lambda one: (one.number, one.time))
+    named = sorted({name for record in records for name in record.metrics})
+    charts: Charts = []
+    for name in named:
+        points = [
+            Point(one.number, one.metrics[name], f"{_name(one)}: {name} {one.metrics[name]:.6g}")
+            for one in records
+            if name in one.metrics
+        ]
+        charts.append((f"{name}, by number", Markup(line_chart(points, _plain, _plain))))
+    return charts
+
+
+def _cost_charts(overview: Overview) -> Charts:
+    runs = [run for run in overview.history.runs if run.saves]
+    if len(runs) < 2:
+        return []
+    stalls = [Point(run.run, _stall(run), f"run {run.run}: {text.duration(_stall(run))}") for run in runs]
+    commits = [
+        Point(run.run, run.committed.mean, f"run {run.run}: {text.duration(run.committed.mean)}")
+        for run in runs
+        if run.committed.times
+    ]
+    return [
+        ("training stood still for a save, on average, by run", Markup(line_chart(stalls, _plain, text.duration))),
+        ("from a save to its commit, on average, by run", Markup(line_chart(commits, _plain, text.duration))),
+    ]
+
+
+def _stall(run: RunStats) -> float:
+    return run.stall.mean if run.stall.times else run.first_stall.mean
+
+
+def _plain(number: float) -> str:
+    return f"{number:.5g}" if number != int(number) else f"{int(number):,}"
+
+
+# ---- tables -------------------------------------------------------------------------------------------------------
+
+
+def _table(
+    title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], styles: Sequence[str], *right: str
+) -> Table:
+    """The newest of the rows, which come oldest first, newest first."""
+    shown = list(zip(rows, styles, strict=True))[::-1][:MOST_ROWS]
+    left_out = f"{len(rows) - MOST_ROWS:,}" if len(rows) > MOST_ROWS else ""
+    made = tuple(Row(tuple(zip(columns, cells, strict=True)), style) for cells, style in shown)
+    return Table(title, tuple(columns), made, frozenset(right), left_out)
+
+
+def _checkpoints(overview: Overview) -> Table:
+    metrics = sorted({name for one in overview.listed for name in one.record.metrics})
+    columns = ["checkpoint", "state", "saved", "size", "ranks", *metrics]
+    rows = [
+        [
+            one.name,
+            ", ".join(one.marks),
+            text.local_time(one.record.time),
+            human_bytes(one.record.nbytes),
+            str(one.record.world_size),
+            *(f"{one.record.metrics[name]:.5g}" if name in one.record.metrics else "" for name in metrics),
+        ]
+        for one in overview.listed
+    ]
+    styles = [_style(one) for one in overview.listed]
+    return _table("All checkpoints", columns, rows, styles, "size", "ranks", *metrics)
+
+
+def _style(one: Listed) -> str:
+    return one.marks[0] if one.marks else ""
+
+
+def _groups(overview: Overview) -> Table:
+    numbers = ("done", "working", "waiting", "given back", "set aside", "skipped", "missed")
+    rows = []
+    for one in overview.groups:
+        state = one.state
+        counts = (state.acknowledged, len(state.claims), len(one.unseen), len(state.returned),
+                  len(state.set_aside) + state.forgotten, state.skipped, state.missed)  # fmt: skip
+        rows.append([one.name, state.mode, *(f"{count:,}" for count in counts), text.local_time(one.entry.time)])
+    columns = ["group", "mode", *numbers, "last sign"]
+    return _table("Groups of readers", columns, rows[::-1], [""] * len(rows), *numbers)
+
+
+def _held(overview: Overview) -> Table:
+    rows: list[list[str]] = []
+    for one in overview.groups:
+        state = one.state
+        rows += ([one.name, _name(each), f"at {each.worker}", str(each.delivery), ""] for each in state.claims)
+        rows += ([one.name, _name(each), "given back", str(each.deliveries), each.error] for each in state.returned)
+        rows += ([one.name, _name(each), "set aside", str(each.deliveries), each.error] for each in state.set_aside)
+    columns = ["group", "checkpoint", "how it stands", "deliveries", "error"]
+    return _table("What groups have, and what failed", columns, rows, [""] * len(rows), "deliveries")
+
+
+def _leases(overview: Overview) -> Table:
+    by_attempt = {one.record.attempt: one.name for one in overview.listed}
+    rows = [[by_attempt.get(one.attempt, one.attempt), one.holder, _lasts(one)] for one in overview.leases]
+    return _table("Leases and pins", ["checkpoint", "holder", "until"], rows, [""] * len(rows))
+
+
+def _lasts(lease: Lease) -> str:
+    if lease.seconds is None:
+        return text.pin_in_words(lease)
+    return f"it has not been renewed for {text.duration(lease.seconds)}"
+
+
+def _runs(overview: Overview) -> Table:
+    history = overview.history
+    rows = [
+        [
+            str(run.run),
+            text.local_time(run.began),
+            text.duration(run.seconds),
+            _end(overview, run),
+            str(run.world_size),
+            run.host,
+            f"{run.saves:,}",
+            f"{run.failed:,}",
+            text.duration(_stall(run)) if run.saves else "",
+            text.duration(run.committed.mean) if run.committed.times else "",
+            text.duration(history.lost(run)) if history.lost(run) else "",
+        ]
+        for run in history.runs
+    ]
+    numbers = ("run", "ran for", "ranks", "saves", "failed", "stall", "commit", "lost")
+    columns = ["run", "began", "ran for", "end", "ranks", "rank 0 on", "saves", "failed", "stall", "commit", "lost"]
+    return _table("Runs", columns, rows, [_end(overview, run) for run in history.runs], *numbers)
+
+
+def _name(one: CheckpointRecord | Item) -> str:
+    return names.checkpoint_folder(one.name, one.number)
