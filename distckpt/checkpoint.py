@@ -35,6 +35,18 @@ class Checkpoint(NamedObjects):
     by parameter name if a module among the objects holds the parameters.
 
     ``save_counter`` counts saves and is saved itself.
+
+    ``exclude`` leaves out of all saves what keys begin with, up to a ``.`` or ``@``, as ``select`` of a restore takes it:
+    ``exclude=["ema", "model.base"]``; of a PerRank without its rank. A text that no rank has a key for is refused at the
+    first save. What is excluded is not expected by restores either, and stays as it is, also if the checkpoint has it.
+
+    ``only_trainable`` leaves out parameters with ``requires_grad=False``, and their state in optimizers: of all modules,
+    or of those that it names, with True of none that would be left out whole, which is refused. Buffers are saved, as
+    they change without gradients. So are parameters that were trained at any time, since nothing else has what they hold
+    then. A restore takes of frozen ones what the checkpoint has, and what it has not stays. A frozen parameter that the
+    program changes by itself (an average, a momentum encoder) is none to leave out.
+
+    A checkpoint says what was left out of it. All ranks leave out the same.
     """
 
     def restore(

@@ -274,7 +274,7 @@ class CheckpointReader:
     def info(self, key: str) -> KeyInfo:
         """Type, shape, size in bytes, and the ranks that wrote it. KeyError, naming similar keys, if there is none."""
         if key not in self._index:
-            raise unknown_key(key, self._index.names, self.path)
+            raise unknown_key(key, self._index.names, self.path, self.manifest.left_out)
         return self._index.info(key)
 
     def tensor(self, key: str) -> torch.Tensor:
@@ -296,16 +296,18 @@ class CheckpointReader:
         State of single ranks comes as a list ordered by rank. ``select`` is a key, or what keys begin with up to a
         ``.`` or ``@``: then only what is below that place is read and returned, so that
         ``model.load_state_dict(reader.load("model"))`` works. Several make a dict from each to what is below it.
-        KeyError, naming similar keys, if there is no such place.
+        KeyError, naming similar keys, if there is no such place, and a warning in the log if some of it was left out
+        when it was saved.
         """
+        self._tell_left_out((select,) if isinstance(select, str) else select)
         texts = dict(zip(self._index.names, self._index.paths, strict=True))
         if select is None:
             paths = {key: decode_path(text, self.path) for key, text in texts.items()}
             return self._tree(paths, self._read(paths))
         if isinstance(select, str):
-            paths = select_paths(texts, select, self.path)
+            paths = select_paths(texts, select, self.path, self.manifest.left_out)
             return self._tree(paths, self._read(paths))
-        parts = {selector: select_paths(texts, selector, self.path) for selector in select}
+        parts = {selector: select_paths(texts, selector, self.path, self.manifest.left_out) for selector in select}
         leaves = self._read(dict.fromkeys(key for paths in parts.values() for key in paths))
         return {selector: self._tree(paths, leaves) for selector, paths in parts.items()}
 
@@ -317,6 +319,13 @@ class CheckpointReader:
         """
         with self._checked():
             return verify(self._where, self._index, progress)
+
+    def _tell_left_out(self, select: Sequence[str] | None) -> None:
+        left_out = self.manifest.left_out
+        if left_out is not None and (select is None or any(map(left_out.covers, select))):
+            logger.warning(
+                "%s does not have all of it: some was left out when it was saved, with %s", self.path, left_out
+            )
 
     def _tree(self, paths: Mapping[str, Path], leaves: Mapping[str, Any]) -> Any:
         try:

@@ -24,8 +24,10 @@ if TYPE_CHECKING:
     from distckpt.format.arrow.index import Index, KeyInfo
     from distckpt.format.json.export import ExportManifest
     from distckpt.format.json.lease import Lease
+    from distckpt.format.json.left_out import LeftOut
 
 MOST_RANKS = 16
+MOST_LEFT_OUT = 4
 
 
 @click.command("show")
@@ -81,6 +83,8 @@ def _print(
         f"in {counted(len(index), 'chunk')}, {counted(len(manifest.shards), 'shard')}, "
         f"{human_bytes(stored)}"
     )
+    if manifest.left_out is not None:
+        console.print(_left_out(manifest.left_out), soft_wrap=True, markup=False)
     if export is not None:
         exported = ", ".join(module.name for module in export.modules)
         nbytes = sum(file.size for _, file in export.files())
@@ -109,6 +113,15 @@ def _print(
     console.print(table)
     console.print()
     _print_ranks(where, index)
+
+
+def _left_out(left_out: LeftOut) -> str:
+    said = [f"{', '.join(left_out.exclude)} by exclude"] if left_out.exclude else []
+    if left_out.only_trainable:
+        keys = left_out.keys
+        more = f" and {counted(len(keys) - MOST_LEFT_OUT, 'more key')}" if len(keys) > MOST_LEFT_OUT else ""
+        said.append(f"{', '.join(keys[:MOST_LEFT_OUT]) or 'nothing'}{more} by only_trainable")
+    return f"left out: {'; '.join(said)}"
 
 
 def _tree(where: Located, index: Index) -> _Branch:

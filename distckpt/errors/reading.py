@@ -58,7 +58,8 @@ class RestoreError(DistckptError):
 class MismatchError(RestoreError):
     """The checkpoint at ``path`` and the objects do not hold the same keys, or keys that do not fit.
 
-    ``missing`` and ``misshaped`` list the first ones only where many ranks restore; the counts are of all.
+    ``missing`` and ``misshaped`` list the first ones only where many ranks restore; the counts are of all. ``note`` says
+    what is known of why.
     """
 
     def __init__(
@@ -69,6 +70,7 @@ class MismatchError(RestoreError):
         misshaped: Mapping[str, str],
         missing_count: int = 0,
         misshaped_count: int = 0,
+        note: str = "",
     ) -> None:
         parts = []
         if missing:
@@ -78,8 +80,8 @@ class MismatchError(RestoreError):
         if misshaped:
             texts = some([f"{key} ({text})" for key, text in misshaped.items()], misshaped_count)
             parts.append(f"on both sides, but not fitting: {texts}")
-        super().__init__(f"{path}: " + "; ".join(parts))
-        self.path = path
+        super().__init__(f"{path}: " + "; ".join(parts) + (f". {note}" if note else ""))
+        self.path, self.note = path, note
         self.missing, self.unexpected, self.misshaped = tuple(missing), tuple(unexpected), dict(misshaped)
         self.missing_count = max(missing_count, len(self.missing))
         self.misshaped_count = max(misshaped_count, len(self.misshaped))

@@ -33,6 +33,7 @@ from distckpt.errors import (
     RestoreError,
     StorageError,
 )
+from distckpt.format.json.left_out import note_on
 from distckpt.format.json.log import CheckpointRecord
 from distckpt.state.filler import Filler
 from distckpt.state.objects import NamedObjects
@@ -204,6 +205,7 @@ class Restorer:
             filler.keys_of(keys.unclaimed),
             mine.matched,
             {**dict(keys.misfits), **mine.mismatched},
+            filler.left_out,
         )
         if not status.is_complete:
             logger.warning("%s", describe(status))
@@ -211,7 +213,8 @@ class Restorer:
     def _mismatch(self, filler: Filler, keys: KeyMatch) -> MismatchError:
         unexpected = filler.keys_of(keys.unclaimed)
         counts = keys.missing_count, keys.misfit_count
-        return MismatchError(filler.path, keys.missing, unexpected, dict(keys.misfits), *counts)
+        note = note_on(keys.missing, filler.left_out)
+        return MismatchError(filler.path, keys.missing, unexpected, dict(keys.misfits), *counts, note)
 
     def _spoiled(self, path: str, error: Exception) -> NoGoodCheckpointError:
         """What to raise for ``error`` when it is too late to say that nothing has been changed."""

@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 
 from distckpt.format.arrow.columns import DIMENSIONS, column_of, optional, texts, tuples
+from distckpt.sharding.omission import OMISSION, Omission, omission_of
 
 
 def _tuple_of_int64() -> pa.DataType:
@@ -68,9 +69,10 @@ class Description:
         return _ipc(self.table)
 
 
-def build_description(rows: Iterable[Row]) -> Description:
-    """Describe what a rank holds. ``rows`` become row numbers 0, 1, 2 ... of the description."""
+def build_description(rows: Iterable[Row], omission: Omission | None = None) -> Description:
+    """Describe what a rank holds, and leaves out. ``rows`` become row numbers 0, 1, 2 ... of the description."""
     held = list(rows)
+    schema = SCHEMA if omission is None else SCHEMA.with_metadata({OMISSION: omission.encode()})
     table = pa.Table.from_arrays(
         [
             *(texts([getattr(row, name) for row in held]) for name in ("key", "path", "dtype")),
@@ -79,7 +81,7 @@ def build_description(rows: Iterable[Row]) -> Description:
             column_of(np.fromiter((row.led for row in held), np.uint8), pa.uint8()),
             optional([row.crc for row in held], pa.uint32()),
         ],
-        schema=SCHEMA,
+        schema=schema,
     )
     return Description(table, hashlib.sha256(_ipc(table.remove_column(_CRC))).hexdigest())
 
@@ -96,6 +98,7 @@ def decode_description(data: bytes) -> pa.Table:
         raise ValueError(f"not a description: {error}") from error
     if any(table.column(i).null_count for i in range(_CRC)):
         raise ValueError("not a description: it has nulls")
+    omission_of(table)
     return table
 
 

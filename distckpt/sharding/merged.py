@@ -15,6 +15,7 @@ from distckpt.errors import PlanError
 from distckpt.format.arrays import Bools, Ints
 from distckpt.format.arrow.columns import DIMENSIONS, column_of, lists, numbers_of, starts_of
 from distckpt.sharding.description import SCHEMA, decode_description
+from distckpt.sharding.omission import Omission, omission_of
 
 Codes = npt.NDArray[np.int32]
 _NO_CRC = column_of(np.array([-1]), pa.int64())[0]
@@ -57,7 +58,7 @@ class Merged:
 
     ``first[r]`` is where rank r's rows begin, ``first[-1]`` the total. ``key``, ``path``, ``dtype``, ``shape``,
     ``offset`` and ``length`` are codes into the dictionaries with the plural names. ``crc`` is -1 where there is none;
-    ``led`` says that the lowest rank's chunk is everyone's.
+    ``led`` says that the lowest rank's chunk is everyone's. ``omissions`` are what each rank leaves out.
     """
 
     first: Ints
@@ -77,6 +78,7 @@ class Merged:
     nbytes: Ints
     crc: Ints
     led: Bools
+    omissions: tuple[Omission | None, ...] = ()
 
     @property
     def world_size(self) -> int:
@@ -112,6 +114,7 @@ class Merged:
         for codes in (self.key, self.path, self.dtype, self.shape, self.offset, self.length):
             yield codes.data
         yield from (self.first.data, self.nbytes.data, self.led.data)
+        yield from (memoryview(omission.encode()) for omission in self.omissions if omission is not None)
 
 
 def merge(number: int | None, descriptions: Mapping[int, bytes]) -> Merged:
@@ -144,6 +147,7 @@ def merge(number: int | None, descriptions: Mapping[int, bytes]) -> Merged:
         nbytes=numbers_of(together.column("nbytes")),
         crc=numbers_of(together.column("crc").cast(pa.int64()).fill_null(_NO_CRC)),
         led=numbers_of(together.column("led")).astype(np.bool_),
+        omissions=tuple(map(omission_of, tables)),
     )
 
 

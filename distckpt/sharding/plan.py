@@ -16,6 +16,7 @@ from distckpt.format.arrow.columns import column_of, numbers_of
 from distckpt.sharding.balance import spread
 from distckpt.sharding.checks import Chunks, checked_chunks, told
 from distckpt.sharding.merged import Codes, Merged, encode_slices, merge
+from distckpt.sharding.omission import agreed, with_left_out
 
 # What a row costs to write beside its own bytes. It also spreads plain values, which count no bytes.
 _ROW_COST = 512
@@ -30,7 +31,8 @@ class ShardingPlan:
     """Which rows of its description each rank writes. Satisfies ``coordinator.actions.Plan``.
 
     ``table`` has one row a distinct chunk (key, path, dtype, shape, offset, length, rank, nbytes), ordered by the rank
-    that writes it and then by that rank's order of writing. ``nbytes`` is 0 for plain values.
+    that writes it and then by that rank's order of writing. ``nbytes`` is 0 for plain values. Its
+    metadata say what is left out.
     """
 
     plan_id: str
@@ -64,17 +66,23 @@ def make_plan(
 
     ``staged`` names ranks that have copied rows already (int32, little endian): they write exactly those. ``fresh``
     names those that described what they hold just now, None meaning all: values are compared between them. PlanError,
-    about checkpoint ``number``, for a hole, an overlap, ranks that disagree, and staged rows that do not fit.
+    about checkpoint ``number``, for a hole, an overlap, ranks that disagree, staged rows that do not fit, and an exclusion
+    of keys that no rank has.
     """
     merged = merge(number, descriptions)
     chunks = checked_chunks(number, merged, fresh)
+    left_out = (
+        agreed(number, merged.omissions, [str(key) for key in merged.keys.to_pylist()])
+        if any(merged.omissions)
+        else None
+    )
     owner = _keep_staged(number, merged, chunks, staged or {})
     _assign(number, merged, chunks, owner, np.array(sorted(staged or {}), np.int32))
     written = np.flatnonzero(merged.rank == owner[chunks.of_row])
     return ShardingPlan(
         plan_id=hashlib.sha256(merged.fingerprint() + written.astype("<i8").tobytes()).hexdigest(),
         world_size=merged.world_size,
-        table=_table(merged, written),
+        table=with_left_out(_table(merged, written), left_out),
         _rows=(written - merged.first[merged.rank[written]]).astype(np.int32),
         _starts=np.searchsorted(written, merged.first),
     )

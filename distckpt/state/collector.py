@@ -20,14 +20,16 @@ from torch.nn.parameter import is_lazy
 from distckpt.errors import EncodeError
 from distckpt.format.limits import MAX_DIMENSIONS
 from distckpt.format.tree.many import ATOMS
-from distckpt.format.tree.tree import ArrayStep, DictStep, Leaf, Path, encode_path, flatten
+from distckpt.format.tree.tree import ArrayStep, DictStep, Leaf, Path, encode_path, flatten, key_of
 from distckpt.format.tree.values import encode_value
 from distckpt.sharding.chunks import dtype_name, global_shape, local_tensor, pieces
 from distckpt.sharding.description import Description, Row, build_description
-from distckpt.state.kind import Section, Sign
+from distckpt.sharding.omission import Omission
+from distckpt.state.kind import Kind, Section, Sign
 from distckpt.state.kinds import kinds_of, makeup_of
+from distckpt.state.leaving import Leaving, check_no_holes, check_something_is_trained, flags_of, leaving_of
 from distckpt.state.memory import is_freed, writable
-from distckpt.state.objects import SAVE_COUNTER, NamedObjects, PerRank, is_array, wrapped_in
+from distckpt.state.objects import SAVE_COUNTER, NamedObjects, PerRank, is_array, note_trained, wrapped_in
 from distckpt.state.unchanged import Snapshot, snapshot_of
 
 LARGE_TEXT = 64 << 10
@@ -48,7 +50,7 @@ class Holding:
     """What one rank holds at one moment. For each row either a source tensor or a value's bytes; the other is None.
 
     ``copies`` says of each row whether it is of a tensor that other ranks may hold too, in a copy that must be equal;
-    empty if there are no others.
+    empty if there are no others. ``omission`` is what the rank leaves out; None if it holds all there is.
     """
 
     rows: list[Row]
@@ -56,6 +58,7 @@ class Holding:
     values: list[bytes | None]
     copies: list[bool]
     description: Description
+    omission: Omission | None = None
 
     def describe(self, *, compare: bool) -> bytes:
         """The description with the CRCs of the values as they are now; with ``compare`` also those of the tensors that
@@ -66,7 +69,7 @@ class Holding:
             rows = [
                 replace(row, crc=_crc(source)) if copy and source is not None else row for row, source, copy in parts
             ]
-        return build_description(rows).encode()
+        return build_description(rows, self.omission).encode()
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +95,8 @@ class _Text:
 
 @dataclass(frozen=True, slots=True)
 class _Read:
-    """A section as it was last read; ``seen`` is what its witness saw, () when it is not steady."""
+    """A section as it was last read; ``seen`` is what its witness saw, () when it is not steady, ``frozen`` and
+    ``excluded`` the keys that were left out."""
 
     rows: list[Row]
     sources: list[torch.Tensor | None]
@@ -101,6 +105,8 @@ class _Read:
     seen: Seen
     kept: tuple[Any, ...]
     taken: dict[str, _Taken | _Text]
+    frozen: list[str]
+    excluded: list[str]
 
 
 class Collector:
@@ -119,6 +125,8 @@ class Collector:
         self._objects: tuple[Any, ...] = ()
         self._sections: list[tuple[Section, bool]] = []
         self._holding: Holding | None = None
+        self._leaving = Leaving()
+        self._matched: set[str] = set()
 
     def collect(self) -> Holding:
         """What the rank holds now. EncodeError names the key of what cannot be stored without pickle."""
@@ -131,10 +139,11 @@ class Collector:
             elif last.seen:
                 return self._collect_afresh()
             else:
-                reads.append(_read(section, shared, self._most(section, shared), last.taken))
-        if any(not _same_rows(new.rows, old.rows) for new, old in zip(reads, self._last, strict=True)):
-            return self._collect_afresh()
-        return self._joined(reads, self._holding.description)
+                reads.append(_read(section, shared, self._most(section, shared), self._leaving, last.taken))
+        for new, old in zip(reads, self._last, strict=True):
+            if not _same_rows(new.rows, old.rows) or new.frozen != old.frozen:
+                return self._collect_afresh()
+        return self._joined(reads, self._holding.description, self._holding.omission)
 
     def _are_the_same_objects(self) -> bool:
         now = _identities(self._checkpoint)
@@ -143,20 +152,36 @@ class Collector:
         )
 
     def _collect_afresh(self) -> Holding:
-        self._objects = _identities(self._checkpoint)
         kinds = kinds_of(self._checkpoint, self._rank, self._world_size)
+        self._leaving = leaving = leaving_of(self._checkpoint, kinds)
+        check_something_is_trained(self._checkpoint, kinds, leaving)
+        note_trained(self._checkpoint, leaving.trained)
+        self._objects = _identities(self._checkpoint)
         of_all = {name: not isinstance(obj, PerRank) for name, obj in self._checkpoint.objects.items()}
-        self._sections = [(section, of_all[name]) for name, kind in kinds.items() for section in kind.sections()]
+        kept = {name: kind for name, kind in kinds.items() if not leaving.excludes(name)}
+        self._sections = [(section, of_all[name]) for name, kind in kept.items() for section in kind.sections()]
         self._sections.append((Section((DictStep(SAVE_COUNTER),), lambda: self._checkpoint.save_counter), True))
-        reads = [_read(section, shared, self._most(section, shared), {}) for section, shared in self._sections]
+        reads = [_read(section, shared, self._most(section, shared), leaving, {}) for section, shared in self._sections]
         rows = [row for read in reads for row in read.rows]
         _check_distinct(rows)
-        return self._joined(reads, build_description(rows))
+        omission = self._omission(kinds, reads)
+        return self._joined(reads, build_description(rows, omission), omission)
+
+    def _omission(self, kinds: Mapping[str, Kind], reads: list[_Read]) -> Omission | None:
+        exclude, only_trainable = self._checkpoint.exclude, self._checkpoint.only_trainable is not False
+        if not exclude and not only_trainable:
+            return None
+        excluded = [*kinds, *(key for read in reads for key in read.excluded)]
+        parameters = (key for kind in kinds.values() for key, _ in kind.parameters()) if exclude else ()
+        self._matched |= self._leaving.matched(excluded, parameters)
+        matched = tuple(text for text in exclude if text in self._matched)
+        return Omission(exclude, matched, only_trainable, tuple(key for read in reads for key in read.frozen))
 
     def _most(self, section: Section, shared: bool) -> int | None:
-        return MOST_ITEMS if section.packs and (self._world_size == 1 or not shared) else None
+        packs = section.packs and (self._world_size == 1 or not shared)
+        return MOST_ITEMS if packs and not self._leaving.cuts(key_of(section.prefix)) else None
 
-    def _joined(self, reads: list[_Read], description: Description) -> Holding:
+    def _joined(self, reads: list[_Read], description: Description, omission: Omission | None) -> Holding:
         self._last = reads
         self._collected += 1
         digest = f"{description.digest.partition('/')[0]}/{self._collected}"
@@ -167,6 +192,7 @@ class Collector:
             [value for read in reads for value in read.values],
             [copy for read in reads for copy in read.copies] if self._world_size > 1 else [],
             description,
+            omission,
         )
         return self._holding
 
@@ -177,7 +203,7 @@ def _identities(checkpoint: NamedObjects) -> tuple[Any, ...]:
     for name, obj in checkpoint.objects.items():
         inner = wrapped_in(obj)
         found += [name, obj if obj is not inner else None, *makeup_of(inner)]
-    return tuple(found)
+    return (*found, *flags_of(checkpoint))
 
 
 def as_tensor(array: torch.Tensor | np.ndarray[Any, Any], key: str) -> torch.Tensor:
@@ -206,7 +232,9 @@ def _check_dense(tensor: torch.Tensor, key: str) -> None:
         )
 
 
-def _read(section: Section, shared: bool, most: int | None, before: Mapping[str, _Taken | _Text]) -> _Read:
+def _read(
+    section: Section, shared: bool, most: int | None, leaving: Leaving, before: Mapping[str, _Taken | _Text]
+) -> _Read:
     rows: list[Row] = []
     sources: list[torch.Tensor | None] = []
     values: list[bytes | None] = []
@@ -214,7 +242,8 @@ def _read(section: Section, shared: bool, most: int | None, before: Mapping[str,
     taken: dict[str, _Taken | _Text] = {}
     led = frozenset(section.led()) if shared else frozenset[str]()
     depth = len(section.prefix)
-    for leaf in flatten(section.read(), is_array, section.prefix, most):
+    leaves, frozen, excluded = _sorted_out(flatten(section.read(), is_array, section.prefix, most), leaving)
+    for leaf in leaves:
         if is_array(leaf.value):
             if isinstance(leaf.value, np.ndarray):
                 leaf = Leaf((*leaf.path, ArrayStep()), leaf.key, leaf.value)
@@ -232,7 +261,25 @@ def _read(section: Section, shared: bool, most: int | None, before: Mapping[str,
             values.append(text.data)
             copies.append(False)
     seen, kept = _steadiness(section, sources, values)
-    return _Read(rows, sources, values, copies, seen, kept, taken)
+    return _Read(rows, sources, values, copies, seen, kept, taken, frozen, excluded)
+
+
+def _sorted_out(leaves: list[Leaf], leaving: Leaving) -> tuple[list[Leaf], list[str], list[str]]:
+    """The leaves that are saved, and the keys of those that are not: of parameters that are not trained, and excluded."""
+    if not leaving:
+        return leaves, [], []
+    kept: list[Leaf] = []
+    frozen: list[str] = []
+    excluded: list[str] = []
+    for leaf in leaves:
+        if leaving.excludes(leaf.key):
+            check_no_holes(leaf, leaving)
+            excluded.append(leaf.key)
+        elif leaving.leaves_out(leaf.key):
+            frozen.append(leaf.key)
+        else:
+            kept.append(leaf)
+    return kept, frozen, excluded
 
 
 def _encode(leaf: Leaf, shared: bool, before: _Taken | _Text | None) -> _Text:

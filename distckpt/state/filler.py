@@ -15,10 +15,12 @@ import torch
 from distckpt.directory.locate import Located
 from distckpt.errors import MismatchError
 from distckpt.format.arrow.index import Index
+from distckpt.format.json.left_out import LeftOut
 from distckpt.format.tree.tree import DictStep, Path, RankStep, decode_path
 from distckpt.state.kinds import kinds_of
+from distckpt.state.leaving import leaving_of
 from distckpt.state.match import Match, Saved, Values
-from distckpt.state.objects import SAVE_COUNTER, NamedObjects, is_stateful, wrapped_in
+from distckpt.state.objects import SAVE_COUNTER, NamedObjects, forget_trained, is_stateful, note_trained, wrapped_in
 from distckpt.state.optimizer import STATE
 from distckpt.state.selection import EVERYTHING, Selection, joined
 from distckpt.state.status import LoadStatus
@@ -55,14 +57,15 @@ class Filler:
         self._where = where
         texts = dict(zip(index.names, index.paths, strict=True))
         paths = {key: decode_path(text, where.path) for key, text in texts.items()}
-        here, origins = selection.apply(paths, texts, where.path)
+        kinds = kinds_of(checkpoint, rank, world_size)
+        self._checkpoint, self._leaving = checkpoint, leaving_of(checkpoint, kinds)
+        here, origins = selection.apply(paths, texts, where.path, self._leaving, self.left_out)
         for key, origin in origins.items():
             if key != origin:
                 here[key] = _with_whole_names(checkpoint, here[key], paths[origin])
         saved = Saved(where, index, (), here, origins)
         parts = saved.by_step()
-        self._match = match = Match(where, index, partial, selection.asker())
-        kinds = kinds_of(checkpoint, rank, world_size)
+        self._match = match = Match(where, index, partial, *selection.askers(self._leaving))
         # Parameters come first: what else holds their memory finds out then whether it was saved with the same content.
         for name in sorted(kinds, key=lambda name: _turn(wrapped_in(checkpoint.objects[name]))):
             kind = kinds[name]
@@ -71,6 +74,7 @@ class Filler:
             match.value(saved, SAVE_COUNTER)
             match.afterwards(lambda values: setattr(checkpoint, SAVE_COUNTER, int(values[SAVE_COUNTER])))
         self._values: Values = match.look()
+        self._touched = self._leaving.frozen_with(match.claimed)
         self._paths = paths
         self._names = {origin: key for key, origin in origins.items()}
         self._rank = rank
@@ -84,6 +88,11 @@ class Filler:
     def missing(self) -> list[str]:
         """Keys of the objects that the checkpoint lacks: they stay as they are."""
         return list(self._match.missing)
+
+    @property
+    def left_out(self) -> LeftOut | None:
+        """What was left out of the checkpoint when it was saved."""
+        return self._where.manifest.left_out
 
     @property
     def misfits(self) -> dict[str, str]:
@@ -116,7 +125,8 @@ class Filler:
         """How keys match, as far as this rank can tell: state of another rank's own is nothing that it would ask for."""
         unclaimed = self.keys_of(self.unclaimed)
         unexpected = [key for key in unclaimed if not _of_other_rank(self._paths[key], self._rank)]
-        return LoadStatus(self.path, self._match.missing, unexpected, self.matched, self._match.misfits)
+        match = self._match
+        return LoadStatus(self.path, match.missing, unexpected, self.matched, match.misfits, self.left_out)
 
     def check(self) -> None:
         """Read and check every byte that ``read`` would read, and change nothing. DamagedError names shard and key."""
@@ -126,14 +136,18 @@ class Filler:
     def read(self) -> None:
         """Read all of it, every byte checked: into tensors where they are, else into new memory.
 
-        After a DamagedError such tensors hold anything; nothing else of the objects has been changed.
+        After a DamagedError such tensors hold anything; nothing else of the objects has been changed. Those of parameters
+        that are not trained are expected from then on of every checkpoint, as nothing else has what they held.
         """
+        note_trained(self._checkpoint, self._touched)
         with bar(f"restoring {self._title}", self._shown) as progress:
             self._stats = self._match.read(progress if self._shown else None)
 
     def finish(self) -> LoadStatus:
         """Hand the objects what was read and is not in its place yet."""
         self._match.finish(self._values)
+        if self.left_out is None or not self.left_out.only_trainable:  # it has what was never trained, too
+            forget_trained(self._checkpoint, self._touched)
         level = logging.INFO if self._rank == 0 else logging.DEBUG
         seconds, nbytes = time.monotonic() - self._began, human_bytes(self.bytes_read)
         logger.log(level, "%s restored in %.2f s: %s read by rank %d", self.path, seconds, nbytes, self._rank)

@@ -56,6 +56,9 @@ class Kind(Protocol):
     def sections(self) -> Sequence[Section]:
         """What it holds. EncodeError, naming the key, for what could not be taken back."""
 
+    def parameters(self) -> Iterable[tuple[str, torch.Tensor]]:
+        """The keys that belong to a parameter, its own or that of all its state, and the parameter."""
+
     def match(self, match: Match, saved: Saved) -> None:
         """Tell ``match`` what of ``saved`` it takes, into which memory, and what is to be done with the rest."""
 

@@ -137,13 +137,15 @@ class Match:
 
     ``missing`` are keys of the objects that the checkpoint lacks, ``misfits`` says of keys why they do not fit,
     ``claimed`` are the keys that some object of this rank has a place for, and ``partial`` says that not all need fit.
-    ``asks`` tells which keys of the objects are to be restored at all. ``poured`` is what went into which container.
+    ``asks`` tells which keys of the objects are to be restored at all, ``asks_all`` whether all that is at and below one
+    is. ``poured`` is what went into which container.
     """
 
     where: Located
     index: Index
     partial: bool = False
     asks: Callable[[str], bool] = _everything
+    asks_all: Callable[[str], bool] = _everything
     claimed: set[str] = field(default_factory=set)
     missing: list[str] = field(default_factory=list)
     misfits: dict[str, str] = field(default_factory=dict)
@@ -250,7 +252,7 @@ class Match:
             held = {**made, **{key: _live_or(made[key], new) for key, new in apart.items()}}
             leaves = [_leaf(saved.inside(key), held[key] if key in held else values[key]) for key in saved]
             try:
-                return unflatten([*leaves, *others])
+                return unflatten(_together(leaves, others))
             except ValueError as error:
                 if saved.is_all:
                     raise DamagedError(self.where.path, f"the paths of its keys make no tree: {error}") from error
@@ -274,8 +276,8 @@ class Match:
         if not rest:
             return []
         depth, kinds = len(saved.prefix), dict[Path, Any]()
-        for path in saved.paths.values():
-            kinds[path] = None
+        for key, path in saved.paths.items():
+            kinds[path] = _VALUE if saved.is_value(key) else None
             for at in range(depth, len(path)):
                 kinds.setdefault(path[:at], _kind_of(path[at]))
         return [leaf for leaf in rest if _has_room(leaf.path, depth, kinds)]
@@ -346,13 +348,29 @@ def _kind_of(step: Step) -> Any:
 
 
 def _has_room(path: Path, depth: int, kinds: Mapping[Path, Any]) -> bool:
-    """Whether nothing else is where the path goes through; ``kinds`` has the containers that are there, None for leaves."""
+    """Whether nothing else is where the path goes through, or what may be an empty dict; ``kinds`` has the containers that
+    are there, None for tensors."""
     for at in range(depth, len(path)):
-        if path[:at] not in kinds:
+        if path[:at] not in kinds or kinds[path[:at]] is _VALUE:
             return True
         if kinds[path[:at]] != _kind_of(path[at]):
             return False
     return path not in kinds
+
+
+_VALUE = object()
+"""In place of a kind of container: a plain value."""
+
+
+def _together(leaves: list[tuple[Path, Any]], others: list[tuple[Path, Any]]) -> list[tuple[Path, Any]]:
+    """What was saved, and what stays beside it: in a dict that was empty then, but not in another value's place."""
+    inside = {path[:at] for path, _ in others for at in range(len(path))}
+    whole = {path: type(value) is dict and not value for path, value in leaves if path in inside}
+    if not whole:
+        return [*leaves, *others]
+    kept = [(path, value) for path, value in others if all(whole.get(path[:at], True) for at in range(len(path)))]
+    inside = {path[:at] for path, _ in kept for at in range(len(path))}
+    return [*((path, value) for path, value in leaves if path not in inside), *kept]
 
 
 def nothing_like(key: str, shape: Sequence[int]) -> None:

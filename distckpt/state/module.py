@@ -48,6 +48,11 @@ class ModuleState:
             )
         ]
 
+    def parameters(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Every parameter, under all its names."""
+        for name, parameter in self._module.named_parameters(remove_duplicate=False):
+            yield key_of((*self._prefix, DictStep(unwrapped(self._module, name)))), parameter
+
     def match(self, match: Match, saved: Saved) -> None:
         """Every name of the module must be there, with its shape. Extra names are for code of the module's to take."""
         live = state_of(self._module)
@@ -84,7 +89,7 @@ class ModuleState:
         here = key_of(self._prefix)
         known = {key for key in (*match.missing, *match.misfits) if key.startswith(f"{here}.")}
         try:
-            if not match.partial and not known and match.asks(here):
+            if not match.partial and not known and match.asks_all(here):
                 self._module.load_state_dict(named)
                 return
             found = self._module.load_state_dict(named, strict=False)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, TypeGuard
 
 import numpy as np
@@ -90,15 +90,39 @@ def wrapped_in(obj: Any) -> Any:
 class NamedObjects:
     """Objects that are saved and restored together, each under its name, and the counter of their saves.
 
-    The objects are attributes; what is assigned to one takes its place, or is one more.
+    The objects are attributes; what is assigned to one takes its place, or is one more. ``exclude`` and
+    ``only_trainable`` say what of them is left out: see Checkpoint.
     """
 
-    def __init__(self, **objects: Any) -> None:
+    def __init__(
+        self,
+        *,
+        exclude: str | Sequence[str] = (),
+        only_trainable: bool | str | Sequence[str] = False,
+        **objects: Any,
+    ) -> None:
         self._objects: dict[str, Any] = {}
         self._declared: dict[str, frozenset[Path]] = {}
         self.save_counter = 0
         for name, obj in objects.items():
             self._add(name, obj)
+        self._exclude = _texts("exclude", exclude)
+        self._only_trainable = (
+            only_trainable if isinstance(only_trainable, bool) else _texts("only_trainable", only_trainable)
+        )
+        if not isinstance(self._only_trainable, bool):
+            self._check_modules(self._only_trainable)
+        self._trained: frozenset[str] = frozenset()
+
+    @property
+    def exclude(self) -> tuple[str, ...]:
+        """What the keys begin with that are left out."""
+        return self._exclude
+
+    @property
+    def only_trainable(self) -> bool | tuple[str, ...]:
+        """Whether parameters that are not trained are left out: of all modules, or of those with these names."""
+        return self._only_trainable
 
     @property
     def objects(self) -> dict[str, Any]:
@@ -135,9 +159,24 @@ class NamedObjects:
         self._objects[name] = obj
         self._declared[name] = _leaves_of(wrapped_in(obj))
 
+    def _check_modules(self, titles: tuple[str, ...]) -> None:
+        for title in titles:
+            if not isinstance(wrapped_in(self._objects.get(title)), torch.nn.Module):
+                raise ValueError(  # noqa: TRY004 - the name is wrong, whatever is there
+                    f"only_trainable={title!r} names no module among the objects of the checkpoint"
+                )
+
     def __repr__(self) -> str:
         kinds = ", ".join(f"{name}={type(value).__name__}" for name, value in self._objects.items())
         return f"{type(self).__name__}({kinds})"
+
+
+def _texts(name: str, given: Any) -> tuple[str, ...]:
+    texts = (given,) if isinstance(given, str) else tuple(given)
+    for text in texts:
+        if not isinstance(text, str) or not text:
+            raise ValueError(f"{name} takes texts that keys begin with, not {text!r}")
+    return tuple(dict.fromkeys(texts))
 
 
 def _leaves_of(tree: Any) -> frozenset[Path]:
@@ -152,3 +191,20 @@ def _leaves_of(tree: Any) -> frozenset[Path]:
 def declared_in(checkpoint: NamedObjects, name: str) -> frozenset[Path]:
     """Where in a tree of plain values there were leaves when it was given; nothing for other objects."""
     return checkpoint._declared[name]
+
+
+def trained_in(checkpoint: NamedObjects) -> frozenset[str]:
+    """Keys of parameters, and of their state, that were trained at some time and are saved from then on."""
+    return checkpoint._trained
+
+
+def note_trained(checkpoint: NamedObjects, keys: Iterable[str]) -> None:
+    """These keys of parameters are trained, or were: a base that was there before them does not have what they hold now."""
+    more = frozenset(keys)
+    if not more <= checkpoint._trained:
+        checkpoint._trained |= more
+
+
+def forget_trained(checkpoint: NamedObjects, keys: Iterable[str]) -> None:
+    """Take back what ``note_trained`` was told of these keys, of which it knew nothing before."""
+    checkpoint._trained -= frozenset(keys)

@@ -60,6 +60,14 @@ class OptimizerState:
             sections += inner.sections()
         return sections
 
+    def parameters(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Where the state of each parameter is, or would be."""
+        for name, parameter in zip(self._names(), self._parameters(), strict=True):
+            step = DictStep(name) if isinstance(name, str) else KeyStep(name)
+            yield key_of((*self.prefix, DictStep(STATE), step)), parameter
+        for inner in self._inner():
+            yield from inner.parameters()
+
     def match(self, match: Match, saved: Saved) -> None:
         """Every group must be there. A parameter without saved state has none afterwards, and starts anew."""
         parts = saved.by_step()
@@ -67,6 +75,8 @@ class OptimizerState:
         for kind in inner:
             kind.match(match, parts.pop(kind.prefix[-1], saved.nothing(kind.prefix[-1])))
         own = self._optimizer.state_dict() if not _is_plain(self._optimizer) else {STATE: {}, GROUPS: []}
+        if parts and STATE in own and not match.asks_all(key_of((*self.prefix, DictStep(STATE)))):
+            parts.setdefault(DictStep(STATE), saved.nothing(DictStep(STATE)))  # nothing of it was saved, and some stays
         match.lacks(key_of((*self.prefix, DictStep(name))) for name in own if DictStep(name) not in parts)
         if not parts:
             return
@@ -77,13 +87,25 @@ class OptimizerState:
 
         def put(values: Values) -> None:
             tree = {name: make(values) for name, make in makers.items()}
-            if not match.asks(key_of(self.prefix)) or match.partial:
+            if not match.asks_all(key_of(self.prefix)) or match.partial:
                 tree = {**self._now(), **tree}
             if key_of((*self.prefix, DictStep(GROUPS))) in match.misfits:
                 tree[GROUPS] = self._read_groups()
+            stays = [] if match.asks_all(key_of(self.prefix)) else list(self._unasked(match))
             self._load(tree)
+            for parameter, key, value in stays:  # as it is: torch has made it the parameter's dtype
+                self._optimizer.state[parameter][key] = value
 
         match.afterwards(put)
+
+    def _unasked(self, match: Match) -> Iterator[tuple[torch.Tensor, Any, torch.Tensor]]:
+        """The tensors of the state that are not to be restored: whose, their key, and they themselves."""
+        if _is_plain(self._optimizer):
+            for name, parameter in zip(self._names(), self._parameters(), strict=True):
+                for key, value in self._optimizer.state.get(parameter, {}).items():
+                    text = key_of((*self.prefix, DictStep(STATE), DictStep(str(name)), DictStep(str(key))))
+                    if isinstance(value, torch.Tensor) and not match.asks(text) and text not in match.claimed:
+                        yield parameter, key, value
 
     def put(self, tree: Any) -> None:
         """Load all of it, state under the numbers that ``load_state_dict`` knows the parameters by."""
@@ -192,7 +214,7 @@ class OptimizerState:
             return owner if owner is not None and shape else None
 
         kept: list[Leaf] = []
-        if not match.asks(key_of(self.prefix)):
+        if not match.asks_all(key_of(self.prefix)):
             kept = match.unasked(flatten(self._now()[STATE], is_array, saved.prefix), ours)
         inside = [(leaf.path[len(saved.prefix) :], leaf.value) for leaf in kept]
         make = match.tree(ours, _fitting(match, ours, live), like, inside)

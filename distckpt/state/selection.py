@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from distckpt.format.json.left_out import LeftOut
+from distckpt.format.tree.keys import beginnings, is_among, is_below
 from distckpt.format.tree.select import select_paths
 from distckpt.format.tree.tree import DictStep, Path, key_of
+from distckpt.state.leaving import Leaving
 
 Rename = Mapping[str, str | None] | Callable[[str], str | None]
 """From what keys begin with (up to a ``.`` or ``@``) to what they begin with here, or from a key to the key here; None
@@ -27,27 +30,45 @@ class Selection:
         return Selection(chosen, rename)
 
     def apply(
-        self, paths: Mapping[str, Path], texts: Mapping[str, str], where: str
+        self,
+        paths: Mapping[str, Path],
+        texts: Mapping[str, str],
+        where: str,
+        leaving: Leaving,
+        left_out: LeftOut | None = None,
     ) -> tuple[dict[str, Path], dict[str, str]]:
-        """Paths by the keys here, and of each its key in the checkpoint.
+        """Paths by the keys here, and of each its key in the checkpoint. What is excluded here is not wanted.
 
-        KeyError, naming similar keys, for a selector that nothing begins with; ValueError for two keys renamed to one.
+        KeyError, naming similar keys or saying that it was ``left_out``, for a selector that nothing begins with;
+        ValueError for two keys renamed to one, and if all that is selected is excluded.
         """
         wanted = list(paths)
         if self.select:
             parts = _parts(texts, self.select)
-            found = {key for selector in self.select for key in select_paths(parts[selector] or texts, selector, where)}
+            found = {
+                key
+                for selector in self.select
+                for key in select_paths(parts[selector] or texts, selector, where, left_out)
+            }
             wanted = [key for key in paths if key in found]
+        excluded = None
         moved: dict[str, Path] = {}
         origins: dict[str, str] = {}
         for key in wanted:
             new = self.name_here(key)
-            if new is None:
+            if new is not None and leaving.excludes(new):
+                excluded = new
+            if new is None or new == excluded:
                 continue
             if new in moved:
                 raise ValueError(f"rename makes {new!r} of both {origins[new]!r} and {key!r}")
             moved[new] = paths[key] if new == key else _moved(paths[key], new)
             origins[new] = key
+        if self.select and excluded is not None and not moved:
+            raise ValueError(
+                f"{excluded!r}, and all else that is selected, is excluded from this Checkpoint, and stays as it is. "
+                "Restore it by a Checkpoint that does not exclude it"
+            )
         return moved, origins
 
     def name_here(self, key: str) -> str | None:
@@ -56,42 +77,39 @@ class Selection:
             return key
         if not isinstance(self.rename, Mapping):
             return self.rename(key)
-        begins = next((text for text in _beginnings(key) if text in self.rename), None)
+        begins = next((text for text in beginnings(key) if text in self.rename), None)
         if begins is None:
             return key
         here = self.rename[begins]
         return None if here is None else f"{here}{key[len(begins) :]}"
 
-    def asker(self) -> Callable[[str], bool]:
-        """Tells of an object's key whether it is to be restored at all."""
-        if not self.select:
-            return lambda key: True
-        here = {self.name_here(selector) for selector in self.select}
-        return lambda key: any(text in here for text in _beginnings(key))
+    def askers(self, leaving: Leaving) -> tuple[Callable[[str], bool], Callable[[str], bool]]:
+        """Tells of an object's key whether it is to be restored at all; and whether all that is at and below it is."""
+        here = {name for selector in self.select if (name := self.name_here(selector)) is not None}
+
+        def is_selected(key: str) -> bool:
+            return not self.select or is_among(key, here)
+
+        def asks(key: str) -> bool:
+            return is_selected(key) and not leaving.leaves_out(key)
+
+        def asks_all(key: str) -> bool:
+            return is_selected(key) and not leaving.touches(key)
+
+        return asks, asks_all
 
 
 EVERYTHING = Selection()
-
-
-def _beginnings(key: str) -> Iterator[str]:
-    """All that ``is_below`` has the key below, the longest first: itself, and what it begins with up to ``.`` or ``@``."""
-    yield key
-    yield from (key[:at] for at in range(len(key) - 1, -1, -1) if key[at] in ".@")
 
 
 def _parts(texts: Mapping[str, str], selectors: Iterable[str]) -> dict[str, dict[str, str]]:
     """For each selector those keys that it can mean, every key looked at once."""
     parts: dict[str, dict[str, str]] = {selector: {} for selector in selectors}
     for key, text in texts.items():
-        for beginning in _beginnings(key):
+        for beginning in beginnings(key):
             if beginning in parts:
                 parts[beginning][key] = text
     return parts
-
-
-def is_below(key: str, text: str) -> bool:
-    """Whether ``key`` is ``text``, or begins with it up to a ``.`` or ``@``."""
-    return key == text or key.startswith((f"{text}.", f"{text}@"))
 
 
 def joined(path: Path, at: int, before: Path) -> Path:

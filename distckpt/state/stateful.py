@@ -23,12 +23,17 @@ class StatefulState:
         """One."""
         return [Section(self._prefix, lambda: self._obj.state_dict(), packs=True)]  # the method that it has then
 
+    def parameters(self) -> tuple[()]:
+        """None that anybody could tell from other tensors."""
+        return ()
+
     def match(self, match: Match, saved: Saved) -> None:
         """It takes whatever was saved, also what is not asked for, in new memory, laid out over ranks as what it holds."""
+        leaves = [] if match.asks_all(key_of(self._prefix)) else self._leaves()
         if not saved:
-            match.lacks([key_of(self._prefix)])
+            if not leaves or any(match.asks(leaf.key) for leaf in leaves):
+                match.lacks([key_of(self._prefix)])
             return
-        leaves = [] if match.asks(key_of(self._prefix)) else self._leaves()
         depth = len(self._prefix)
         kept = [(leaf.path[depth:], leaf.value) for leaf in match.unasked(leaves, saved)]
         make = match.tree(saved, {}, self._like(), kept)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from distckpt.errors import MismatchError
+from distckpt.format.json.left_out import LeftOut, note_on
 
 
 class LoadStatus:
@@ -17,6 +18,7 @@ class LoadStatus:
         unexpected: Sequence[str],
         matched: int = 0,
         mismatched: Mapping[str, str] | None = None,
+        left_out: LeftOut | None = None,
     ) -> None:
         self.path = path
         self.missing = tuple(missing)
@@ -27,6 +29,10 @@ class LoadStatus:
         """How many keys of the checkpoint objects did ask for."""
         self.mismatched = dict(mismatched or {})
         """Keys that are on both sides and do not fit, and why: they were left as they were."""
+        self.left_out = left_out.among(missing) if left_out is not None else ()
+        """Those that are missing since they were left out when the checkpoint was saved."""
+        self.note = note_on(missing, left_out)
+        """What there is to say about these."""
 
     @property
     def is_complete(self) -> bool:
@@ -36,19 +42,19 @@ class LoadStatus:
     def assert_consumed(self) -> LoadStatus:
         """Raise MismatchError unless every key on either side found its other half."""
         if not self.is_complete:
-            raise MismatchError(self.path, self.missing, self.unexpected, self.mismatched)
+            raise MismatchError(self.path, self.missing, self.unexpected, self.mismatched, note=self.note)
         return self
 
     def assert_existing_objects_matched(self) -> LoadStatus:
         """Raise MismatchError if an object has a key that the checkpoint lacks; extra keys there are fine."""
         if self.missing or self.mismatched:
-            raise MismatchError(self.path, self.missing, (), self.mismatched)
+            raise MismatchError(self.path, self.missing, (), self.mismatched, note=self.note)
         return self
 
     def assert_nontrivial_match(self) -> LoadStatus:
         """Raise MismatchError if there are keys on either side and no object has found anything in the checkpoint."""
         if not self.matched and not self.is_complete:
-            raise MismatchError(self.path, self.missing, self.unexpected, self.mismatched)
+            raise MismatchError(self.path, self.missing, self.unexpected, self.mismatched, note=self.note)
         return self
 
     def expect_partial(self) -> LoadStatus:
@@ -66,4 +72,5 @@ def describe(status: LoadStatus, most: int = 5) -> str:
         f"{status.path}: {len(status.missing)} keys of the objects are not in it {list(status.missing[:most])}, "
         f"{len(status.unexpected)} of its keys are in no object {list(status.unexpected[:most])}, "
         f"{len(status.mismatched)} do not fit {dict(list(status.mismatched.items())[:most])}"
+        f"{'. ' if status.note else ''}{status.note}"
     )

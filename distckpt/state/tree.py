@@ -31,6 +31,10 @@ class TreeState:
         """One. Read at every save: values change, and containers grow."""
         return [Section(self._place.prefix, self._place.get, packs=True)]
 
+    def parameters(self) -> tuple[()]:
+        """None that anybody could tell from other tensors."""
+        return ()
+
     def match(self, match: Match, saved: Saved) -> None:
         """Arrays that are here must be there, with their shape; plain values and containers take what was saved."""
         leaves = flatten(self._place.get(), is_array, self._place.prefix)

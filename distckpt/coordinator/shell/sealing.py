@@ -28,9 +28,11 @@ from distckpt.errors import (
 from distckpt.format import names
 from distckpt.format.arrow.index import encode_index
 from distckpt.format.arrow.receipt import ShardReceipt
+from distckpt.format.json.left_out import LeftOut
 from distckpt.format.json.log import CheckpointRecord, Entry, State
 from distckpt.format.json.manifest import FORMAT, Manifest, ShardRecord
 from distckpt.format.json.sealed import seal
+from distckpt.sharding.omission import left_out_of
 from distckpt.storage import ObjectInfo, Store, has_far_shards, mark_of, parts_of, place_of
 
 STAT_THREADS = 16
@@ -47,7 +49,7 @@ def seal_checkpoint(store: Store, action: Seal, plan_table: pa.Table) -> Sealed:
     _check_shards(store, action, folder)
     try:
         index = encode_index(plan_table, action.receipts, action.number, action.hosts)
-        manifest = seal(_manifest(action, index, mark_of(store)))
+        manifest = seal(_manifest(action, index, mark_of(store), left_out_of(plan_table)))
     except ValueError as error:
         raise UnreadableError(action.number, f"{error}. Save fewer tensors or values, or from fewer ranks") from error
     _put(store, action, f"{folder}/{names.INDEX}", index)
@@ -56,7 +58,7 @@ def seal_checkpoint(store: Store, action: Seal, plan_table: pa.Table) -> Sealed:
     return Sealed(action.attempt, len(manifest), crc32c.crc32c(manifest), nbytes)
 
 
-def _manifest(action: Seal, index: bytes, data: str) -> Manifest:
+def _manifest(action: Seal, index: bytes, data: str, left_out: LeftOut | None) -> Manifest:
     return Manifest(
         format=FORMAT,
         name=action.name,
@@ -72,6 +74,7 @@ def _manifest(action: Seal, index: bytes, data: str) -> Manifest:
             for rank, shard in _shards(action.receipts)
         ),
         data=data,
+        left_out=left_out,
     )
 
 

@@ -9,6 +9,7 @@ from typing import ClassVar
 
 import msgspec
 
+from distckpt.format.json.left_out import LeftOut
 from distckpt.format.json.sealed import Sealed
 from distckpt.format.limits import (
     MAX_BYTES,
@@ -40,7 +41,7 @@ class Manifest(Sealed, frozen=True, forbid_unknown_fields=True, omit_defaults=Tr
     """All shards with size and CRC32C, in order of rank and shard, and the index that says what is in them.
 
     ``data`` is '' if the shards are beside it, else a digest of the URL of where they are: no path, which readers are
-    given, but enough to tell them that they were given none, or another one.
+    given, but enough to tell them that they were given none, or another one. ``left_out`` is None if it holds all there was.
     """
 
     MAX_BYTES: ClassVar[int] = MAX_MANIFEST_BYTES
@@ -56,6 +57,7 @@ class Manifest(Sealed, frozen=True, forbid_unknown_fields=True, omit_defaults=Tr
     index_crc32c: int
     shards: tuple[ShardRecord, ...]
     data: str = ""
+    left_out: LeftOut | None = None
 
     def problems(self) -> Iterator[str]:
         """See Sealed."""
@@ -75,6 +77,8 @@ class Manifest(Sealed, frozen=True, forbid_unknown_fields=True, omit_defaults=Tr
             yield f"index size {self.index_size} or CRC32C {self.index_crc32c} is out of bounds"
         if not _DIGEST.fullmatch(self.data):
             yield f"{shown(self.data)} is no digest of where its shards are"
+        if self.left_out is not None:
+            yield from self.left_out.problems()
         yield from _shard_problems(self.shards, self.world_size)
 
 

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 
+from distckpt.format.json.left_out import LeftOut
+from distckpt.format.tree.keys import hint
 from distckpt.format.tree.path import ArrayStep, DictStep, Path, RankStep, Step, TypedStep, decode_path
 
 
-def select_paths(paths: Mapping[str, str], selector: str, where: str) -> dict[str, Path]:
+def select_paths(
+    paths: Mapping[str, str], selector: str, where: str, left_out: LeftOut | None = None
+) -> dict[str, Path]:
     """The keys that ``selector`` means, each with its path below the selected place.
 
     ``paths`` maps every key to its path as JSON text. The selector is a key, or what a key begins with up to a ``.``
     or ``@``; a key of exactly that name is meant alone, and has an empty path. KeyError, naming keys that look like
-    it, if there is none. DamagedError, naming ``where``, for a text that is no path.
+    it or saying that it was ``left_out``, if there is none. DamagedError, naming ``where``, for a text that is no path.
     """
     if selector in paths:
         path = decode_path(paths[selector], where)
@@ -22,7 +25,7 @@ def select_paths(paths: Mapping[str, str], selector: str, where: str) -> dict[st
     found = {key: path_below(decode_path(paths[key], where), selector) for key in paths if key.startswith(begins)}
     chosen = {key: path for key, path in found.items() if path is not None}
     if not chosen:
-        raise unknown_key(selector, paths, where)
+        raise unknown_key(selector, paths, where, left_out)
     return chosen
 
 
@@ -53,19 +56,11 @@ def _shortened(step: Step, name: str) -> Step | None:
     return None
 
 
-def unknown_key(key: str, known: Collection[str], where: str) -> KeyError:
-    """The error for a key that is not there; it names up to three that look like it."""
-    close = difflib.get_close_matches(key, _with_prefixes(known), n=3)
-    hint = f"; did you mean {' or '.join(map(repr, close))}?" if close else ""
-    return KeyError(f"{where} has no key {key!r}{hint}")
-
-
-def _with_prefixes(keys: Iterable[str]) -> list[str]:
-    found = dict.fromkeys(keys)
-    for key in list(found)[:10_000]:
-        top = key.replace("@", ".").partition(".")[0]
-        found.setdefault(top)
-    return list(found)[:20_000]
+def unknown_key(key: str, known: Collection[str], where: str, left_out: LeftOut | None = None) -> KeyError:
+    """The error for a key that is not there; it says that it was left out, or names up to three that look like it."""
+    if left_out is not None and left_out.covers(key):
+        return KeyError(f"{where} does not have {key!r}, which was left out when it was saved, with {left_out}")
+    return KeyError(f"{where} has no key {key!r}{hint(key, known)}")
 
 
 def _text(step: Step, *, first: bool) -> str:
