@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 import uuid
@@ -11,7 +12,7 @@ from distckpt.directory import sharing
 from distckpt.directory.groups import Group
 from distckpt.directory.lease import HeldLease
 from distckpt.directory.sharing import Offer, Settings
-from distckpt.errors import CheckpointNotFoundError
+from distckpt.errors import CheckpointNotFoundError, StoreOutcomeUnknownError
 from distckpt.evaluation.deliveries import Delivery
 from distckpt.evaluation.newest import KnownLog
 from distckpt.evaluation.onlooker import Onlooker
@@ -97,8 +98,13 @@ class Worker:
             now = sharing.offer(state, log, dead, resting)
             return sharing.claimed(state, log, now, dead, claim) if now == offered else None
 
-        state = self._group.change("claim", apply)
-        if state is None:
+        try:
+            state = self._group.change("claim", apply)
+        except StoreOutcomeUnknownError:
+            # Others have gone on far, or the store does not say. If the group has it, it is ours; if it comes to have it later,
+            # there is no lease, and somebody else gets it.
+            state = self._group.read()
+        if state is None or sharing.claim_of(state, claims[-1].token) is None:
             return None
         self._state = state
         self._own.add(claims[-1].token)
@@ -111,7 +117,8 @@ class Worker:
             still = sharing.offer(state, log, dead, resting) == offered
             return sharing.ended(state, log, offered, dead, time.time()) if still else None
 
-        self._state = self._group.change("skip" if offered.is_stale else "reject", apply) or self._state
+        with contextlib.suppress(StoreOutcomeUnknownError):  # what there is now is looked at next
+            self._state = self._group.change("skip" if offered.is_stale else "reject", apply) or self._state
 
     def ack(self, claim: Claim) -> bool:
         """Whether it counts; if not, somebody else has taken over."""

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -226,6 +227,43 @@ def test_with_more_in_flight_the_next_is_waited_for_until_one_is_settled(tmp_pat
 
 
 # ---- groups -------------------------------------------------------------------------------------------------------
+
+
+class StandsStill(MemoryStore):
+    """Whoever appends to a group's chain stands still once, right after that, while ``others`` go on."""
+
+    others: Callable[[], object] | None = None
+
+    def put_if_absent(self, path: str, data: bytes) -> None:
+        """See Store."""
+        super().put_if_absent(path, data)
+        others, self.others = self.others, None
+        if others is not None:
+            others()
+
+
+def test_a_worker_that_stood_still_while_others_went_on_far_has_what_it_claimed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Nothing is left of the chain by which it could tell that its entry was followed, but the claim in the newest."""
+    monkeypatch.setattr("distckpt.directory.groups.KEEP_ENTRIES", 1)
+    monkeypatch.setattr("distckpt.directory.groups.PRUNE_EVERY", 1)
+    store = StandsStill()
+    with mounting():
+        place = mount(store)
+        for number in range(1, 6):
+            commit_bare(place, number)
+        slow, quick = watch(place, worker="slow"), watch(place, worker="quick")
+
+        def go_on() -> None:
+            for _ in range(3):
+                next(quick).ack()
+
+        store.others = go_on
+        first = next(slow)
+        assert (first.number, first.delivery) == (1, 1)
+        first.ack()
+        assert [first.ack(), next(slow).number] == [None, 5]
 
 
 def test_in_order_all_of_them_and_again_none_after_a_restart_days_later(tmp_path: Path) -> None:

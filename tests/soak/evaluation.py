@@ -27,7 +27,13 @@ import distckpt
 from distckpt.directory.groups import read_groups
 from distckpt.directory.leases import Leases
 from distckpt.directory.log import read_tail
-from distckpt.errors import CheckpointNotFoundError, ClaimLostError, LeaseLostError, StorageError
+from distckpt.errors import (
+    CheckpointNotFoundError,
+    ClaimLostError,
+    LeaseLostError,
+    StorageError,
+    StoreOutcomeUnknownError,
+)
 from distckpt.storage import MemoryStore, Store, open_store
 from tests.soak.attack import Broken, Outcome
 from tests.soak.subject import PATIENCE, Options, Subject, number_of, stamp_of
@@ -297,6 +303,8 @@ def _follow(
                     _check(checkpoint.load(), checkpoint.number)
             except (ClaimLostError, LeaseLostError):
                 write("lost", checkpoint.number)
+            except StoreOutcomeUnknownError:  # it stood still while it acknowledged, and others went on far
+                write("unknown", checkpoint.number)
             else:
                 write("acknowledged" if role == EACH else "read", checkpoint.number)
     except BaseException:  # noqa: BLE001 - it is told as what it is
