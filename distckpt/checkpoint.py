@@ -42,9 +42,10 @@ class Checkpoint(NamedObjects):
 
     ``only_trainable`` leaves out parameters with ``requires_grad=False``, and their state in optimizers: of all modules,
     or of those that it names, with True of none that would be left out whole, which is refused. Buffers are saved, as
-    they change without gradients. So are parameters that were trained at any time, since nothing else has what they hold
-    then. A restore takes of frozen ones what the checkpoint has, and what it has not stays. A frozen parameter that the
-    program changes by itself (an average, a momentum encoder) is none to leave out.
+    they change without gradients. A restore takes of frozen parameters what the checkpoint has, and what it has not stays.
+    Those that were trained at any time, or restored, are saved from then on, since nothing else need have what they hold:
+    get a base by a Checkpoint of its own. A frozen parameter that the program changes by itself (an average, a momentum
+    encoder) is none to leave out.
 
     A checkpoint says what was left out of it. All ranks leave out the same.
     """

@@ -20,7 +20,7 @@ from distckpt.format.tree.tree import DictStep, Path, RankStep, decode_path
 from distckpt.state.kinds import kinds_of
 from distckpt.state.leaving import leaving_of
 from distckpt.state.match import Match, Saved, Values
-from distckpt.state.objects import SAVE_COUNTER, NamedObjects, forget_trained, is_stateful, note_trained, wrapped_in
+from distckpt.state.objects import SAVE_COUNTER, NamedObjects, is_stateful, note_trained, wrapped_in
 from distckpt.state.optimizer import STATE
 from distckpt.state.selection import EVERYTHING, Selection, joined
 from distckpt.state.status import LoadStatus
@@ -137,7 +137,7 @@ class Filler:
         """Read all of it, every byte checked: into tensors where they are, else into new memory.
 
         After a DamagedError such tensors hold anything; nothing else of the objects has been changed. Those of parameters
-        that are not trained are expected from then on of every checkpoint, as nothing else has what they held.
+        that are not trained are saved from then on, and expected of every checkpoint, as nothing else has what they hold.
         """
         note_trained(self._checkpoint, self._touched)
         with bar(f"restoring {self._title}", self._shown) as progress:
@@ -146,8 +146,13 @@ class Filler:
     def finish(self) -> LoadStatus:
         """Hand the objects what was read and is not in its place yet."""
         self._match.finish(self._values)
-        if self.left_out is None or not self.left_out.only_trainable:  # it has what was never trained, too
-            forget_trained(self._checkpoint, self._touched)
+        if self._touched and self.left_out is None and self._rank == 0:
+            logger.warning(
+                "%s has %d keys of parameters that are not trained here. They are saved from now on, as nothing else may have "
+                "them: get a base by a Checkpoint of its own, without only_trainable, if that is not meant",
+                self.path,
+                len(self._touched),
+            )
         level = logging.INFO if self._rank == 0 else logging.DEBUG
         seconds, nbytes = time.monotonic() - self._began, human_bytes(self.bytes_read)
         logger.log(level, "%s restored in %.2f s: %s read by rank %d", self.path, seconds, nbytes, self._rank)

@@ -1,6 +1,6 @@
 """What a checkpoint leaves out of its objects: keys that are excluded, and what belongs to parameters that are not trained.
 
-A parameter that was trained once holds what no base has, so it is saved from then on, whether it is trained or not.
+A parameter that was trained once, or restored, holds what no base need have, so it is saved from then on.
 """
 
 from __future__ import annotations

@@ -194,17 +194,12 @@ def declared_in(checkpoint: NamedObjects, name: str) -> frozenset[Path]:
 
 
 def trained_in(checkpoint: NamedObjects) -> frozenset[str]:
-    """Keys of parameters, and of their state, that were trained at some time and are saved from then on."""
+    """Keys of parameters, and of their state, that were trained or restored at some time and are saved from then on."""
     return checkpoint._trained
 
 
 def note_trained(checkpoint: NamedObjects, keys: Iterable[str]) -> None:
-    """These keys of parameters are trained, or were: a base that was there before them does not have what they hold now."""
+    """These keys of parameters are trained, or were, or restored: no base need have what they hold now."""
     more = frozenset(keys)
     if not more <= checkpoint._trained:
         checkpoint._trained |= more
-
-
-def forget_trained(checkpoint: NamedObjects, keys: Iterable[str]) -> None:
-    """Take back what ``note_trained`` was told of these keys, of which it knew nothing before."""
-    checkpoint._trained -= frozenset(keys)

@@ -16,6 +16,7 @@ from distckpt.errors import DamagedError, UnsupportedFormatError
 from distckpt.format.json.entry_sealer import EntrySealer
 from distckpt.format.json.export import ExportedFile, ExportedModule, ExportManifest
 from distckpt.format.json.lease import Lease
+from distckpt.format.json.left_out import LeftOut
 from distckpt.format.json.log import CheckpointRecord, Entry, Kind, State
 from distckpt.format.json.manifest import Manifest, ShardRecord
 from distckpt.format.json.sealed import Sealed, seal, unseal
@@ -173,6 +174,8 @@ SHARD = MANIFEST.shards[0]
         ({"index_crc32c": 1 << 32}, "index size"),
         ({"shards": (SHARD, SHARD)}, "listed twice or out of order"),
         ({"shards": MANIFEST.shards[::-1]}, "listed twice or out of order"),
+        ({"left_out": LeftOut(exclude=("",))}, "is no key that could have been left out"),
+        ({"left_out": LeftOut(keys=("w",))}, "does not say so"),
         ({"shards": (ShardRecord(-1, 0, 1, 1),)}, "cannot be in a world"),
         ({"shards": (ShardRecord(0, -1, 1, 1),)}, "cannot be in a world"),
         ({"shards": (ShardRecord(0, 1 << 40, 1, 1),)}, "cannot be in a world"),
