@@ -10,6 +10,7 @@ import click
 from rich.text import Text
 
 from distckpt.cli import options, text
+from distckpt.cli.tables import Table
 from distckpt.directory.collect import Collection, Garbage, Survey, delete, turn_away
 from distckpt.directory.garbage import GARBAGE_SECONDS
 from distckpt.directory.stillness import elapsed
@@ -104,7 +105,7 @@ def _watched(survey: Survey, wait: bool) -> Collection:
     what = survey.look()
     total = what.wait
     end = elapsed() + total
-    with bar("watching") as update:
+    with bar("watching", sized=False) as update:
         while wait and what.wait and elapsed() < end + LOOK_SECONDS:
             time.sleep(min(what.wait, LOOK_SECONDS))
             what = survey.look()
@@ -146,8 +147,8 @@ def _print_left(left: Sequence[Garbage], why: str) -> None:
         console.print(f"left alone, as {why}")
 
 
-def _table(garbage: Sequence[Garbage]) -> Any:
-    table = text.table(["path", "what", "size", "age"], right=["size", "age"])
+def _table(garbage: Sequence[Garbage]) -> Table:
+    table = Table(["path", "what", "size", "age"], right=["size", "age"], least=["age", "what"])
     for one in garbage:
         table.add_row(one.left.path, one.kind, human_bytes(one.left.nbytes), _age(one.left.modified))
     return table

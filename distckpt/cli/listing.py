@@ -12,6 +12,7 @@ from rich.text import Text
 
 from distckpt.cli import options, text
 from distckpt.cli.grouping import in_words
+from distckpt.cli.tables import Table
 from distckpt.directory.newest import has_manifest
 from distckpt.directory.pages import Lost
 from distckpt.directory.pins import pins
@@ -119,7 +120,11 @@ def _print(listed: Collection[Listed], groups: Mapping[str, list[str]]) -> None:
     metrics = any(one.record.metrics for one in listed)
     grouped = any(one.record.attempt in groups for one in listed)
     columns += ["groups"] * grouped + ["metrics"] * metrics
-    table = text.table(columns, right=["size", "ranks"])
+    table = Table(
+        columns,
+        right=["size", "ranks"],
+        least=["attempt", "ranks", "groups", "saved", "metrics", "size"],
+    )
     for one in listed:
         record = one.record
         cells: list[str | Text] = [

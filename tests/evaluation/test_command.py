@@ -171,7 +171,7 @@ def test_groups_are_shown_to_people_and_programs(tmp_path: Path) -> None:
     assert shown.exit_code == 0
     words = " ".join(shown.stdout.split())
     assert "eval all 2 1 1 0 1 0 0 ckpt-3" in words
-    assert "ckpt-4 at alice 1" in words
+    assert "ckpt-4 eval at alice 1" in words
     assert "exit status 1" in words
     [group] = json.loads(run("groups", tmp_path, "--json").stdout)["groups"]
     assert json.loads(run("groups", "--json", tmp_path).stdout)["groups"] == [group]
