@@ -14,6 +14,7 @@ from distckpt.cli.tables import Table
 from distckpt.directory.collect import Collection, Garbage, Survey, delete, turn_away
 from distckpt.directory.garbage import GARBAGE_SECONDS
 from distckpt.directory.stillness import elapsed
+from distckpt.errors import CheckpointNotFoundError
 from distckpt.storage import open_store
 from distckpt.terminal.bar import bar
 from distckpt.terminal.sizes import counted, human_bytes
@@ -68,6 +69,8 @@ def collect(
         raise ValueError("who writes just now may need an hour for a single object: pass --force too")
     store = open_store(directory, storage_options)
     what = _watched(Survey(store, older_than), wait)
+    if what.tail.entry is None and not (what.found or what.later or what.unsure):
+        raise CheckpointNotFoundError(store.url, "no run has saved here")
     garbage, later, unsure = what.found, what.later, what.unsure
     if force and later:
         if not dry_run:

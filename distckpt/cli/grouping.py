@@ -15,7 +15,7 @@ from distckpt.cli.tables import Table
 from distckpt.directory import sharing
 from distckpt.directory.groups import Group, group_names
 from distckpt.directory.strays import read_run
-from distckpt.errors import DamagedError, GroupNotFoundError
+from distckpt.errors import CheckpointNotFoundError, DamagedError, GroupNotFoundError
 from distckpt.format import names
 from distckpt.format.json.group import Claim, GroupEntry, GroupState, Item, SetAside
 from distckpt.format.json.log import CheckpointRecord, State
@@ -75,6 +75,8 @@ def show_groups(directory: str, as_json: bool, storage_options: Mapping[str, Any
     """See groups."""
     store = open_store(directory, storage_options)
     found = list(standings(store))
+    if not found and read_run(store).entry is None:
+        raise CheckpointNotFoundError(store.url, "no run has saved here")
     if as_json:
         text.print_json({"directory": store.url, "groups": [_as_json(store, one) for one in found]})
     elif not found:

@@ -212,8 +212,8 @@ def test_what_was_deleted_cannot_be_put_back(tmp_path: Path) -> None:
 
 
 def test_a_directory_without_groups_says_so_and_wrong_usage_is_one_sentence(tmp_path: Path) -> None:
-    assert "no group follows this directory" in run("groups", tmp_path).stdout
     commit_bare(tmp_path, 1)
+    assert "no group follows this directory" in run("groups", tmp_path).stdout
     assert watch(tmp_path, "true").exit_code == 0
     result = run("watch", tmp_path, "--group", "eval", "--mode", "latest", "--", "true")
     assert (result.exit_code, result.stderr.count("\n")) == (2, 1)
