@@ -15,7 +15,7 @@ from distckpt.cli import main
 from distckpt.directory.recognize import what_is
 from tests.support.checkpoints import commit_bare
 
-COMMANDS = ("ls", "show", "stats", "verify", "adopt", "pin", "unpin", "gc", "groups")
+COMMANDS = ("ls", "show", "stats", "verify", "adopt", "pin", "unpin", "gc", "groups", "du")
 OF_DIRECTORIES = ("ls", "stats", "adopt", "gc", "groups")
 
 
