@@ -80,7 +80,7 @@ def _run_as_json(history: History, run: RunStats) -> dict[str, Any]:
         for name, value in told.items()
         if isinstance(value, Durations)
     }
-    return {**told, **durations, "state": _state(history, run), "lost_to_failures": history.lost(run)}
+    return {**told, **durations, "state": history.state(run), "lost_to_failures": history.lost(run)}
 
 
 def _interval_as_json(history: History, interval: Interval) -> dict[str, Any]:
@@ -131,7 +131,7 @@ def _runs(history: History) -> Table:
         least=["saves", "run", "stall", "lost", "ran for"],
     )
     for run in history.runs[-MOST_RUNS:]:
-        state, lost = _state(history, run), history.lost(run)
+        state, lost = history.state(run), history.lost(run)
         table.add_row(
             text.local_time(run.began),
             str(run.run),
@@ -142,11 +142,6 @@ def _runs(history: History) -> Table:
             _span(lost) if lost else "",
         )
     return table
-
-
-def _state(history: History, run: RunStats) -> str:
-    """``open``: it goes on, or has crashed and was not followed by another yet."""
-    return run.end or ("crashed" if history.failed(run) else "open")
 
 
 def _omissions(told: Told) -> Iterator[str]:

@@ -46,6 +46,13 @@ def storage_options(command: _Command) -> _Command:
     return _with_data(with_options, "--data", "storage_options", where)
 
 
+def storage_options_in_full(command: _Command) -> _Command:
+    """The same as ``--option key=value``, for a command whose ``-o`` is the output."""
+    where = "Where the shards are, if the manager was given data=URL."
+    with_options = _options_of(_explaining(command), "--option", "storage_options", "the store")
+    return _with_data(with_options, "--data", "storage_options", where)
+
+
 def _explaining(command: _Command) -> _Command:
     """Says what is at a path at which nothing was found: a checkpoint for a directory, a typo, a file of others."""
 

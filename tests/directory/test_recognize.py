@@ -15,8 +15,8 @@ from distckpt.cli import main
 from distckpt.directory.recognize import what_is
 from tests.support.checkpoints import commit_bare
 
-COMMANDS = ("ls", "show", "stats", "verify", "adopt", "pin", "unpin", "gc", "groups", "du")
-OF_DIRECTORIES = ("ls", "stats", "adopt", "gc", "groups")
+COMMANDS = ("ls", "show", "stats", "verify", "adopt", "pin", "unpin", "gc", "groups", "du", "plot")
+OF_DIRECTORIES = ("ls", "stats", "adopt", "gc", "groups", "plot")
 
 
 def run(*args: str | Path) -> Result:
@@ -25,7 +25,8 @@ def run(*args: str | Path) -> Result:
 
 def refused(*args: str | Path) -> str:
     """What a command says that ends with status 2 and changes nothing."""
-    done = run(*args)
+    extra = ["--json"] if args[0] == "plot" else []
+    done = run(*args, *extra)
     assert (done.exit_code, done.stdout) == (2, ""), done.output
     assert done.stderr.count("\n") == 1
     return done.stderr
