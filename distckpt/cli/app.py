@@ -22,6 +22,8 @@ _HOMES = {
     "doctor": ("examining", "examine_place"),
     "pin": ("pinning", "pin_checkpoint"),
     "unpin": ("pinning", "unpin_checkpoint"),
+    "tag": ("pinning", "tag_checkpoint"),
+    "untag": ("pinning", "untag_checkpoint"),
     "rm": ("removing", "remove_checkpoints"),
     "gc": ("collecting", "collect"),
     "watch": ("watching", "watch_directory"),

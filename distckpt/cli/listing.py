@@ -21,6 +21,7 @@ from distckpt.directory.pages import Lost
 from distckpt.directory.pins import pins
 from distckpt.directory.reports import read_reports
 from distckpt.directory.strays import read_run
+from distckpt.directory.tags import tags_by_attempt
 from distckpt.errors import CheckpointNotFoundError, DamagedError, StorageError
 from distckpt.format import names
 from distckpt.format.json.lease import Lease
@@ -50,7 +51,8 @@ class Listed:
 
 @dataclass(frozen=True, slots=True)
 class Beside:
-    """What lies beside the log about its checkpoints, by attempt: pins, who reads them, groups in words, bytes of exports.
+    """What lies beside the log about its checkpoints, by attempt: pins, who reads them, groups in words, bytes of exports,
+    and what people call them.
 
     An export that cannot be read has None.
     """
@@ -59,6 +61,7 @@ class Beside:
     readers: Mapping[str, tuple[Lease, ...]]
     groups: Mapping[str, Sequence[str]]
     exports: Mapping[str, int | None]
+    tags: Mapping[str, Sequence[str]]
 
 
 @click.command("ls")
@@ -80,7 +83,9 @@ def list_checkpoints(
     reports = [one.report for one in read_reports(store).found]  # before the log, into which they go
     state, missing, lost = _settled(store)
     state = with_reports(state, reports)
-    beside = Beside(pins(store), readers_of(store), in_words(store), _exports(store, state, missing))
+    beside = Beside(
+        pins(store), readers_of(store), in_words(store), _exports(store, state, missing), tags_by_attempt(store)
+    )
     listed = in_order(state, missing, beside.pins.keys(), beside.readers.keys())
     if not listed and not lost:
         raise CheckpointNotFoundError(store.url, "no checkpoint has been committed here")
@@ -173,6 +178,7 @@ def _as_json(listed: Listed, beside: Beside) -> dict[str, Any]:
         "checkpoint": listed.name,
         "state": list(listed.marks),
         **record,
+        "tags": list(beside.tags.get(attempt, ())),
         "pin": text.pin_as_json(beside.pins.get(attempt)),
         "readers": [lease.holder for lease in beside.readers.get(attempt, ())],
         "groups": list(beside.groups.get(attempt, ())),
@@ -197,7 +203,8 @@ def _print(listed: Sequence[Listed], beside: Beside) -> None:
     metrics = any(one.record.metrics for one in listed)
     grouped = any(one.record.attempt in beside.groups for one in listed)
     exported = any(one.record.attempt in beside.exports for one in listed)
-    columns = ["checkpoint", "state", "saved", "size", *["export"] * exported, "ranks", "attempt"]
+    named = any(one.record.attempt in beside.tags for one in listed)
+    columns = ["checkpoint", *["tags"] * named, "state", "saved", "size", *["export"] * exported, "ranks", "attempt"]
     table = Table(
         [*columns, *["groups"] * grouped, *["metrics"] * metrics],
         right=["size", "export", "ranks"],
@@ -207,6 +214,7 @@ def _print(listed: Sequence[Listed], beside: Beside) -> None:
         record = one.record
         cells: list[str | Text] = [
             one.name,
+            *["\n".join(beside.tags.get(record.attempt, ()))] * named,
             Text(", ".join(one.marks), style=_STYLES.get(one.marks[0], "")),
             text.local_time(record.time),
             human_bytes(record.nbytes),

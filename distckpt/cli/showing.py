@@ -16,6 +16,7 @@ from distckpt.directory.exports import read_export
 from distckpt.directory.locate import Located, locate, read_index
 from distckpt.directory.pins import pin_of
 from distckpt.directory.reports import reported_metrics
+from distckpt.directory.tags import tags_by_attempt
 from distckpt.format import names
 from distckpt.format.arrow.dtypes import VALUE
 from distckpt.format.tree.tree import RankStep, Step, decode_path
@@ -41,10 +42,11 @@ def show_checkpoint(path: str, as_json: bool, storage_options: Mapping[str, Any]
     pin = pin_of(where.store, where.manifest.attempt)
     metrics = reported_metrics(where.store, where.manifest.attempt)
     groups = in_words(where.store).get(where.manifest.attempt, [])
+    tags = tags_by_attempt(where.store).get(where.manifest.attempt, ())
     if as_json:
-        text.print_json({**_as_json(where, index, export, pin, metrics), "groups": groups})
+        text.print_json({**_as_json(where, index, export, pin, metrics), "groups": groups, "tags": tags})
     else:
-        _print(where, index, export, pin, metrics, groups)
+        _print(where, index, export, pin, metrics, groups, tags)
 
 
 # ---- for people ---------------------------------------------------------------------------------------------------
@@ -68,6 +70,7 @@ def _print(
     pin: Lease | None,
     metrics: Mapping[str, float],
     groups: list[str],
+    tags: tuple[str, ...],
 ) -> None:
     console = text.console()
     manifest = where.manifest
@@ -86,6 +89,8 @@ def _print(
         exported = ", ".join(module.name for module in export.modules)
         nbytes = sum(file.size for _, file in export.files())
         console.print(f"exported {text.local_time(export.time)}: {exported}, {human_bytes(nbytes)}")
+    if tags:
+        console.print(f"tagged {', '.join(tags)}", soft_wrap=True)
     if pin is not None:
         console.print(text.pin_in_words(pin))
     if groups:

@@ -33,19 +33,18 @@ class Leased:
 
 
 def readers_of(store: Store) -> dict[str, tuple[Lease, ...]]:
-    """Every reader's lease that there is, by the attempt; who was killed leaves his for a while. Pins are none.
+    """Every reader's lease that there is, by the attempt; who was killed leaves his for a while. Pins and tags are none.
 
     To be shown: one that cannot be read is left out.
     """
     found: dict[str, tuple[Lease, ...]] = {}
     for info in at_most(MOST_NAMES, store.list(names.LEASES), f"{store.url}/{names.LEASES}"):
-        if names.pinned_attempt(info.path) is not None:
-            continue
         try:
             lease = unseal(store.read(info.path, MAX_LEASE_BYTES), Lease, info.path, MAX_LEASE_BYTES)
         except (ObjectNotFoundError, DamagedError):  # released meanwhile, or it says nothing
             continue
-        found[lease.attempt] = (*found.get(lease.attempt, ()), lease)
+        if lease.seconds is not None:
+            found[lease.attempt] = (*found.get(lease.attempt, ()), lease)
     return found
 
 

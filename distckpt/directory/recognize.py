@@ -12,8 +12,10 @@ from distckpt.directory.contents import attempts
 from distckpt.directory.locate import foreign_advice
 from distckpt.directory.log import Tail, read_tail
 from distckpt.directory.pages import known
-from distckpt.errors import DamagedError, StorageError
+from distckpt.directory.tags import tagged, tags
+from distckpt.errors import CheckpointNotFoundError, DamagedError, StorageError
 from distckpt.format import names
+from distckpt.format.json.log import CheckpointRecord
 from distckpt.storage import PathLike, Store, join, open_store, split_path
 
 logger = logging.getLogger(__name__)
@@ -35,7 +37,7 @@ def what_is(path: PathLike, storage_options: Mapping[str, Any] | None = None) ->
     """
     try:
         return _said(path, storage_options)
-    except (StorageError, DamagedError, ValueError) as error:
+    except (StorageError, DamagedError, CheckpointNotFoundError, ValueError) as error:
         logger.debug("it cannot be told what is at %s: %s", path, error)
         return ""
 
@@ -64,7 +66,8 @@ def _said(path: PathLike, options: Mapping[str, Any] | None) -> str:
 def _in_run(parent: Store, run: Tail, name: str) -> str:
     checkpoint = names.parse_checkpoint(name)
     if checkpoint is None:
-        return ""
+        record = tagged(parent, name)
+        return "" if record is None else f"it is a tag, of {join(parent.url, _called(record))}"
     for record in run.having_numbers(checkpoint[1]).newest_first():
         if (record.name, record.number) == checkpoint:
             return f"it is a checkpoint of the run {parent.url}, whose directory is wanted here"
@@ -79,16 +82,19 @@ def _nearest_of_run(parent: Store, run: Tail, name: str) -> str:
     if not records:
         return f"no checkpoint has been committed in {parent.url}"
     wanted = names.parse_checkpoint(name)
-    folders = [names.checkpoint_folder(record.name, record.number) for record in records]
+    folders = [_called(record) for record in records]
     if wanted is not None and any(record.name == wanted[0] for record in records):
         nearest = min(
             (record for record in records if record.name == wanted[0]), key=lambda one: abs(one.number - wanted[1])
         )
-        found = names.checkpoint_folder(nearest.name, nearest.number)
-        return f"there is none of that number. The nearest is {join(parent.url, found)}"
-    if close := difflib.get_close_matches(name, folders, 1):
+        return f"there is none of that number. The nearest is {join(parent.url, _called(nearest))}"
+    if close := difflib.get_close_matches(name, [*folders, *tags(parent)], 1):
         return f"there is none of that name. Was {join(parent.url, close[0])} meant?"
     return f"there is none of that name. The newest is {join(parent.url, folders[0])}"
+
+
+def _called(record: CheckpointRecord) -> str:
+    return names.checkpoint_folder(record.name, record.number)
 
 
 # ---- folders --------------------------------------------------------------------------------------------------------
