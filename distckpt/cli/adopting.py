@@ -12,6 +12,7 @@ import msgspec
 from rich.text import Text
 
 from distckpt.cli import options, text
+from distckpt.cli.tables import Table
 from distckpt.cli.verifying import check
 from distckpt.directory.adopt import Found, Survey, adopt, survey
 from distckpt.directory.by_hand import check_quiet
@@ -78,7 +79,11 @@ def _print(what: Survey, entry: str | None, dry_run: bool) -> None:
     if not what.found:
         console.print("nothing to adopt: the log knows every checkpoint here")
         return
-    table = text.table(["checkpoint", "becomes", "saved", "size", "ranks", "attempt"], right=["size", "ranks"])
+    table = Table(
+        ["checkpoint", "becomes", "saved", "size", "ranks", "attempt"],
+        right=["size", "ranks"],
+        least=["attempt", "ranks", "saved", "size"],
+    )
     for one in what.found:
         record = one.record
         known = ("", "", "") if record is None else _known(record.time, record.nbytes, record.world_size)

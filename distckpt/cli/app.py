@@ -12,13 +12,18 @@ from distckpt.errors import DamagedError, DistckptError
 _HOMES = {
     "ls": ("listing", "list_checkpoints"),
     "show": ("showing", "show_checkpoint"),
+    "du": ("measuring", "measure"),
+    "diff": ("differing", "compare_checkpoints"),
     "stats": ("costing", "show_stats"),
+    "plot": ("plotting", "plot"),
     "verify": ("verifying", "verify_checkpoints"),
     "adopt": ("adopting", "adopt_checkpoints"),
     "cp": ("copying", "copy_checkpoints"),
     "doctor": ("examining", "examine_place"),
     "pin": ("pinning", "pin_checkpoint"),
     "unpin": ("pinning", "unpin_checkpoint"),
+    "tag": ("pinning", "tag_checkpoint"),
+    "untag": ("pinning", "untag_checkpoint"),
     "rm": ("removing", "remove_checkpoints"),
     "gc": ("collecting", "collect"),
     "watch": ("watching", "watch_directory"),
@@ -67,5 +72,5 @@ def main() -> None:
     """Look at checkpoints, check, copy, keep and remove them.
 
     DIR is the directory that a run saves to, such as /shared/run-7 or gs://bucket/run-7. PATH is one checkpoint in it, such
-    as /shared/run-7/ckpt-42, or the directory, which means its newest. ls, show, stats and verify only read.
+    as /shared/run-7/ckpt-42, or the directory, which means its newest. ls, show, du, diff, stats, plot and verify only read.
     """

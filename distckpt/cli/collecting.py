@@ -10,9 +10,11 @@ import click
 from rich.text import Text
 
 from distckpt.cli import options, text
+from distckpt.cli.tables import Table
 from distckpt.directory.collect import Collection, Garbage, Survey, delete, turn_away
 from distckpt.directory.garbage import GARBAGE_SECONDS
 from distckpt.directory.stillness import elapsed
+from distckpt.errors import CheckpointNotFoundError
 from distckpt.storage import open_store
 from distckpt.terminal.bar import bar
 from distckpt.terminal.sizes import counted, human_bytes
@@ -67,6 +69,8 @@ def collect(
         raise ValueError("who writes just now may need an hour for a single object: pass --force too")
     store = open_store(directory, storage_options)
     what = _watched(Survey(store, older_than), wait)
+    if what.tail.entry is None and not (what.found or what.later or what.unsure):
+        raise CheckpointNotFoundError(store.url, "no run has saved here")
     garbage, later, unsure = what.found, what.later, what.unsure
     if force and later:
         if not dry_run:
@@ -104,7 +108,7 @@ def _watched(survey: Survey, wait: bool) -> Collection:
     what = survey.look()
     total = what.wait
     end = elapsed() + total
-    with bar("watching") as update:
+    with bar("watching", sized=False) as update:
         while wait and what.wait and elapsed() < end + LOOK_SECONDS:
             time.sleep(min(what.wait, LOOK_SECONDS))
             what = survey.look()
@@ -146,8 +150,8 @@ def _print_left(left: Sequence[Garbage], why: str) -> None:
         console.print(f"left alone, as {why}")
 
 
-def _table(garbage: Sequence[Garbage]) -> Any:
-    table = text.table(["path", "what", "size", "age"], right=["size", "age"])
+def _table(garbage: Sequence[Garbage]) -> Table:
+    table = Table(["path", "what", "size", "age"], right=["size", "age"], least=["age", "what"])
     for one in garbage:
         table.add_row(one.left.path, one.kind, human_bytes(one.left.nbytes), _age(one.left.modified))
     return table

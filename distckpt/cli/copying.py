@@ -12,6 +12,7 @@ import click
 from rich.text import Text
 
 from distckpt.cli import options, text
+from distckpt.cli.tables import Table
 from distckpt.directory.by_hand import check_quiet
 from distckpt.directory.copy import Copied, Copying, chosen, origin
 from distckpt.directory.log import read_tail
@@ -106,7 +107,7 @@ def _as_json(one: Copied) -> dict[str, Any]:
 
 def _print(copied: Sequence[Copied], url: str, seconds: float) -> None:
     console = text.console()
-    table = text.table(["checkpoint", "", "size", "there already"], right=["size", "there already"])
+    table = Table(["checkpoint", "", "size", "there already"], right=["size", "there already"])
     for one in copied:
         folder = names.checkpoint_folder(one.record.name, one.record.number)
         fate = Text(one.fate, style=_STYLES.get(one.fate, "bold red"))

@@ -11,6 +11,7 @@ import msgspec
 from rich.text import Text
 
 from distckpt.cli import options, text
+from distckpt.cli.tables import Table
 from distckpt.directory.goodput import CONFIDENCE, Failures, Goodput, History, Interval
 from distckpt.directory.stats import Told, read_stats
 from distckpt.errors import CheckpointNotFoundError
@@ -79,7 +80,7 @@ def _run_as_json(history: History, run: RunStats) -> dict[str, Any]:
         for name, value in told.items()
         if isinstance(value, Durations)
     }
-    return {**told, **durations, "state": _state(history, run), "lost_to_failures": history.lost(run)}
+    return {**told, **durations, "state": history.state(run), "lost_to_failures": history.lost(run)}
 
 
 def _interval_as_json(history: History, interval: Interval) -> dict[str, Any]:
@@ -113,7 +114,7 @@ def _print(told: Told) -> None:
     console.print(_times(history.goodput))
     if costs := list(_costs(history)):
         console.print()
-        table = text.table(["for each save", "mean", "longest", "times"], right=["mean", "longest", "times"])
+        table = Table(["for each save", "mean", "longest", "times"], right=["mean", "longest", "times"])
         for name, durations in costs:
             table.add_row(name, _span(durations.mean), _span(durations.longest), f"{durations.times:,}")
         console.print(table)
@@ -122,11 +123,15 @@ def _print(told: Told) -> None:
         console.print(line, soft_wrap=True)
 
 
-def _runs(history: History) -> Any:
+def _runs(history: History) -> Table:
     right = ["run", "ran for", "saves", "stall", "lost"]
-    table = text.table(["began", "run", "ran for", "end", "saves", "stall", "lost"], right=right)
+    table = Table(
+        ["began", "run", "ran for", "end", "saves", "stall", "lost"],
+        right=right,
+        least=["saves", "run", "stall", "lost", "ran for"],
+    )
     for run in history.runs[-MOST_RUNS:]:
-        state, lost = _state(history, run), history.lost(run)
+        state, lost = history.state(run), history.lost(run)
         table.add_row(
             text.local_time(run.began),
             str(run.run),
@@ -139,11 +144,6 @@ def _runs(history: History) -> Any:
     return table
 
 
-def _state(history: History, run: RunStats) -> str:
-    """``open``: it goes on, or has crashed and was not followed by another yet."""
-    return run.end or ("crashed" if history.failed(run) else "open")
-
-
 def _omissions(told: Told) -> Iterator[str]:
     history = told.history
     if len(history.runs) > MOST_RUNS:
@@ -154,8 +154,8 @@ def _omissions(told: Told) -> Iterator[str]:
         yield f"passed over: {reason}"
 
 
-def _times(goodput: Goodput) -> Any:
-    table = text.table(["where the time went", "time", "share"], right=["time", "share"])
+def _times(goodput: Goodput) -> Table:
+    table = Table(["where the time went", "time", "share"], right=["time", "share"])
     words = {
         "productive": "training that was kept",
         "saving": "stood still for saves",

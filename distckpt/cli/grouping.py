@@ -11,10 +11,11 @@ import click
 import msgspec
 
 from distckpt.cli import options, text
+from distckpt.cli.tables import Table
 from distckpt.directory import sharing
 from distckpt.directory.groups import Group, group_names
 from distckpt.directory.strays import read_run
-from distckpt.errors import DamagedError, GroupNotFoundError
+from distckpt.errors import CheckpointNotFoundError, DamagedError, GroupNotFoundError
 from distckpt.format import names
 from distckpt.format.json.group import Claim, GroupEntry, GroupState, Item, SetAside
 from distckpt.format.json.log import CheckpointRecord, State
@@ -74,6 +75,8 @@ def show_groups(directory: str, as_json: bool, storage_options: Mapping[str, Any
     """See groups."""
     store = open_store(directory, storage_options)
     found = list(standings(store))
+    if not found and read_run(store).entry is None:
+        raise CheckpointNotFoundError(store.url, "no run has saved here")
     if as_json:
         text.print_json({"directory": store.url, "groups": [_as_json(store, one) for one in found]})
     elif not found:
@@ -147,7 +150,11 @@ def in_words(store: Store) -> dict[str, list[str]]:
 
 def _print(store: Store, found: list[Standing]) -> None:
     numbers = ["done", "working", "waiting", "given back", "set aside", "skipped", "missed"]
-    table = text.table(["group", "mode", *numbers, "newest done", "last sign"], right=numbers)
+    table = Table(
+        ["group", "mode", *numbers, "newest done", "last sign"],
+        right=numbers,
+        least=["missed", "skipped", "last sign", "mode", "given back", "newest done", "done", "working", "set aside"],
+    )
     for one in found:
         state = one.state
         counts = [state.acknowledged, len(state.claims), len(one.unseen), len(state.returned)]
@@ -160,19 +167,24 @@ def _print(store: Store, found: list[Standing]) -> None:
         text.console().print(_details(store, found))
 
 
-def _details(store: Store, found: list[Standing]) -> Any:
-    table = text.table(["group", "checkpoint", "how it stands", "deliveries", "error"], right=["deliveries"])
+def _details(store: Store, found: list[Standing]) -> Table:
+    table = Table(
+        ["checkpoint", "group", "how it stands", "deliveries", "error"],
+        right=["deliveries"],
+        least=["deliveries", "error", "group"],
+        folds=["error"],
+    )
     for one in found:
         for claim in one.state.claims:
             lease = "" if _has_lease(store, claim) else ", whose lease is gone"
-            table.add_row(one.name, _folder(claim), f"at {claim.worker}{lease}", str(claim.delivery), "")
+            table.add_row(_folder(claim), one.name, f"at {claim.worker}{lease}", str(claim.delivery), "")
         for back in one.state.returned:
             failed = f", {counted(back.failures, 'failure')}" if back.failures else ""
-            table.add_row(one.name, _folder(back), f"given back{failed}", str(back.deliveries), back.error)
+            table.add_row(_folder(back), one.name, f"given back{failed}", str(back.deliveries), back.error)
         for aside in one.state.set_aside:
-            table.add_row(one.name, _folder(aside), _since(aside), str(aside.deliveries), aside.error)
+            table.add_row(_folder(aside), one.name, _since(aside), str(aside.deliveries), aside.error)
         if one.state.forgotten:
-            table.add_row(one.name, f"{one.state.forgotten} before", "set aside", "", "")
+            table.add_row(f"{one.state.forgotten} before", one.name, "set aside", "", "")
     return table
 
 

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import json
 import re
-from collections.abc import Callable
-from typing import Any, TypeVar
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar, cast
 
 import click
+
+from distckpt.errors import CheckpointNotFoundError
+from distckpt.storage import canonical
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
@@ -37,15 +42,48 @@ def optional_seconds(ctx: click.Context, parameter: click.Parameter, value: str 
 def storage_options(command: _Command) -> _Command:
     """``-o key=value``, any number of them, for the store; and ``--data URL``, which is one of them."""
     where = "Where the shards are, if the manager was given data=URL."
-    return _with_data(_options_of(command, "-o", "storage_options", "the store"), "--data", "storage_options", where)
+    with_options = _options_of(_explaining(command), "-o", "storage_options", "the store")
+    return _with_data(with_options, "--data", "storage_options", where)
 
 
-def storage_options_beside_output(command: _Command) -> _Command:
-    """``--option key=value``, for commands whose ``-o`` is the file that they write; and ``--data URL``."""
+def storage_options_in_full(command: _Command) -> _Command:
+    """The same as ``--option key=value``, for a command whose ``-o`` is the output."""
     where = "Where the shards are, if the manager was given data=URL."
-    return _with_data(
-        _options_of(command, "--option", "storage_options", "the store"), "--data", "storage_options", where
-    )
+    with_options = _options_of(_explaining(command), "--option", "storage_options", "the store")
+    return _with_data(with_options, "--data", "storage_options", where)
+
+
+def _explaining(command: _Command) -> _Command:
+    """Says what is at a path at which nothing was found: a checkpoint for a directory, a typo, a file of others."""
+
+    @functools.wraps(command)
+    def explained(*args: Any, **arguments: Any) -> Any:
+        try:
+            return command(*args, **arguments)
+        except CheckpointNotFoundError as error:
+            from distckpt.directory.recognize import what_is  # only who is lost waits for its imports
+
+            what = what_is(error.path, arguments.get("storage_options")) if error.path in _paths(arguments) else ""
+            if not what:
+                raise
+            raise CheckpointNotFoundError(error.path, f"{error.message}; {what}") from error
+
+    return cast(_Command, explained)
+
+
+def _paths(arguments: Mapping[str, Any]) -> set[str]:
+    """What of the arguments may be a path, as it was given and as it is said: errors speak of other things too."""
+    given = {
+        each
+        for value in arguments.values()
+        for each in (value if isinstance(value, tuple) else (value,))
+        if isinstance(each, str) and each
+    }
+    spelt = set()
+    for path in given:
+        with contextlib.suppress(ValueError):
+            spelt.add(canonical(path))
+    return given | spelt
 
 
 def destination_options(command: _Command) -> _Command:

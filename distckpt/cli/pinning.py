@@ -1,4 +1,4 @@
-"""``distckpt pin`` and ``distckpt unpin``: keep a checkpoint from retention, also while the job runs."""
+"""``distckpt pin``, ``unpin``, ``tag``, ``untag``: keep a checkpoint from retention, or name it, while the job runs too."""
 
 from __future__ import annotations
 
@@ -14,8 +14,12 @@ import msgspec
 from distckpt.cli import options, text
 from distckpt.directory.by_hand import Hand, check_nothing_sealed, check_quiet
 from distckpt.directory.chosen import Chosen, choose
+from distckpt.directory.log import read_tail
 from distckpt.directory.pins import pin, unpin
+from distckpt.directory.tags import tag, untag
+from distckpt.errors import CheckpointNotFoundError
 from distckpt.format.json.log import CheckpointRecord, State
+from distckpt.storage import join, open_store, split_path
 
 
 @click.command("pin")
@@ -61,6 +65,49 @@ def unpin_checkpoint(path: str, force: bool, as_json: bool, storage_options: Map
     else:
         done = "is not pinned any more" if in_log or any(was_pinned) else "was not pinned"
         text.console().print(f"{where.path} {done}", soft_wrap=True)
+
+
+@click.command("tag")
+@click.argument("path")
+@click.argument("name")
+@click.option("--note", default="", metavar="TEXT", help="Why, for those who find the tag.")
+@options.as_json
+@options.storage_options
+def tag_checkpoint(path: str, name: str, note: str, as_json: bool, storage_options: Mapping[str, Any]) -> None:
+    """Give a checkpoint a NAME that people say instead of its number, and keep it until it is untagged.
+
+    \b
+        distckpt tag /shared/run-7/ckpt-4200 best
+        distckpt show /shared/run-7/best
+
+    A job that runs is not disturbed, and honours the tag at once, as it does a pin. PATH may be the directory: its newest
+    is tagged. A name that another checkpoint has is refused.
+    """
+    where = choose(path, storage_options)
+    lease = tag(where.store, name, where.records[0], _somebody(), note, time.time())
+    called = join(where.store.url, name)
+    if as_json:
+        text.print_json({"path": where.path, "attempt": lease.attempt, "tag": name, "called": called})
+    else:
+        text.console().print(f"{where.path} is {called} too", soft_wrap=True)
+
+
+@click.command("untag")
+@click.argument("path", metavar="DIR/NAME")
+@options.as_json
+@options.storage_options
+def untag_checkpoint(path: str, as_json: bool, storage_options: Mapping[str, Any]) -> None:
+    """Take a tag away, and let retention have its checkpoint again."""
+    directory, name = split_path(path)
+    store = open_store(directory, storage_options)
+    was_there = untag(store, name)
+    if not was_there and read_tail(store).entry is None:
+        raise CheckpointNotFoundError(join(store.url, name), "no run has saved there")
+    if as_json:
+        text.print_json({"directory": store.url, "tag": name, "was_tagged": was_there})
+    else:
+        done = "is no tag any more" if was_there else "was no tag"
+        text.console().print(f"{join(store.url, name)} {done}", soft_wrap=True)
 
 
 def _unpin_in_log(where: Chosen) -> None:

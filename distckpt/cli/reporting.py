@@ -23,7 +23,7 @@ REFRESH_SECONDS = 30
 @click.command("report")
 @click.argument("directory", metavar="DIR")
 @click.option("-o", "output", required=True, metavar="FILE", type=click.Path(dir_okay=False), help="The page to write.")
-@options.storage_options_beside_output
+@options.storage_options_in_full
 @click.pass_context
 def write_report(ctx: click.Context, directory: str, output: str, storage_options: Mapping[str, Any]) -> None:
     """Write a page that shows the run of a directory: one HTML file, which needs no server and no network.

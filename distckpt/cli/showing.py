@@ -11,10 +11,12 @@ import msgspec
 
 from distckpt.cli import options, text
 from distckpt.cli.grouping import in_words
+from distckpt.cli.tables import Table, Twig
 from distckpt.directory.exports import read_export
 from distckpt.directory.locate import Located, locate, read_index
 from distckpt.directory.pins import pin_of
 from distckpt.directory.reports import reported_metrics
+from distckpt.directory.tags import tags_by_attempt
 from distckpt.format import names
 from distckpt.format.arrow.dtypes import VALUE
 from distckpt.format.tree.tree import RankStep, Step, decode_path
@@ -42,10 +44,11 @@ def show_checkpoint(path: str, as_json: bool, storage_options: Mapping[str, Any]
     pin = pin_of(where.store, where.manifest.attempt)
     metrics = reported_metrics(where.store, where.manifest.attempt)
     groups = in_words(where.store).get(where.manifest.attempt, [])
+    tags = tags_by_attempt(where.store).get(where.manifest.attempt, ())
     if as_json:
-        text.print_json({**_as_json(where, index, export, pin, metrics), "groups": groups})
+        text.print_json({**_as_json(where, index, export, pin, metrics), "groups": groups, "tags": tags})
     else:
-        _print(where, index, export, pin, metrics, groups)
+        _print(where, index, export, pin, metrics, groups, tags)
 
 
 # ---- for people ---------------------------------------------------------------------------------------------------
@@ -69,12 +72,13 @@ def _print(
     pin: Lease | None,
     metrics: Mapping[str, float],
     groups: list[str],
+    tags: tuple[str, ...],
 ) -> None:
     console = text.console()
     manifest = where.manifest
     tensors = sum(dtype != VALUE for dtype in index.dtypes)
     stored = sum(shard.size for shard in manifest.shards)
-    console.print(where.path, style="bold")
+    console.print(where.path, style="bold", soft_wrap=True)
     console.print(
         f"saved {text.local_time(manifest.time)} by {counted(manifest.world_size, 'rank')}, attempt {manifest.attempt}"
     )
@@ -89,6 +93,8 @@ def _print(
         exported = ", ".join(module.name for module in export.modules)
         nbytes = sum(file.size for _, file in export.files())
         console.print(f"exported {text.local_time(export.time)}: {exported}, {human_bytes(nbytes)}")
+    if tags:
+        console.print(f"tagged {', '.join(tags)}", soft_wrap=True)
     if pin is not None:
         console.print(text.pin_in_words(pin))
     if groups:
@@ -96,19 +102,19 @@ def _print(
     if metrics:
         console.print(", ".join(f"{name}={value:.5g}" for name, value in metrics.items()))
     console.print()
-    table = text.table(["key", "shape", "type", "size", "written by"], right=["size"])
-    for guide, branch in _lines(_tree(where, index)):
+    table = Table(["key", "shape", "type", "size", "written by"], right=["size"], least=["written by", "type", "shape"])
+    for twig, branch in _lines(_tree(where, index)):
         info = branch.info
         shape = _shape(info.shape) if info is not None and info.dtype != VALUE else ""
         dtype = ("value" if info.dtype == VALUE else info.dtype) if info is not None else ""
         ranks = _written_by(branch, manifest.world_size)
         table.add_row(
-            guide + branch.label,
+            twig,
             shape,
             dtype,
             human_bytes(branch.nbytes),
             ranks,
-            style=None if info is not None else "bold",
+            style="" if info is not None else "bold",
         )
     console.print(table)
     console.print()
@@ -137,12 +143,12 @@ def _tree(where: Located, index: Index) -> _Branch:
     return root
 
 
-def _lines(root: _Branch) -> Iterator[tuple[str, _Branch]]:
+def _lines(root: _Branch) -> Iterator[tuple[Twig, _Branch]]:
     """Every place below the root with the lines that lead to it, drawn from top to bottom."""
     waiting = [("", "", branch) for branch in reversed(root.children.values())]
     while waiting:
         here, below, branch = waiting.pop()
-        yield here, branch
+        yield Twig(here, below + ("│ " if branch.children else "  "), branch.label), branch
         children = list(branch.children.values())
         lines = [(f"{below}├─ ", f"{below}│  ", child) for child in children[:-1]]
         lines += [(f"{below}└─ ", f"{below}   ", child) for child in children[-1:]]
@@ -167,7 +173,7 @@ def _written_by(branch: _Branch, world_size: int) -> str:
 
 
 def _print_ranks(where: Located, index: Index) -> None:
-    table = text.table(["rank", "shards", "chunks", "size"], right=["rank", "shards", "chunks", "size"])
+    table = Table(["rank", "shards", "chunks", "size"], right=["rank", "shards", "chunks", "size"])
     chunks = _count(index.rank.tolist())
     shards = _count(shard.rank for shard in where.manifest.shards)
     sizes: dict[int, int] = {}
@@ -175,9 +181,9 @@ def _print_ranks(where: Located, index: Index) -> None:
         sizes[shard.rank] = sizes.get(shard.rank, 0) + shard.size
     for rank in list(shards)[:MOST_RANKS]:
         table.add_row(f"{rank}", f"{shards[rank]}", f"{chunks.get(rank, 0):,}", human_bytes(sizes[rank]))
-    if len(shards) > MOST_RANKS:
-        table.caption = f"and {counted(len(shards) - MOST_RANKS, 'more rank')}; --json shows them all"
     text.console().print(table)
+    if len(shards) > MOST_RANKS:
+        text.console().print(f"and {counted(len(shards) - MOST_RANKS, 'more rank')}; --json shows them all")
 
 
 def _count(ranks: Any) -> dict[int, int]:

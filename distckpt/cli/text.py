@@ -5,19 +5,17 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from datetime import datetime
 from typing import Any
 
 import click
-from rich import box
 from rich.console import Console
-from rich.table import Table
 
 from distckpt.format.json.lease import Lease
 
-PIPED_COLUMNS = 100
-"""Columns where the terminal does not say: enough for every table, and for most pagers."""
+PIPED_COLUMNS = 1 << 20
+"""Where no terminal shows it nothing is too long."""
 
 
 def local_time(seconds: float) -> str:
@@ -59,25 +57,10 @@ def number_ranges(numbers: Iterable[int]) -> str:
 
 
 def console() -> Console:
-    """Where tables go: stdout, as wide as the terminal; colours only on a terminal."""
+    """Where tables go: stdout, as wide as the terminal or COLUMNS says, or as they are. Colours only on a terminal."""
     columns = os.environ.get("COLUMNS", "")
     wide = None if sys.stdout.isatty() or columns.isdigit() else PIPED_COLUMNS
     return Console(file=sys.stdout, width=wide, highlight=False, emoji=False, markup=False)
-
-
-def table(columns: Sequence[str], right: Sequence[str] = ()) -> Table:
-    """An empty table; the columns named in ``right`` are aligned to the right, the first one folds where it must."""
-    made = Table(
-        box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, padding=(0, 1), collapse_padding=True, header_style="bold"
-    )
-    for column in columns:
-        made.add_column(
-            column,
-            justify="right" if column in right else "left",
-            overflow="fold",
-            no_wrap=column != columns[0] and column != columns[-1],
-        )
-    return made
 
 
 def print_json(value: Any) -> None:

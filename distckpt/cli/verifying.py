@@ -102,7 +102,7 @@ def _print(report: VerifyReport) -> None:
     if report.good:
         shards, keys = counted(report.shards, "shard"), counted(report.keys, "key")
         console.print(
-            Text.assemble(f"{name}  ", ("good", "green"), f"  {human_bytes(report.nbytes)}, {shards}, {keys}")
+            Text.assemble(f"{name}  ", ("good", "green"), f"  {human_bytes(report.nbytes)} read, {shards}, {keys}")
         )
         return
     console.print(Text.assemble(f"{name}  ", ("DAMAGED", "bold red"), f"  {counted(len(report.damages), 'finding')}"))

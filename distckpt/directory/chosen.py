@@ -10,6 +10,7 @@ from distckpt.directory.locate import foreign_advice
 from distckpt.directory.log import Tail, read_tail
 from distckpt.directory.newest import newest_there
 from distckpt.directory.pages import known
+from distckpt.directory.tags import tagged
 from distckpt.errors import CheckpointNotFoundError
 from distckpt.format import names
 from distckpt.format.json.log import CheckpointRecord
@@ -59,8 +60,11 @@ def refuse_inside(store: Store, storage_options: Mapping[str, Any] | None = None
 
 
 def choose_in(store: Store, folder: str) -> Chosen:
-    """The committed checkpoint of that name in a directory. Raises as ``choose``."""
+    """The committed checkpoint of that name, or that tag, in a directory. Raises as ``choose``."""
     tail = read_tail(store)
+    record = tagged(store, folder) if tail.entry is not None else None
+    if record is not None:
+        return Chosen(store, tail, (record,))
     if tail.entry is None or names.parse_checkpoint(folder) is None:
         raise CheckpointNotFoundError(
             join(store.url, folder), "neither a directory with committed checkpoints nor one of its checkpoints"

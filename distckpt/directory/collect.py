@@ -27,6 +27,7 @@ from distckpt.directory.pages import known
 from distckpt.directory.pins import pins
 from distckpt.directory.stillness import elapsed
 from distckpt.directory.strays import read_run
+from distckpt.directory.tags import tags
 from distckpt.errors import DamagedError, StorageError
 from distckpt.format import names
 from distckpt.storage import ObjectInfo, Store, join
@@ -38,7 +39,7 @@ LEASE = "expired lease"
 LEASED = "lease"
 PROBE = "probe"
 PAGE = "page of the log"
-PIN = "pin of nothing"
+PIN = "pin or tag of nothing"
 REPORT = "report on what is gone"
 
 
@@ -192,10 +193,13 @@ class _Attempts:
         return lost_reports(Bounds(self._known, frozenset(), self._epoch), self._min_age, self._watch)
 
     def lost_pins(self) -> Iterator[Leftover]:
-        """Pins of what is no more, and those that came too late for it and whose maker was killed before it saw that."""
-        for attempt, lease in pins(self._store).items():
+        """Pins and tags of what is no more, and such as came too late for it and whose maker was killed before it saw that."""
+        kept = [(names.pin_path(attempt), attempt, lease) for attempt, lease in pins(self._store).items()]
+        kept += [
+            (names.tag_path(name), lease.attempt, lease) for name, lease in tags(self._store).items() if lease.attempt
+        ]
+        for path, attempt, lease in kept:
             if attempt not in self._known or (attempt in self._retiring and not lease.holds):
-                path = names.pin_path(attempt)
                 seen = [ObjectInfo(path, 0, lease.since)]
                 yield leftover(self._store, path, seen, self._watch.missing(self._store, path, seen, self._min_age))
 

@@ -150,6 +150,10 @@ class History:
         """Whether it came to no good end. One that says nothing of its end has crashed if there is a later one."""
         return run.end == "failed" or (not run.end and run.run < max(self.newest, self.runs[-1].run))
 
+    def state(self, run: RunStats) -> str:
+        """How it has ended: closed, failed, crashed; or open, if it goes on, or was not followed by another yet."""
+        return run.end or ("crashed" if self.failed(run) else "open")
+
     def lost(self, run: RunStats) -> float:
         """Seconds of training of this run that are gone."""
         return run.lost_seconds + (run.unsaved_seconds if self.failed(run) else 0.0)

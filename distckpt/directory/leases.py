@@ -32,6 +32,22 @@ class Leased:
     pinned: frozenset[str] = frozenset()
 
 
+def readers_of(store: Store) -> dict[str, tuple[Lease, ...]]:
+    """Every reader's lease that there is, by the attempt; who was killed leaves his for a while. Pins and tags are none.
+
+    To be shown: one that cannot be read is left out.
+    """
+    found: dict[str, tuple[Lease, ...]] = {}
+    for info in at_most(MOST_NAMES, store.list(names.LEASES), f"{store.url}/{names.LEASES}"):
+        try:
+            lease = unseal(store.read(info.path, MAX_LEASE_BYTES), Lease, info.path, MAX_LEASE_BYTES)
+        except (ObjectNotFoundError, DamagedError):  # released meanwhile, or it says nothing
+            continue
+        if lease.seconds is not None:
+            found[lease.attempt] = (*found.get(lease.attempt, ()), lease)
+    return found
+
+
 class Leases:
     """Reads the leases of one directory, again and again. What is wrong with one is logged once.
 

@@ -14,7 +14,8 @@ from distckpt.directory.log import read_tail
 from distckpt.directory.newest import newest_there
 from distckpt.directory.pages import known
 from distckpt.directory.strays import read_run, strays_in
-from distckpt.errors import CheckpointNotFoundError, DamagedError, ObjectNotFoundError
+from distckpt.directory.tags import tagged
+from distckpt.errors import CheckpointNotFoundError, DamagedError, ObjectNotFoundError, StorageError
 from distckpt.format import names
 from distckpt.format.arrow.index import Index, decode_index
 from distckpt.format.json.log import CheckpointRecord
@@ -51,7 +52,8 @@ class Located:
 
 
 def locate(path: PathLike, storage_options: Mapping[str, Any] | None = None) -> Located:
-    """The checkpoint that ``path`` means: ``<directory>/<name>-<number>``, a directory (its newest), or a lone copy.
+    """The checkpoint that ``path`` means: ``<directory>/<name>-<number>``, or with a tag for the last part; a directory (its
+    newest), or a lone copy.
 
     A lone copy is a checkpoint folder without its directory's log. The newest is the newest of which there is a
     manifest: what was deleted by hand is passed over with a warning. Raises CheckpointNotFoundError when nothing
@@ -65,7 +67,11 @@ def locate(path: PathLike, storage_options: Mapping[str, Any] | None = None) -> 
         if newest is None:
             raise CheckpointNotFoundError(store.url, "no checkpoint has been committed here")
         return located(store, newest)
-    return _in_directory(store, storage_options) or _lone_copy(store)
+    found = _in_directory(store, storage_options) or _lone_copy(store) or _by_tag(store, storage_options)
+    if found is None:
+        read_run(store)
+        raise CheckpointNotFoundError(store.url, "neither a directory with committed checkpoints nor a checkpoint")
+    return found
 
 
 def _in_directory(store: Store, storage_options: Mapping[str, Any] | None) -> Located | None:
@@ -186,13 +192,23 @@ def _own_manifest(store: Store, attempt: str) -> Manifest:
     return manifest
 
 
-def _lone_copy(store: Store) -> Located:
+def _by_tag(store: Store, storage_options: Mapping[str, Any] | None) -> Located | None:
+    """The checkpoint whose tag is the last part of the path, in the directory above; None if there is no such tag."""
+    directory, _, name = store.url.rpartition("/")
+    if not names.is_tag(name) or not directory or directory.endswith(":/"):
+        return None
+    parent = open_store(directory, storage_options)
+    try:
+        record = tagged(parent, name)
+    except StorageError:  # who may not look above has no tag there
+        return None
+    return None if record is None else located(parent, record)
+
+
+def _lone_copy(store: Store) -> Located | None:
     found = [
         Located(store, attempt, store.url, _own_manifest(store, attempt))
         for attempt in attempts(parts_of(store)[0], "")
         if is_there(store, f"{attempt}/{names.MANIFEST}")
     ]
-    if not found:
-        read_run(store)
-        raise CheckpointNotFoundError(store.url, "neither a directory with committed checkpoints nor a checkpoint")
-    return max(found, key=lambda where: names.attempt_age(where.manifest.attempt))
+    return max(found, key=lambda where: names.attempt_age(where.manifest.attempt), default=None)

@@ -14,6 +14,7 @@ from distckpt.directory.garbage import delete_attempt
 from distckpt.directory.leases import Leases
 from distckpt.directory.log import Tail, read_tail
 from distckpt.directory.pins import pins
+from distckpt.directory.tags import tags_by_attempt
 from distckpt.errors import CoordinatorError, DamagedError, StorageError
 from distckpt.format import names
 from distckpt.format.json.log import CheckpointRecord, State
@@ -122,7 +123,7 @@ def _deleted(store: Store, record: CheckpointRecord, failed: str, leased: Collec
 
 
 def _check_free(store: Store, records: Collection[CheckpointRecord], leases: Leases) -> None:
-    pinned = pins(store)
+    pinned, names_of = pins(store), tags_by_attempt(store)
     leased = leases.read()
     if leased.failed:
         raise CoordinatorError(f"{store.url}: nothing is removed while it is not known who reads what: {leased.failed}")
@@ -130,6 +131,8 @@ def _check_free(store: Store, records: Collection[CheckpointRecord], leases: Lea
         path = join(store.url, _folder(record))
         if record.pinned or record.attempt in pinned:
             raise CoordinatorError(f"{path} is pinned. Run `distckpt unpin {path}` first")
+        for name in names_of.get(record.attempt, ()):
+            raise CoordinatorError(f"{path} has the tag {name}. Run `distckpt untag {join(store.url, name)}` first")
         if record.attempt in leased.attempts:
             raise CoordinatorError(
                 f"{path} is being read by somebody who holds a lease on it, or was killed and held one. Try again later, or "

@@ -20,6 +20,8 @@ WEIGHTS = "model.safetensors"
 WEIGHTS_INDEX = "model.safetensors.index.json"
 
 _PIN = "pin-"
+_TAG = "tag-"
+MAX_TAG_LENGTH = 64
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _ATTEMPT = re.compile(r"e([0-9]{1,18})-[0-9a-f]{32}")
 _ENTRY = re.compile(r"([0-9]{20})\.json")
@@ -138,6 +140,29 @@ def pinned_attempt(path: str) -> str | None:
     name = path.removeprefix(f"{LEASES}/").removesuffix(".json")
     attempt = name.removeprefix(_PIN)
     return attempt if attempt != name and is_attempt(attempt) else None
+
+
+def is_tag(text: str) -> bool:
+    """Whether ``text`` can be the name that people give to a checkpoint: it may be taken for nothing else in its place."""
+    return (
+        is_name(text)
+        and len(text) <= MAX_TAG_LENGTH
+        and parse_checkpoint(text) is None
+        and not is_attempt(text)
+        and text != STATE_FILE
+    )
+
+
+def tag_path(name: str) -> str:
+    """The tag of that name, which is a lease of its own kind. ``name`` is one (``is_tag``)."""
+    return lease_path(f"{_TAG}{name}")
+
+
+def tag_name(path: str) -> str | None:
+    """The name of the tag at ``path``, or None if there is a pin, or a reader's lease."""
+    name = path.removeprefix(f"{LEASES}/").removesuffix(".json")
+    tag = name.removeprefix(_TAG)
+    return tag if tag != name and is_tag(tag) else None
 
 
 def stats_path(run: int, unique: str) -> str:

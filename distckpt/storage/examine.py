@@ -27,6 +27,7 @@ from distckpt.storage.interface import Store, SupportsCooling
 from distckpt.storage.location import canonical, join, open_store
 from distckpt.storage.mounts import mount_of
 from distckpt.storage.probe import FOLDER, probe
+from distckpt.terminal.sizes import human_bytes
 
 Verdict = Literal["good", "bad", "careful", "untried"]
 
@@ -171,7 +172,7 @@ def _file_system(location: str) -> Iterator[Finding]:
         yield Finding("room", "untried", str(error))
         return
     free, files = room.f_bavail * room.f_frsize, room.f_favail
-    shown = f"{free / 1e9:.1f} GB and {files:,} files" if room.f_files else f"{free / 1e9:.1f} GB"
+    shown = f"{human_bytes(free)} and {files:,} files" if room.f_files else human_bytes(free)
     if free < _ROOM or (room.f_files > 0 and files < _FEW_FILES):
         yield Finding("room", "careful", f"{shown} are left", "hardly any: a save that finds none fails")
     else:
@@ -306,7 +307,7 @@ class _Trial:
         down = self._received(path)
         known = self.speed
         self.speed = Speed(known.create, known.create_worst, known.read, known.read_worst, up, down)
-        return "good", f"{up / 1e6:,.0f} MB/s up, {down / 1e6:,.0f} MB/s down", ""
+        return "good", f"{human_bytes(round(up))}/s up, {human_bytes(round(down))}/s down", ""
 
     def _put(self, path: str, data: bytes) -> None:
         self._made.add(path)

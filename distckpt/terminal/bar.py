@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from distckpt.terminal.sizes import human_bytes
+
 Update = Callable[[int, int], None]
 """Takes how many bytes are done, and how many there are."""
 
@@ -17,13 +19,13 @@ PATIENCE_SECONDS = 1.0
 
 
 @contextmanager
-def bar(title: str, shown: bool = True) -> Iterator[Update]:
+def bar(title: str, shown: bool = True, sized: bool = True) -> Iterator[Update]:
     """Inside, tell what is given how far it has come, from any thread. Without a terminal, or unless ``shown``, nobody
-    sees it; it leaves nothing behind."""
+    sees it; it leaves nothing behind. What is not ``sized`` is not bytes."""
     if not shown or not sys.stderr.isatty():
         yield _nowhere
         return
-    line = _Line(title, time.monotonic() + PATIENCE_SECONDS)
+    line = _Line(title, time.monotonic() + PATIENCE_SECONDS, sized)
     try:
         yield line.update
     finally:
@@ -45,8 +47,9 @@ def _nowhere(done: int, total: int) -> None:
 class _Line:
     """One bar among those that are shown."""
 
-    def __init__(self, title: str, begin: float) -> None:
+    def __init__(self, title: str, begin: float, sized: bool) -> None:
         self._title = title
+        self._sized = sized
         self._begin = begin
         self._task: Any = None
         self._closed = False
@@ -56,7 +59,7 @@ class _Line:
         if self._closed or (time.monotonic() < self._begin and total):
             return
         if self._task is None:
-            self._task = _screen.begin(self._title, total or None)
+            self._task = _screen.begin(self._title, total or None, self._sized)
         _screen.update(self._task, done)
 
     def close(self) -> None:
@@ -74,13 +77,13 @@ class _Screen:
         self._progress: Any = None
         self._shown = 0
 
-    def begin(self, title: str, total: int | None) -> Any:
+    def begin(self, title: str, total: int | None, sized: bool) -> Any:
         with self._lock:
             if self._progress is None:
                 self._progress = _new_progress()
                 self._progress.start()
             self._shown += 1
-            task = self._progress.add_task(title, total=total)
+            task = self._progress.add_task(title, total=total, sized=sized)
             self._progress.refresh()
             return task
 
@@ -101,15 +104,23 @@ class _Screen:
 _screen = _Screen()
 
 
+def _sizes(done: float, total: float | None, rate: float | None) -> str:
+    """``1.2 GiB of 3.4 GiB, 210 MiB/s``, as far as it is known."""
+    if total is None and not done:
+        return ""
+    of = "" if total is None else f" of {human_bytes(int(total))}"
+    return f"{human_bytes(int(done))}{of}" + (f", {human_bytes(int(rate))}/s" if rate else "")
+
+
 def _new_progress() -> Any:
     from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+    from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        DownloadColumn(binary_units=True),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-    )
+    class Sizes(ProgressColumn):
+        def render(self, task: Task) -> Any:
+            if not task.fields["sized"]:
+                return ""
+            return _sizes(task.completed, task.total, task.finished_speed or task.speed)
+
+    columns = (TextColumn("{task.description}"), BarColumn(), Sizes(), TimeRemainingColumn())
     return Progress(*columns, console=Console(file=sys.stderr), transient=True)

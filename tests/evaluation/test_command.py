@@ -171,7 +171,7 @@ def test_groups_are_shown_to_people_and_programs(tmp_path: Path) -> None:
     assert shown.exit_code == 0
     words = " ".join(shown.stdout.split())
     assert "eval all 2 1 1 0 1 0 0 ckpt-3" in words
-    assert "ckpt-4 at alice 1" in words
+    assert "ckpt-4 eval at alice 1" in words
     assert "exit status 1" in words
     [group] = json.loads(run("groups", tmp_path, "--json").stdout)["groups"]
     assert json.loads(run("groups", "--json", tmp_path).stdout)["groups"] == [group]
@@ -212,8 +212,8 @@ def test_what_was_deleted_cannot_be_put_back(tmp_path: Path) -> None:
 
 
 def test_a_directory_without_groups_says_so_and_wrong_usage_is_one_sentence(tmp_path: Path) -> None:
-    assert "no group follows this directory" in run("groups", tmp_path).stdout
     commit_bare(tmp_path, 1)
+    assert "no group follows this directory" in run("groups", tmp_path).stdout
     assert watch(tmp_path, "true").exit_code == 0
     result = run("watch", tmp_path, "--group", "eval", "--mode", "latest", "--", "true")
     assert (result.exit_code, result.stderr.count("\n")) == (2, 1)

@@ -10,8 +10,8 @@ from tests.house.source import PACKAGE, file_of, imports, imports_when_imported,
 
 FLOORS = (
     ("errors",),
-    ("world",),
-    ("storage", "format", "threads", "terminal"),
+    ("world", "terminal"),
+    ("storage", "format", "threads"),
     ("sharding", "state_file", "keep"),
     ("transfer",),
     ("directory",),

@@ -4,37 +4,19 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
-import msgspec
 import pytest
 from click.testing import CliRunner, Result
 
 from distckpt.cli import main
-from distckpt.directory.log import read_tail
-from distckpt.directory.stats import write_stats
 from distckpt.format import names
-from distckpt.format.json.stats import FORMAT, Durations, RunStats
-from distckpt.storage import LocalStore
+from distckpt.format.json.stats import Durations
 from tests.support.small_runs import run
-
-HOUR = 3600.0
+from tests.support.told import HOUR, tell
 
 
 def stats(*args: str | Path, columns: str | None = None) -> Result:
     return CliRunner(env={"COLUMNS": columns}).invoke(main, ["stats", *map(str, args)])
-
-
-def tell(directory: Path, number: int, **values: Any) -> None:
-    """As the run with that number would."""
-    store = LocalStore(directory)
-    nothing = {name: Durations() for name in RunStats.__annotations__ if RunStats.__annotations__[name] == "Durations"}
-    zeros = {name: 0 for name, kind in RunStats.__annotations__.items() if kind == "int"}
-    zeros |= {name: 0.0 for name, kind in RunStats.__annotations__.items() if kind == "float"}
-    whole = {**zeros, **nothing, "format": FORMAT, "host": "node-1", "world_size": 8, "end": "", "run": number}
-    whole |= {"origin": read_tail(store).state.origin, "began": 1.8e9 + number * 20 * HOUR, **values}
-    record = msgspec.convert(whole, RunStats)
-    write_stats(store, names.stats_path(number, f"{number:032x}"), record)
 
 
 def job(directory: Path, runs: int) -> None:
@@ -130,10 +112,10 @@ def test_programs_get_all_of_it(tmp_path: Path) -> None:
 
 
 def test_a_directory_of_which_nothing_was_told_is_said_in_one_sentence(tmp_path: Path) -> None:
-    for place in (tmp_path, tmp_path / "nowhere"):
+    for place, why in ((tmp_path, "the folder is empty"), (tmp_path / "nowhere", "there is nothing in ")):
         result = stats(place)
-        assert (result.exit_code, result.stdout) == (2, "")
-        assert result.stderr == f"Error: {place}: no run has told here what it has measured\n"
+        assert (result.exit_code, result.stdout, result.stderr.count("\n")) == (2, "", 1)
+        assert result.stderr.startswith(f"Error: {place}: no run has told here what it has measured; {why}")
     (tmp_path / names.STATS).mkdir()
     (tmp_path / names.STATS / f"{7:018d}-{7:032x}.json").write_text("{}")
     assert "but for what cannot be read: " in stats(tmp_path).stderr

@@ -76,3 +76,13 @@ def test_a_checkpoint_shows_what_it_restores_if_it_is_told_to(tmp_path: Path) ->
         checkpoint.restore(tmp_path, partial=True, progress=True)
     assert "checking ckpt-1" in screen.getvalue()
     assert "restoring ckpt-1" in screen.getvalue()
+
+
+def test_sizes_are_shown_as_everywhere_and_only_of_what_has_some() -> None:
+    with redirect_stderr(Screen()) as screen, bar("bytes") as update:
+        update(3 << 19, 3 << 20)
+    assert " of 3.0 MiB" in screen.getvalue()
+    with redirect_stderr(Screen()) as screen, bar("seconds", sized=False) as update:
+        update(5, 10)
+    assert "seconds" in screen.getvalue()
+    assert " of " not in screen.getvalue()

@@ -15,7 +15,7 @@ from distckpt.directory.pins import pins
 from distckpt.directory.reports import read_reports
 from distckpt.directory.stats import read_stats
 from distckpt.directory.strays import read_run
-from distckpt.errors import DamagedError, ObjectNotFoundError
+from distckpt.errors import CheckpointNotFoundError, DamagedError, ObjectNotFoundError
 from distckpt.format import names
 from distckpt.format.json.lease import MAX_LEASE_BYTES, Lease
 from distckpt.format.json.log import State
@@ -44,11 +44,14 @@ class Overview:
 def gather(store: Store, now: float) -> Overview:
     """All of it, at ``now``. StorageError if the store cannot be read, LogMissingError if there are checkpoints and no log.
 
-    DamagedError if no entry of the log can be read; whatever else is damaged is told in ``wrong``.
+    CheckpointNotFoundError if no run has begun there, DamagedError if no entry of the log can be read; whatever else is
+    damaged is told in ``wrong``.
     """
     wrong: list[str] = []
     reports = read_reports(store)  # before the log, into which they go
     tail = read_run(store)
+    if tail.entry is None:
+        raise CheckpointNotFoundError(store.url, "no run has saved here")
     state, lost = tail.readable()
     wrong += [f"{error}" for error in tail.damaged]
     wrong += [f"{one.error}" for one in lost]
