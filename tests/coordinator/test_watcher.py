@@ -32,6 +32,15 @@ FOR_EVER = 3600.0
 """Whoever is not told waits until the test's time is over."""
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _disconnected() -> Iterator[None]:
+    """Of a node that was killed Ray tells on stdout, half a minute later: not where another test reads what is printed."""
+    import ray
+
+    yield
+    ray.shutdown()
+
+
 @pytest.fixture
 def store(tmp_path: Path) -> Iterator[Store]:
     yield open_store(tmp_path / "run")
