@@ -72,5 +72,6 @@ def main() -> None:
     """Look at checkpoints, check, copy, keep and remove them.
 
     DIR is the directory that a run saves to, such as /shared/run-7 or gs://bucket/run-7. PATH is one checkpoint in it, such
-    as /shared/run-7/ckpt-42, or the directory, which means its newest. ls, show, du, diff, stats, plot and verify only read.
+    as /shared/run-7/ckpt-42, or the directory, which means its newest. ls, show, du, diff, stats, plot,
+    report, serve and verify only read.
     """

@@ -20,7 +20,6 @@ class Point:
     x: float
     y: float
     words: str
-    style: str = "point"
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +56,7 @@ def line_chart(
     path = " ".join(f"{'L' if at else 'M'}{across.to(p.x):.1f} {up.to(p.y):.1f}" for at, p in enumerate(points))
     drawn = [_axes(across, up, x_words, y_words), *_marks(marks, across), f'<path class="line" d="{path}"/>']
     drawn += (
-        f'<circle class="{point.style}" cx="{across.to(point.x):.1f}" cy="{up.to(point.y):.1f}" r="3">'
+        f'<circle class="point" cx="{across.to(point.x):.1f}" cy="{up.to(point.y):.1f}" r="3">'
         f"<title>{escape(point.words)}</title></circle>"
         for point in points
     )

@@ -8,10 +8,8 @@ from dataclasses import dataclass
 
 from distckpt.cli.grouping import Standing, standings
 from distckpt.cli.listing import Listed, in_order
-from distckpt.directory.goodput import History
-from distckpt.directory.log import Tail
 from distckpt.directory.newest import has_manifest
-from distckpt.directory.pins import pins
+from distckpt.directory.picture import Picture
 from distckpt.directory.reports import read_reports
 from distckpt.directory.stats import read_stats
 from distckpt.directory.strays import read_run
@@ -29,15 +27,17 @@ MOST_LOOKED_FOR = 200
 
 @dataclass(frozen=True, slots=True)
 class Overview:
-    """A run at a moment, ``read_at`` in epoch seconds: ``listed`` oldest first, ``wrong`` what could not be read or is gone."""
+    """A run at a moment, ``read_at`` in epoch seconds: ``listed`` oldest first, ``wrong`` what could not be read or is gone.
 
-    directory: str
+    ``ended``: the log says that training is over.
+    """
+
+    picture: Picture
     read_at: float
-    state: State
+    ended: bool
     listed: tuple[Listed, ...]
     leases: tuple[Lease, ...]
     groups: tuple[Standing, ...]
-    history: History
     wrong: tuple[str, ...]
 
 
@@ -56,17 +56,19 @@ def gather(store: Store, now: float) -> Overview:
     wrong += [f"{error}" for error in tail.damaged]
     wrong += [f"{one.error}" for one in lost]
     state = with_reports(state, (one.report for one in reports.found))
-    missing = frozenset(_missing(store, tail, state))
+    missing = frozenset(_missing(store, state))
     leases = tuple(_leases(store, wrong))
     groups = tuple(_groups(store, wrong))
     told = read_stats(store)
     wrong += told.passed_over
-    listed = tuple(in_order(state, missing, pins(store).keys()))
+    pinned = {lease.attempt for lease in leases if lease.seconds is None}
+    listed = tuple(in_order(state, missing, pinned, {lease.attempt for lease in leases} - pinned))
     wrong += [f"{one.name} is in the log, and not on storage" for one in listed if "missing" in one.marks]
-    return Overview(store.url, now, state, listed, leases, groups, told.history, tuple(wrong))
+    picture = Picture(store.url, told.history, tuple(reversed(state.newest_first())), told.passed_over)
+    return Overview(picture, now, state.ended, listed, leases, groups, tuple(wrong))
 
 
-def _missing(store: Store, tail: Tail, state: State) -> Iterator[str]:
+def _missing(store: Store, state: State) -> Iterator[str]:
     """Attempts that may be opened, and are not there, of the newest ones."""
     gone = [
         record for record in itertools.islice(state.newest_first(), MOST_LOOKED_FOR) if not has_manifest(store, record)

@@ -15,6 +15,7 @@ from distckpt.cli import text
 from distckpt.cli.listing import Listed
 from distckpt.cli.overview.charts import Mark, Point, Span, line_chart, timeline
 from distckpt.cli.overview.gather import Overview
+from distckpt.directory.goodput import History
 from distckpt.format import names
 from distckpt.format.json.group import Item
 from distckpt.format.json.lease import Lease
@@ -56,9 +57,9 @@ def page(overview: Overview, refresh: int = 0) -> str:
     A browser asks for it again every ``refresh`` seconds; 0: never.
     """
     return _template().render(
-        directory=overview.directory,
+        directory=overview.picture.directory,
         read_at=text.local_time(overview.read_at),
-        ended=overview.state.ended,
+        ended=overview.ended,
         refresh=refresh,
         figures=list(_figures(overview)),
         wrong=overview.wrong,
@@ -82,7 +83,7 @@ def _template() -> jinja2.Template:
 
 
 def _figures(overview: Overview) -> Iterator[tuple[str, str]]:
-    history, kept = overview.history, overview.state.newest_first()
+    history, kept = overview.picture.history, overview.picture.checkpoints
     newest = next((one for one in reversed(overview.listed) if "newest" in one.marks), None)
     yield "newest checkpoint", newest.name if newest is not None else "none"
     if newest is not None:
@@ -103,20 +104,17 @@ def _figures(overview: Overview) -> Iterator[tuple[str, str]]:
 
 
 def _runs_chart(overview: Overview) -> Charts:
-    runs = overview.history.runs[-MOST_RUNS:]
-    rows = [(f"run {run.run}", [Span(run.began, run.began + run.seconds, _of_run(overview, run), _end(overview, run))])
+    history = overview.picture.history
+    runs = history.runs[-MOST_RUNS:]
+    rows = [(f"run {run.run}", [Span(run.began, run.began + run.seconds, _of_run(history, run), history.state(run))])
             for run in runs]  # fmt: skip
     words = "from the first sign of life of each to its last: green ended in good order, red did not, blue goes on"
     return [(words, Markup(timeline(rows, text.local_time)))] if rows else []
 
 
-def _of_run(overview: Overview, run: RunStats) -> str:
+def _of_run(history: History, run: RunStats) -> str:
     ranks = counted(run.world_size, "rank")
-    return f"run {run.run}, {_end(overview, run)}: {ranks}, {text.duration(run.seconds)}, {counted(run.saves, 'save')}"
-
-
-def _end(overview: Overview, run: RunStats) -> str:
-    return run.end or ("crashed" if overview.history.failed(run) else "open")
+    return f"run {run.run}, {history.state(run)}: {ranks}, {text.duration(run.seconds)}, {counted(run.saves, 'save')}"
 
 
 def _checkpoint_charts(overview: Overview) -> Charts:
@@ -130,9 +128,9 @@ def _checkpoint_charts(overview: Overview) -> Charts:
         if before.world_size != after.world_size
     ]
     crashes = [
-        Mark(run.began + run.seconds, f"run {run.run} {_end(overview, run)}", "crash")
-        for run in overview.history.runs
-        if overview.history.failed(run) and records[0].time <= run.began + run.seconds <= records[-1].time
+        Mark(crash.time, f"run {crash.run} came to no good end", "crash")
+        for crash in overview.picture.crashes
+        if records[0].time <= crash.time <= records[-1].time
     ]
     numbers = [Point(one.time, one.number, f"{_name(one)}, {text.local_time(one.time)}") for one in records]
     sizes = [Point(one.time, one.nbytes, f"{_name(one)}: {human_bytes(one.nbytes)}") for one in records]
@@ -145,22 +143,15 @@ def _checkpoint_charts(overview: Overview) -> Charts:
 
 
 def _metric_charts(overview: Overview) -> Charts:
-    """By number. One of a number that was saved again counts, the newest."""
-    records = sorted((one.record for one in overview.listed), key=lambda one: (one.number, one.time))
-    named = sorted({name for record in records for name in record.metrics})
     charts: Charts = []
-    for name in named:
-        points = [
-            Point(one.number, one.metrics[name], f"{_name(one)}: {name} {one.metrics[name]:.6g}")
-            for one in records
-            if name in one.metrics
-        ]
+    for name, pairs in overview.picture.metrics.items():
+        points = [Point(number, value, f"{number}: {name} {value:.6g}") for number, value in pairs]
         charts.append((f"{name}, by number", Markup(line_chart(points, _plain, _plain))))
     return charts
 
 
 def _cost_charts(overview: Overview) -> Charts:
-    runs = [run for run in overview.history.runs if run.saves]
+    runs = [run for run in overview.picture.history.runs if run.saves]
     if len(runs) < 2:
         return []
     stalls = [Point(run.run, _stall(run), f"run {run.run}: {text.duration(_stall(run))}") for run in runs]
@@ -254,13 +245,13 @@ def _lasts(lease: Lease) -> str:
 
 
 def _runs(overview: Overview) -> Table:
-    history = overview.history
+    history = overview.picture.history
     rows = [
         [
             str(run.run),
             text.local_time(run.began),
             text.duration(run.seconds),
-            _end(overview, run),
+            history.state(run),
             str(run.world_size),
             run.host,
             f"{run.saves:,}",
@@ -273,7 +264,7 @@ def _runs(overview: Overview) -> Table:
     ]
     numbers = ("run", "ran for", "ranks", "saves", "failed", "stall", "commit", "lost")
     columns = ["run", "began", "ran for", "end", "ranks", "rank 0 on", "saves", "failed", "stall", "commit", "lost"]
-    return _table("Runs", columns, rows, [_end(overview, run) for run in history.runs], *numbers)
+    return _table("Runs", columns, rows, [history.state(run) for run in history.runs], *numbers)
 
 
 def _name(one: CheckpointRecord | Item) -> str:
