@@ -28,15 +28,23 @@ def pin(store: Store, attempt: str, holder: str, note: str, now: float) -> Lease
     if found is not None and found.holds and attempt in read_tail(store).having_attempt(attempt).alive():
         return found
     made = Lease(FORMAT, attempt, holder, None, since=now, note=note)
+    return made_to_hold(store, names.pin_path(attempt), made, "pin")
+
+
+def made_to_hold(store: Store, path: str, made: Lease, what: str) -> Lease:
+    """Write a lease without an end, and return it once it holds; ``what`` it is, to people.
+
+    CheckpointNotFoundError if it came too late, StorageError if it could not be written: then there is none.
+    """
     try:
-        store.replace(names.pin_path(attempt), seal(made))
-        _check_alive(store, attempt)
+        store.replace(path, seal(made))
+        _check_alive(store, made.attempt, what)
         made = msgspec.structs.replace(made, holds=True)
-        store.replace(names.pin_path(attempt), seal(made))
-        _check_alive(store, attempt)  # somebody may have taken the first one away meanwhile
+        store.replace(path, seal(made))
+        _check_alive(store, made.attempt, what)  # somebody may have taken the first one away meanwhile
     except BaseException:
         with contextlib.suppress(StorageError):
-            store.delete(names.pin_path(attempt))
+            store.delete(path)
         raise
     return made
 
@@ -62,18 +70,22 @@ def pins(store: Store) -> dict[str, Lease]:
 
 def pin_of(store: Store, attempt: str) -> Lease | None:
     """The pin of an attempt, None if it has none. One that cannot be read keeps it too: it is of nobody known."""
-    path = names.pin_path(attempt)
+    return read_endless(store, names.pin_path(attempt), attempt)
+
+
+def read_endless(store: Store, path: str, attempt: str = "") -> Lease | None:
+    """The lease without an end at ``path``, None if there is none. One that cannot be read is of ``attempt`` and nobody."""
     try:
         return unseal(store.read(path, MAX_LEASE_BYTES), Lease, path, MAX_LEASE_BYTES)
     except ObjectNotFoundError:
         return None
     except DamagedError as error:
-        logger.warning("the pin %s cannot be read: %s", path, error.reason)
+        logger.warning("%s cannot be read: %s", path, error.reason)
         return Lease(FORMAT, attempt, "", None)
 
 
-def _check_alive(store: Store, attempt: str) -> None:
+def _check_alive(store: Store, attempt: str, what: str) -> None:
     if attempt not in read_tail(store).having_attempt(attempt).alive():
         raise CheckpointNotFoundError(
-            f"{store.url}: {attempt}", "the pin came too late: it is not, or no longer, a committed checkpoint"
+            f"{store.url}: {attempt}", f"the {what} came too late: it is not, or no longer, a committed checkpoint"
         )

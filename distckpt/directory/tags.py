@@ -2,26 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
-import logging
-
-import msgspec
-
 from distckpt.directory.log import read_tail
-from distckpt.errors import (
-    AlreadyExistsError,
-    CheckpointNotFoundError,
-    DamagedError,
-    ObjectNotFoundError,
-    StorageError,
-)
+from distckpt.directory.pins import made_to_hold, read_endless
+from distckpt.errors import AlreadyExistsError, CheckpointNotFoundError
 from distckpt.format import names
-from distckpt.format.json.lease import FORMAT, MAX_LEASE_BYTES, Lease
+from distckpt.format.json.lease import FORMAT, Lease
 from distckpt.format.json.log import CheckpointRecord
-from distckpt.format.json.sealed import seal, unseal
+from distckpt.format.json.sealed import seal
 from distckpt.storage import MOST_NAMES, Store, at_most, join
-
-logger = logging.getLogger(__name__)
 
 
 def tag(store: Store, name: str, record: CheckpointRecord, holder: str, note: str, now: float) -> Lease:
@@ -49,16 +37,7 @@ def tag(store: Store, name: str, record: CheckpointRecord, holder: str, note: st
         if found.holds:
             return found
         made = found  # whoever began was killed, or this is our own try whose answer was lost
-    try:
-        _check_alive(store, record.attempt)
-        made = msgspec.structs.replace(made, holds=True)
-        store.replace(path, seal(made))
-        _check_alive(store, record.attempt)
-    except BaseException:
-        with contextlib.suppress(StorageError):
-            store.delete(path)
-        raise
-    return made
+    return made_to_hold(store, path, made, "tag")
 
 
 def untag(store: Store, name: str) -> bool:
@@ -91,14 +70,7 @@ def tags_by_attempt(store: Store) -> dict[str, tuple[str, ...]]:
 
 def tag_of(store: Store, name: str) -> Lease | None:
     """The tag of that name, if there is one."""
-    path = names.tag_path(name)
-    try:
-        return unseal(store.read(path, MAX_LEASE_BYTES), Lease, path, MAX_LEASE_BYTES)
-    except ObjectNotFoundError:
-        return None
-    except DamagedError as error:
-        logger.warning("the tag %s cannot be read: %s", path, error.reason)
-        return Lease(FORMAT, "", "", None)
+    return read_endless(store, names.tag_path(name))
 
 
 def tagged(store: Store, name: str) -> CheckpointRecord | None:
@@ -110,10 +82,3 @@ def tagged(store: Store, name: str) -> CheckpointRecord | None:
     if record is None:
         raise CheckpointNotFoundError(join(store.url, name), "the checkpoint that had this tag is not there any more")
     return record
-
-
-def _check_alive(store: Store, attempt: str) -> None:
-    if attempt not in read_tail(store).having_attempt(attempt).alive():
-        raise CheckpointNotFoundError(
-            f"{store.url}: {attempt}", "the tag came too late: it is not, or no longer, a committed checkpoint"
-        )
