@@ -52,32 +52,40 @@ class Worker:
     def get(self) -> Delivery | None:
         """See Source."""
         with self._lock:
-            self._state = self._group.read() or self._state
-            log = self._log.look(self._state)  # after the group: so it knows all that the group does
+            log = self._look()
             while True:
-                dead = self._onlooker.dead(self._state, self._own)
-                resting = self._onlooker.resting(self._state)
-                offered = sharing.offer(sharing.moved(self._state, log), log, dead, resting)
-                if offered is None:
-                    return None
-                if offered.is_over:
-                    self._end(log, offered, dead, resting)
-                    continue
                 try:
-                    lease = HeldLease.take(
-                        self._store, offered.item.attempt, f"{self._group.worker}, group {self._group.name}",
-                        self._lease_seconds,
-                    )  # fmt: skip
-                except CheckpointNotFoundError:
-                    return None
-                try:
-                    claim = self._claim(log, offered, lease, dead, resting)
-                except BaseException:
-                    lease.release()
-                    raise
-                if claim is not None:
-                    return Delivery(log.alive()[claim.attempt], lease, claim.delivery, _Claimed(self, claim))
+                    return self._next(log)
+                except CheckpointNotFoundError:  # retired since the log was read: there may be another one
+                    before, log = log, self._look()
+                    if log is before:
+                        return None
+
+    def _look(self) -> State:
+        self._state = self._group.read() or self._state
+        return self._log.look(self._state)  # after the group: so it knows all that the group does
+
+    def _next(self, log: State) -> Delivery | None:
+        """What is offered first and we get. CheckpointNotFoundError if it is listed in this log and no more."""
+        while True:
+            dead = self._onlooker.dead(self._state, self._own)
+            resting = self._onlooker.resting(self._state)
+            offered = sharing.offer(sharing.moved(self._state, log), log, dead, resting)
+            if offered is None:
+                return None
+            if offered.is_over:
+                self._end(log, offered, dead, resting)
+                continue
+            holder = f"{self._group.worker}, group {self._group.name}"
+            lease = HeldLease.take(self._store, offered.item.attempt, holder, self._lease_seconds)
+            try:
+                claim = self._claim(log, offered, lease, dead, resting)
+            except BaseException:
                 lease.release()
+                raise
+            if claim is not None:
+                return Delivery(log.alive()[claim.attempt], lease, claim.delivery, _Claimed(self, claim))
+            lease.release()
 
     def _claim(
         self, log: State, offered: Offer, lease: HeldLease, dead: frozenset[str], resting: dict[str, float]

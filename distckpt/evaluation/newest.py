@@ -64,15 +64,18 @@ class Newest:
 
     def get(self) -> Delivery | None:
         """See Source."""
-        record = self._next(self._log.tail())
-        if record is None:
-            return None
-        try:
-            lease = HeldLease.take(self._store, record.attempt, self.worker, self._seconds)
-        except CheckpointNotFoundError:
-            return None  # it has retired meanwhile, so there is another one
-        self._last = record.attempt
-        return Delivery(record, lease, 1, Unclaimed())
+        tail = self._log.tail()
+        while (record := self._next(tail)) is not None:
+            try:
+                lease = HeldLease.take(self._store, record.attempt, self.worker, self._seconds)
+            except CheckpointNotFoundError:  # retired since the log was read: there may be another one
+                before, tail = tail, self._log.tail()
+                if tail is before:
+                    return None
+                continue
+            self._last = record.attempt
+            return Delivery(record, lease, 1, Unclaimed())
+        return None
 
     def _next(self, tail: Tail) -> CheckpointRecord | None:
         newest = tail.newest()

@@ -230,16 +230,44 @@ def test_with_more_in_flight_the_next_is_waited_for_until_one_is_settled(tmp_pat
 
 
 class StandsStill(MemoryStore):
-    """Whoever appends to a group's chain stands still once, right after that, while ``others`` go on."""
+    """Whoever writes below ``folder`` stands still once, right after that, while ``others`` go on."""
 
-    others: Callable[[], object] | None = None
+    def __init__(self, folder: str) -> None:
+        super().__init__()
+        self.folder = folder
+        self.others: Callable[[], object] = lambda: None
 
     def put_if_absent(self, path: str, data: bytes) -> None:
         """See Store."""
         super().put_if_absent(path, data)
-        others, self.others = self.others, None
-        if others is not None:
+        self._stand_still(path)
+
+    def replace(self, path: str, data: bytes) -> None:
+        """See Store."""
+        super().replace(path, data)
+        self._stand_still(path)
+
+    def _stand_still(self, path: str) -> None:
+        if path.startswith(self.folder):
+            others, self.others = self.others, lambda: None
             others()
+
+
+@pytest.mark.parametrize("group", [None, "eval"])
+def test_what_retires_while_it_is_taken_is_followed_by_the_next_at_once(group: str | None) -> None:
+    """Also for a watch that waits for nothing: there was something to be had all the time."""
+    store = StandsStill(names.LEASES)
+    with mounting():
+        place = mount(store)
+        commit_bare(place, 1)
+        checkpoints = watch(place, group=group, mode="all" if group else None, backoff=0)
+
+        def go_on() -> None:
+            commit_bare(place, 2)
+            retire(place, 1)
+
+        store.others = go_on
+        assert next(checkpoints).number == 2
 
 
 def test_a_worker_that_stood_still_while_others_went_on_far_has_what_it_claimed(
@@ -248,7 +276,7 @@ def test_a_worker_that_stood_still_while_others_went_on_far_has_what_it_claimed(
     """Nothing is left of the chain by which it could tell that its entry was followed, but the claim in the newest."""
     monkeypatch.setattr("distckpt.directory.groups.KEEP_ENTRIES", 1)
     monkeypatch.setattr("distckpt.directory.groups.PRUNE_EVERY", 1)
-    store = StandsStill()
+    store = StandsStill(names.GROUPS)
     with mounting():
         place = mount(store)
         for number in range(1, 6):
