@@ -28,6 +28,7 @@ KEPT = {10: 10, 300: 300, 3000: 3000, 100_000: None}
 
 SAVES = 10
 LOOKS = 20
+REMEMBERED = 90
 PAUSE_SECONDS = 0.05
 REST_SECONDS = 3.0
 
@@ -79,11 +80,11 @@ def commits(folder: str, repetitions: int) -> dict[str, Any]:
 
 
 def _memory(kept: Kept) -> int:
-    """Bytes of Python's memory that a manager, with its coordinator, takes after a save."""
+    """Bytes of Python's memory that a manager, with its coordinator, takes once it remembers as many saves as it ever will."""
     gc.collect()
     tracemalloc.start()
     with _manager(kept.folder, KEPT[kept.count]) as manager:
-        for number in (10**6, 10**6 + 1):
+        for number in range(10**6, 10**6 + REMEMBERED):
             pending = manager.save(number)
             assert pending is not None
             pending.result()
