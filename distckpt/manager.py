@@ -16,6 +16,7 @@ from distckpt.coordinator.client.opening import client_of, meet
 from distckpt.coordinator.messages import OpenRun
 from distckpt.coordinator.shell.shell import Settings
 from distckpt.directory.newest import newest_committed
+from distckpt.directory.reports import Metrics
 from distckpt.errors import CheckpointNotFoundError, CommitUnknownError, CoordinatorError
 from distckpt.format import names
 from distckpt.keep import Rule
@@ -135,8 +136,7 @@ class CheckpointManager:
         storage_options = placed(storage_options, cache_dir=cache_dir, data=data, data_options=data_options)
         storage_options = with_patience(directory, storage_options, save_timeout)
         self._store = open_store(directory, storage_options)
-        self._world = find_world(rank, world_size, run_id, save_timeout)
-        world = self._world
+        self._world = world = find_world(rank, world_size, run_id, save_timeout)
         opening = OpenRun("", world.rank, world.size, world.host, checkpoint_name, retention, save_timeout)
         meeting = meet(self._store, self._world)
         self._gathering: Gathering | None = None
@@ -165,8 +165,9 @@ class CheckpointManager:
             shown=progress,
         )
         self._saver = Saver(self._client, self._store, checkpoint, saving, self._background, self._costs)
-        table = self._gathering or self._client
-        self._restorer = Restorer(table, self._store, checkpoint, self._world, save_timeout, progress)
+        self._restorer = Restorer(
+            self._gathering or self._client, self._store, checkpoint, world, save_timeout, progress
+        )
         self._pending = PendingSaves()
         self._alone = Alone(self._store.url, self._costs)
         self._closed = False
@@ -229,7 +230,9 @@ class CheckpointManager:
             self._check_open()
             self._saver.prepare()
 
-    def save(self, checkpoint_number: Any = None, check_interval: bool = True) -> PendingSave | None:
+    def save(
+        self, checkpoint_number: Any = None, check_interval: bool = True, *, metrics: Metrics | None = None
+    ) -> PendingSave | None:
         """Copy the state, write it in the background, and return at once; all ranks call it alike.
 
         ``checkpoint_number`` is an int, or a NumPy or torch scalar that is a whole number; numbers may go down. A number
@@ -238,6 +241,7 @@ class CheckpointManager:
         saved already or, with ``check_interval``, fewer than ``checkpoint_interval`` steps have passed; or when all
         ranks skip a save because one is in flight. Many ranks count a step as saved once its save has begun, as
         TensorFlow does, since they do not learn of a failure at the same moment; a world of one may try it again.
+        ``metrics``, rank 0's, are committed with it, and judged by ``keep`` like what is reported later; finite ones.
 
         Raises EncodeError for what cannot be stored, and the failure of an earlier save that nobody has collected. The
         latter comes out after this save has begun, so that the ranks stay in step; ``wait`` waits for it. CoordinatorError
@@ -246,7 +250,7 @@ class CheckpointManager:
         with self._alone("save"):
             self._check_open()
             earlier = list(self._pending)
-            pending = self._begin(checkpoint_number, check_interval)
+            pending = self._begin(checkpoint_number, check_interval, metrics)
             self._pending.raise_failure(earlier)
             return pending
 
@@ -271,7 +275,7 @@ class CheckpointManager:
         """TensorFlow's name for ``wait``."""
         self.wait()
 
-    def _begin(self, checkpoint_number: Any, check_interval: bool) -> PendingSave | None:
+    def _begin(self, checkpoint_number: Any, check_interval: bool, metrics: Metrics | None) -> PendingSave | None:
         step = self._saved_steps.now()
         if step is not None and self._saved_steps.too_early(step, check_interval):
             return None
@@ -279,7 +283,7 @@ class CheckpointManager:
         number = counter + 1 if checkpoint_number is None else number_of(checkpoint_number)
         self._checkpoint.save_counter = counter + 1
         try:
-            pending = self._saver.save(number, self._path(self._name, number))
+            pending = self._saver.save(number, self._path(self._name, number), metrics)
         except BaseException:
             if step is not None and many:
                 self._saved_steps.add(step, None)
@@ -409,6 +413,9 @@ class CheckpointManager:
         else:
             self._abandon(error)
 
+    def _path(self, name: str, number: int) -> str:
+        return join(self._store.url, names.checkpoint_folder(name, number))
+
     # ---- what a subclass adds to --------------------------------------------------------------------------------
 
     _keeps_stats = True
@@ -426,11 +433,6 @@ class CheckpointManager:
         self._closed = True
         if all(pending.done() for pending in self._pending):
             self._leave()
-
-    # ---- the rest ------------------------------------------------------------------------------------------------
-
-    def _path(self, name: str, number: int) -> str:
-        return join(self._store.url, names.checkpoint_folder(name, number))
 
 
 def settle(manager: CheckpointManager) -> None:

@@ -118,10 +118,11 @@ class Planned:
 
 @dataclass(frozen=True, slots=True)
 class Receipt:
-    """All shards of the rank have landed; together their rows are exactly those assigned to it, in order."""
+    """All shards of the rank have landed, their rows those assigned to it, in order. The first rank's metrics count."""
 
     attempt: str
     shards: tuple[ShardReceipt, ...]
+    metrics: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

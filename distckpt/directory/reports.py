@@ -8,7 +8,7 @@ import time
 import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import SupportsFloat
+from typing import SupportsFloat, TypeAlias
 
 from distckpt.directory.log import read_tail
 from distckpt.errors import AlreadyExistsError, DamagedError, ObjectNotFoundError, StoreOutcomeUnknownError
@@ -25,6 +25,9 @@ from distckpt.format.json.report import (
 from distckpt.format.json.sealed import seal, unseal
 from distckpt.storage import MOST_NAMES, Store, at_most
 
+Metrics: TypeAlias = Mapping[str, SupportsFloat]
+"""Numbers by name: anything that float takes."""
+
 logger = logging.getLogger(__name__)
 
 TRIES = 3
@@ -38,7 +41,7 @@ class Reports:
     unclear: frozenset[str]
 
 
-def write_report(store: Store, attempt: str, metrics: Mapping[str, SupportsFloat], reporter: str = "") -> Report:
+def write_report(store: Store, attempt: str, metrics: Metrics, reporter: str = "") -> Report:
     """Say what was found out about ``attempt``; durable on return, and seen by whoever lists from then on.
 
     It is of that attempt alone, also if its number is saved again. Of a metric that is reported twice the later report
@@ -46,12 +49,16 @@ def write_report(store: Store, attempt: str, metrics: Mapping[str, SupportsFloat
     not finite, a name of more than 128 or of unprintable characters, and more than 64 metrics; StorageError if it could
     not be written: then it may or may not be there, and to report again does no harm.
     """
-    if not isinstance(metrics, Mapping):
-        raise TypeError(f"metrics are reported as a dict, such as {{'loss': 1.2}}, and this is {metrics!r:.200}")
-    numbers = {_checked_name(name): _number(name, value) for name, value in metrics.items()}
-    report = Report(FORMAT, attempt, numbers, time.time(), reporter)
+    report = Report(FORMAT, attempt, numbers_of(metrics), time.time(), reporter)
     _put(store, names.report_path(attempt, uuid.uuid4().hex), seal(report))
     return report
+
+
+def numbers_of(metrics: Metrics, finite: bool = True) -> dict[str, float]:
+    """Each metric as a number. Raises what ``write_report`` raises, but for how many there may be."""
+    if not isinstance(metrics, Mapping):
+        raise TypeError(f"metrics are reported as a dict, such as {{'loss': 1.2}}, and this is {metrics!r:.200}")
+    return {_checked_name(name): _number(name, value, finite) for name, value in metrics.items()}
 
 
 def _checked_name(name: object) -> str:
@@ -62,7 +69,7 @@ def _checked_name(name: object) -> str:
     return name
 
 
-def _number(name: str, value: SupportsFloat) -> float:
+def _number(name: str, value: SupportsFloat, finite: bool) -> float:
     """Asked for once: what it says may come from a device, and change."""
     try:
         number = float(value)
@@ -70,7 +77,7 @@ def _number(name: str, value: SupportsFloat) -> float:
         number = math.inf
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(f"metric {name!r} must be one number, not {value!r:.200}: {error}") from error
-    if not math.isfinite(number):
+    if finite and not math.isfinite(number):
         raise ValueError(f"metric {name!r} is {number}: only finite numbers can be reported")
     return number
 

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import logging
+import math
 import os
 from typing import Any
 
+from distckpt.directory.reports import Metrics, numbers_of
 from distckpt.errors import CheckpointNotFoundError
 from distckpt.format import names
+from distckpt.format.json.report import MAX_METRICS
 from distckpt.format.limits import MAX_NUMBER
 from distckpt.keep import Retention, Rule
 from distckpt.storage import canonical, join
+
+logger = logging.getLogger(__name__)
 
 
 def whole(value: Any, what: str) -> int:
@@ -27,6 +33,16 @@ def number_of(value: Any) -> int:
     if not 0 <= number <= MAX_NUMBER:
         raise ValueError(f"checkpoint numbers go from 0 to {MAX_NUMBER}, but this one is {number}")
     return number
+
+
+def metrics_of(given: Metrics | None) -> dict[str, float]:
+    """What a save is committed with: the finite ones. TypeError, ValueError for what could not be reported either."""
+    metrics = numbers_of(given or {}, finite=False)
+    for name in [name for name, number in metrics.items() if not math.isfinite(number)]:
+        logger.warning("the metric %r is %s, and is left out of the checkpoint", name, metrics.pop(name))
+    if len(metrics) > MAX_METRICS:
+        raise ValueError(f"a checkpoint has at most {MAX_METRICS} metrics, and these are {len(metrics)}")
+    return metrics
 
 
 def retention_of(max_to_keep: int | None, hours: float | None, keep: Rule | None) -> Retention:

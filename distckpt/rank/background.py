@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from queue import SimpleQueue
 
@@ -48,6 +48,7 @@ class SaveTask:
     describe: Callable[[], bytes] = field(repr=False)
     joined: Joined | None
     progress: Progress
+    metrics: Mapping[str, float]
     written: dict[str, tuple[ShardReceipt, ...]] = field(default_factory=dict)
     attempt: str = ""
 
@@ -139,7 +140,7 @@ class Background:
             ):
                 return Unknown()
         task.attempt = task.joined.attempt
-        return self._dialogue.report(task.attempt, self._write(task, task.attempt))
+        return self._dialogue.report(task.attempt, self._write(task, task.attempt), task.metrics)
 
     def _write(self, task: SaveTask, attempt: str) -> tuple[ShardReceipt, ...]:
         if attempt not in task.written:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 
 from distckpt.coordinator.client.client import Client
 from distckpt.coordinator.messages import (
@@ -96,9 +97,9 @@ class Dialogue:
         reply = self._ask(Describe(joined.attempt, digest, description, staged))
         return not isinstance(reply, Unknown)
 
-    def report(self, attempt: str, shards: tuple[ShardReceipt, ...]) -> Reply:
+    def report(self, attempt: str, shards: tuple[ShardReceipt, ...], metrics: Mapping[str, float]) -> Reply:
         """These shards have landed. Answered once the checkpoint is committed."""
-        return self._ask(Receipt(attempt, shards))
+        return self._ask(Receipt(attempt, shards, metrics))
 
     def fail(self, attempt: str, reason: str) -> None:
         """This rank cannot do its part. The usual answer is the failure itself, sent back and raised here."""

@@ -5,10 +5,13 @@ from __future__ import annotations
 import functools
 import math
 import time
+from collections.abc import Mapping
 
 from distckpt.coordinator.client.client import Client
 from distckpt.coordinator.messages import Joined, Skipped
+from distckpt.directory.reports import Metrics
 from distckpt.errors import DistckptError, SaveError
+from distckpt.rank.arguments import metrics_of
 from distckpt.rank.background import Background, SaveTask
 from distckpt.rank.buffer import Buffer
 from distckpt.rank.costs import Costs
@@ -76,11 +79,12 @@ class Saver:
             buffer.settle()
             buffer.fit(self._layout, holding)
 
-    def save(self, number: int, path: str) -> PendingSave | None:
+    def save(self, number: int, path: str, metrics: Metrics | None) -> PendingSave | None:
         """Copy the state and write it in the background. None if all ranks skip because a save is in flight.
 
-        Raises EncodeError at once; everything that concerns other ranks or storage is in the PendingSave. Whatever is
-        raised, by Ctrl-C too, the other ranks have been told that this one does not save.
+        Raises EncodeError at once, and TypeError or ValueError for metrics that are none; everything that concerns other
+        ranks or storage is in the PendingSave. Whatever is raised, by Ctrl-C too, the other ranks have been told that
+        this one does not save.
         """
         pending = PendingSave(path, number)
         order, progress = 0, progress_of(pending)
@@ -89,12 +93,13 @@ class Saver:
             order = self._turns.begin(number)
             progress.ended.add_done_callback(lambda _: self._turns.end(order))
             holding = self._collector.collect()
+            numbers = metrics_of(metrics)
             room = self._make_room(order, number, holding, progress)
             if isinstance(room, Skipped):
                 self._turns.end(order)
                 return None
             if room is not None:
-                self._copy(order, number, holding, pending, room)
+                self._copy(order, number, holding, pending, room, numbers)
         except BaseException as error:
             if progress.turn.acquire(blocking=False):  # else it is the background's already, which goes on with it
                 try:
@@ -168,6 +173,7 @@ class Saver:
         holding: Holding,
         pending: PendingSave,
         room: tuple[Joined | None, Buffer, Staging],
+        metrics: Mapping[str, float],
     ) -> None:
         """Copy the state, and have the background bring the save to its end."""
         assert self._layout is not None
@@ -180,7 +186,7 @@ class Saver:
         progress.copied = progress.seconds() - began
         self._order.after(copied, sources)
         progress.staged.set_result(copied)
-        self._background.put(SaveTask(order, number, layout, staging, describe, joined, progress))
+        self._background.put(SaveTask(order, number, layout, staging, describe, joined, progress, metrics))
 
     def _free_buffer(self) -> Buffer:
         free = next((buffer for buffer in self._buffers if buffer.is_free()), None)

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, SupportsFloat
 
 from distckpt.checkpoint import Checkpoint
 from distckpt.errors import SaveError
@@ -355,6 +355,10 @@ class CheckpointSaverHook(SessionRunHook):
 
     # ---- saves -------------------------------------------------------------------------------------------------
 
+    def metrics(self, session: Session, step: int) -> Mapping[str, SupportsFloat]:
+        """What is known of the step that is being saved, for ``keep`` to judge it by. Nothing, but in a subclass."""
+        return {}
+
     def get_saver(self, session: Session) -> CheckpointManager:
         """The manager that saves: the one given, the scaffold's, or one made here from ``session.checkpoint``.
 
@@ -404,7 +408,7 @@ class CheckpointSaverHook(SessionRunHook):
         saver = self.get_saver(session)
         for listener in self._listeners:
             listener.before_save(session, step)
-        pending = saver.save(step, check_interval=False)
+        pending = saver.save(step, check_interval=False, metrics=self.metrics(session, step))
         if pending is None:
             return False
         self._last = pending

@@ -40,6 +40,18 @@ def save_alone(directory: str, who: int, numbers: list[int], buffers: int) -> di
     return {"outcomes": outcomes, "alone": alone}
 
 
+def save_with_metrics(directory: str) -> list[str]:
+    """Each rank saves 1 with its own number as the loss, rank 0 with none that could be one the second time."""
+    rank, outcomes = dist.get_rank(), []
+    with distckpt.CheckpointManager(distckpt.Checkpoint(w=torch.ones(8)), directory, save_timeout=60) as manager:
+        for number, loss in enumerate((rank, "low" if rank == 0 else 1, rank), 1):
+            try:
+                outcomes.append(ended(manager.save(number, metrics={"loss": loss})))  # type: ignore[dict-item]
+            except TypeError as error:
+                outcomes.append(f"TypeError: {error}".partition(",")[0])
+    return outcomes
+
+
 def go_on(directory: str) -> dict[str, Any]:
     """Rank 0 begins to save 2, which rank 1 leaves out: both save 3 then. How long rank 0 was held is told too."""
     checkpoint = distckpt.Checkpoint(w=torch.ones(8))

@@ -172,6 +172,7 @@ class SaveRound:
             time=self.time,
             world_size=self.world_size,
             nbytes=event.nbytes,
+            metrics=dict(self.receipts[0].metrics),
         )
         self.deadline = deadline
 
