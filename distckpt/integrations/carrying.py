@@ -6,30 +6,35 @@ import inspect
 import logging
 import os
 import signal
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 from distckpt.checkpoint import Checkpoint
+from distckpt.directory.log import read_tail
 from distckpt.errors import EncodeError
 from distckpt.format.tree.tree import DictStep, flatten
 from distckpt.format.tree.values import encode_value
+from distckpt.keep import BestN, Pending
 from distckpt.manager import CheckpointManager
 from distckpt.rank.arguments import retention_of
 from distckpt.state.objects import is_array
+from distckpt.storage import open_store, placed_among
 from distckpt.training.hooks import CheckpointSaverHook, CheckpointSaverListener, SecondOrStepTimer, Session
 from distckpt.training.session import HookedLoop
 
 logger = logging.getLogger(__name__)
 
+Metrics: TypeAlias = Mapping[str, float]
+
 
 @dataclass(frozen=True, slots=True)
 class Saving:
-    """Where and when a trainer's runs are saved, as the user said it.
+    """Where and when a trainer's runs are saved, as the user said it: with neither steps nor seconds when ``save`` is called.
 
-    ``options`` go to the CheckpointManager of each run. ValueError unless exactly one of ``save_steps`` and
-    ``save_secs`` is given, TypeError for an option that a CheckpointManager does not have, and either for what it would
-    not keep checkpoints by.
+    ``options`` go to the CheckpointManager of each run. ValueError if both ``save_steps`` and ``save_secs`` are given,
+    TypeError for an option that a CheckpointManager does not have, and either for what it would not keep checkpoints by.
     """
 
     directory: str | os.PathLike[str]
@@ -38,32 +43,65 @@ class Saving:
     listeners: Sequence[CheckpointSaverListener]
     stop_signals: Sequence[signal.Signals]
     options: Mapping[str, Any]
+    manager: Callable[..., CheckpointManager] = CheckpointManager
 
     def __post_init__(self) -> None:
-        SecondOrStepTimer(self.save_secs, self.save_steps)
+        if self.has_schedule:
+            SecondOrStepTimer(self.save_secs, self.save_steps)
         given = inspect.signature(CheckpointManager).bind(None, self.directory, **self.options)
         given.apply_defaults()
         asked = given.arguments
         retention_of(asked["max_to_keep"], asked["keep_checkpoint_every_n_hours"], asked["keep"])
 
-    def hook(self) -> CheckpointSaverHook:
+    def hook(self, metrics: Callable[[], Metrics] = dict, saved: Callable[[], object] = bool) -> RunHook:
         """The hook that restores and saves, with a CheckpointManager of its own for what its session has to save."""
-        return _Hook(self)
+        return RunHook(self, metrics, saved)
+
+    @property
+    def has_schedule(self) -> bool:
+        """Whether it is said when to save."""
+        return self.save_steps is not None or self.save_secs is not None
 
 
-class _Hook(CheckpointSaverHook):
+class RunHook(CheckpointSaverHook):
     """Makes its manager as the user said, and saves nothing at the beginning: that is untrained, or just restored."""
 
-    def __init__(self, saving: Saving) -> None:
-        super().__init__(saving.directory, saving.save_secs, saving.save_steps, listeners=saving.listeners)
+    def __init__(self, saving: Saving, metrics: Callable[[], Metrics], saved: Callable[[], object]) -> None:
+        steps = saving.save_steps if saving.has_schedule else sys.maxsize
+        super().__init__(saving.directory, saving.save_secs, steps, listeners=saving.listeners)
         self._options = saving.options
+        self._manager = saving.manager
+        self._metrics = metrics
+        self._saved = saved
+
+    def metrics(self, session: Session, step: int) -> Metrics:
+        """What the trainer knows of the step."""
+        return self._metrics()
+
+    def save(self, session: Session) -> None:
+        """Save the step that there is now."""
+        self._save(session, session.global_step)
+
+    def restore_best(self, session: Session, rule: BestN) -> str | None:
+        """Restore the model of the checkpoint that is best; its path, or None if none has the metric."""
+        records = read_tail(open_store(self._directory, placed_among(self._options))).state.active
+        best = rule.keeps(records, Pending())
+        found = next((record for record in records if record.attempt in best), None)
+        return None if found is None else self.get_saver(session).restore(found.number, select="model")
+
+    def _save(self, session: Session, step: int) -> bool:
+        before = self._last
+        stops = super()._save(session, step)
+        if self._last is not before:
+            self._saved()
+        return stops
 
     def get_saver(self, session: Session) -> CheckpointManager:
         """The manager, made when it is first asked for; closed with the hook."""
         if self._made is None:
             if session.checkpoint is None:
                 raise RuntimeError("nothing to save: the session has no checkpoint")
-            self._made = CheckpointManager(session.checkpoint, self._directory, **self._options)
+            self._made = self._manager(session.checkpoint, self._directory, **self._options)
         return self._made
 
     def after_create_session(self, session: Session, coord: Any) -> None:
@@ -74,12 +112,21 @@ class _Hook(CheckpointSaverHook):
 class CarriedRun(HookedLoop):
     """A loop that has restored its checkpoint; ``restored`` is the path of the one it found, or None.
 
+    ``metrics`` says what is known of the step that is being saved, and ``saved`` is called when a save has begun.
+
     A step is carried in three parts, since trainers go on working on a step after they have counted it:
     ``before_step``; ``decide``, after which ``should_stop`` answers for this step; and ``settle``, which saves it.
     """
 
-    def __init__(self, saving: Saving, checkpoint: Checkpoint, global_step: Callable[[], int]) -> None:
-        hook = saving.hook()
+    def __init__(
+        self,
+        saving: Saving,
+        checkpoint: Checkpoint,
+        global_step: Callable[[], int],
+        metrics: Callable[[], Metrics] = dict,
+        saved: Callable[[], object] = bool,
+    ) -> None:
+        hook = saving.hook(metrics, saved)
         super().__init__([hook], global_step, checkpoint=checkpoint, stop_signals=saving.stop_signals)
         self._saver_hook = hook
         self._began_at: int | None = None
@@ -106,8 +153,15 @@ class CarriedRun(HookedLoop):
             self._decided = False
             self._after_run(None)
 
-    def finish(self) -> None:
-        """A clean end: the last step is saved and committed, then everything is let go."""
+    def save(self) -> None:
+        """Save the step that there is now, on all ranks alike; what goes wrong later comes out at the next step."""
+        self._saver_hook.save(self)
+
+    def finish(self, best: BestN | None = None) -> str | None:
+        """A clean end: the last step is saved and committed, then everything is let go.
+
+        Before that ``model`` is restored from the ``best`` checkpoint that there is, whose path is returned.
+        """
         try:
             self.settle()
             if self._began_at is not None and self.global_step > self._began_at:
@@ -115,6 +169,7 @@ class CarriedRun(HookedLoop):
             elif self._began_at is not None:  # what was restored is the end already
                 self._agree_on_the_end()
                 self._saver_hook.conclude(self)
+            return None if best is None else self._saver_hook.restore_best(self, best)
         finally:
             self.close()
 

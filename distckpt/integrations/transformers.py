@@ -1,31 +1,38 @@
 """Checkpoints for the Trainer of Hugging Face Transformers.
 
-callback = DistckptCallback("/shared/run-7", save_steps=100, max_to_keep=5)
-trainer = Trainer(model, args, train_dataset=data, callbacks=[callback])  # args: save_strategy="no"
+callback = DistckptCallback("/shared/run-7")
+trainer = Trainer(model, args, train_dataset=data, callbacks=[callback])  # args say when to save, and what to keep
 callback.train(trainer)  # instead of trainer.train()
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
+import itertools
 import json
 import logging
 import os
 import signal
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from distckpt.checkpoint import Checkpoint, PerRank, RandomState
 from distckpt.errors import DistckptError
+from distckpt.export.manager import ExportCheckpointManager
+from distckpt.format.json.report import MAX_METRICS
+from distckpt.format.names import checkpoint_folder
 from distckpt.integrations.carrying import CarriedRun, Saving, first_rank
+from distckpt.keep import BestN, LatestN, Rule
 from distckpt.reader import latest_checkpoint, load
-from distckpt.storage import placed_among, scratch_folder
+from distckpt.storage import canonical, join, placed_among, scratch_folder
 from distckpt.training.hooks import CheckpointSaverListener
 from distckpt.world import find_world
 
 try:
     from transformers.trainer_callback import ExportableState, TrainerCallback, TrainerState
+    from transformers.trainer_utils import SaveStrategy
 except ImportError as missing:
     raise ImportError(
         "distckpt.integrations.transformers needs Transformers: pip install 'distckpt[transformers]'"
@@ -45,8 +52,15 @@ class DistckptCallback(TrainerCallback):
     model has seen is skipped as Trainer skips it (``ignore_data_skip``). Its position is counted in steps, so keep the
     global batch the same when the number of ranks changes. A checkpoint's number is the global step.
 
-    A step is saved once Trainer has logged and evaluated it. On one of ``stop_signals`` on any rank, all ranks save
-    and stop after the same step, and ``train`` returns. Set ``save_strategy="no"``, else Trainer saves as well.
+    With neither ``save_steps`` nor ``save_secs`` the TrainingArguments count: Trainer saves when it would, by
+    ``save_strategy`` and ``save_steps``, but through this callback; ``save_total_limit`` says how many stay, if no
+    option says what to keep, one of them for the best model; ``load_best_model_at_end`` restores that in the end, and
+    ``state.best_model_checkpoint`` has its path.
+    With one of them set ``save_strategy="no"``, else Trainer saves as well.
+
+    A step is saved once Trainer has logged and evaluated it, with the metrics of that evaluation, for ``BestN``. Then,
+    while it is being written, the ``on_save`` of the other callbacks is called. On one of ``stop_signals`` on any rank,
+    all ranks save and stop after the same step, and ``train`` returns.
 
     ``train`` begins and resumes; Trainer's own ``train`` can begin, but a callback cannot move it: it raises
     RuntimeError if the directory has a checkpoint of another step. For one process, DDP, and what has DTensors for
@@ -54,12 +68,14 @@ class DistckptCallback(TrainerCallback):
 
     Args:
         directory, and further keywords: as for CheckpointManager.
-        save_steps, save_secs: how often, in steps or in seconds; exactly one of them.
+        save_steps, save_secs: how often, in steps or in seconds; one of them, or none.
         listeners: called around every save.
         stop_signals: what asks for save-and-stop; () for none. Caught in the main thread only.
+        export: make of each checkpoint, beside the training, a folder that ``from_pretrained`` takes:
+            ``AutoModel.from_pretrained(f"{distckpt.latest_export(directory)}/model")``.
 
     Raises:
-        ValueError, TypeError: wrong arguments.
+        ValueError, TypeError: wrong arguments. ImportError: to export needs safetensors.
     """
 
     def __init__(
@@ -70,10 +86,14 @@ class DistckptCallback(TrainerCallback):
         *,
         listeners: Sequence[CheckpointSaverListener] = (),
         stop_signals: Sequence[signal.Signals] = (signal.SIGTERM,),
+        export: bool = False,
         **manager_options: Any,
     ) -> None:
         self._saving = Saving(directory, save_steps, save_secs, listeners, stop_signals, manager_options)
-        self._callbacks: Sequence[Any] = ()
+        self._export = export
+        self._trainer: Any = None
+        self._best: str | None = None
+        self._known: tuple[int, dict[str, float]] = (0, {})
         self._run: CarriedRun | None = None
         self._rewind: _Rewind | None = None
         self._stopping = False
@@ -87,18 +107,60 @@ class DistckptCallback(TrainerCallback):
         """
         if "resume_from_checkpoint" in arguments:
             raise TypeError("what to resume from is found in the callback's directory")
-        self._callbacks = trainer.callback_handler.callbacks
-        if self not in self._callbacks:
+        if self not in trainer.callback_handler.callbacks:
             raise ValueError("this callback is not among the trainer's: give it to Trainer(callbacks=[...])")
         state = self._saved_state(None)
+        self._trainer = trainer
         try:
-            while True:
-                try:
-                    return _train_from(trainer, state, arguments)
-                except _ElsewhereError as elsewhere:
-                    state = self._saved_state(elsewhere.path)
+            with _replaced(trainer, _load_best_model=self._load_best, **self._own_saves(trainer)):
+                while True:
+                    try:
+                        return _train_from(trainer, self._without_best(state), arguments)
+                    except _ElsewhereError as elsewhere:
+                        state = self._saved_state(elsewhere.path)
         finally:
+            self._trainer = None
             self._abandon()
+
+    def _without_best(self, state: dict[str, Any] | None) -> dict[str, Any] | None:
+        """Trainer looks for the best model among local folders, so it is told of it when that is over."""
+        if state is None or self._saving.has_schedule:
+            return state
+        self._best = state["best_model_checkpoint"]
+        return {**state, "best_model_checkpoint": None}
+
+    def _own_saves(self, trainer: Any) -> dict[str, Callable[..., object]]:
+        """What saves in Trainer's place, where the TrainingArguments say when."""
+        if self._saving.has_schedule:
+            return {}
+        if trainer.args.save_strategy == SaveStrategy.NO:
+            raise ValueError(
+                "nothing says when to save: give save_steps or save_secs to the callback, or another save_strategy than "
+                '"no" to TrainingArguments'
+            )
+        return {"_save_checkpoint": self._save}
+
+    def _save(self, model: Any, trial: Any) -> None:
+        """Trainer saves."""
+        if self._run is not None:
+            state = self._trainer.state
+            if state.best_global_step == state.global_step:
+                state.best_model_checkpoint = self._path(state.global_step)
+            self._run.save()
+
+    def _path(self, step: int) -> str:
+        name = self._saving.options.get("checkpoint_name", "ckpt")
+        return join(canonical(self._saving.directory), checkpoint_folder(name, step))
+
+    def _load_best(self) -> None:
+        """Trainer wants the best model, and nothing that comes after is saved."""
+        state, trainer = self._trainer.state, self._trainer
+        if self._saving.has_schedule:  # it is one of Trainer's own checkpoints
+            self._finish()
+            type(trainer)._load_best_model(trainer)
+        else:
+            state.best_model_checkpoint = self._finish(_best(trainer.args)) or state.best_model_checkpoint
+            logger.info("the model is that of %s, which is best", state.best_model_checkpoint)
 
     def _saved_state(self, path: str | None) -> dict[str, Any] | None:
         """Trainer's state as rank 0 reads it, on every rank; None if there is none to read."""
@@ -123,15 +185,40 @@ class DistckptCallback(TrainerCallback):
         self._abandon()  # of a train that failed
         if getattr(args, "deepspeed", None):
             raise ValueError("DeepSpeed keeps the training state to itself: save with its own checkpoints")
-        kept = _KeptState(state, self._callbacks, args.process_index)
-        self._run = run = CarriedRun(self._saving, _checkpoint(kept, **kwargs), lambda: int(state.global_step))
+        if self._trainer is None and not self._saving.has_schedule:
+            raise ValueError(
+                "where TrainingArguments say when to save, call callback.train(trainer), not trainer.train()"
+            )
+        callbacks = () if self._trainer is None else self._trainer.callback_handler.callbacks
+        kept, self._known = _KeptState(state, callbacks, args.process_index), (0, {})
+
+        def metrics() -> dict[str, float]:
+            step, known = self._known
+            return known if step == state.global_step else {}
+
+        self._run = run = CarriedRun(
+            _exporting(_saving(self._saving, args), self._export and kwargs["model"]),
+            _checkpoint(kept, **kwargs),
+            lambda: int(state.global_step),
+            metrics,
+            lambda: self._tell_others(args, state, control),
+        )
         if run.restored is not None:
             if kept.step != state.global_step:
                 elsewhere = _ElsewhereError(run.restored, kept.step, state.global_step)
                 self._abandon()
                 raise elsewhere
             self._rewind = _Rewind(in_epoch=state.epoch % 1 != 0)
+            state.best_model_checkpoint = self._best or state.best_model_checkpoint
         run.begin()
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """What was found out about this step goes with it if it is saved."""
+        step, known = self._known
+        best = {args.metric_for_best_model, f"eval_{args.metric_for_best_model}"}
+        found = {**(known if step == state.global_step else {}), **_numbers(kwargs["metrics"])}
+        found = dict(sorted(found.items(), key=lambda one: one[0] not in best))
+        self._known = state.global_step, dict(itertools.islice(found.items(), MAX_METRICS))
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """The last epoch is done with."""
@@ -151,11 +238,12 @@ class DistckptCallback(TrainerCallback):
             self._run.decide()
             if self._run.should_stop():
                 self._stopping = control.should_training_stop = control.should_log = True
+                control.should_save |= not self._saving.has_schedule and args.save_strategy != SaveStrategy.EPOCH
         return control
 
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Save, and leave, if this is the last log before a stop."""
-        if self._stopping:
+        if self._stopping and self._saving.has_schedule:
             self._finish()
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -171,10 +259,14 @@ class DistckptCallback(TrainerCallback):
             self._rewind.back()
             self._rewind = None
 
-    def _finish(self) -> None:
+    def _finish(self, best: BestN | None = None) -> str | None:
         run, self._run, self._stopping = self._run, None, False
-        if run is not None:
-            run.finish()
+        return None if run is None else run.finish(best)
+
+    def _tell_others(self, args: Any, state: Any, control: Any) -> None:
+        """Trainer itself does so where it says when to save."""
+        if self._trainer is not None and self._saving.has_schedule:
+            self._trainer.callback_handler.on_save(args, state, control)
 
     def _abandon(self) -> None:
         run, self._run, self._stopping, self._rewind = self._run, None, False, None
@@ -256,7 +348,8 @@ def _train_from(trainer: Any, state: dict[str, Any] | None, arguments: dict[str,
     """Have Trainer train from a state, which it takes from nowhere but a folder."""
     if state is None:
         return trainer.train(**arguments)
-    with scratch_folder() as folder, _weights_elsewhere(trainer):
+    # Trainer insists on weights in the folder; ours are restored when training begins, with the optimizer's state.
+    with scratch_folder() as folder, _replaced(trainer, _load_from_checkpoint=lambda *_, **__: None):
         # Trainer's own saves want all that export a state to be there, and some may be new.
         known = {**_exported([*trainer.callback_handler.callbacks, trainer.control]), **state["stateful_callbacks"]}
         saved = TrainerState(**{**state, "stateful_callbacks": known})
@@ -265,11 +358,46 @@ def _train_from(trainer: Any, state: dict[str, Any] | None, arguments: dict[str,
         return trainer.train(resume_from_checkpoint=folder, **arguments)
 
 
+def _saving(saving: Saving, args: Any) -> Saving:
+    """With what the TrainingArguments say to keep, where nothing else does."""
+    limit = args.save_total_limit
+    if saving.has_schedule or {"max_to_keep", "keep_checkpoint_every_n_hours", "keep"} & saving.options.keys():
+        return saving
+    if limit is None or limit <= 0:
+        return dataclasses.replace(saving, options={**saving.options, "max_to_keep": None})
+    keep: Rule = LatestN(limit)
+    if args.load_best_model_at_end:  # the best and the latest, never more than the limit unless that is 1
+        keep = LatestN(max(1, limit - 1)) | _best(args)
+    return dataclasses.replace(saving, options={**saving.options, "keep": keep})
+
+
+def _exporting(saving: Saving, model: Any) -> Saving:
+    """With a manager that exports the model, if there is one to export."""
+    if not model:
+        return saving
+    manager = functools.partial(ExportCheckpointManager, modules_to_export={"model": model})
+    return dataclasses.replace(saving, manager=manager)
+
+
+def _best(args: Any) -> BestN:
+    """The rule that keeps what Trainer calls the best model."""
+    metric = f"eval_{args.metric_for_best_model.removeprefix('eval_')}"
+    return BestN(1, metric, "max" if args.greater_is_better else "min")
+
+
+def _numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """Those of the metrics that are one number."""
+    found = {name: _number(value) for name, value in metrics.items()}
+    return {name: number for name, number in found.items() if number is not None}
+
+
 @contextmanager
-def _weights_elsewhere(trainer: Any) -> Iterator[None]:
-    """Trainer insists on weights in the folder; ours are restored when training begins, with the optimizer's state."""
-    trainer._load_from_checkpoint = lambda *_, **__: None
+def _replaced(trainer: Any, **methods: Callable[..., object]) -> Iterator[None]:
+    """Inside, Trainer calls these."""
+    for name, method in methods.items():
+        setattr(trainer, name, method)
     try:
         yield
     finally:
-        del trainer._load_from_checkpoint
+        for name in methods:
+            delattr(trainer, name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import signal
 import warnings
@@ -61,6 +62,11 @@ def language_model(dropout: float) -> Any:
     return GPT2LMHeadModel(GPT2Config(**sizes, **rates, bos_token_id=0, eos_token_id=0, loss_type="ForCausalLMLoss"))
 
 
+def digest(model: torch.nn.Module) -> str:
+    """Of all that it holds."""
+    return hashlib.sha256(b"".join(each.numpy().tobytes() for each in model.state_dict().values())).hexdigest()
+
+
 def transformers(
     directory: str,
     scratch: str,
@@ -74,9 +80,14 @@ def transformers(
     rank: int = 0,
     plainly: bool = False,
     patience: int = 0,
+    by: str = "callback",
+    export: bool = False,
     **arguments: Any,
 ) -> dict[str, Any]:
-    """Train for two epochs of 6 steps, of 4 items each over all ranks; what became of it."""
+    """Train for two epochs of 6 steps, of 4 items each over all ranks; what became of it.
+
+    Saved ``by`` the "callback" when it says so, or when the "trainer" says so, or by "itself": Trainer alone.
+    """
     from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
 
     from distckpt.integrations.transformers import DistckptCallback
@@ -91,8 +102,12 @@ def transformers(
         def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             interruption.before_step(state.global_step)
 
+        def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            saves.append(state.global_step)
+
     model = language_model(dropout)
     seen: list[list[int]] = []
+    saves: list[int] = []
 
     def look(module: Any, args: Any, kwargs: dict[str, torch.Tensor]) -> None:
         if module.training:
@@ -101,13 +116,16 @@ def transformers(
     model.register_forward_pre_hook(look, with_kwargs=True)
     settings = TrainingArguments(
         output_dir=scratch, report_to=[], use_cpu=True, disable_tqdm=True, seed=3, num_train_epochs=2,
-        learning_rate=1e-2, logging_steps=1, per_device_train_batch_size=batch, **{"save_strategy": "no", **arguments},
+        learning_rate=1e-2, logging_steps=1, per_device_train_batch_size=batch, save_steps=save_steps,
+        **{"save_strategy": "no", **arguments},
     )  # fmt: skip
-    callback = DistckptCallback(directory, save_steps, max_to_keep=None, save_timeout=30)
-    callbacks = [Interrupt(), callback, *([EarlyStoppingCallback(patience)] if patience else [])]
+    options = {"save_steps": save_steps, "max_to_keep": None} if by == "callback" else {}
+    callback = DistckptCallback(directory, save_timeout=30, export=export, **options)
+    callbacks = [Interrupt(), *([callback] if by != "itself" else [])]
+    callbacks += [EarlyStoppingCallback(patience)] if patience else []
     trainer = Trainer(model, settings, train_dataset=Texts(items), eval_dataset=Texts(5), callbacks=callbacks)
     try:
-        _ = trainer.train() if plainly else callback.train(trainer)
+        _ = trainer.train() if plainly or by == "itself" else callback.train(trainer)
         error = ""
     except (Stopped, RuntimeError) as raised:
         error = f"{type(raised).__name__}: {raised}"
@@ -116,6 +134,10 @@ def transformers(
         "step": state.global_step,
         "epoch": state.epoch,
         "best": state.best_metric,
+        "best_step": state.best_global_step,
+        "best_path": state.best_model_checkpoint,
+        "saves": saves,
+        "weights": digest(model),
         "losses": {entry["step"]: entry["loss"] for entry in state.log_history if "loss" in entry},
         "seen": seen,
         "error": error,

@@ -20,6 +20,7 @@ import torch
 import distckpt
 from tests.ranks import integrations as scenarios
 from tests.support.gang import ROOT, Gang
+from tests.support.small_runs import until
 
 FINAL = ("model", "optimizer", "lr_scheduler", "random")
 
@@ -167,6 +168,61 @@ def test_transformers_own_train_cannot_resume_and_says_so(hugging: Hugging) -> N
     assert result["error"].startswith("_ElsewhereError")
     for part in ("plain/ckpt-3 was saved at step 3", "begins at step 0", "callback.train(trainer)"):
         assert part in result["error"]
+
+
+@pytest.mark.parametrize("greater", [True, False], ids=["the first is best", "the last is best"])
+def test_transformers_saves_and_keeps_what_trainer_would_and_ends_with_the_best_model(
+    hugging: Hugging, greater: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Beside a Trainer that saves by itself. Ours is made to fail, and goes on."""
+    arguments = {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2, "patience": 9,
+                 "metric_for_best_model": "loss", "greater_is_better": greater, "load_best_model_at_end": True,
+                 "save_total_limit": 3}  # fmt: skip
+    name = f"as-trainer-{greater}"
+    scratch = str(hugging.folder / f"trainer-{greater}")
+    itself = scenarios.transformers("unused", scratch, by="itself", **arguments)
+    failed = hugging.run(name, by="trainer", fail_at=7, **arguments)
+    assert (failed["error"], failed["saves"]) == ("Stopped: step 7", [2, 4, 6])
+    resumed = hugging.run(name, by="trainer", **arguments)
+    for what in ("step", "best", "best_step", "losses", "weights"):
+        assert resumed[what] == itself[what], what
+    assert failed["saves"] + resumed["saves"] == itself["saves"] == [2, 4, 6, 8, 10, 12]
+    assert Path(resumed["best_path"]).name == Path(itself["best_path"]).name.replace("checkpoint", "ckpt")
+    kept = sorted(int(path.name.rpartition("-")[2]) for path in Path(scratch).iterdir())
+    assert kept == ([2, 10, 12] if greater else [8, 10, 12])
+    ours = [2, 10, 12] if greater else [10, 12]  # the best and the two latest
+    assert until(lambda: numbers(hugging.folder / name) == ours)
+    assert list((hugging.folder / "unused").glob("checkpoint-2")) == [], "Trainer saved something itself"
+    assert "without load_best_model_at_end" not in caplog.text
+    last = digests(hugging.folder / name / "ckpt-12", "model")
+    assert greater == (last != digests(resumed["best_path"], "model")), "the best model was saved as the last one"
+
+
+def test_transformers_stops_by_a_signal_also_where_trainer_says_when_to_save(hugging: Hugging) -> None:
+    arguments = {"save_strategy": "epoch"}
+    stopped = hugging.run("by-epoch", by="trainer", stop_at=8, **arguments)
+    assert (stopped["error"], stopped["step"], stopped["saves"]) == ("", 9, [6, 9])
+    resumed = hugging.run("by-epoch", by="trainer", **arguments)
+    assert (resumed["step"], resumed["saves"]) == (12, [12])
+    assert resumed["losses"] == hugging.whole["losses"]
+    assert numbers(hugging.folder / "by-epoch") == [6, 9, 12]
+    assert hugging.whole["saves"] == [3, 6, 9, 12], "on_save is called where the callback says when, too"
+
+
+@pytest.mark.timeout(120)
+def test_transformers_loads_the_export_that_was_made_beside_its_training(hugging: Hugging) -> None:
+    from transformers import AutoModelForCausalLM
+
+    result = hugging.run("exported", by="trainer", save_strategy="steps", save_steps=12, export=True)
+    again = AutoModelForCausalLM.from_pretrained(f"{distckpt.latest_export(hugging.folder / 'exported')}/model")
+    assert result["weights"] == scenarios.digest(again)
+
+
+def test_transformers_with_nothing_that_says_when_to_save_is_refused(hugging: Hugging) -> None:
+    with pytest.raises(ValueError, match="nothing says when to save"):
+        hugging.run("never", by="trainer", save_strategy="no")
+    with pytest.raises(ValueError, match=r"callback\.train\(trainer\)"):
+        hugging.run("plainly", by="trainer", save_strategy="epoch", plainly=True)
 
 
 @pytest.mark.timeout(120)
@@ -350,7 +406,6 @@ def test_transformers_callback_refuses_a_trainer_that_is_not_its_own(tmp_path: P
 @pytest.mark.parametrize(
     ("arguments", "error"),
     [
-        ({}, ValueError),
         ({"save_steps": 1, "save_secs": 1.0}, ValueError),
         ({"save_steps": 1, "kept": 3}, TypeError),
         ({"save_steps": 1, "keep": 3}, TypeError),
