@@ -179,23 +179,25 @@ class Group:
         return found
 
     def _append(self, entry: GroupEntry) -> bool:
-        """Whether it counts; if not, it never will."""
+        """Whether it counts; if not, it never will.
+
+        What is in its place may be its own, or another's who came first; or the chain had been pruned there, and somebody has
+        filled the place who comes too late. As long as nothing is next, the chain has not been pruned beyond it.
+        """
         reason = ""
         for pause in PAUSES:
             time.sleep(pause)
             result = self._chain.append(entry, seal)
             if result.outcome == "refused":
                 raise ValueError(result.reason)
-            if result.outcome == "taken":
-                return False
-            if result.outcome == "appended" and result.newest >= entry.seq:
-                return result.newest == entry.seq or self._is_followed(entry)
+            if result.outcome != "unknown" and result.newest >= entry.seq:
+                return self._is_followed(entry) if result.newest > entry.seq else result.outcome == "appended"
             reason = result.reason or "a listing does not show it"
         where = join(self._store.url, self._chain.path(entry.seq))
         raise StoreOutcomeUnknownError(where, f"may or may not have been written ({reason})")
 
     def _is_followed(self, entry: GroupEntry) -> bool:
-        """Whether the next one was made from it. If not, it filled a place long after the chain had been pruned there.
+        """Whether the next one was made from it. If not, another one counts that is, or was, in its place.
 
         Once the next one has been pruned, too, nobody can tell: somebody may have gone on from it, and then it counts.
         """

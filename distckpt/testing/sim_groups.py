@@ -89,11 +89,9 @@ def _append(
         yield Sleep(0.05)
     if outcomes[0] == "unknown":
         raise StoreOutcomeUnknownError(f"entry {entry.seq}", "no answer")
-    if outcomes[0] == "taken":
-        return False
     yield Sleep(world.latency() * 0.3)
     if chain.newest() == entry.seq or "ignore_group_newest" in world.unsafe:
-        return True
+        return outcomes[0] != "taken"
     yield Sleep(world.latency() * 0.3)
     following = chain.entries.get(entry.seq + 1)
     return following.previous == entry.commit_id if following is not None else None

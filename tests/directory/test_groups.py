@@ -355,6 +355,49 @@ def test_a_worker_whose_acknowledgement_was_followed_and_pruned_is_not_told_that
     assert read_groups(store)["eval"].acknowledged == 1
 
 
+class LateStore(MemoryStore):
+    """The answer to one creation at ``path`` is lost; ``meanwhile`` is what happens before that is noticed."""
+
+    path = ""
+    meanwhile: Callable[[], object]
+
+    def put_if_absent(self, path: str, data: bytes) -> None:
+        """See Store."""
+        super().put_if_absent(path, data)
+        if path == self.path:
+            self.path = ""
+            self.meanwhile()
+            raise StoreOutcomeUnknownError(path, "no answer")
+
+
+@pytest.mark.parametrize("followed", [1, 100], ids=["what came next is there", "what came next is gone"])
+def test_an_acknowledgement_whose_place_was_filled_again_is_not_told_that_it_does_not_count(followed: int) -> None:
+    """It counted, the chain was pruned there, and somebody who had stood still took the free place."""
+    store = LateStore()
+    log = committed(store, 1)
+    busy = Group(store, "eval", "busy")
+    offered = sharing.offer(busy.join(ALL, log), log, (), ())
+    assert offered is not None
+    busy.change("claim", lambda state: sharing.claimed(state, log, offered, (), claim(1)))
+    path = names.link_path("_groups/eval", 3)
+
+    def fill_again() -> None:
+        for count in range(1, followed + 1):
+            busy.change("skip", lambda now, count=count: msgspec.structs.replace(now, skipped=count))  # type: ignore[misc]
+        if followed == 1:  # as if the chain were pruned to its newest entry
+            store.delete(path)
+        store.put_if_absent(path, seal(GroupEntry(1, 3, "skip", 0.0, "late", "f" * 32, "", sharing.made(ALL, log))))
+
+    store.path, store.meanwhile = path, fill_again
+    slow = Group(store, "eval", "slow")
+    if followed == 1:
+        assert slow.change("ack", lambda state: sharing.acknowledged(state, f"{1:032x}")) is not None
+    else:
+        with pytest.raises(StoreOutcomeUnknownError, match="may or may not count"):
+            slow.change("ack", lambda state: sharing.acknowledged(state, f"{1:032x}"))
+    assert read_groups(store)["eval"].acknowledged == 1
+
+
 def test_settings_that_disagree_are_refused_by_name_and_none_takes_what_there_is() -> None:
     store = MemoryStore()
     Group(store, "eval", "a").join(Settings(mode="all", max_attempts=5), State())
