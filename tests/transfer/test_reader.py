@@ -23,6 +23,7 @@ from distckpt.storage import LocalStore, MemoryStore, Source, Store
 from distckpt.transfer.reader import LOCAL, REMOTE, Pace, ReadStats, default_threads, pace_of, read_transfers
 from tests.support.boxes import ITEM, chunks_of, part_of, slices, split
 from tests.support.damage import flip
+from tests.support.part import examples
 from tests.support.stored import Chunk, stored, value, whole
 
 TINY = Pace(piece=8, small=5, gap=3, batch=16, threads=1)
@@ -80,7 +81,7 @@ class WatchedSource:
 # ---- what is read ---------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=examples(200), deadline=None)
 @given(
     st.lists(st.lists(st.integers(1, 9), min_size=0, max_size=3), min_size=1, max_size=4),
     st.sampled_from(sorted(ITEM)),
