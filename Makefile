@@ -1,5 +1,7 @@
 # `make demo` and `make test` need nothing but Python 3.10 or newer, pip and make.
 
+unexport PYTHONDONTWRITEBYTECODE # or each of hundreds of processes would compile all that it imports
+
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
