@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import gc
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,9 @@ os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 os.environ.setdefault("REPORTER_UPDATE_INTERVAL_MS", "3600000")
 os.environ.setdefault("RAY_worker_niceness", "0")  # else the coordinator waits for whatever else runs on this machine
 
-# No deadlines: the machine may be shared. The same examples every time; new ones are what tests/explore.py looks at.
-hypothesis.settings.register_profile("same", deadline=None, derandomize=True, print_blob=True)
+# No deadlines: the machine may be shared. The same examples every time, and a part of them; new ones, and all, are what
+# tests/explore.py looks at.
+hypothesis.settings.register_profile("same", max_examples=40, deadline=None, derandomize=True, print_blob=True)
 hypothesis.settings.register_profile("explore", deadline=None, print_blob=True)
 hypothesis.settings.load_profile("same")
 
@@ -51,6 +53,17 @@ def seed(request: pytest.FixtureRequest) -> int:
 def part(request: pytest.FixtureRequest, seed: int) -> Part:
     """Every n-th of the cases that a test goes through by itself, begun where the seed says; with ``--wide`` all."""
     return Part(seed, request.config.getoption("--wide"))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """A million objects come to be, and none goes: to look for garbage among them again and again would take as long."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()  # nor is it looked for among them later, while tests run
+        gc.enable()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

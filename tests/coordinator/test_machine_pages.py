@@ -23,6 +23,7 @@ from distckpt.format.json.log import CheckpointRecord, State
 from distckpt.format.json.paging import Sizes, opened
 from distckpt.keep import AnyOf, BestN, EveryHours, EveryNumbers, LatestN, Retention
 from tests.support.driving import Driver, last, matched, receipt, refusal
+from tests.support.part import examples
 
 SIZES = Sizes(newest=2, page=3, most=12, together=2)
 ALL = Retention(None)
@@ -143,7 +144,7 @@ def played(steps: list[Step], sizes: Sizes) -> list[list[tuple[int, int, float, 
     return [[(one.number, one.order, one.time, one.pinned) for one in records] for records in (active, *rest)]
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=examples(60), deadline=None, suppress_health_check=list(HealthCheck))
 @given(steps=STEPS)
 def test_all_comes_to_be_as_without_pages(steps: list[Step]):
     assert played(steps, SIZES) == played(steps, Sizes(1 << 20, 1 << 20, 1 << 20))

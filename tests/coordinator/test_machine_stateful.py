@@ -90,6 +90,7 @@ from distckpt.testing.history import (
 )
 from distckpt.testing.promises import PROMISES
 from distckpt.testing.sim_store import SimulatedLease, SimulatedPlan, SimulatedStore, describe, make_plan, record_of
+from tests.support.part import examples
 
 WORLD = 2
 RETENTION = {"one": Retention(None), "two": Retention(1), "three": Retention(2)}
@@ -529,7 +530,7 @@ class Coordinators(RuleBasedStateMachine):
 
 
 Coordinators.TestCase.settings = settings(
-    max_examples=150,
+    max_examples=examples(150),
     stateful_step_count=60,
     deadline=None,
     suppress_health_check=list(HealthCheck),

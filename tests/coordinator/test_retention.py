@@ -14,6 +14,7 @@ from distckpt.coordinator.machine.retention import recover, sweep
 from distckpt.format.json.log import CheckpointRecord, State
 from distckpt.keep import Retention
 from tests.support import reference_manager
+from tests.support.part import examples
 
 NOBODY: frozenset[str] = frozenset()
 
@@ -227,7 +228,7 @@ STEPS = st.lists(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=examples(300), deadline=None)
 @given(first=SETTINGS, steps=STEPS)
 def test_decisions_are_those_of_the_original(first, steps):
     """The decisions alone, many of them; test_manager_model.py has the whole manager."""
@@ -255,7 +256,7 @@ def test_decisions_are_those_of_the_original(first, steps):
         assert numbers(manager.logged.newest_first())[:1] == ([number] if reference.latest else [])
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=examples(300), deadline=None)
 @given(
     times=st.lists(st.floats(0, 1e6), max_size=12),
     keep=st.sampled_from([None, 1, 2, 3]),

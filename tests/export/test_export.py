@@ -591,9 +591,9 @@ def test_what_is_exported_is_what_was_saved(tmp_path: Path) -> None:
             manager.save(number)
             with torch.no_grad():
                 live.inner.bias += 1.0
-        first = manager.wait_for_new_savedmodel(timeout=50)
-        second = manager.wait_for_new_savedmodel(first, 0.1, timeout=50)
-        manager.wait_for_exports(50)
+        first = manager.wait_for_new_savedmodel(timeout=100)
+        second = manager.wait_for_new_savedmodel(first, 0.1, timeout=100)
+        manager.wait_for_exports(100)
         assert manager.savedmodels == manager.exports == manager.get_existing_savedmodels() == [first, second]
         assert manager.latest_savedmodel == manager.latest_export == second == distckpt.latest_export(tmp_path)
         assert list(manager.savedmodels_iterator(timeout=0)) == [first, second]
@@ -620,12 +620,12 @@ def test_exports_follow_retention_and_quick_saves_leave_none_half_made(tmp_path:
     with Exporting(distckpt.Checkpoint(model=live), tmp_path, 1, {"tower": live}) as manager:
         for number in range(1, 9):
             manager.save(number).result(30)
-        manager.wait_for_exports(50)
+        manager.wait_for_exports(100)
         assert numbers(manager)[-1] == 8
         manager.save(9).result(30)
-        manager.wait_for_exports(50)
+        manager.wait_for_exports(100)
         manager.save(10).result(30)
-        manager.wait_for_exports(50)
+        manager.wait_for_exports(100)
         assert numbers(manager) == [10]
     assert [path.name for path in tmp_path.glob("ckpt-*")] == ["ckpt-10"]
     [attempt] = (tmp_path / "ckpt-10").iterdir()
@@ -640,13 +640,13 @@ def test_a_preserved_checkpoint_keeps_its_export_and_a_later_manager_makes_what_
             manager.save(number).result(30)
     how = {"tower": distckpt.Export(key="model")}
     with Exporting(checkpoint, tmp_path, 1, how, 1e-9) as exporting:
-        exporting.wait_for_exports(50)
+        exporting.wait_for_exports(100)
         assert numbers(exporting) == [3, 1]
         made = [Path(path).stat().st_ctime for path in exporting.exports]
         assert made[::-1] == sorted(made), "the lowest number is made first"
         exporting.save(2).result(30)
         assert exporting.checkpoints == [f"{tmp_path}/ckpt-2"]
-        exporting.wait_for_exports(50)
+        exporting.wait_for_exports(100)
         assert numbers(exporting) == [3, 1, 2]
     [record] = [one for one in read_tail(LocalStore(tmp_path)).state.preserved if one.number == 3]
     assert Path(list_exports(tmp_path)[0], "tower/model.safetensors").exists()
@@ -658,12 +658,12 @@ def test_a_number_that_is_saved_again_gets_an_export_of_its_own(tmp_path: Path) 
     live = tower(1)
     with Exporting(distckpt.Checkpoint(model=live), tmp_path, 5, {"tower": live}) as manager:
         manager.save(5)
-        first = manager.wait_for_new_export(timeout=50)
+        first = manager.wait_for_new_export(timeout=100)
         with torch.no_grad():
             live.inner.bias += 1.0
         manager.save(5)
-        second = manager.wait_for_new_export(first, 0.1, timeout=50)
-        manager.wait_for_exports(50)
+        second = manager.wait_for_new_export(first, 0.1, timeout=100)
+        manager.wait_for_exports(100)
         assert manager.exports == [second]
         manager.save(6).result(30)
     assert not Path(first).exists()
@@ -678,9 +678,9 @@ def test_an_export_that_fails_fails_nothing_else(tmp_path: Path, caplog: pytest.
     with Exporting(distckpt.Checkpoint(model=live), tmp_path, 5, how) as manager:
         assert manager.save(41).result(30) == f"{tmp_path}/ckpt-41"
         with pytest.raises(ExportError, match="checkpoint 41, module 'bad', was not exported") as caught:
-            manager.wait_for_exports(50)
+            manager.wait_for_exports(100)
         assert (caught.value.number, caught.value.module) == (41, "bad")
-        manager.wait_for_exports(50)
+        manager.wait_for_exports(100)
         assert manager.exports == []
         assert caplog.text.count("checkpoint 41, module 'bad'") == 2, "it is tried once again, and no more"
     assert not list(tmp_path.glob("ckpt-41/*/export*"))
@@ -729,7 +729,7 @@ def test_wrong_options_leave_the_directory_free_and_names_are_apart(tmp_path: Pa
     assert numbers(manager) == [1]
     with Exporting(checkpoint, tmp_path, 5, how, checkpoint_name="ckpt-foo") as other:
         other.save(2)
-        other.wait_for_exports(50)
+        other.wait_for_exports(100)
         assert numbers(other) == [2]
         assert other.get_savedmodel_number_from_path(manager.latest_export) is None
     assert numbers(manager) == [1]
@@ -845,7 +845,7 @@ def test_a_process_killed_while_it_exports_leaves_nothing_that_counts(tmp_path: 
 
     live = tower(1)
     with Exporting(distckpt.Checkpoint(model=live), run, 5, {"first": live}) as manager:
-        manager.wait_for_exports(50)
+        manager.wait_for_exports(100)
         [path] = manager.exports
     assert not half.exists()
     assert torch.equal(load_file(f"{path}/first/model.safetensors")["seen"], torch.tensor(1.0))

@@ -14,6 +14,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from distckpt.format.arrow.shard import MAP_NORESERVE, SCHEMA, Chunk, block_size, build_image
+from tests.support.part import examples
 from tests.support.shards import rows_of
 
 KIB = 1 << 10
@@ -71,7 +72,7 @@ def check_cover(image):
     assert end == image.size
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 @given(
     st.lists(
         st.one_of(st.integers(0, 40), st.integers(64 * KIB - 9, 64 * KIB + 9), st.integers(0, 300 * KIB)), max_size=30

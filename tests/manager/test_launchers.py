@@ -1,4 +1,7 @@
-"""How people start many ranks: torchrun, with and without torch.distributed. Ray Train is in test_integrations."""
+"""How people start many ranks: torchrun without torch.distributed; with it is in test_process.
+
+Ray Train is in test_integrations.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,6 @@ import os
 import socket
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 import pytest
@@ -18,22 +20,17 @@ from tests.support.gang import ROOT, Gang, RankError
 
 
 @pytest.mark.timeout(150)
-@pytest.mark.parametrize("group", ["gloo", "none"])
-def test_torchrun_with_and_without_a_ray_cluster(request: pytest.FixtureRequest, tmp_path: Path, group: str) -> None:
-    """With the group gloo the ranks start a Ray cluster, with none they join the one that runs."""
+def test_torchrun_without_torch_distributed_and_with_a_ray_cluster(ray_address: str, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    env = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")} | {"OMP_NUM_THREADS": "1"}
-    if group == "gloo":
-        env["RAY_TMPDIR"] = tempfile.gettempdir()  # not the default, in which a test's cluster may be noted
-    else:
-        env["RAY_ADDRESS"] = request.getfixturevalue("ray_address")
+    env = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
+    env |= {"OMP_NUM_THREADS": "1", "RAY_ADDRESS": ray_address}
     script = str(ROOT / "tests" / "ranks" / "programs" / "plain.py")
     done = subprocess.run(
-        [*command, script, str(tmp_path), group], env=env, capture_output=True, text=True, timeout=140, check=False
+        [*command, script, str(tmp_path)], env=env, capture_output=True, text=True, timeout=140, check=False
     )
     assert done.returncode == 0, done.stderr[-4000:]
     said = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-    assert said == [{"before": None, "latest": f"{tmp_path}/ckpt-2", "niceness": 0}] * 2
+    assert said == [{"before": None, "latest": f"{tmp_path}/ckpt-2"}] * 2
     with distckpt.open(f"{tmp_path}/ckpt-2") as reader:
         assert reader.manifest.world_size == 2
     assert distckpt.load(f"{tmp_path}/ckpt-2")["state"]["step"] == 2

@@ -20,6 +20,7 @@ from distckpt.format import names
 from distckpt.storage import Store, open_store
 from distckpt.testing.observing import everything
 from tests.support import reference_manager
+from tests.support.part import examples
 from tests.support.reference_manager import ReferenceManager, StateFile
 from tests.support.small_runs import until
 
@@ -227,7 +228,7 @@ JUMPS = st.builds(Jump, st.sampled_from([-100_000.0, -2 * HOUR, -HOUR / 2, -1.0,
 STEPS = st.lists(st.one_of(SAVES, SAVES, SAVES, MAKES, JUMPS, st.builds(Restore)), max_size=14)
 
 
-@settings(max_examples=60)
+@settings(max_examples=examples(60))
 @given(first=MAKES, steps=STEPS)
 @example(  # the clock goes back, and nobody saves meanwhile
     first=Make(2), steps=[Save(), Save(), Jump(-90_000.0), Make(1), Jump(90_000.0), Make(1), Save()]

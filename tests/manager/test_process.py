@@ -11,9 +11,11 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+import distckpt
 from tests.support.gang import ROOT, Gang
 
 PROGRAM = ROOT / "tests" / "ranks" / "process.py"
@@ -26,8 +28,8 @@ def environment(**more: str) -> dict[str, str]:
     return {**own, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **more}
 
 
-def told(said: str) -> list[list[str]]:
-    """What each process says has changed in it."""
+def told(said: str) -> list[list[Any]]:
+    """What each process says has changed in it, and what else it says."""
     return [json.loads(line) for line in said.splitlines() if line.startswith("[")]
 
 
@@ -39,9 +41,12 @@ def test_of_one_process_by_itself(tmp_path: Path) -> None:
 
 @pytest.mark.timeout(150)
 def test_of_ranks_that_torchrun_starts_and_that_start_ray(tmp_path: Path) -> None:
+    """The coordinator has the priority that they have: 0."""
     command = [sys.executable, *TORCHRUN, str(PROGRAM), "torchrun", str(tmp_path / "run"), ""]
     done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=140, check=False)
-    assert (done.returncode, told(done.stdout)) == (0, [[], []]), done.stderr[-4000:]
+    assert (done.returncode, sorted(told(done.stdout))) == (0, [[], [], [0], [0]]), done.stderr[-4000:]
+    with distckpt.open(tmp_path / "run" / "ckpt-1") as reader:
+        assert reader.manifest.world_size == 2
 
 
 @pytest.mark.timeout(150)

@@ -88,7 +88,15 @@ def test_a_store_of_torch_that_has_gone_is_told_as_what_it_is(monkeypatch: pytes
 @pytest.mark.timeout(150)
 @pytest.mark.parametrize("how", ["by number", "by torch"])
 def test_ranks_with_no_ray_to_join_are_told_what_to_do(tmp_path: Path, how: str) -> None:
-    with Gang(2, {"RAY_ADDRESS": "127.0.0.1:9"}) as gang:
+    impatient = dict.fromkeys(
+        (
+            "RAY_gcs_rpc_server_connect_timeout_s",
+            "RAY_gcs_rpc_server_reconnect_timeout_s",
+            "RAY_py_gcs_connect_timeout_s",
+        ),
+        "1",
+    )  # Ray looks for its cluster for 40 s otherwise
+    with Gang(2, {"RAY_ADDRESS": "127.0.0.1:9", **impatient}) as gang:
         for said in gang.run("ranks.manager:without_ray", directory=str(tmp_path), by_number=how == "by number"):
             assert said["kind"] == "CoordinatorUnavailableError"
             assert "127.0.0.1:9" in said["text"]

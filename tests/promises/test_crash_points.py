@@ -8,6 +8,7 @@ import signal
 import threading
 import time
 import uuid
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -177,20 +178,25 @@ def _is_probe(place: Place) -> bool:
 
 
 def test_every_fault_at_every_call(template: Path, places: list[Place], tmp_path: Path, seed: int, part: Part) -> None:
+    """At puts of one kind of object all faults of which a put is capable, shared out among those of a run."""
     dice = random.Random(seed)
-    chosen = part.of(places, 2)
+    chosen = part.of(places, 3)
+    alike: Counter[str] = Counter()
 
     def kinds(place: Place) -> Sequence[Fault]:
         possible = [kind for kind in faults_of(place.operation) if kind is not Fault.GONE]
         if not place.operation.startswith("put") or _is_probe(place):
             return [dice.choice(possible)] if place in chosen else []  # others with every seed
-        return [kind for kind in possible if kind is not Fault.DELAYED or dice.random() < 0.2]
+        alike[Path(place.path).name] += 1
+        share = Part(seed + alike[Path(place.path).name], part.whole)
+        delayed = [Fault.DELAYED] if dice.random() < 0.2 else []
+        return delayed + share.of([kind for kind in possible if kind is not Fault.DELAYED], 2)
 
     plan = _plan(places, kinds)
     done = _disturb_all(template, tmp_path, plan)
     struck = {key for key, (hit, _) in done.items() if hit}
     # What two threads do may come in another order, and then a call is not there at all; but hardly ever.
-    assert len(struck) >= 0.95 * len(plan)
+    assert len(struck) >= 0.9 * len(plan)
     assert {place for place, _ in struck} >= {place for place, _ in plan if place.operation.startswith("put")}
     for (place, kind), (_, told) in done.items():
         if kind is Fault.DELAYED:
@@ -280,9 +286,14 @@ def _die_at(template: Path, tmp_path: Path, count: str, chosen: Callable[[int], 
 
 
 @pytest.fixture(scope="module")
-def killed_at_calls(template: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Aftermath]:
-    """Killed at every store call, but few of the probe's."""
-    return _die_at(template, tmp_path_factory.mktemp("calls"), "calls", lambda all: [3, 9, *range(17, all)])
+def killed_at_calls(template: Path, tmp_path_factory: pytest.TempPathFactory, part: Part) -> list[Aftermath]:
+    """Killed at store calls: few of the probe's, a part of those that follow, and all while 2 is written and committed."""
+    return _die_at(
+        template,
+        tmp_path_factory.mktemp("calls"),
+        "calls",
+        lambda all: [3, 9, *part.of(range(17, 2 * all // 3), 3), *range(2 * all // 3, all)],
+    )
 
 
 @pytest.fixture(scope="module")

@@ -29,6 +29,7 @@ from distckpt.storage import LocalStore
 from tests.support.checkpoints import write_checkpoint
 from tests.support.damage import copied, flip
 from tests.support.forging import forge_index, manifest_of
+from tests.support.part import Part
 from tests.support.small_runs import Trainer, assert_loads, attempt_folder, holds, numbers, run, target, tree
 
 KEYS = ("state.weights", "state.half", "state.nested.count", "state.nested.names", "state.nested.step")
@@ -339,14 +340,16 @@ def test_nothing_depends_on_the_checkpoint_file(
 # ---- every byte -------------------------------------------------------------------------------------------------------
 
 
-def positions(file: Path, dice: random.Random) -> Iterator[int]:
-    """All of a text's, some of the others'."""
+def positions(file: Path, dice: random.Random, part: Part) -> Iterator[int]:
+    """A part of a text's, some of the others'."""
     size = file.stat().st_size
-    return iter(range(size)) if size < 1024 else iter(sorted(dice.sample(range(size), 250)))
+    return iter(part.of(range(size), 3) if size < 1024 else sorted(dice.sample(range(size), 90)))
 
 
 @pytest.mark.timeout(120)
-def test_a_flipped_bit_anywhere_is_found_or_does_not_matter(of_one_rank: Path, tmp_path: Path, seed: int) -> None:
+def test_a_flipped_bit_anywhere_is_found_or_does_not_matter(
+    of_one_rank: Path, tmp_path: Path, seed: int, part: Part
+) -> None:
     dice = random.Random(seed)
     directory = copied(of_one_rank, tmp_path)
     path = directory / "ckpt-2"
@@ -354,7 +357,7 @@ def test_a_flipped_bit_anywhere_is_found_or_does_not_matter(of_one_rank: Path, t
     found = sorted(attempt_folder(directory, 2).iterdir())
     for file in (*found, newest_entry(directory), directory / "checkpoint"):
         content = file.read_bytes()
-        for position in positions(file, dice):
+        for position in positions(file, dice, part):
             flip(file, position, dice.randrange(8))
             try:
                 assert holds(distckpt.load(path)["state"], 2), f"{file} at {position}"
@@ -362,15 +365,15 @@ def test_a_flipped_bit_anywhere_is_found_or_does_not_matter(of_one_rank: Path, t
             except (DamagedError, CheckpointNotFoundError):
                 told += 1
             file.write_bytes(content)
-    assert told > 500
-    assert harmless > 100  # what is not read needs no check
+    assert told > 170
+    assert harmless > 30  # what is not read needs no check
 
 
-def test_a_flipped_bit_in_a_copy_without_log(of_one_rank: Path, tmp_path: Path) -> None:
+def test_a_flipped_bit_in_a_copy_without_log(of_one_rank: Path, tmp_path: Path, part: Part) -> None:
     path = Path(shutil.copytree(of_one_rank / "ckpt-2", tmp_path / "alone"))
     file = next(path.glob(f"*/{names.MANIFEST}"))
     content = file.read_bytes()
-    for position in range(len(content)):
+    for position in part.of(range(len(content)), 3):
         flip(file, position, position % 8)
         with pytest.raises((DamagedError, CheckpointNotFoundError)):
             distckpt.load(path)

@@ -35,7 +35,7 @@ from distckpt.testing.simulator import UNSAFE, Simulation, simulate
 
 pytestmark = pytest.mark.timeout(240)
 
-STORIES = 170
+STORIES = 90
 SEARCH = range(120)
 RARE = {"ignore_group_newest": range(290, 410), "news_is_nobodys": range(150, 270)}
 """What needs many things to come together is looked for where they do."""
@@ -116,7 +116,7 @@ def test_the_simulations_are_full_of_what_they_are_about(histories):
         "group's claim": 1000, "group's ack": 800, "group's reject": 50, "group's release": 50, "group's skip": 5,
         "taken over": 50, "settled in vain": 10, "paged": 550,
     }.items():  # fmt: skip
-        assert count[name] >= least, (name, count)
+        assert count[name] >= least * STORIES // 170, (name, count)  # these are of so many stories
 
 
 def test_the_same_seed_gives_the_same_story():

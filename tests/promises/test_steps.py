@@ -93,8 +93,7 @@ def test_a_rank_that_is_interrupted_in_a_restore_tells_the_others(gang2: Gang, t
 
 
 @pytest.mark.timeout(120)
-@pytest.mark.parametrize("run_id", [None, "first"], ids=["by themselves", "at the coordinator"])
-@pytest.mark.parametrize("who", [0, 1])
+@pytest.mark.parametrize(("who", "run_id"), [(0, None), (1, "first")], ids=["by themselves", "at the coordinator"])
 def test_after_one_rank_restored_alone_joint_restores_work(
     ray_address: str, tmp_path: Path, who: int, run_id: str | None
 ) -> None:

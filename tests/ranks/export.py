@@ -111,7 +111,7 @@ def export_sharded(directory: str) -> dict[str, Any]:
     del model.example_inputs
     with distckpt.ExportCheckpointManager(distckpt.Checkpoint(model=model), directory, 5, how) as manager:
         manager.save(7)
-        manager.wait_for_exports(50)
+        manager.wait_for_exports(100)
         dist.barrier()
         exports, others = manager.exports, manager.latest_savedmodel
     with torch.no_grad():
@@ -126,7 +126,7 @@ def export_in_a_task_that_dies(directory: str, marker: str) -> list[str]:
     how = {"tower": distckpt.Export(build, example_inputs=inputs())}
     with distckpt.ExportCheckpointManager(distckpt.Checkpoint(model=model), directory, 5, how) as manager:
         manager.save(1)
-        manager.wait_for_exports(50)
+        manager.wait_for_exports(100)
         dist.barrier()
         return manager.exports
 

@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import threading
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -17,8 +18,11 @@ from distckpt.export.packing import pack
 from tests.support.process import adorn, belongings, changes
 
 
-def kept(directory: str, **options: Any) -> list[str]:
-    """Save with a manager; what that has changed in the process, which had been made the user's own."""
+def kept(directory: str, look: Callable[[], object] = int, **options: Any) -> list[str]:
+    """Save with a manager; what that has changed in the process, which had been made the user's own.
+
+    ``look`` is called before the manager is closed.
+    """
     adorn()
     before = belongings()
     with distckpt.CheckpointManager(distckpt.Checkpoint(state={"a": torch.zeros(3)}), directory, **options) as manager:
@@ -26,6 +30,7 @@ def kept(directory: str, **options: Any) -> list[str]:
         manager.save(1).result(60)
         pack(say)  # as exports do, in Ray's way, though there may be no Ray
         after = belongings()
+        look()
     return changes(before, after) + changes(before, belongings())
 
 
@@ -68,7 +73,18 @@ def spawned(rank: int, directory: str, meeting: str) -> None:
     torch.distributed.destroy_process_group()
 
 
-def say(found: list[str]) -> None:
+def coordinators_niceness(directory: str) -> int:
+    """Of the process in which the actor lives."""
+    import ray
+
+    from distckpt.coordinator.ray.actor import actor_name
+    from distckpt.coordinator.ray.detached import NAMESPACE
+
+    actor = ray.get_actor(actor_name(directory), namespace=NAMESPACE)
+    return os.getpriority(os.PRIO_PROCESS, int(ray.get(actor.describe.remote())[1]))
+
+
+def say(found: Sequence[object]) -> None:
     """Tell the test, in one piece, since the ranks share the pipe."""
     os.write(1, f"{json.dumps(found)}\n".encode())
 
@@ -78,9 +94,13 @@ def main(launcher: str, directory: str, meeting: str) -> None:
     if launcher == "spawn":
         torch.multiprocessing.spawn(spawned, (directory, meeting), nprocs=2)
         return
+    seen: list[int] = []
     if launcher == "torchrun":
         torch.distributed.init_process_group("gloo")
-    say(kept(directory))
+        say(kept(directory, lambda: seen.append(coordinators_niceness(directory))))
+        say(seen)
+    else:
+        say(kept(directory))
 
 
 if __name__ == "__main__":

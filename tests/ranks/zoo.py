@@ -182,15 +182,16 @@ def _refusal(act: Callable[[], object]) -> str:
 
 def sharded_save(directory: str, names: Sequence[str]) -> dict[str, dict[str, Any]]:
     """Train and save each entry; its state then, and after it has gone on."""
-    return {name: _phase(lambda name=name, at=at: _save_one(name, directory, at)) for at, name in enumerate(names, 1)}  # type: ignore[misc]
+    return {name: _phase(lambda name=name: _save_one(name, directory)) for name in names}  # type: ignore[misc]
 
 
 def sharded_restore(directory: str, names: Sequence[str]) -> dict[str, dict[str, Any]]:
     """Restore each entry into a twin of other values; its state then, and after it has gone on."""
-    return {
-        name: _phase(lambda name=name, at=at: _restore_one(name, directory, at))  # type: ignore[misc]
-        for at, name in enumerate(names, 1)
-    }
+    return {name: _phase(lambda name=name: _restore_one(name, directory)) for name in names}  # type: ignore[misc]
+
+
+def _number(name: str) -> int:
+    return 1 + list(RANK_ENTRIES).index(name)
 
 
 def _phase(action: Callable[[], dict[str, Any]]) -> dict[str, Any]:
@@ -205,21 +206,21 @@ def _phase(action: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     return {**result, "failed": failed, "seconds": time.monotonic() - began}
 
 
-def _save_one(name: str, directory: str, number: int) -> dict[str, Any]:
+def _save_one(name: str, directory: str) -> dict[str, Any]:
     entry = RANK_ENTRIES[name].entry()
     run = entry.start(seed=0)
     take_steps(run, 0, entry.steps)
     with distckpt.CheckpointManager(run.checkpoint, directory, **OPTIONS) as manager:
-        manager.save(number).result(30)
+        manager.save(_number(name)).result(30)
     at_save = observe(run)
     return {"restored": at_save, "after": _after(entry, run)}
 
 
-def _restore_one(name: str, directory: str, number: int) -> dict[str, Any]:
+def _restore_one(name: str, directory: str) -> dict[str, Any]:
     entry = RANK_ENTRIES[name].entry()
     twin = entry.start_twin(seed=1)
     with distckpt.CheckpointManager(twin.checkpoint, directory, **OPTIONS) as manager:
-        manager.restore(number)
+        manager.restore(_number(name))
     restored = observe(twin)
     return {"restored": restored, "after": _after(entry, twin)}
 

@@ -404,8 +404,8 @@ def test_each_wait_has_the_whole_timeout(tmp_path: Path, later: Callable[[float,
     commit_bare(tmp_path, 1)
     checkpoints = checkpoints_iterator(tmp_path, timeout=2)
     assert next(checkpoints) == f"{tmp_path}/ckpt-1"
-    time.sleep(1.1)
-    later(1.1, lambda: commit_bare(tmp_path, 2))
+    time.sleep(2.1)
+    later(0.1, lambda: commit_bare(tmp_path, 2))
     assert next(checkpoints) == f"{tmp_path}/ckpt-2"
 
 

@@ -358,7 +358,7 @@ def test_load_refuses_a_flipped_bit_and_names_shard_and_key(ours: Path) -> None:
 def test_verify_finds_a_flip_anywhere(ours: Path) -> None:
     for file in sorted(ours.iterdir()):
         content = file.read_bytes()
-        for position in range(3, len(content), max(1, len(content) // 60)):
+        for position in range(3, len(content), max(1, len(content) // 30)):
             flip(file, position)
             try:
                 assert not verified(ours).good, f"{file.name} at {position}"

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from distckpt.format.arrow.index import Index
 from distckpt.sharding.match import Transfers, Wanted, match
 from tests.support.boxes import ITEM, chunks_of, part_of, slices, split
+from tests.support.part import examples
 from tests.support.stored import Chunk, stored, value, whole
 
 
@@ -60,7 +61,7 @@ def bytes_by_row(index: Index, chunks: Sequence[Chunk]) -> dict[int, bytes]:
     return {row: chunk.data for row, chunk in enumerate(ordered)}
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=examples(150), deadline=None)
 @given(
     st.lists(st.lists(st.integers(1, 7), min_size=1, max_size=3), min_size=1, max_size=3),
     st.sampled_from(sorted(ITEM)),
@@ -90,7 +91,7 @@ def test_any_tiling_fills_any_rectangle(shapes: list[list[int]], item: int, cuts
     assert list(map(bytes, placed(index, transfers, bytes_by_row(index, chunks)))) == expected
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=examples(150), deadline=None)
 @given(
     st.lists(st.integers(1, 6), min_size=1, max_size=3).map(tuple),
     st.integers(1, 4),

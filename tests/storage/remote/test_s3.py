@@ -14,6 +14,7 @@ from distckpt.errors import StorageError, StoreUnsuitableError
 from distckpt.storage import open_store, probe
 from distckpt.storage.interface import Store
 from distckpt.storage.remote.s3 import S3Store, open_s3
+from distckpt.testing import conformance
 from distckpt.testing.conformance import StoreConformance
 from distckpt.testing.observing import MIB, Outside, everything, pattern, sections_of
 from tests.support.s3_bucket import Bucket, options_for
@@ -50,7 +51,8 @@ class TestOnMotoInTheRoot(TestOnMoto):
 
 class TestOnSeaweedfs(_OnServer):
     @pytest.fixture
-    def server(self, seaweedfs: Server) -> Server:
+    def server(self, seaweedfs: Server, monkeypatch: pytest.MonkeyPatch) -> Server:
+        monkeypatch.setattr(conformance, "ROUNDS", 1)  # of 16 writers; each takes this server 4 s
         return seaweedfs
 
     test_a_folder_goes_with_its_last_object = None  # a moment later: this server has folders of its own
