@@ -34,7 +34,18 @@ OF_THE_CODE = [path for path in DOCUMENTS if path.name not in OF_OTHERS or path.
 MOST_README_LINES = 150
 DECISION = ("## Context", "## Decision", "## Consequences", "## Rejected")
 
-FOREIGN = {"torch", "os", "http", "ray", "DTensor", "FullyShardedDataParallel", "Trainer", "CheckpointState", "None"}
+FOREIGN = {
+    "torch",
+    "os",
+    "http",
+    "ray",
+    "DTensor",
+    "FullyShardedDataParallel",
+    "Trainer",
+    "TrainingArguments",
+    "CheckpointState",
+    "None",
+}
 """What such a name may begin with that is not ours."""
 
 HOMES = ("collections", "datetime", "pathlib", "random", "numpy.random")

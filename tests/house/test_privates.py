@@ -15,7 +15,7 @@ OF_OTHERS = {
     "_exit": "os",
     "_foreach_copy_": "torch",
     "_get_default_store": "torch.distributed",
-    "_load_from_checkpoint": "transformers",
+    "_load_best_model": "transformers",
     "_load_state_dict_post_hooks": "nn.Module",
     "_load_state_dict_pre_hooks": "nn.Module",
     "_local_tensor": "DTensor",
