@@ -14,13 +14,14 @@ from typing import Any, TypeAlias
 from distckpt.checkpoint import Checkpoint
 from distckpt.directory.log import read_tail
 from distckpt.errors import EncodeError
+from distckpt.format.json.log import CheckpointRecord
 from distckpt.format.tree.tree import DictStep, flatten
 from distckpt.format.tree.values import encode_value
 from distckpt.keep import BestN, Pending
 from distckpt.manager import CheckpointManager
 from distckpt.rank.arguments import retention_of
 from distckpt.state.objects import is_array
-from distckpt.storage import open_store, placed_among
+from distckpt.storage import canonical, open_store, placed_among
 from distckpt.training.hooks import CheckpointSaverHook, CheckpointSaverListener, SecondOrStepTimer, Session
 from distckpt.training.session import HookedLoop
 
@@ -82,11 +83,18 @@ class RunHook(CheckpointSaverHook):
         """Save the step that there is now."""
         self._save(session, session.global_step)
 
+    def restore_from(self, session: Session, path: str) -> str:
+        """Restore this checkpoint, of whatever directory; its path."""
+        saver, path = self.get_saver(session), canonical(path)
+        if path.rpartition("/")[0] == saver.directory:
+            return saver.restore(path)
+        assert session.checkpoint is not None
+        session.checkpoint.restore(path, storage_options=self._options.get("storage_options"))
+        return path
+
     def restore_best(self, session: Session, rule: BestN) -> str | None:
         """Restore the model of the checkpoint that is best; its path, or None if none has the metric."""
-        records = read_tail(open_store(self._directory, placed_among(self._options))).state.active
-        best = rule.keeps(records, Pending())
-        found = next((record for record in records if record.attempt in best), None)
+        found = best_record(self._directory, self._options, rule)
         return None if found is None else self.get_saver(session).restore(found.number, select="model")
 
     def _save(self, session: Session, step: int) -> bool:
@@ -113,6 +121,7 @@ class CarriedRun(HookedLoop):
     """A loop that has restored its checkpoint; ``restored`` is the path of the one it found, or None.
 
     ``metrics`` says what is known of the step that is being saved, and ``saved`` is called when a save has begun.
+    ``wanted`` is the path of the checkpoint to restore, of whatever directory; without one it is the newest good one.
 
     A step is carried in three parts, since trainers go on working on a step after they have counted it:
     ``before_step``; ``decide``, after which ``should_stop`` answers for this step; and ``settle``, which saves it.
@@ -125,6 +134,7 @@ class CarriedRun(HookedLoop):
         global_step: Callable[[], int],
         metrics: Callable[[], Metrics] = dict,
         saved: Callable[[], object] = bool,
+        wanted: str | None = None,
     ) -> None:
         hook = saving.hook(metrics, saved)
         super().__init__([hook], global_step, checkpoint=checkpoint, stop_signals=saving.stop_signals)
@@ -132,10 +142,14 @@ class CarriedRun(HookedLoop):
         self._began_at: int | None = None
         self._decided = False
         try:
-            self.restored = hook.restore(self)
+            self.restored = hook.restore(self) if wanted is None else hook.restore_from(self, wanted)
         except BaseException:
             self.close()
             raise
+
+    def restore_from(self, path: str) -> None:
+        """Restore this checkpoint, of whatever directory, instead of the one that was found."""
+        self.restored = self._saver_hook.restore_from(self, path)
 
     def begin(self) -> None:
         """Training begins, at the step that was restored."""
@@ -172,6 +186,27 @@ class CarriedRun(HookedLoop):
             return None if best is None else self._saver_hook.restore_best(self, best)
         finally:
             self.close()
+
+
+def best_record(directory: str | os.PathLike[str], options: Mapping[str, Any], rule: BestN) -> CheckpointRecord | None:
+    """The checkpoint that the rule calls best; None if none has the metric, or there is none."""
+    records = read_tail(open_store(directory, placed_among(options))).state.active
+    best = rule.keeps(records, Pending())
+    return next((record for record in records if record.attempt in best), None)
+
+
+def metric_numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """Those of a trainer's metrics that are one number."""
+    found = {name: number_or_none(value) for name, value in metrics.items()}
+    return {name: number for name, number in found.items() if number is not None}
+
+
+def number_or_none(value: object) -> float | None:
+    """A number of NumPy's or torch's, as Python has it; None for anything else."""
+    try:
+        return float(value)  # type: ignore[arg-type] # what float does not take is what the next line is for
+    except (TypeError, ValueError, RuntimeError):
+        return None
 
 
 def first_rank(values: list[Any], rank: int, world_size: int) -> Any:

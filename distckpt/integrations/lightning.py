@@ -1,7 +1,7 @@
 """Checkpoints for the Trainer of Lightning.
 
 callback = DistckptCallback("/shared/run-7", save_steps=100, max_to_keep=5)
-trainer = Trainer(max_epochs=3, callbacks=[callback], enable_checkpointing=False)
+trainer = Trainer(max_epochs=3, callbacks=[callback])
 trainer.fit(module, loader)  # again after a restart: goes on where the newest good checkpoint was saved
 """
 
@@ -11,20 +11,28 @@ import os
 import signal
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any
+from datetime import timedelta
+from typing import Any, Literal
 
 from distckpt.checkpoint import Checkpoint, PerRank, RandomState
-from distckpt.integrations.carrying import CarriedRun, Saving, storable
+from distckpt.format.json.log import CheckpointRecord
+from distckpt.format.json.report import MAX_METRICS
+from distckpt.format.names import checkpoint_folder, parse_checkpoint
+from distckpt.integrations.carrying import CarriedRun, Saving, best_record, metric_numbers, storable
+from distckpt.keep import BestN, LatestN
+from distckpt.reader import latest_checkpoint
+from distckpt.storage import canonical, join, placed_among
 from distckpt.training.hooks import CheckpointSaverListener
 
 try:
     from lightning.fabric.utilities.data import _set_sampler_epoch
     from lightning.pytorch import Callback
+    from lightning.pytorch.callbacks import Checkpoint as LightningCheckpoint
 except ImportError as missing:
     raise ImportError("distckpt.integrations.lightning needs Lightning: pip install 'distckpt[lightning]'") from missing
 
 
-class DistckptCallback(Callback):
+class DistckptCallback(LightningCheckpoint):
     """Saves all that a Trainer's ``fit`` is made of while it trains, and resumes there on any number of ranks.
 
     Saved and restored: the module's state, all optimizers and learning rate schedulers, the precision plugin's state
@@ -39,12 +47,21 @@ class DistckptCallback(Callback):
 
     On one of ``stop_signals`` on any rank, all ranks save and stop after the same step, whatever ``min_epochs`` says;
     Lightning then validates once more. For one process, DDP, and ModelParallelStrategy, whose parameters are DTensors;
-    not for FSDPStrategy, whose parameters are flattened. Put this callback last, so that it saves what the others
-    have done in the same step.
+    not for FSDPStrategy, whose parameters are flattened. It takes ModelCheckpoint's place, and saves what the other
+    callbacks have done in the same step.
+
+    ``ckpt_path`` of ``fit``, ``validate``, ``test`` and ``predict`` may be a checkpoint of any directory, or "best". Given to
+    ``fit`` it is where training begins, instead of at the newest of ``directory``.
 
     Args:
         directory, and further keywords: as for CheckpointManager.
-        save_steps, save_secs: how often, in steps or in seconds; exactly one of them.
+        save_steps, save_secs: how often, in steps or in seconds; one of them. ``every_n_train_steps`` and
+            ``train_time_interval``, a timedelta, are ModelCheckpoint's names for them.
+        every_n_epochs: at the end of every so many epochs, which is 1 where nothing says how often.
+        monitor, mode: the metric that is to be small ("min") or great ("max"). Checkpoints are committed with the metrics
+            that were logged for their very step, those of a validation included that came before the save.
+        save_top_k: so many of the best by ``monitor`` stay, and the newest; -1 keeps all. Not beside options that say
+            what to keep.
         listeners: called around every save.
         stop_signals: what asks for save-and-stop; () for none. Caught in the main thread only.
 
@@ -58,25 +75,125 @@ class DistckptCallback(Callback):
         save_steps: int | None = None,
         save_secs: float | None = None,
         *,
+        every_n_train_steps: int | None = None,
+        train_time_interval: timedelta | None = None,
+        every_n_epochs: int | None = None,
+        monitor: str | None = None,
+        mode: Literal["min", "max"] = "min",
+        save_top_k: int | None = None,
         listeners: Sequence[CheckpointSaverListener] = (),
         stop_signals: Sequence[signal.Signals] = (signal.SIGTERM,),
         **manager_options: Any,
     ) -> None:
-        self._saving = Saving(directory, save_steps, save_secs, listeners, stop_signals, manager_options)
+        steps = _one("save_steps", save_steps, "every_n_train_steps", every_n_train_steps)
+        interval = None if train_time_interval is None else train_time_interval.total_seconds()
+        seconds = _one("save_secs", save_secs, "train_time_interval", interval)
+        self._best = None if monitor is None else BestN(1, monitor, mode)
+        options = _keeping(manager_options, self._best, save_top_k)
+        self._saving = Saving(directory, steps, seconds, listeners, stop_signals, options)
+        if self._saving.has_schedule and every_n_epochs is not None:
+            raise ValueError("every_n_epochs is instead of steps and seconds, not beside them")
+        if every_n_epochs is not None and every_n_epochs < 1:
+            raise ValueError(f"every_n_epochs must be at least 1, not {every_n_epochs!r}")
+        self._every_n_epochs = every_n_epochs or 1
+        self._wanted: str | None = None
+        self._validated: tuple[int, frozenset[str]] = (-1, frozenset())
+        self._before_validation: Mapping[str, Any] = {}
         self._run: CarriedRun | None = None
         self._place: _Place | None = None
         self._steps = 0
         self._in_step = False
         self._stopping = False
 
+    # ---- what users of ModelCheckpoint ask it ------------------------------------------------------------------
+
+    @property
+    def best_model_path(self) -> str:
+        """The path of the checkpoint that is best by ``monitor``, read from storage; "" if there is none."""
+        record = self._best_record()
+        return "" if record is None else self._path(record)
+
+    @property
+    def best_model_score(self) -> float | None:
+        """The value of ``monitor`` of that checkpoint."""
+        record = self._best_record()
+        return None if record is None or self._best is None else record.metrics[self._best.metric]
+
+    @property
+    def last_model_path(self) -> str:
+        """The path of the newest checkpoint, read from storage; "" if there is none."""
+        return latest_checkpoint(self._saving.directory, storage_options=placed_among(self._saving.options)) or ""
+
+    def _best_record(self) -> CheckpointRecord | None:
+        if self._best is None:
+            return None
+        return best_record(self._saving.directory, self._saving.options, self._best)
+
+    def _path(self, record: CheckpointRecord) -> str:
+        return join(canonical(self._saving.directory), checkpoint_folder(record.name, record.number))
+
     # ---- what Lightning calls ----------------------------------------------------------------------------------
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Paths of our checkpoints are for us to restore, not for Lightning."""
+        connector, self._wanted = trainer._checkpoint_connector, None
+        resume_start = connector.resume_start
+
+        def resume(checkpoint_path: Any = None, weights_only: bool | None = None) -> None:
+            del connector.resume_start
+            if checkpoint_path and _is_ours(checkpoint_path):
+                self._wanted, checkpoint_path = os.fspath(checkpoint_path), None
+                if self._run is not None and self._place is not None:  # some strategies have this after the fit's start
+                    self._run.restore_from(self._wanted)
+                    self._place.random, self._wanted = RandomState().state_dict(), None
+            resume_start(checkpoint_path, weights_only)
+
+        connector.resume_start = resume
+
+    def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
+        """Restore the model if that was asked for; while training, look what validation finds out."""
+        self._before_validation = dict(trainer.callback_metrics)
+        self._restore_model(trainer, pl_module)
+
+    def on_test_start(self, trainer: Any, pl_module: Any) -> None:
+        """Restore the model if that was asked for."""
+        self._restore_model(trainer, pl_module)
+
+    def on_predict_start(self, trainer: Any, pl_module: Any) -> None:
+        """Restore the model if that was asked for."""
+        self._restore_model(trainer, pl_module)
+
+    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
+        """What was found out is of this step. One within an epoch is saved here if validations say when."""
+        if self._run is None or trainer.sanity_checking:
+            return
+        before = self._before_validation
+        now = {name for name, value in trainer.callback_metrics.items() if before.get(name) is not value}
+        self._validated = trainer.global_step, frozenset(now)
+        if not self._saving.has_schedule and not trainer.is_last_batch and self._is_an_epoch_to_save(trainer):
+            self._run.save()
+
+    def _restore_model(self, trainer: Any, module: Any) -> None:
+        if self._wanted is not None and self._run is None:
+            wanted, self._wanted = self._wanted, None
+            options = self._saving.options.get("storage_options")
+            Checkpoint(model=module).restore(
+                wanted, partial=not module.strict_loading, storage_options=options, select="model"
+            )
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Open the run and restore the newest good checkpoint."""
         if not trainer.fast_dev_run:
             self._place = place = _Place(trainer, [each for each in trainer.callbacks if each is not self])
             checkpoint = _checkpoint(trainer, pl_module, place)
-            self._run = CarriedRun(self._saving, checkpoint, lambda: int(trainer.global_step))
+            wanted, self._wanted = self._wanted, None
+            self._run = CarriedRun(
+                self._saving,
+                checkpoint,
+                lambda: int(trainer.global_step),
+                lambda: self._metrics(trainer),
+                wanted=wanted,
+            )
             place.random = RandomState().state_dict()
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
@@ -112,7 +229,21 @@ class DistckptCallback(Callback):
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """The last step of an epoch is saved here, from where Lightning's loops know how to go on."""
         if self._run is not None and trainer.is_last_batch:
+            is_over = self._stopping or trainer.global_step == trainer.max_steps
+            if not self._saving.has_schedule and self._is_an_epoch_to_save(trainer) and not is_over:
+                self._run.save()
             self._settle(trainer)
+
+    def _is_an_epoch_to_save(self, trainer: Any) -> bool:
+        return int(trainer.current_epoch + 1) % self._every_n_epochs == 0
+
+    def _metrics(self, trainer: Any) -> dict[str, float]:
+        """What was logged for this very step."""
+        step, of_validation = self._validated
+        stale = frozenset() if step == trainer.global_step else of_validation
+        found = metric_numbers({name: each for name, each in trainer.callback_metrics.items() if name not in stale})
+        monitored = self._best.metric if self._best is not None else ""
+        return dict(sorted(found.items(), key=lambda one: one[0] != monitored)[:MAX_METRICS])
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Save the last step and leave."""
@@ -139,6 +270,34 @@ class DistckptCallback(Callback):
         run, self._run = self._run, None
         if run is not None:
             run.finish()
+
+
+def _one(name: str, value: Any, other: str, same: Any) -> Any:
+    """What is said by one of two names."""
+    if value is not None and same is not None:
+        raise ValueError(f"{other} is {name} by another name: give one of them")
+    return same if value is None else value
+
+
+def _keeping(options: Mapping[str, Any], best: BestN | None, top: int | None) -> Mapping[str, Any]:
+    """The options, with what ``save_top_k`` says."""
+    said = {"max_to_keep", "keep_checkpoint_every_n_hours", "keep"} & options.keys()
+    if top is not None and said:
+        raise ValueError(f"save_top_k says what to keep, and so does {', '.join(sorted(said))}: give one of them")
+    if top is not None and top != -1 and best is None:
+        raise ValueError("save_top_k needs a monitor, by which some are better than others")
+    if said or (best is None and top is None):
+        return options
+    if top == -1:
+        return {**options, "max_to_keep": None}
+    assert best is not None
+    return {**options, "keep": BestN(1 if top is None else top, best.metric, best.mode) | LatestN(1)}
+
+
+def _is_ours(path: str | os.PathLike[str]) -> bool:
+    """Whether a path is of a checkpoint of ours, and not of a file or folder of Lightning's."""
+    theirs = os.path.isfile(path) or any(os.path.exists(os.path.join(path, each)) for each in ("meta.pt", ".metadata"))
+    return not theirs and parse_checkpoint(canonical(path).rpartition("/")[2]) is not None
 
 
 class _Place:

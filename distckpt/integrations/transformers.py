@@ -14,7 +14,7 @@ import json
 import logging
 import os
 import signal
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -23,7 +23,7 @@ from distckpt.errors import DistckptError
 from distckpt.export.manager import ExportCheckpointManager
 from distckpt.format.json.report import MAX_METRICS
 from distckpt.format.names import checkpoint_folder
-from distckpt.integrations.carrying import CarriedRun, Saving, first_rank
+from distckpt.integrations.carrying import CarriedRun, Saving, first_rank, metric_numbers, number_or_none
 from distckpt.keep import BestN, LatestN, Rule
 from distckpt.reader import latest_checkpoint, load
 from distckpt.storage import canonical, join, placed_among, scratch_folder
@@ -216,7 +216,7 @@ class DistckptCallback(TrainerCallback):
         """What was found out about this step goes with it if it is saved."""
         step, known = self._known
         best = {args.metric_for_best_model, f"eval_{args.metric_for_best_model}"}
-        found = {**(known if step == state.global_step else {}), **_numbers(kwargs["metrics"])}
+        found = {**(known if step == state.global_step else {}), **metric_numbers(kwargs["metrics"])}
         found = dict(sorted(found.items(), key=lambda one: one[0] not in best))
         self._known = state.global_step, dict(itertools.islice(found.items(), MAX_METRICS))
 
@@ -303,7 +303,7 @@ class _KeptState:
     def _text(self) -> str:
         # One text, not a tree: the log history grows, and a tree that changes would be planned anew at every save.
         states = {**self._state.stateful_callbacks, **_exported(self._callbacks)}
-        return json.dumps({**dataclasses.asdict(self._state), "stateful_callbacks": states}, default=_number)
+        return json.dumps({**dataclasses.asdict(self._state), "stateful_callbacks": states}, default=number_or_none)
 
 
 def _exported(objects: Iterable[Any]) -> dict[str, Any]:
@@ -334,14 +334,6 @@ def _checkpoint(kept: _KeptState, model: Any, optimizer: Any, lr_scheduler: Any,
         random=PerRank(RandomState(), on_resize="drop"),
         **({} if scaler is None else {"scaler": scaler}),
     )
-
-
-def _number(value: object) -> float | None:
-    """A number of NumPy's or torch's, as Python has it; anything else that JSON does not know is left out."""
-    try:
-        return float(value)  # type: ignore[arg-type] # what float does not take is what the next line is for
-    except (TypeError, ValueError, RuntimeError):
-        return None
 
 
 def _train_from(trainer: Any, state: dict[str, Any] | None, arguments: dict[str, Any]) -> Any:
@@ -383,12 +375,6 @@ def _best(args: Any) -> BestN:
     """The rule that keeps what Trainer calls the best model."""
     metric = f"eval_{args.metric_for_best_model.removeprefix('eval_')}"
     return BestN(1, metric, "max" if args.greater_is_better else "min")
-
-
-def _numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
-    """Those of the metrics that are one number."""
-    found = {name: _number(value) for name, value in metrics.items()}
-    return {name: number for name, number in found.items() if number is not None}
 
 
 @contextmanager

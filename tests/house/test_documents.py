@@ -41,6 +41,7 @@ FOREIGN = {
     "ray",
     "DTensor",
     "FullyShardedDataParallel",
+    "ModelCheckpoint",
     "Trainer",
     "TrainingArguments",
     "CheckpointState",

@@ -11,6 +11,7 @@ OF_OTHERS = {
     "_StridedShard": "DTensor",
     "_bit_generator": "NumPy",
     "_buffers": "nn.Module",
+    "_checkpoint_connector": "Lightning",
     "_data_fetcher": "Lightning",
     "_exit": "os",
     "_foreach_copy_": "torch",

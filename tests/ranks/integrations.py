@@ -158,9 +158,16 @@ def lightning(
     validate: bool = False,
     resumable: bool = False,
     shard: bool = False,
+    callback: Any = None,
+    options: dict[str, Any] | None = None,
+    begin: str | None = None,
+    look: tuple[str, str] | None = None,
     **arguments: Any,
 ) -> dict[str, Any]:
-    """Train a network with dropout on shuffled data; what became of it."""
+    """Train a network with dropout on shuffled data; what became of it.
+
+    ``begin`` is the ``ckpt_path`` of ``fit``, and ``look`` what is called afterwards, with its ``ckpt_path``.
+    """
     from lightning.pytorch import LightningDataModule, LightningModule, Trainer, seed_everything
     from lightning.pytorch.callbacks import Callback
     from lightning.pytorch.plugins.environments import TorchElasticEnvironment
@@ -187,7 +194,14 @@ def lightning(
             return loss
 
         def validation_step(self, batch: torch.Tensor, batch_idx: int) -> None:
-            self.log("validated", self.net(batch).mean())
+            self.log("validated", (self.net(batch) ** 2).mean())
+            self.predict_step(batch, batch_idx)
+
+        test_step = validation_step
+
+        def predict_step(self, batch: torch.Tensor, batch_idx: int) -> torch.Tensor:
+            self.looked_at = digest(self) if not shard else ""
+            return batch
 
         def configure_optimizers(self) -> Any:
             optimizer = torch.optim.AdamW(self.parameters(), lr=0.01)
@@ -205,6 +219,8 @@ def lightning(
 
         def val_dataloader(self) -> Any:
             return torch.utils.data.DataLoader(torch.ones(3, 3))
+
+        test_dataloader = predict_dataloader = val_dataloader
 
         def state_dict(self) -> dict[str, int]:
             return {"restores": self.restores + 1}
@@ -229,21 +245,30 @@ def lightning(
             return {"odd": object()}
 
     seed_everything(1, verbose=False)
-    data, counting = Data(), Counting()
+    data, counting, module, odd = Data(), Counting(), Net(), callback is None
+    if callback is None:
+        options = {"save_steps": 3, "max_to_keep": None} if options is None else options
+        callback = DistckptCallback(directory, save_timeout=30, **options)
     strategy = ModelParallelStrategy(data_parallel_size=ranks, tensor_parallel_size=1) if shard else "ddp"
     over_ranks = {"strategy": strategy, "plugins": [TorchElasticEnvironment()]} if ranks > 1 else {}
     trainer = Trainer(
-        accelerator="cpu", devices=ranks, enable_checkpointing=False, logger=False, enable_progress_bar=False,
+        accelerator="cpu", devices=ranks, logger=False, enable_progress_bar=False,
         enable_model_summary=False, limit_val_batches=1.0 if validate else 0,
-        callbacks=[counting, Odd(), DistckptCallback(directory, 3, max_to_keep=None, save_timeout=30)],
+        callbacks=[callback, counting, *([Odd()] if odd else [])],
         **over_ranks, **arguments,
     )  # fmt: skip
     try:
-        trainer.fit(Net(), datamodule=data)
+        if trainer.max_epochs != 0:
+            trainer.fit(module, datamodule=data, ckpt_path=begin)
         error = ""
     except Stopped as raised:
         error = str(raised)
+    if look is not None:
+        getattr(trainer, look[0])(module, datamodule=data, ckpt_path=look[1])
     return {
+        "looked_at": getattr(module, "looked_at", ""),
+        "best": getattr(callback, "best_model_path", ""),
+        "score": None if (score := getattr(callback, "best_model_score", None)) is None else float(score),
         "step": trainer.global_step,
         "epoch": trainer.current_epoch,
         "counted": counting.batches,

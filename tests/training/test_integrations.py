@@ -11,6 +11,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -274,7 +275,7 @@ def test_lightning_goes_on_where_it_was_stopped(tmp_path: Path, arguments: dict[
         assert result["restores"] == restores, "the datamodule was not restored"
         seen += result.pop("seen")
     assert seen == whole.pop("seen")
-    assert {**result, "restores": 0} == whole
+    assert {**result, "restores": 0, "looked_at": whole["looked_at"]} == whole
     assert list(warnings.filters) == filters
     last = f"ckpt-{whole['step']}"
     assert digests(tmp_path / "parts" / last, *FINAL) == digests(tmp_path / "whole" / last, *FINAL)
@@ -324,6 +325,71 @@ def test_lightning_over_ranks_stops_together_and_resumes(tmp_path: Path, gang2: 
     assert digests(tmp_path / "parts/ckpt-12", *FINAL[:3]) == digests(tmp_path / "whole/ckpt-12", *FINAL[:3])
     alone = scenarios.lightning(str(tmp_path / "parts"), batch=4, max_epochs=3)
     assert (alone["step"], alone["epoch"], len(alone["seen"])) == (18, 3, 6)
+
+
+@lightning
+@pytest.mark.parametrize("mode", ["min", "max"])
+def test_lightning_keeps_and_finds_the_best_as_its_own_callback_does(tmp_path: Path, mode: str) -> None:
+    """Beside ModelCheckpoint, which keeps the two best; ours keeps the newest too, and is made to fail in between."""
+    from lightning.pytorch.callbacks import ModelCheckpoint
+
+    arguments = {"max_epochs": 4, "validate": True}
+    own = ModelCheckpoint(tmp_path / "own", "{step}", monitor="validated", mode=mode, save_top_k=2)
+    theirs = scenarios.lightning("unused", callback=own, look=("test", "best"), **arguments)
+    options = {"monitor": "validated", "mode": mode, "save_top_k": 2}
+    failed = scenarios.lightning(str(tmp_path / "ours"), options=options, fail_at=15, **arguments)
+    assert failed["error"] == "step 15"
+    ours = scenarios.lightning(str(tmp_path / "ours"), options=options, look=("test", "best"), **arguments)
+    steps = sorted(int(path.stem.partition("=")[2]) for path in (tmp_path / "own").iterdir())
+    assert until(lambda: numbers(tmp_path / "ours") == sorted({*steps, 24}))
+    assert Path(ours["best"]).name == f"ckpt-{Path(theirs['best']).stem.partition('=')[2]}"
+    assert ours["score"] == pytest.approx(theirs["score"], rel=1e-6)
+    assert ours["looked_at"] == theirs["looked_at"]
+
+
+@lightning
+def test_lightning_takes_paths_of_ours_and_its_own(tmp_path: Path) -> None:
+    whole = scenarios.lightning(str(tmp_path / "whole"), max_epochs=2, validate=True)
+    path = str(tmp_path / "whole/ckpt-6")
+    there = {verb: scenarios.lightning(str(tmp_path / verb), max_epochs=0, validate=True, look=(verb, path))["looked_at"]
+             for verb in ("validate", "test", "predict")}  # fmt: skip
+    assert len(set(there.values())) == 1
+    assert there["test"] != whole["looked_at"]
+    again = scenarios.lightning(str(tmp_path / "again"), max_epochs=2, validate=True, begin=path)
+    assert again["seen"] == whole["seen"][6:]
+    assert digests(tmp_path / "again/ckpt-12", *FINAL) == digests(tmp_path / "whole/ckpt-12", *FINAL)
+    back = scenarios.lightning(str(tmp_path / "whole"), max_epochs=2, validate=True, begin=path)
+    assert back["seen"] == whole["seen"][6:], "of its own directory, where there are newer ones"
+
+
+@lightning
+def test_lightning_saves_with_each_step_what_was_logged_for_it(tmp_path: Path) -> None:
+    options = {"every_n_train_steps": 2, "max_to_keep": None}
+    scenarios.lightning(str(tmp_path), max_epochs=1, validate=True, options=options)
+    with distckpt.open(tmp_path / "ckpt-4") as before, distckpt.open(tmp_path / "ckpt-6") as after:
+        assert (list(before.metrics), list(after.metrics)) == ([], ["validated"])
+    options = {"train_time_interval": timedelta(seconds=0.001), "monitor": "validated", "save_top_k": -1}
+    scenarios.lightning(str(tmp_path / "often"), max_epochs=1, options=options)
+    assert numbers(tmp_path / "often")[-1] == 6
+
+
+@lightning
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        ({"save_steps": 3, "every_n_train_steps": 3}, "by another name"),
+        ({"save_steps": 3, "every_n_epochs": 1}, "instead of steps"),
+        ({"every_n_epochs": 0}, "at least 1"),
+        ({"save_top_k": 3}, "needs a monitor"),
+        ({"monitor": "loss", "save_top_k": 3, "max_to_keep": 3}, "give one of them"),
+        ({"monitor": "loss", "mode": "best"}, '"min" or "max"'),
+    ],
+)
+def test_lightning_callback_refuses_what_makes_no_sense(wrong: dict[str, Any], words: str) -> None:
+    from distckpt.integrations.lightning import DistckptCallback
+
+    with pytest.raises(ValueError, match=words):
+        DistckptCallback("unused", **wrong)
 
 
 # ---- Ray Train ------------------------------------------------------------------------------------------------------
