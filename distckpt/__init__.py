@@ -129,7 +129,7 @@ def __getattr__(name: str) -> Any:
         return getattr(importlib.import_module(f"distckpt.{_HOMES[name]}"), name)
     if name == "__version__":
         return importlib.import_module("importlib.metadata").version("distckpt")
-    if name in ("errors", "ray"):  # not among __all__, so that a * import leaves the name ray to Ray
+    if name in ("dcp", "errors", "ray"):  # not among __all__, so that a * import leaves the names dcp and ray to others
         return importlib.import_module(f"distckpt.{name}")
     raise AttributeError(f"module 'distckpt' has no attribute {name!r}")
 

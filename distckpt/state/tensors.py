@@ -32,19 +32,24 @@ def read_tensors(
     Targets have the saved global shape; a DTensor takes what this rank holds of it. Another dtype is converted as
     ``copy_`` does, another device is copied to. DamagedError names shard and key; the targets then hold anything.
     """
+    parts = ((key, piece) for key, tensors in targets.items() for piece in _distinct(tensors))
+    return read_pieces(where, index, parts, progress)
+
+
+def read_pieces(
+    where: Located, index: Index, parts: Iterable[tuple[str, Piece]], progress: Progress | None = None
+) -> ReadStats:
+    """As ``read_tensors``, into the memory of parts of the saved tensors, each with the key of its tensor."""
     wanted: list[Wanted] = []
     memory: list[memoryview] = []
     finish: list[Callable[[], object]] = []
-    for key, tensors in targets.items():
+    for key, piece in parts:
         dtype = dtype_from_name(index.layout(key)[0])
-        for piece in _distinct(tensors):
-            landing = (
-                piece.local if _is_plain(piece.local, dtype) else torch.empty(piece.length, dtype=dtype, device="cpu")
-            )
-            if landing is not piece.local:
-                finish.append(lambda piece=piece, landing=landing: piece.local.copy_(landing))  # type: ignore[misc]
-            wanted.append(Wanted(key, piece.offset, piece.length))
-            memory.append(_bytes_of(landing))
+        landing = piece.local if _is_plain(piece.local, dtype) else torch.empty(piece.length, dtype=dtype, device="cpu")
+        if landing is not piece.local:
+            finish.append(lambda piece=piece, landing=landing: piece.local.copy_(landing))  # type: ignore[misc]
+        wanted.append(Wanted(key, piece.offset, piece.length))
+        memory.append(_bytes_of(landing))
     stats = _read(where, index, wanted, memory, progress)
     for step in finish:
         step()

@@ -20,7 +20,7 @@ FLOORS = (
     ("manager",),
     ("checkpoint",),
     ("training", "export", "evaluation"),
-    ("integrations", "cli"),
+    ("integrations", "dcp", "cli"),
     ("ray",),
 )
 """From the lowest up. What is on one floor may use its own room, and the floors below; nothing beside it."""
