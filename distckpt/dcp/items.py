@@ -90,7 +90,7 @@ def _add_part(items: Items, key: str, path: Path, array: Any, place: Place) -> N
     if 0 in shape:
         if any(offset):
             return  # of a tensor without elements the first rank has all there is
-        length = shape
+        length, array = shape, array.new_empty(shape)
     elif 0 in length:
         return
     try:
@@ -142,8 +142,7 @@ def _is_as_torch_saves(item: WriteItem, planner: DefaultSavePlanner, found: Any)
         and kind.transform_object is DefaultSavePlanner.transform_object
     ):
         return True
-    usual, mine = io.BytesIO(), planner.resolve_data(item)
-    torch.save(found, usual)
+    usual, mine = DefaultSavePlanner.transform_object(planner, item, found), planner.resolve_data(item)
     return isinstance(mine, io.BytesIO) and mine.getvalue() == usual.getvalue()
 
 

@@ -45,7 +45,7 @@ from distckpt.errors import CommitUnknownError, CoordinatorUnavailableError, Dis
 from distckpt.format.arrow.receipt import ShardReceipt
 from distckpt.format.json.log import CheckpointRecord
 from distckpt.keep import Retention
-from distckpt.rank.exit import close_at_exit, forget_at_exit
+from distckpt.rank.exit import close_at_exit
 from distckpt.storage import Store
 from distckpt.world import new_token
 
@@ -56,6 +56,7 @@ ROUND_SECONDS = 86400.0
 
 PUBLISH_SECONDS = 10.0
 LEAVE_SECONDS = 5.0
+EXIT_LOOK_SECONDS = 0.1
 
 MOST_SESSIONS = 4
 """In so many directories a process is the coordinator at once; the one that it has used least lately is left."""
@@ -155,7 +156,6 @@ class Session:
 
     def close(self) -> None:
         """Leave the run once what is being done on storage is done, retention included."""
-        forget_at_exit(self)
         if self._opened is not None and self._terms is not None:
             with contextlib.suppress(DistckptError):
                 self._ask([Leave()] * self._terms.world_size, LEAVE_SECONDS)
@@ -238,11 +238,50 @@ class Session:
             return None
 
 
+class Flight:
+    """A save of DCP's in this process, in whichever thread. The end of the program waits for it."""
+
+    def __init__(self, patience: float) -> None:
+        self._thread = threading.current_thread()
+        self._patience = patience
+        self._ended = threading.Event()
+        with _lock:
+            _flights[self._thread] = self  # in place of one that DCP has given up
+        close_at_exit(_ending)
+
+    def end(self) -> None:
+        """This rank has done its part."""
+        self._ended.set()
+        with _lock:
+            if _flights.get(self._thread) is self:
+                del _flights[self._thread]
+
+    def wait(self) -> None:
+        """Return once that is so, or the thread has ended, as when DCP gives a save up."""
+        until = time.monotonic() + self._patience
+        while self._thread.is_alive() and time.monotonic() < until and not self._ended.wait(EXIT_LOOK_SECONDS):
+            pass
+
+
+class _Ending:
+    """What this process does with saves and sessions when its program ends."""
+
+    def close(self) -> None:
+        """Let saves in flight come to their end, which ``dcp.async_save`` does in a thread, then leave all runs."""
+        for flight in list(_flights.values()):
+            flight.wait()
+        with _lock:
+            sessions = [session for (pid, _), session in _sessions.items() if pid == os.getpid()]
+            _sessions.clear()
+        for session in sessions:
+            session.close()
+
+
 def session_of(store: Store) -> Session:
     """The session of this process in the directory of ``store``. Raises StorageError or StoreUnsuitableError."""
     with _lock:
         key = os.getpid(), store.url  # a forked child has none of the threads
-        session = _sessions.pop(key, None) or _new_session(store)
+        session = _sessions.pop(key, None) or Session(store)
         _sessions[key] = session
         while len(_sessions) > MOST_SESSIONS:
             (pid, _), oldest = next(iter(_sessions.items()))
@@ -261,11 +300,7 @@ def forget(store: Store) -> None:
             session.close()
 
 
-def _new_session(store: Store) -> Session:
-    session = Session(store)
-    close_at_exit(session)
-    return session
-
-
 _lock = threading.Lock()
 _sessions: dict[tuple[int, str], Session] = {}
+_flights: dict[threading.Thread, Flight] = {}
+_ending = _Ending()

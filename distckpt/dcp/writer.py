@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import re
 import socket
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch.futures import Future
 
 from distckpt.dcp.items import items_of
 from distckpt.dcp.parts import write_items
-from distckpt.dcp.session import Part, Terms, forget, session_of
+from distckpt.dcp.session import Flight, Part, Terms, forget, session_of
 from distckpt.errors import NumberMismatchError, SaveError
 from distckpt.format import names
 from distckpt.keep import Rule
@@ -105,6 +106,8 @@ class Writer(StorageWriter):
         self._verify = verify
         self._order: _Order | None = None
         self._path: str | None = None
+        self._commits = False
+        self._flight: Flight | None = None
 
     @property
     def path(self) -> str | None:
@@ -136,6 +139,8 @@ class Writer(StorageWriter):
     def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
         """Raises SaveError for a save in which every rank would commit alone."""
         self._order = None
+        self._commits = is_coordinator
+        self._flight = Flight(self._waits)
         if not kwargs.get("use_collectives", True):
             raise SaveError(
                 self._number,
@@ -175,7 +180,8 @@ class Writer(StorageWriter):
         assert isinstance(order, _Order)
         self._order = order
         folder = names.attempt_folder(self._name, order.number, order.attempt)
-        part = write_items(self._store(), folder, order.rank, items_of(plan, planner), self._verify)
+        with self._until_end(is_last=not self._commits):
+            part = write_items(self._store(), folder, order.rank, items_of(plan, planner), self._verify)
         self._path = join(canonical(self._directory), names.checkpoint_folder(self._name, order.number))
         size = sum(receipt.size for receipt in part.shards)
         done: Future[list[WriteResult]] = Future()
@@ -184,11 +190,27 @@ class Writer(StorageWriter):
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         """On the coordinator rank, once all have written: seal, commit, and do what retention says."""
+        with self._until_end():
+            self._commit(results)
+
+    def _commit(self, results: list[list[WriteResult]]) -> None:
         order = self._order
         parts = [result.storage_data for of_rank in results for result in of_rank]
         if order is None or len(parts) != len(results) or not all(isinstance(part, Part) for part in parts):
             raise SaveError(self._number, "a rank has written with another writer than this one. Nothing was committed")
         session_of(self._store()).commit(order.number, order.attempt, parts, self._waits)
+
+    @contextlib.contextmanager
+    def _until_end(self, is_last: bool = True) -> Iterator[None]:
+        """This rank's part of the save ends with the block, if ``is_last``, or if it raises."""
+        try:
+            yield
+        except BaseException:
+            is_last = True
+            raise
+        finally:
+            if is_last and self._flight is not None:
+                self._flight.end()
 
     # ---- what it needs -------------------------------------------------------------------------------------------
 

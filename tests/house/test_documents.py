@@ -22,6 +22,7 @@ DOCUMENTS = sorted(
 OF_OTHERS = {
     "README.md",
     "CHANGELOG.md",
+    "coming-from-dcp.md",
     "coming-from-tensorflow.md",
     "comparison.md",
     "integrations.md",
@@ -34,7 +35,18 @@ OF_THE_CODE = [path for path in DOCUMENTS if path.name not in OF_OTHERS or path.
 MOST_README_LINES = 150
 DECISION = ("## Context", "## Decision", "## Consequences", "## Rejected")
 
-FOREIGN = {"torch", "os", "http", "ray", "DTensor", "FullyShardedDataParallel", "Trainer", "CheckpointState", "None"}
+FOREIGN = {
+    "torch",
+    "dcp",
+    "os",
+    "http",
+    "ray",
+    "DTensor",
+    "FullyShardedDataParallel",
+    "Trainer",
+    "CheckpointState",
+    "None",
+}
 """What such a name may begin with that is not ours."""
 
 HOMES = ("collections", "datetime", "pathlib", "random", "numpy.random")
@@ -67,9 +79,16 @@ def names() -> frozenset[str]:
     """Every module, class, function, method and constant, by its full name and by all that it ends with."""
     full = set()
     for module, tree in modules().items():
-        full |= {module, *(f"{module}.{name}" for name in _defined(tree))}
+        full |= {module, *(f"{module}.{name}" for name in (*_defined(tree), *_handed_on(module, tree)))}
     parts = [name.split(".") for name in full]
     return frozenset(".".join(part[at:]) for part in parts for at in range(len(part)))
+
+
+def _handed_on(module: str, tree: ast.Module) -> Iterator[str]:
+    """What a package has of its modules, under its own name."""
+    for node in tree.body:
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith(f"{module}."):
+            yield from (alias.name for alias in node.names)
 
 
 def _defined(tree: ast.AST) -> Iterator[str]:
