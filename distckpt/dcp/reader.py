@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import itertools
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.metadata import (
     STORAGE_TYPES,
     BytesStorageMetadata,
@@ -26,6 +29,7 @@ from distckpt.dcp.view import Object, Tensor, View, view_of
 from distckpt.directory.locate import locate
 from distckpt.errors import RestoreError
 from distckpt.format.arrow.index import Index
+from distckpt.format.tree.many import ATOMS
 from distckpt.sharding.chunks import Piece, dtype_from_name
 from distckpt.state.tensors import read_pieces, read_tensors
 from distckpt.storage import placed
@@ -40,8 +44,8 @@ class Reader(StorageReader):
 
     Each rank reads what DCP's planner wants of it, and every byte is checked before it counts. Keys are what DCP makes of
     the nested state; ``params`` of an optimizer's groups, which a manager does not save, stay as the state dict has them.
-    State of single ranks comes as a list. What is no tensor was saved as typed values, of which the pickle that
-    ``load_bytes`` of planners takes is made in memory.
+    State of single ranks comes as a list. What is no tensor was saved as typed values, and is put where torch's planner
+    would put it; a planner with a ``load_bytes`` of its own gets plain values as bytes that are made in memory.
 
     What is wrong comes as CheckpointException on every rank, with our own errors in its ``failures``: those of
     ``distckpt.open``, DamagedError naming shard and key; and DCP's own for missing keys and sizes that differ. Tensors hold
@@ -160,7 +164,7 @@ class Reader(StorageReader):
             read_tensors(view.where, view.index, {key: [array] for key, array in arrays.items()})
         for item, seen in found:
             if isinstance(seen, Object):
-                planner.load_bytes(item, _bytes(view.made(seen, arrays)))
+                _hand_over(planner, item, view.made(seen, arrays))
 
 
 class _Known(dict[str, STORAGE_TYPES]):
@@ -197,9 +201,41 @@ def _empty(index: Index, key: str) -> torch.Tensor:
     return torch.empty(shape, dtype=dtype_from_name(dtype), device="cpu")
 
 
-def _bytes(value: Any) -> io.BytesIO:
-    """What planners load by ``torch.load``. It never was on storage."""
+def _hand_over(planner: LoadPlanner, item: ReadItem, value: Any) -> None:
+    """Put a value where torch's planner would put it, or give another one the bytes that it asks for."""
+    key = item.dest_index.fqn
+    if not isinstance(planner, DefaultLoadPlanner) or type(planner).load_bytes is not DefaultLoadPlanner.load_bytes:
+        planner.load_bytes(item, _bytes(value, key))
+    elif planner.flatten_state_dict:
+        _put(planner.original_state_dict, planner.mappings[key], value)
+    else:
+        planner.state_dict[key] = value
+
+
+def _put(root: Any, place: Sequence[str | int], value: Any) -> None:
+    for step, following in itertools.pairwise(place):
+        if isinstance(root, MutableMapping):
+            root = root.setdefault(step, {} if isinstance(following, str) else [])
+        else:
+            root = root[step]
+    root[place[-1]] = value
+
+
+def _bytes(value: Any, key: str) -> io.BytesIO:
+    """What planners load by ``torch.load``. It never was on storage, and has nothing in it that would run code."""
+    if not _is_plain(value):
+        raise RestoreError(
+            f"{key}: a {type(value).__name__}, which this planner would unpickle. torch's DefaultLoadPlanner takes it as it is"
+        )
     made = io.BytesIO()
     torch.save(value, made)
     made.seek(0)
     return made
+
+
+def _is_plain(value: Any) -> bool:
+    if type(value) in (list, tuple, set, frozenset):
+        return all(map(_is_plain, value))
+    if type(value) is dict:
+        return all(_is_plain(key) and _is_plain(item) for key, item in value.items())
+    return type(value) in (*ATOMS, torch.Tensor) or (type(value) is np.ndarray and not value.dtype.hasobject)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import logging
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from distckpt.errors import (
     EncodeError,
     FencedError,
     MismatchError,
+    RestoreError,
     SaveError,
     StaleRunError,
 )
@@ -157,6 +159,23 @@ def test_nothing_is_pickled_and_what_would_have_to_be_is_refused_by_its_key(tmp_
     assert same(loaded(tmp_path, {"a.b": torch.zeros(2), "n": 0}, planner=planner), flat)
     assert b"PROTO" not in (content := b"".join(file.read_bytes() for file in tmp_path.rglob("*.arrow")))
     assert b"torch._utils" not in content
+
+
+class OwnLoading(DefaultLoadPlanner):
+    """Takes bytes in a way of its own, as torch's documents advise: nothing but plain values."""
+
+    def load_bytes(self, read_item: Any, value: io.BytesIO) -> None:
+        self.original_state_dict[read_item.dest_index.fqn] = torch.load(value, weights_only=True)
+
+
+def test_planners_that_load_bytes_by_themselves_get_plain_values_and_no_others(tmp_path: Path) -> None:
+    """Whatever type a file names, none of its code is run."""
+    path = saved(tmp_path, {"plain": [1, ("x", 2.5)], "typed": timedelta(seconds=3)})
+    assert loaded(path, {"plain": None}, planner=OwnLoading()) == {"plain": [1, ("x", 2.5)]}
+    error = failure(lambda: loaded(path, {"typed": None}, planner=OwnLoading()))
+    assert isinstance(error, RestoreError)
+    assert str(error).startswith("typed: a timedelta")
+    assert loaded(path, {"typed": None}) == {"typed": timedelta(seconds=3)}
 
 
 def test_a_planner_that_gives_the_plan_of_an_earlier_save_is_refused(tmp_path: Path) -> None:

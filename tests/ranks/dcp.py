@@ -197,7 +197,7 @@ def disagree(directory: str) -> list[str]:
     rank, told = dist.get_rank(), []
     calls = [
         lambda: dcp.save({"w": 1}, storage_writer=distckpt.dcp.Writer(directory, rank)),
-        lambda: dcp.load({"w": torch.ones(4)}, storage_reader=distckpt.dcp.Reader(f"{directory}/ckpt-{1 + rank // 3}")),
+        lambda: dcp.load({"progress": {}}, storage_reader=distckpt.dcp.Reader(f"{directory}/ckpt-{1 + rank // 3}")),
     ]
     for call in calls:
         try:
