@@ -17,7 +17,8 @@ from distckpt.format.json.left_out import LeftOut
 from distckpt.format.tree.select import select_paths
 from distckpt.format.tree.tree import Path, decode_path, unflatten
 from distckpt.sharding.chunks import dtype_from_name
-from distckpt.state.tensors import Shelf, check_tensors, read_tensors, read_values
+from distckpt.sharding.match import Wanted
+from distckpt.state.tensors import Shelf, check_tensors, read_rectangles, read_tensors, read_values
 from distckpt.transfer.progress import Progress
 from distckpt.transfer.reader import ReadStats
 
@@ -55,6 +56,9 @@ class Stored(Protocol):
 
     def check(self, targets: Targets, progress: Progress | None = None) -> ReadStats:
         """Do all that ``read`` does, but for filling the targets."""
+
+    def fill(self, wanted: Sequence[Wanted], memory: Sequence[memoryview]) -> None:
+        """Fill each memory, as many bytes as it takes, with its rectangle of a tensor. Raises what ``read`` raises."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +103,10 @@ class Committed:
     def check(self, targets: Targets, progress: Progress | None = None) -> ReadStats:
         """See Stored."""
         return check_tensors(self._shelf(), self.index, targets, progress)
+
+    def fill(self, wanted: Sequence[Wanted], memory: Sequence[memoryview]) -> None:
+        """See Stored. Every byte has been checked on return."""
+        read_rectangles(self._shelf(), self.index, wanted, memory)
 
     def _shelf(self) -> Shelf:
         require_shards(self.where)

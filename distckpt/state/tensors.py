@@ -60,7 +60,7 @@ def read_tensors(
                 finish.append(lambda piece=piece, landing=landing: piece.local.copy_(landing))  # type: ignore[misc]
             wanted.append(Wanted(key, piece.offset, piece.length))
             memory.append(_bytes_of(landing))
-    stats = _read(shelf, index, wanted, memory, progress)
+    stats = read_rectangles(shelf, index, wanted, memory, progress)
     for step in finish:
         step()
     return stats
@@ -84,7 +84,7 @@ def read_values(shelf: Shelf, index: Index, keys: Iterable[str]) -> dict[str, An
         if index.info(one.key).nbytes > LARGE_VALUE:
             _check_text(shelf, index, one.key)
     memory = [memoryview(bytearray(index.info(one.key).nbytes)) for one in wanted]
-    _read(shelf, index, wanted, memory)
+    read_rectangles(shelf, index, wanted, memory)
     return {one.key: decode_value(data, shelf.path, one.key) for one, data in zip(wanted, memory, strict=True)}
 
 
@@ -104,13 +104,14 @@ def _check_text(shelf: Shelf, index: Index, key: str) -> None:
                     raise DamagedError(f"{shelf.store.url}/{path}", "not a value: it holds zero bytes", key)
 
 
-def _read(
+def read_rectangles(
     shelf: Shelf,
     index: Index,
     wanted: Sequence[Wanted],
     memory: Sequence[memoryview],
     progress: Progress | None = None,
 ) -> ReadStats:
+    """Fill each memory, as many bytes as it takes, with its rectangle. DamagedError names shard and key."""
     transfers = _transfers(shelf, index, wanted)
     return read_transfers(shelf.store, shelf.folder, index, transfers, memory, progress=progress, name=shelf.name)
 

@@ -19,8 +19,8 @@ from distckpt.directory.locate import locate, read_index
 from distckpt.errors import EncodeError, MismatchError, NoGoodCheckpointError, PlanError
 from distckpt.state.collector import Collector
 from distckpt.state.filler import restore_objects
-from distckpt.state.stored import Committed
 from distckpt.state.objects import NamedObjects
+from distckpt.state.stored import Committed
 from tests.support.comparing import same
 from tests.support.damage import flip, payload_of
 

@@ -14,8 +14,8 @@ import torch
 import distckpt
 from distckpt.directory.locate import locate, read_index
 from distckpt.state.filler import Filler
-from distckpt.state.stored import Committed
 from distckpt.state.selection import EVERYTHING, Selection
+from distckpt.state.stored import Committed
 from tests.support.checkpoints import PerRankValues, write_checkpoint
 from tests.support.pressure import PACKAGE
 
