@@ -87,6 +87,20 @@ class Folder:
         return found
 
 
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A place to be read: the ``folder``, or the one ``file`` in it that was meant. ``under`` names what has no name."""
+
+    folder: Folder
+    file: File | None
+    under: str
+
+    @property
+    def path(self) -> str:
+        """What people call it."""
+        return self.folder.url if self.file is None else join(self.folder.url, self.file.name)
+
+
 def place(path: PathLike, storage_options: Mapping[str, Any] | None) -> tuple[Folder, File | None]:
     """The folder at ``path``; or, if a file is there, that, and the folder that it is in."""
     given = os.fspath(path).rstrip("/")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -128,18 +128,3 @@ def _offsets(file: File, name: str, entry: Any) -> tuple[int, int]:
     if any("\ud800" <= letter <= "\udfff" for letter in name):
         raise DamagedError(file.url, "a name that is no valid Unicode", name.encode("ascii", "replace").decode())
     return offsets[0], offsets[1]
-
-
-def joined(headers: Iterable[Header], where: str) -> Header:
-    """The tensors of several files as those of one. DamagedError if two have the same."""
-    tensors: dict[str, Held] = {}
-    refused: dict[str, str] = {}
-    metadata: dict[str, str] = {}
-    for header in headers:
-        for name in (*header.tensors, *header.refused):
-            if name in tensors or name in refused:
-                raise DamagedError(where, "two files have it", name)
-        tensors.update(header.tensors)
-        refused.update(header.refused)
-        metadata.update(header.metadata)
-    return Header(tensors, metadata, refused)
