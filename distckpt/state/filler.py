@@ -19,7 +19,7 @@ from distckpt.state.kinds import kinds_of
 from distckpt.state.leaving import leaving_of
 from distckpt.state.match import Match, Saved, Values
 from distckpt.state.objects import SAVE_COUNTER, NamedObjects, is_stateful, note_trained, wrapped_in
-from distckpt.state.optimizer import STATE
+from distckpt.state.optimizer import STATE, OptimizerState
 from distckpt.state.selection import EVERYTHING, Selection, joined
 from distckpt.state.status import LoadStatus
 from distckpt.state.stored import Stored
@@ -61,6 +61,9 @@ class Filler:
         for key, origin in origins.items():
             if key != origin:
                 here[key] = _with_whole_names(checkpoint, here[key], paths[origin])
+        for kind in kinds.values():
+            if isinstance(kind, OptimizerState):
+                here, origins = kind.by_name(here, origins)
         saved = Saved(stored, (), here, origins)
         parts = saved.by_step()
         self._match = match = Match(stored, partial, *selection.askers(self._leaving))
