@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from distckpt.export.listing import wait_for_new_export as wait_for_new_export
     from distckpt.export.manager import ExportCheckpointManager as ExportCheckpointManager
     from distckpt.export.recipes import Export as Export
+    from distckpt.foreign.reader import ForeignReader as ForeignReader
+    from distckpt.foreign.reader import read_foreign as read_foreign
     from distckpt.iterators import checkpoints_iterator as checkpoints_iterator
     from distckpt.iterators import wait_for_new_checkpoint as wait_for_new_checkpoint
     from distckpt.keep import AnyOf as AnyOf
@@ -78,6 +80,7 @@ _HOMES = {
     "EveryNumbers": "keep",
     "Export": "export.recipes",
     "ExportCheckpointManager": "export.manager",
+    "ForeignReader": "foreign.reader",
     "HookedLoop": "training.session",
     "LatestN": "keep",
     "LoadStatus": "checkpoint",
@@ -113,6 +116,7 @@ _HOMES = {
     "load": "reader",
     "load_variable": "reader",
     "open": "reader",
+    "read_foreign": "foreign.reader",
     "update_checkpoint_state": "state_file",
     "wait_for_new_checkpoint": "iterators",
     "wait_for_new_export": "export.listing",

@@ -26,12 +26,12 @@ from torch.distributed.checkpoint.storage import StorageReader
 from torch.futures import Future
 
 from distckpt.dcp.view import Object, Tensor, View, view_of
-from distckpt.directory.locate import locate
+from distckpt.directory.locate import locate, read_index
 from distckpt.errors import RestoreError
 from distckpt.format.arrow.index import Index
 from distckpt.format.tree.many import ATOMS
 from distckpt.sharding.chunks import Piece, dtype_from_name
-from distckpt.state.tensors import read_pieces, read_tensors
+from distckpt.state.stored import Committed
 from distckpt.storage import placed
 
 
@@ -65,6 +65,7 @@ class Reader(StorageReader):
         self._path = path
         self._options = placed(storage_options, cache_dir=cache_dir, data=data, data_options=data_options)
         self._view: View | None = None
+        self._stored: Committed | None = None
         self._problem: Exception | None = None
 
     @property
@@ -81,22 +82,24 @@ class Reader(StorageReader):
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
         """Another load begins, of another path if one is given."""
-        self._view = None
+        self._view = self._stored = None
         if checkpoint_id is not None:
             self._path = checkpoint_id
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         """What there is, by DCP's keys. What keeps it from being read is raised by the next call, for DCP drops it here."""
-        self._view = self._problem = None
+        self._view = self._stored = self._problem = None
         try:
-            self._view = view = view_of(locate(self._path, self._options))
+            where = locate(self._path, self._options)
+            self._stored = stored = Committed(where, read_index(where))
+            self._view = view = view_of(stored)
         except Exception as error:  # noqa: BLE001 - it is kept
             self._problem = error
             return Metadata({})
         return Metadata(
-            _Known(view),
+            _Known(view, stored.index),
             planner_data=dict(view.places),
-            storage_meta=StorageMeta(checkpoint_id=view.where.path),
+            storage_meta=StorageMeta(checkpoint_id=stored.path),
         )
 
     def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
@@ -106,7 +109,7 @@ class Reader(StorageReader):
 
     def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
         """The plan, with what this rank reads it from."""
-        where = self._opened.where
+        where = self._opened[1].where
         return dataclasses.replace(plan, storage_data=(where.path, where.manifest.attempt))
 
     def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
@@ -122,10 +125,10 @@ class Reader(StorageReader):
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
         """Read all that the plan wants. DamagedError names shard and key."""
-        view = self._opened
+        view, stored = self._opened
         tensors = [item for item in plan.items if item.type == LoadItemType.TENSOR]
         self._read_objects(view, [item for item in plan.items if item.type != LoadItemType.TENSOR], planner)
-        self._read_tensors(view, [item for item in tensors if 0 not in item.lengths], planner)
+        self._read_tensors(view, stored, [item for item in tensors if 0 not in item.lengths], planner)
         done: Future[None] = Future()
         done.set_result(None)
         return done
@@ -133,12 +136,12 @@ class Reader(StorageReader):
     # ---- how it is read ------------------------------------------------------------------------------------------
 
     @property
-    def _opened(self) -> View:
-        if self._view is None:
+    def _opened(self) -> tuple[View, Committed]:
+        if self._view is None or self._stored is None:
             raise RestoreError(f"{os.fspath(self._path)}: its metadata were not read: let dcp.load call this")
-        return self._view
+        return self._view, self._stored
 
-    def _read_tensors(self, view: View, wanted: Sequence[ReadItem], planner: LoadPlanner) -> None:
+    def _read_tensors(self, view: View, stored: Committed, wanted: Sequence[ReadItem], planner: LoadPlanner) -> None:
         targets = [planner.resolve_tensor(item).detach() for item in wanted]
         parts = []
         for item, target in zip(wanted, targets, strict=True):
@@ -147,31 +150,27 @@ class Reader(StorageReader):
                     f"{item.dest_index.fqn}: the planner wants a part of shape {list(item.lengths)} and has memory of shape "
                     f"{list(target.shape)} for it"
                 )
-            stored = view.items[item.storage_index.fqn]
-            assert isinstance(stored, Tensor)
+            seen = view.items[item.storage_index.fqn]
+            assert isinstance(seen, Tensor)
             begin = item.storage_index.offset or (0,) * len(item.lengths)
             offset = tuple(first + more for first, more in zip(begin, item.storage_offsets, strict=True))
-            parts.append((stored.key, Piece(offset, tuple(item.lengths), target)))
-        read_pieces(view.where, view.index, parts)
+            parts.append((seen.key, Piece(offset, tuple(item.lengths), target)))
+        stored.read_pieces(parts)
         for item, target in zip(wanted, targets, strict=True):
             planner.commit_tensor(item, target)
 
     def _read_objects(self, view: View, wanted: Sequence[ReadItem], planner: LoadPlanner) -> None:
-        found = [(item, view.items.get(item.storage_index.fqn)) for item in wanted]  # none of what is not saved
-        keys = {key for _, seen in found if isinstance(seen, Object) for key in seen.keys if key not in view.values}
-        arrays = {key: _empty(view.index, key) for key in sorted(keys)}
-        if arrays:
-            read_tensors(view.where, view.index, {key: [array] for key, array in arrays.items()})
-        for item, seen in found:
-            if isinstance(seen, Object):
-                _hand_over(planner, item, view.made(seen, arrays))
+        seen = [(item, view.items.get(item.storage_index.fqn)) for item in wanted]  # none of what is not saved
+        found = [(item, one) for item, one in seen if isinstance(one, Object)]
+        for (item, _), value in zip(found, view.made(one for _, one in found), strict=True):
+            _hand_over(planner, item, value)
 
 
 class _Known(dict[str, STORAGE_TYPES]):
     """What DCP's planners are told of every key. Who asks hears too of what is not saved and stays as it is."""
 
-    def __init__(self, view: View) -> None:
-        super().__init__({flat: _told(view.index, item) for flat, item in view.items.items()})
+    def __init__(self, view: View, index: Index) -> None:
+        super().__init__({flat: _told(index, item) for flat, item in view.items.items()})
         self._unsaved = view.unsaved
 
     def __contains__(self, flat: object) -> bool:
@@ -194,11 +193,6 @@ def _told(index: Index, item: Tensor | Object) -> TensorStorageMetadata | BytesS
         for offset, length in zip(index.offset[rows].tolist(), index.length[rows].tolist(), strict=True)
     ]
     return TensorStorageMetadata(TensorProperties(dtype=dtype_from_name(dtype)), torch.Size(shape), chunks)
-
-
-def _empty(index: Index, key: str) -> torch.Tensor:
-    dtype, shape = index.layout(key)
-    return torch.empty(shape, dtype=dtype_from_name(dtype), device="cpu")
 
 
 def _hand_over(planner: LoadPlanner, item: ReadItem, value: Any) -> None:

@@ -7,18 +7,16 @@ placeholders for tensors, and flattened as DCP would.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from distckpt.directory.locate import Located, read_index
 from distckpt.errors import DamagedError, MismatchError
 from distckpt.format.arrow.dtypes import VALUE
-from distckpt.format.arrow.index import Index
 from distckpt.format.tree.path import ArrayStep, KeyStep, Path, RankStep, Step, TypedStep, decode_path
 from distckpt.format.tree.tree import unflatten
 from distckpt.state.optimizer import GROUPS, WHO
-from distckpt.state.tensors import read_values
+from distckpt.state.stored import Stored, load_leaves
 
 Place = tuple[str | int, ...]
 """Where DCP sees a leaf: the keys and list indices that lead to it. Its flat key is these, joined by dots."""
@@ -64,41 +62,41 @@ Seen = Tensor | Object
 
 @dataclass(frozen=True, slots=True, eq=False)
 class View:
-    """The checkpoint at ``where``: ``items`` by DCP's flat key, ``places`` say where they are in the state dict.
+    """What is ``stored``: ``items`` by DCP's flat key, ``places`` say where they are in the state dict.
 
     ``unsaved`` are the keys of what DCP's groups of an optimizer say and a manager's do not: who is in a group, which is
     the program's business. ``paths`` and ``values`` are by our keys.
     """
 
-    where: Located
-    index: Index
+    stored: Stored
     items: dict[str, Seen]
     places: dict[str, Place]
     unsaved: frozenset[str]
     paths: dict[str, Path]
     values: dict[str, Any]
 
-    def made(self, item: Object, arrays: Mapping[str, Any]) -> Any:
-        """The object, out of its arrays."""
-        if not item.keys:
-            return item.value
-        leaves = [
-            (self.paths[key][item.depth :], arrays[key] if key in arrays else self.values[key]) for key in item.keys
-        ]
-        return leaves[0][1] if not leaves[0][0] else unflatten(leaves)
+    def made(self, objects: Iterable[Object]) -> list[Any]:
+        """The objects, for which the arrays in them are read. DamagedError names shard and key."""
+        wanted = list(objects)
+        keys = {key for one in wanted for key in one.keys if key not in self.values}
+        leaves = {**self.values, **load_leaves(self.stored, sorted(keys))} if keys else self.values
+        return [self._made(one, leaves) for one in wanted]
+
+    def _made(self, one: Object, leaves: Mapping[str, Any]) -> Any:
+        if not one.keys:
+            return one.value
+        parts = [(self.paths[key][one.depth :], leaves[key]) for key in one.keys]
+        return parts[0][1] if not parts[0][0] else unflatten(parts)
 
 
-def view_of(where: Located) -> View:
-    """Read index and plain values, all checked, and see them as DCP does. DamagedError for what is not as it was written."""
-    index = read_index(where)
-    paths = {key: decode_path(text, where.path) for key, text in zip(index.names, index.paths, strict=True)}
-    values = read_values(
-        where, index, [key for key, dtype in zip(index.names, index.dtypes, strict=True) if dtype == VALUE]
-    )
+def view_of(stored: Stored) -> View:
+    """Read the plain values, and see all of it as DCP does. DamagedError for what is not as it was written."""
+    paths = {key: decode_path(text, stored.path) for key, text in stored.texts.items()}
+    values = stored.values([key for key in paths if stored.layout(key)[0] == VALUE])
     try:
         tree = unflatten((path, values.get(key, TENSOR)) for key, path in paths.items())
     except ValueError as error:
-        raise DamagedError(where.path, f"its keys do not make a tree: {error}") from error
+        raise DamagedError(stored.path, f"its keys do not make a tree: {error}") from error
     mapped = _mapped(paths)
     below = _by_place(mapped)
     items: dict[str, Seen] = {}
@@ -106,11 +104,11 @@ def view_of(where: Located) -> View:
     for place, value in leaves_of(tree):
         flat = ".".join(map(str, place))
         if flat in items:
-            raise MismatchError(where.path, (), (), {flat: "two places of the checkpoint have this name in DCP"})
+            raise MismatchError(stored.path, (), (), {flat: "two places of the checkpoint have this name in DCP"})
         places[flat] = place
         items[flat] = _seen(place, value, below, values)
     unsaved = {".".join(map(str, (*place, name))) for place in _groups(tree) for name in WHO}
-    return View(where, index, items, places, frozenset(unsaved - items.keys()), paths, values)
+    return View(stored, items, places, frozenset(unsaved - items.keys()), paths, values)
 
 
 def leaves_of(tree: Any, place: Place = ()) -> Iterator[tuple[Place, Any]]:

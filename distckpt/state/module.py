@@ -94,7 +94,7 @@ class ModuleState:
                 return
             found = self._module.load_state_dict(named, strict=False)
         except RuntimeError as error:
-            raise MismatchError(match.where.path, (), (), {here: str(error)}) from error
+            raise MismatchError(match.stored.path, (), (), {here: str(error)}) from error
         missing, unexpected = (
             [key for name in names if (key := f"{here}.{unwrapped(self._module, name)}") not in known]
             for names in (found.missing_keys, found.unexpected_keys)
@@ -102,7 +102,7 @@ class ModuleState:
         match.lacks(missing)
         match.disclaim(unexpected)
         if not match.partial and (unexpected or any(map(match.asks, missing))):
-            raise MismatchError(match.where.path, [key for key in missing if match.asks(key)], unexpected, {})
+            raise MismatchError(match.stored.path, [key for key in missing if match.asks(key)], unexpected, {})
 
 
 def state_of(module: torch.nn.Module) -> dict[str, Any]:

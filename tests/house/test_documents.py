@@ -80,6 +80,7 @@ def names() -> frozenset[str]:
     full = set()
     for module, tree in modules().items():
         full |= {module, *(f"{module}.{name}" for name in (*_defined(tree), *_handed_on(module, tree)))}
+    full |= {f"distckpt.{name}" for name in dir(distckpt)}
     parts = [name.split(".") for name in full]
     return frozenset(".".join(part[at:]) for part in parts for at in range(len(part)))
 
