@@ -15,10 +15,21 @@ from distckpt.format.tree.tree import Path, flatten
 
 
 @dataclass(frozen=True, slots=True)
+class Part:
+    """A hyper-rectangle of a tensor, whose elements lie in row-major order in a file from byte ``position`` on."""
+
+    offset: tuple[int, ...]
+    length: tuple[int, ...]
+    file: File
+    position: int
+
+
+@dataclass(frozen=True, slots=True)
 class Held:
     """A tensor whose elements lie in a file from byte ``position`` on.
 
-    They lie in row-major order, unless ``strides``, in elements, say how far apart.
+    They lie in row-major order, unless ``strides``, in elements, say how far apart. If there are ``parts``, it is these
+    together, and file and position are those of the first.
     """
 
     file: File
@@ -26,6 +37,7 @@ class Held:
     dtype: str
     shape: tuple[int, ...]
     strides: tuple[int, ...] | None = None
+    parts: tuple[Part, ...] = ()
 
     @property
     def nbytes(self) -> int:

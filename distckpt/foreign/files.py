@@ -12,6 +12,7 @@ from typing import Any
 from distckpt.errors import CheckpointNotFoundError, DamagedError
 from distckpt.format.limits import shown
 from distckpt.storage import PathLike, Source, Store, canonical, join, open_store, split_path
+from distckpt.storage.outside import read_hidden
 
 _PLAIN = re.compile(r"[^./\\\x00-\x1f\x7f][^/\\\x00-\x1f\x7f]{0,254}")
 
@@ -46,6 +47,46 @@ class File:
         return self.store.read(self.path, most)
 
 
+@dataclass(frozen=True, slots=True)
+class Section(File):
+    """``size`` bytes of a larger file, from its byte ``begin`` on, which are a file by themselves."""
+
+    begin: int
+
+    @contextlib.contextmanager
+    def opened(self) -> Iterator[Source]:
+        """See File."""
+        with contextlib.closing(self.store.open(self.path)) as source:
+            yield _Section(source, self.begin, self.size)
+
+    def content(self, most: int) -> bytes:
+        """See File."""
+        if self.size > most:
+            raise DamagedError(self.url, f"{self.size} bytes where {most} are the most")
+        return self.read(0, self.size)
+
+
+class _Section:
+    """An open section."""
+
+    def __init__(self, source: Source, begin: int, size: int) -> None:
+        self._source = source
+        self._begin = begin
+        self._size = size
+
+    @property
+    def size(self) -> int:
+        return self._size
+
+    def read_into(self, position: int, target: memoryview) -> None:
+        if not 0 <= position <= self._size - target.nbytes:
+            raise DamagedError("a part of a file", f"it ends before byte {position + target.nbytes}")
+        self._source.read_into(self._begin + position, target)
+
+    def close(self) -> None:
+        self._source.close()
+
+
 def read(source: Source, position: int, nbytes: int) -> bytes:
     """Bytes of an open file."""
     target = bytearray(nbytes)
@@ -75,6 +116,13 @@ class Folder:
         store = self._stores[root]
         info = store.stat(path)
         return None if info is None else File(store, path, name, info.size)
+
+    def hidden(self, name: str, most: int) -> bytes | None:
+        """What is in a file whose name begins with a dot, which stores keep for themselves; None if there is none.
+
+        In a local folder only. DamagedError for more than ``most`` bytes.
+        """
+        return None if "://" in self.url else read_hidden(self.url, name, most)
 
     def named_in(self, name: str, by: File) -> File:
         """A file of this folder that another one names. DamagedError if it names anything else, or one that is missing."""
@@ -120,5 +168,5 @@ def nothing_known(url: str) -> CheckpointNotFoundError:
     return CheckpointNotFoundError(
         url,
         "no file that is known here: a safetensors file, one of torch.save, or a folder with model.safetensors, "
-        "pytorch_model.bin or the index of several of them",
+        "pytorch_model.bin, the index of several of them, or .metadata of torch.distributed.checkpoint",
     )

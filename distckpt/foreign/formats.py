@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from distckpt.foreign.contents import Contents, Held, contents_of
+from distckpt.foreign.dcp_folder import read_dcp
 from distckpt.foreign.files import File, Found, nothing_known, place
 from distckpt.foreign.folders import check_weight_map, read_weight_map
 from distckpt.foreign.lightning import is_lightning, lightning_tree
@@ -122,5 +123,5 @@ def _of_header(header: Header, under: str) -> tuple[dict[str, Any], dict[str, st
     return dict(header.tensors), {f"{under}.{name}": why for name, why in header.refused.items()}
 
 
-FORMATS: list[Read] = [_safetensors, _torch, _folder]
+FORMATS: list[Read] = [_safetensors, _torch, read_dcp, _folder]
 """Asked one after the other. Another format is another entry."""

@@ -33,9 +33,12 @@ class Name:
 
 @dataclass(slots=True, eq=False)
 class Opaque:
-    """What only unpickling could make; ``what`` says it in words."""
+    """What only unpickling could make; ``what`` says it in words. Of an object its class, by name, and its state if it has
+    one: for who knows the class, and reads that as data."""
 
     what: str
+    kind: str = ""
+    state: Any = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,11 +151,13 @@ class _Machine:
             return Opaque("an object that is made by another")
         make = _MADE.get(function.text)
         found = make(*arguments) if make is not None else None
-        return Opaque(f"an object of {function.text}") if found is None else found
+        return _opaque(function) if found is None else found
 
     def build(self) -> None:
         """State for the object on top: of what is made here only the attributes of an OrderedDict, which say nothing."""
-        self.stack.pop()
+        state = self.stack.pop()
+        if isinstance(self.stack[-1], Opaque):
+            self.stack[-1].state = state
 
     def stored(self, pid: Any) -> None:
         kind, storage, key, _, numel, *_ = pid
@@ -196,7 +201,9 @@ def _object(machine: _Machine, _: Any) -> None:
 
 
 def _opaque(kind: Any) -> Opaque:
-    return Opaque(f"an object of {kind.text}" if isinstance(kind, Name) else "an object that is made by another")
+    if not isinstance(kind, Name):
+        return Opaque("an object that is made by another")
+    return Opaque(f"an object of {kind.text}", kind.text)
 
 
 def _global(machine: _Machine, argument: Any) -> None:

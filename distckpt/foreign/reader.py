@@ -43,7 +43,8 @@ def read_foreign(
 ) -> ForeignReader:
     """What another program has saved at ``path``, to be read like a checkpoint. Nothing is unpickled.
 
-    It may be a safetensors file or a folder of Hugging Face's with one or several of them. ``under`` names what has no
+    It may be a safetensors file, a folder of Hugging Face's with one or several of them, or one of
+    torch.distributed.checkpoint. ``under`` names what has no
     name there, the one state dict of such a file: its keys are ``model.layers.0.weight`` and so on. What holds objects
     that only unpickling could make is refused by its key, unless it is below one of ``leave_out``.
 

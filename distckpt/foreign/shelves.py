@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from distckpt.foreign.contents import Held
+from distckpt.foreign.contents import Held, Part
 from distckpt.format.arrays import Ints
 from distckpt.format.arrow.dtypes import ITEM_SIZES
 from distckpt.format.arrow.index import Index
@@ -35,43 +35,54 @@ def shelved(tensors: Mapping[str, Held], path: str) -> list[Shelved]:
 
 
 def _shelved(store: Store, tensors: Mapping[str, Held], path: str) -> Shelved:
-    files = {file: number for number, file in enumerate(dict.fromkeys(held.file.path for held in tensors.values()))}
+    rows = [(number, part) for number, held in enumerate(tensors.values()) for part in _parts(held)]
+    files = {file: number for number, file in enumerate(dict.fromkeys(part.file.path for _, part in rows))}
     names = list(files)
-    return Shelved(Shelf(store, "", path, lambda _, number: names[number]), _index(tensors, files))
+    return Shelved(Shelf(store, "", path, lambda _, number: names[number]), _index(tensors, rows, files))
 
 
-def _index(tensors: Mapping[str, Held], files: Mapping[str, int]) -> Index:
+def _parts(held: Held) -> tuple[Part, ...]:
+    shape = held.shape if held.strides is None else (held.span,)
+    return held.parts or (Part((0,) * len(shape), shape, held.file, held.position),)
+
+
+def _index(tensors: Mapping[str, Held], rows: Sequence[tuple[int, Part]], files: Mapping[str, int]) -> Index:
     held = list(tensors.values())
     shapes = [one.shape if one.strides is None else (one.span,) for one in held]
     width = max(map(len, shapes), default=1) or 1
-    padded = np.array([(*shape, *(1,) * (width - len(shape))) for shape in shapes], np.int64).reshape(len(held), width)
     items = np.array([ITEM_SIZES[one.dtype] for one in held], np.int64)
-    size = padded.prod(axis=1) * items
+    key = np.array([number for number, _ in rows], np.int64)
+    length = _padded([part.length for _, part in rows], width, 1)
+    size = length.prod(axis=1) * items[key]
     blocks = np.maximum(1, -(-size // BLOCK))
     starts = np.concatenate([np.zeros(1, np.int64), np.cumsum(blocks)])
-    rows = np.arange(len(held))
     return Index(
         names=tuple(tensors),
         paths=tuple(tensors),
         dtypes=tuple(one.dtype for one in held),
         item_sizes=items,
         ndims=np.array([len(shape) for shape in shapes], np.int64),
-        shapes=padded,
-        key=rows,
-        offset=np.zeros_like(padded),
-        length=padded,
-        rank=np.zeros(len(held), np.int64),
-        shard=np.array([files[one.file.path] for one in held], np.int64),
-        position=np.array([one.position for one in held], np.int64),
+        shapes=_padded(shapes, width, 1),
+        key=key,
+        offset=_padded([part.offset for _, part in rows], width, 0),
+        length=length,
+        rank=np.zeros(len(rows), np.int64),
+        shard=np.array([files[part.file.path] for _, part in rows], np.int64),
+        position=np.array([part.position for _, part in rows], np.int64),
         size=size,
-        block=_filled(len(held), BLOCK),
+        block=_filled(len(rows), BLOCK),
         starts=starts,
         blocks=np.broadcast_to(np.uint32(0), (int(starts[-1]),)),  # takes no memory
         ids={key: number for number, key in enumerate(tensors)},
-        grouped=rows,
-        groups=np.arange(len(held) + 1),
+        grouped=np.arange(len(rows)),
+        groups=np.searchsorted(key, np.arange(len(held) + 1)),
         has_sums=False,
     )
+
+
+def _padded(boxes: Sequence[tuple[int, ...]], width: int, fill: int) -> Ints:
+    rows = [(*box, *(fill,) * (width - len(box))) for box in boxes]
+    return np.array(rows, np.int64).reshape(len(rows), width)
 
 
 def _filled(count: int, value: int) -> Ints:

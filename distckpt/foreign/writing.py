@@ -10,6 +10,7 @@ import crc32c
 
 from distckpt.errors import StorageError
 from distckpt.foreign.streaming import Part, Seen, Streamed, sections
+from distckpt.format.tree.path import Path
 from distckpt.state.stored import Stored
 from distckpt.storage import Store, join
 from distckpt.transfer.progress import Meter
@@ -19,7 +20,8 @@ from distckpt.transfer.progress import Meter
 class Order:
     """What is to be written: of ``stored`` these tensors and plain values, by their names and places in the files.
 
-    ``max_bytes`` is the most of one file, unless a single tensor is larger. ``about`` says what it was made of.
+    ``max_bytes`` is the most of one file, unless a single tensor is larger. ``about`` says what it was made of. ``paths`` say
+    of all their keys where they are below what was selected.
     """
 
     stored: Stored
@@ -28,6 +30,7 @@ class Order:
     max_bytes: int
     about: Mapping[str, str]
     meter: Meter
+    paths: Mapping[str, Path] = field(default_factory=dict, repr=False)
 
 
 @dataclass(frozen=True, slots=True)
