@@ -47,8 +47,9 @@ def import_files(
     """Make a checkpoint of DIR of what another program has saved at SRC.
 
     SRC is a safetensors file, a Hugging Face folder, or one of torch.distributed.checkpoint. Nothing is unpickled: what
-    only unpickling could read is named, and must be left out by --leave-out. It is read and written a part at a time, read again from the store, and
-    committed in DIR's log once all of it is there: as its newest checkpoint, as if a run had saved it.
+    only unpickling could read is named, and must be left out by --leave-out. It is read and written a part at a time, read
+    again from the store, and committed in DIR's log once all of it is there: as its newest checkpoint, as if a run had
+    saved it.
 
     Exit status 1 if SRC is damaged, 2 if nothing could be done.
     """

@@ -46,7 +46,7 @@ from distckpt.format.arrow.receipt import ShardReceipt
 from distckpt.format.json.log import CheckpointRecord
 from distckpt.keep import Retention
 from distckpt.rank.exit import close_at_exit
-from distckpt.storage import Store
+from distckpt.storage import Store, mark_of
 from distckpt.world import new_token
 
 logger = logging.getLogger(__name__)
@@ -91,6 +91,8 @@ class Session:
         self._token = ""
         self._opened: RunOpened | None = None
         self._order = 0
+        self.in_flight = False
+        """Whether a save has begun and has not come to its end here, which it never does if DCP gives it up."""
         self._shell = Shell(store, Settings())
         try:
             self._shell.start()
@@ -125,6 +127,7 @@ class Session:
             joined = next(iter(replies), None)
             if not isinstance(joined, Joined):
                 raise SaveError(number, f"unexpected answer to Join: {joined!r}")
+            self.in_flight = True
             return number, joined.attempt
 
     def commit(self, number: int, attempt: str, parts: Sequence[Part], patience: float) -> CheckpointRecord:
@@ -133,6 +136,14 @@ class Session:
         Raises PlanError for parts that do not add up to whole tensors, NotSharedError for shards that are not to be seen
         from here, and all else that a manager's save raises; nothing is committed then, but for CommitUnknownError.
         """
+        try:
+            return self._commit(number, attempt, parts, patience)
+        finally:
+            self.in_flight = False
+
+    def _commit(self, number: int, attempt: str, parts: Sequence[Part], patience: float) -> CheckpointRecord:
+        if self._opened is None:
+            raise SaveError(number, "the program ends, and its run was left. Nothing was committed")
         requests: list[RankRequest] = []
         for part in parts:
             staged = np.arange(part.rows, dtype="<i4").tobytes()
@@ -271,7 +282,7 @@ class _Ending:
         for flight in list(_flights.values()):
             flight.wait()
         with _lock:
-            sessions = [session for (pid, _), session in _sessions.items() if pid == os.getpid()]
+            sessions = [session for (pid, *_), session in _sessions.items() if pid == os.getpid()]
             _sessions.clear()
         for session in sessions:
             session.close()
@@ -280,27 +291,31 @@ class _Ending:
 def session_of(store: Store) -> Session:
     """The session of this process in the directory of ``store``. Raises StorageError or StoreUnsuitableError."""
     with _lock:
-        key = os.getpid(), store.url  # a forked child has none of the threads
+        key = _key(store)
         session = _sessions.pop(key, None) or Session(store)
         _sessions[key] = session
-        while len(_sessions) > MOST_SESSIONS:
-            (pid, _), oldest = next(iter(_sessions.items()))
-            del _sessions[next(iter(_sessions))]
-            if pid == os.getpid():
-                oldest.close()
+        idle = [other for other, one in _sessions.items() if not one.in_flight and other != key]
+        for other in idle[: max(0, len(_sessions) - MOST_SESSIONS)]:
+            left = _sessions.pop(other)
+            if other[0] == os.getpid():
+                left.close()
         return session
 
 
 def forget(store: Store) -> None:
     """Let a session go that has not come to claim the log: the next save tries it again."""
     with _lock:
-        session = _sessions.get((os.getpid(), store.url))
+        session = _sessions.get(_key(store))
         if session is not None and not session.is_open:
-            del _sessions[os.getpid(), store.url]
+            del _sessions[_key(store)]
             session.close()
 
 
+def _key(store: Store) -> tuple[int, str, str]:
+    return os.getpid(), store.url, mark_of(store)  # a forked child has none of the threads
+
+
 _lock = threading.Lock()
-_sessions: dict[tuple[int, str], Session] = {}
+_sessions: dict[tuple[int, str, str], Session] = {}
 _flights: dict[threading.Thread, Flight] = {}
 _ending = _Ending()

@@ -48,6 +48,11 @@ class _Order:
     attempt: str
 
 
+def _is_whole(plan: SavePlan) -> bool:
+    """Whether it says itself what is to be written. Older releases of torch have no other plans."""
+    return bool(getattr(plan, "usable", True))
+
+
 class Writer(StorageWriter):
     """Saves checkpoints of ours through DCP: ``dcp.save(state_dict, storage_writer=Writer(directory, number=step))``.
 
@@ -154,7 +159,7 @@ class Writer(StorageWriter):
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
         """On the coordinator rank: a new attempt, and each plan with it."""
         wishes = [plan.storage_data for plan in plans]
-        if not all(plan.usable and isinstance(wish, _Wish) for plan, wish in zip(plans, wishes, strict=True)):
+        if not all(isinstance(wish, _Wish) for wish in wishes) or not all(map(_is_whole, plans)):
             raise SaveError(
                 self._number,
                 "the planner hands over the plan of an earlier save, as enable_plan_caching=True has it. Make it without",

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import io
 import logging
+import threading
 from collections.abc import Callable
 from datetime import timedelta
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from torch.distributed.checkpoint import CheckpointException, DefaultLoadPlanner
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 import distckpt
+from distckpt.dcp.session import MOST_SESSIONS
 from distckpt.directory.garbage import attempt_folders
 from distckpt.directory.log import read_tail
 from distckpt.errors import (
@@ -117,6 +120,15 @@ def entries(directory: Path) -> list[Any]:
     return [entry for entry in found if entry.kind != "forget"]
 
 
+def test_a_process_saves_to_as_many_directories_as_it_likes(tmp_path: Path) -> None:
+    """It leaves the run of one that it has used least lately, and begins another when it comes back."""
+    for number in (1, 2):
+        for folder in "abcdef":
+            saved(tmp_path / folder, {"at": number})
+    assert [committed(tmp_path / folder) for folder in "abcdef"] == [[1, 2]] * 6
+    assert sum(thread.name == "distckpt-timer" for thread in threading.enumerate()) <= MOST_SESSIONS
+
+
 class Opaque:
     """Nothing that can be stored without pickle."""
 
@@ -178,6 +190,9 @@ def test_planners_that_load_bytes_by_themselves_get_plain_values_and_no_others(t
     assert loaded(path, {"typed": None}) == {"typed": timedelta(seconds=3)}
 
 
+@pytest.mark.skipif(
+    "enable_plan_caching" not in signature(DefaultSavePlanner).parameters, reason="torch has no such plans"
+)
 def test_a_planner_that_gives_the_plan_of_an_earlier_save_is_refused(tmp_path: Path) -> None:
     """It would name the attempt of that save, of which no object may be written twice."""
     writer = distckpt.dcp.Writer(tmp_path)
