@@ -5,11 +5,12 @@ from __future__ import annotations
 import io
 import logging
 import threading
+from collections import OrderedDict
 from collections.abc import Callable
 from datetime import timedelta
 from inspect import signature
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -261,6 +262,35 @@ def test_a_checkpoint_of_a_manager_restores_what_dcp_has_saved_and_the_other_way
     assert committed(tmp_path) == [5, 6]
     back.take(loaded(tmp_path, back.state()))
     assert same(back.state(), here.state())
+
+
+class Pair(NamedTuple):
+    """A container that DCP takes as one value."""
+
+    left: torch.Tensor
+    right: int
+
+
+def test_all_kinds_of_containers_are_seen_as_dcp_would_flatten_them(tmp_path: Path) -> None:
+    one, two = torch.arange(3.0), torch.ones(2, 2)
+    held = {
+        7: one,
+        "ordered": OrderedDict(a=two),
+        "pair": Pair(one, 2),
+        "nested": ([one], {"x": two}),
+        "array": np.arange(3),
+    }
+    own = distckpt.PerRank({"cursor": 5, "cache": two})
+    distckpt.Checkpoint(state=held, own=own, lists=[[one, {"k": 1}], [2, 3]]).write(tmp_path)
+    wanted = {
+        "state": {7: one * 0, "ordered": {"a": two * 0}, "pair": None, "nested": None, "array": None},
+        "own": [{"cursor": 0, "cache": two * 0}],
+        "lists": [[one * 0, {"k": 0}], None],
+    }
+    found = loaded(tmp_path, wanted)
+    assert same(found["state"], {**held, "ordered": {"a": two}})
+    assert same(found["own"], [{"cursor": 5, "cache": two}])
+    assert same(found["lists"], [[one, {"k": 1}], [2, 3]])
 
 
 def test_whoever_claims_the_directory_later_turns_the_other_away_by_name(tmp_path: Path) -> None:
