@@ -268,7 +268,9 @@ class Flight:
                 del _flights[self._thread]
 
     def wait(self) -> None:
-        """Return once that is so, or the thread has ended, as when DCP gives a save up."""
+        """Return once that is so, or the thread has ended, as when DCP gives a save up: the one that calls this has."""
+        if self._thread is threading.current_thread():
+            return
         until = time.monotonic() + self._patience
         while self._thread.is_alive() and time.monotonic() < until and not self._ended.wait(EXIT_LOOK_SECONDS):
             pass

@@ -21,7 +21,7 @@ from torch.distributed.checkpoint import CheckpointException, DefaultLoadPlanner
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 import distckpt
-from distckpt.dcp.session import MOST_SESSIONS
+from distckpt.dcp.session import MOST_SESSIONS, Flight
 from distckpt.directory.garbage import attempt_folders
 from distckpt.directory.log import read_tail
 from distckpt.errors import (
@@ -128,6 +128,30 @@ def test_a_process_saves_to_as_many_directories_as_it_likes(tmp_path: Path) -> N
             saved(tmp_path / folder, {"at": number})
     assert [committed(tmp_path / folder) for folder in "abcdef"] == [[1, 2]] * 6
     assert sum(thread.name == "distckpt-timer" for thread in threading.enumerate()) <= MOST_SESSIONS
+
+
+def test_the_end_of_a_program_waits_for_saves_of_other_threads_alone() -> None:
+    """A save that has failed in the main thread never ends, and one of ``dcp.async_save`` is to be committed."""
+    Flight(600).wait()
+    begun, goes_on, ended = threading.Event(), threading.Event(), []
+
+    def save() -> None:
+        flight = Flight(600)
+        flights.append(flight)
+        begun.set()
+        goes_on.wait()
+        ended.append(1)
+        flight.end()
+
+    flights: list[Flight] = []
+    thread = threading.Thread(target=save)
+    thread.start()
+    begun.wait()
+    waiting = threading.Thread(target=lambda: (flights[0].wait(), ended.append(2)))
+    waiting.start()
+    goes_on.set()
+    waiting.join()
+    assert ended == [1, 2]
 
 
 class Opaque:
