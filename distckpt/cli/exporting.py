@@ -63,7 +63,7 @@ def export_files(
     stored = Committed(where, read_index(where))
     about = {"distckpt.attempt": where.manifest.attempt, "distckpt.number": str(where.manifest.number)}
     began = time.monotonic()
-    with bar(f"exporting {where.path}") as update:
+    with options.told_in_words(), bar(f"exporting {where.path}") as update:
         choice = Choice(select, leave_out)
         written = export(stored, destination, kind, choice, max_shard_size, about, destination_options, update)
     seconds = time.monotonic() - began

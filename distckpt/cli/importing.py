@@ -64,7 +64,7 @@ def import_files(
     if not force:
         check_quiet(store, tail, time.time(), "importing")
     began = time.monotonic()
-    with read_foreign(source, storage_options, under=under, leave_out=leave_out) as reader:
+    with options.told_in_words(), read_foreign(source, storage_options, under=under, leave_out=leave_out) as reader:
         contents = reader.contents
         chosen = number if number is not None else contents.number or 0
         with bar(f"importing {reader.path}") as update:

@@ -76,7 +76,7 @@ _STORAGES: Mapping[str, str] = {
 
 _PLAIN_TENSORS = {"torch.Tensor", "torch._tensor.Tensor", "torch.nn.parameter.Parameter", "torch.nn.parameter.Buffer"}
 
-_MARK = object()
+_MARK = Opaque("a mark")
 
 
 def read_pickle(data: bytes | IO[bytes], where: str) -> Any:
@@ -95,6 +95,8 @@ def read_pickle(data: bytes | IO[bytes], where: str) -> Any:
         raise
     except (ValueError, IndexError, KeyError, TypeError, AttributeError, OverflowError, struct.error) as error:
         raise DamagedError(where, f"no sound pickle: {type(error).__name__}: {error}") from error
+    if tree is _MARK:
+        raise DamagedError(where, "no sound pickle: it describes nothing")
     return tree
 
 
