@@ -28,7 +28,9 @@ def _size(ctx: click.Context, parameter: click.Parameter, value: str) -> int:
 @click.command("export")
 @click.argument("path", metavar="PATH")
 @click.argument("destination", metavar="DST")
-@click.option("--format", "kind", default="safetensors", metavar="FORMAT", help="safetensors.", show_default=True)
+@click.option(
+    "--format", "kind", default="safetensors", metavar="FORMAT", help="safetensors or torch.", show_default=True
+)
 @click.option("--select", default="model", metavar="KEY", help='What is below KEY; "" for all.', show_default=True)
 @click.option("--leave-out", multiple=True, metavar="KEY", help="But not what is below KEY; may be repeated.")
 @click.option("--max-shard-size", default="5GB", metavar="SIZE", callback=_size, help="Of one file.", show_default=True)

@@ -58,7 +58,7 @@ class View:
     strides: tuple[int, ...]
 
 
-_STORAGES: Mapping[str, str] = {
+STORAGES: Mapping[str, str] = {
     "torch.DoubleStorage": "float64",
     "torch.FloatStorage": "float32",
     "torch.HalfStorage": "float16",
@@ -73,6 +73,7 @@ _STORAGES: Mapping[str, str] = {
     "torch.ComplexFloatStorage": "complex64",
     "torch.storage.UntypedStorage": "uint8",
 }
+"""The classes that torch has for the memory of tensors, and what their elements are."""
 
 _PLAIN_TENSORS = {"torch.Tensor", "torch._tensor.Tensor", "torch.nn.parameter.Parameter", "torch.nn.parameter.Buffer"}
 
@@ -160,7 +161,7 @@ class _Machine:
         kind, storage, key, _, numel, *_ = pid
         if kind != "storage" or not isinstance(storage, Name) or type(key) is not str or type(numel) is not int:
             raise DamagedError(self.where, "a pickle that refers to something that is no storage")
-        dtype = _STORAGES.get(storage.text)
+        dtype = STORAGES.get(storage.text)
         self.stack.append(Opaque(f"a tensor in a {storage.text}") if dtype is None else Storage(key, dtype, numel))
 
 
