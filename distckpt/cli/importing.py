@@ -46,8 +46,9 @@ def import_files(
 ) -> None:
     """Make a checkpoint of DIR of what another program has saved at SRC.
 
-    SRC is a safetensors file or a Hugging Face folder. Nothing is unpickled: what only unpickling could read is named,
-    and must be left out by --leave-out. It is read and written a part at a time, read again from the store, and
+    SRC is a safetensors file, one of torch.save or of Lightning, or a folder of Hugging Face's, of Accelerate or of the
+    Transformers Trainer. Nothing is unpickled: what only unpickling could read is named, and must be left out by
+    --leave-out. It is read and written a part at a time, read again from the store, and
     committed in DIR's log once all of it is there: as its newest checkpoint, as if a run had saved it.
 
     Exit status 1 if SRC is damaged, 2 if nothing could be done.

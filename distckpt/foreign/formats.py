@@ -18,7 +18,9 @@ from distckpt.storage import PathLike
 Read = Callable[[Found], Contents | None]
 """Reads what is at a place; None if that is of another format. Nothing of a tensor's bytes is read."""
 
-TORCH_WEIGHTS = "pytorch_model.bin"
+WEIGHTS = (names.WEIGHTS, "diffusion_pytorch_model.safetensors", "adapter_model.safetensors")
+TORCH_WEIGHTS = ("pytorch_model.bin", "diffusion_pytorch_model.bin", "adapter_model.bin")
+"""Those of Transformers, Diffusers and PEFT; the index of several files has the same name and ``.index.json``."""
 
 
 def read_contents(path: PathLike, storage_options: Mapping[str, Any] | None = None, under: str = "model") -> Contents:
@@ -81,14 +83,14 @@ def _folder(found: Found) -> Contents | None:
 
 def _weights(found: Found) -> tuple[str, dict[str, Any], dict[str, str]] | None:
     """What they lie in, their tree and what could not be read; None if there are none."""
-    for index_name, read in ((names.WEIGHTS_INDEX, _read_safetensors), (f"{TORCH_WEIGHTS}.index.json", _read_torch)):
-        index = found.folder.find(index_name)
-        if index is not None:
-            return _indexed(found, index, read)
-    for name, read in ((names.WEIGHTS, _read_safetensors), (TORCH_WEIGHTS, _read_torch)):
-        file = found.folder.find(name)
-        if file is not None:
-            return name, *read(file, found.under)
+    for titles, read in ((WEIGHTS, _read_safetensors), (TORCH_WEIGHTS, _read_torch)):
+        for title in titles:
+            index = found.folder.find(f"{title}.index.json")
+            if index is not None:
+                return _indexed(found, index, read)
+            file = found.folder.find(title)
+            if file is not None:
+                return title, *read(file, found.under)
     return None
 
 

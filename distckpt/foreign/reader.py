@@ -43,9 +43,10 @@ def read_foreign(
 ) -> ForeignReader:
     """What another program has saved at ``path``, to be read like a checkpoint. Nothing is unpickled.
 
-    It may be a safetensors file or a folder of Hugging Face's with one or several of them. ``under`` names what has no
-    name there, the one state dict of such a file: its keys are ``model.layers.0.weight`` and so on. What holds objects
-    that only unpickling could make is refused by its key, unless it is below one of ``leave_out``.
+    It may be a safetensors file, one of ``torch.save`` or of Lightning, a folder of Hugging Face's with one or several of
+    them, or one of Accelerate or the Transformers Trainer. ``under`` names what has no name there, the one state dict of
+    such a file: its keys are ``model.layers.0.weight`` and so on. What holds objects that only unpickling could make is
+    refused by its key, unless it is below one of ``leave_out``.
 
     Raises CheckpointNotFoundError if nothing at the path is known here, ForeignError for what must be left out, and
     DamagedError for files that are not sound.

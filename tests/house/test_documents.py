@@ -22,6 +22,7 @@ DOCUMENTS = sorted(
 OF_OTHERS = {
     "README.md",
     "CHANGELOG.md",
+    "coming-from-files.md",
     "coming-from-tensorflow.md",
     "comparison.md",
     "integrations.md",
