@@ -127,6 +127,7 @@ _IMPORTS = {
     "a folder of safetensors, as Transformers and Diffusers save models",
     "a safetensors file",
     "a file that torch.save wrote",
+    "a file that torch.save wrote, in its old format",
     "a Lightning checkpoint",
 }
 _IMPORTED = ", which `distckpt import` makes one of"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from distckpt.errors import DamagedError
 from distckpt.foreign.contents import Contents, Held, contents_of
 from distckpt.foreign.files import File, Found, nothing_known, place
 from distckpt.foreign.folders import check_weight_map, read_weight_map
@@ -104,7 +105,9 @@ def _indexed(
     for name, file in files.items():
         more, missed = read(file, found.under)
         for key in (*more, *(key[len(found.under) + 1 :] for key in missed)):
-            there[key] = name if key not in there else f"in {there[key]} and {name}"
+            if key in there:
+                raise DamagedError(index.url, f"{there[key]} and {name} both have it", key)
+            there[key] = name
         tree.update(more)
         refused.update(missed)
     check_weight_map(index, weights, there)

@@ -44,7 +44,8 @@ MOST_SHARDS = 4096
 class Import:
     """One checkpoint in the making, number ``number`` of the directory ``store``, whose log ``tail`` is.
 
-    ``clock`` gives epoch seconds. ValueError if the log has that number already.
+    ``clock`` gives epoch seconds. ValueError if the log has that number already, and if there is
+    nothing to be written.
     """
 
     def __init__(
@@ -71,6 +72,8 @@ class Import:
         # Of an epoch after the attempt's: so what a killed import leaves is garbage as soon as it has begun.
         self._hand = Hand(store, tail, "import", [self._epoch])
         self._state = tail.head
+        if not reader.texts:
+            raise ValueError(f"{reader.path}: there is nothing in it to import")
         self._shard_bytes = max(SHARD_BYTES, reader.contents.nbytes // MOST_SHARDS)
         self._cuts = list(_cuts(reader, self._shard_bytes))
         self._meter = Meter(sum(cut.chunk.nbytes for cut in self._cuts), progress)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import pickletools
 import struct
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import IO, Any
 
@@ -45,6 +45,16 @@ class Storage:
     key: str
     dtype: str
     numel: int
+
+    @property
+    def item_size(self) -> int:
+        """Bytes of an element."""
+        return ITEM_SIZES[self.dtype]
+
+    @property
+    def nbytes(self) -> int:
+        """Its bytes."""
+        return self.numel * self.item_size
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,7 +168,9 @@ class _Machine:
         self.stack.pop()
 
     def stored(self, pid: Any) -> None:
-        kind, storage, key, _, numel, *_ = pid
+        kind, storage, key, _, numel, *view = pid
+        if view not in ([], [None]):
+            raise DamagedError(self.where, "a storage that is a part of another, as very old files have them")
         if kind != "storage" or not isinstance(storage, Name) or type(key) is not str or type(numel) is not int:
             raise DamagedError(self.where, "a pickle that refers to something that is no storage")
         dtype = STORAGES.get(storage.text)
@@ -379,6 +391,19 @@ def without_opaque(tree: Any, key: str, where: str) -> tuple[Any, dict[str, str]
     _check_size(tree, where)
     kept = _cleaned(tree, key, refused)
     return kept, refused
+
+
+def storages_in(tree: Any) -> Iterator[Storage]:
+    """Those of all tensors in a tree of plain containers."""
+    seen: set[int] = set()
+    left = [tree]
+    while left:
+        node = left.pop()
+        if isinstance(node, View):
+            yield node.storage
+        elif isinstance(node, dict | list | tuple) and id(node) not in seen:
+            seen.add(id(node))
+            left += node.values() if isinstance(node, dict) else node
 
 
 def _cleaned(node: Any, key: str, refused: dict[str, str]) -> Any:

@@ -62,15 +62,16 @@ def test_a_type_that_torch_does_not_have_is_named_by_its_key(tmp_path: Path) -> 
         assert torch.equal(foreign.tensor("model.a"), torch.zeros(4))
 
 
-def saved() -> bytes:
+def saved(is_new: bool = True) -> bytes:
     """A file of torch.save."""
-    file = io.BytesIO()
-    torch.save({"model": {"w": torch.randn(4, 4), "b": torch.zeros(2)}, "n": [1, {"x": 2.5}]}, file)
+    file, tree = io.BytesIO(), {"model": {"w": torch.randn(4, 4), "b": torch.zeros(2)}, "n": [1, {"x": 2.5}]}
+    torch.save(tree, file, _use_new_zipfile_serialization=is_new)
     return file.getvalue()
 
 
-def test_every_file_that_is_cut_off_or_flipped_is_refused_or_read(tmp_path: Path, seed: int) -> None:
-    whole, path, chance = saved(), tmp_path / "x.pt", random.Random(seed)
+@pytest.mark.parametrize("is_new", [True, False])
+def test_every_file_that_is_cut_off_or_flipped_is_refused_or_read(tmp_path: Path, seed: int, is_new: bool) -> None:
+    whole, path, chance = saved(is_new), tmp_path / "x.pt", random.Random(seed)
     for number in range(300):
         hurt = bytearray(whole)
         if number % 3:

@@ -18,7 +18,7 @@ from distckpt.errors import DamagedError
 from distckpt.foreign import importing
 from distckpt.foreign.importing import Import
 from distckpt.foreign.reader import ForeignReader, read_foreign
-from distckpt.storage import LocalStore, Store
+from distckpt.storage import LocalStore, Store, open_store
 from distckpt.testing.faults import Call
 from distckpt.testing.faulty import FaultyStore
 from tests.support import servers
@@ -145,7 +145,10 @@ def test_files_in_an_object_store_are_read_and_written_there(tmp_path: Path) -> 
         place = Place.new(Gs(), server.port)
         place.fill(tmp_path)
         options = place.options()
-        for path in (place.url, f"{place.url}/model.safetensors", f"{place.url}/pytorch_model.bin"):
+        for path in (f"{place.url}/model.safetensors", f"{place.url}/pytorch_model.bin"):
             with read_foreign(path, options) as foreign:
                 assert torch.equal(foreign.tensor("model.large"), tensors["large"])
                 assert alike(foreign.load("model"), tensors)
+                imported(foreign, open_store(f"{place.url}/run", options), foreign.path.count("_"))
+        for number in (0, 1):
+            assert alike(distckpt.load(f"{place.url}/run/ckpt-{number}", "model", options), tensors)
