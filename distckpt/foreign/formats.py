@@ -15,6 +15,7 @@ from distckpt.foreign.torch_file import is_torch_file, read_torch_file
 from distckpt.foreign.training_folders import read_parts
 from distckpt.format import names
 from distckpt.storage import PathLike
+from distckpt.terminal.sizes import counted
 
 Read = Callable[[Found], Contents | None]
 """Reads what is at a place; None if that is of another format. Nothing of a tensor's bytes is read."""
@@ -111,7 +112,7 @@ def _indexed(
         tree.update(more)
         refused.update(missed)
     check_weight_map(index, weights, there)
-    return f"{len(files)} files and {index.name}", tree, refused
+    return f"{counted(len(files), 'file')} and {index.name}", tree, refused
 
 
 def _read_safetensors(file: File, under: str) -> tuple[dict[str, Any], dict[str, str]]:

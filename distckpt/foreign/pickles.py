@@ -9,7 +9,7 @@ from __future__ import annotations
 import pickletools
 import struct
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import IO, Any
 
@@ -17,11 +17,6 @@ import torch
 
 from distckpt.errors import DamagedError
 from distckpt.format.arrow.dtypes import ITEM_SIZES
-
-MAX_NODES = 20_000_000
-"""So many leaves and containers a tree may have, what is in several places counted as often. Pickles can promise more."""
-
-MAX_DEPTH = 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,9 +28,15 @@ class Name:
 
 @dataclass(slots=True, eq=False)
 class Opaque:
-    """What only unpickling could make; ``what`` says it in words."""
+    """What only unpickling could make; ``what`` says it in words.
+
+    Of an object of a class, or what a function gives, that is ``name``, called with ``arguments``, and then given ``state``.
+    """
 
     what: str
+    name: str = ""
+    arguments: tuple[Any, ...] = ()
+    state: Any = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,11 +162,13 @@ class _Machine:
             return Opaque("an object that is made by another")
         make = _MADE.get(function.text)
         found = make(*arguments) if make is not None else None
-        return Opaque(f"an object of {function.text}") if found is None else found
+        return _opaque(function, arguments) if found is None else found
 
     def build(self) -> None:
         """State for the object on top: of what is made here only the attributes of an OrderedDict, which say nothing."""
-        self.stack.pop()
+        state = self.stack.pop()
+        if isinstance(self.stack[-1], Opaque):
+            self.stack[-1].state = state
 
     def stored(self, pid: Any) -> None:
         kind, storage, key, _, numel, *view = pid
@@ -192,7 +195,7 @@ def _reduce(machine: _Machine, _: Any) -> None:
 def _new_object(machine: _Machine, _: Any) -> None:
     arguments, kind = machine.stack.pop(), machine.stack.pop()
     plain = isinstance(kind, Name) and kind.text in _NEW and not arguments
-    machine.stack.append(_MADE[kind.text]() if plain else _opaque(kind))
+    machine.stack.append(_MADE[kind.text]() if plain else _opaque(kind, arguments))
 
 
 def _new_object_with_names(machine: _Machine, _: Any) -> None:
@@ -210,8 +213,10 @@ def _object(machine: _Machine, _: Any) -> None:
     machine.stack.append(_opaque(kind))
 
 
-def _opaque(kind: Any) -> Opaque:
-    return Opaque(f"an object of {kind.text}" if isinstance(kind, Name) else "an object that is made by another")
+def _opaque(kind: Any, arguments: Any = ()) -> Opaque:
+    if not isinstance(kind, Name):
+        return Opaque("an object that is made by another")
+    return Opaque(f"an object of {kind.text}", kind.text, arguments if isinstance(arguments, tuple) else ())
 
 
 def _global(machine: _Machine, argument: Any) -> None:
@@ -377,85 +382,3 @@ _MADE: Mapping[str, Callable[..., Any]] = {
     "torch.device": _device,
     "__builtin__.set": lambda items=(): set(items),
 }
-
-
-# ---- what is left of it -----------------------------------------------------------------------------------------------
-
-
-def without_opaque(tree: Any, key: str, where: str) -> tuple[Any, dict[str, str]]:
-    """The tree without what is not made here, and of that the keys and why: items of dicts go alone, all else as a whole.
-
-    ``key`` is that of the tree itself, which is Opaque as a whole if nothing of it stays.
-    """
-    refused: dict[str, str] = {}
-    _check_size(tree, where)
-    kept = _cleaned(tree, key, refused)
-    return kept, refused
-
-
-def storages_in(tree: Any) -> Iterator[Storage]:
-    """Those of all tensors in a tree of plain containers."""
-    seen: set[int] = set()
-    left = [tree]
-    while left:
-        node = left.pop()
-        if isinstance(node, View):
-            yield node.storage
-        elif isinstance(node, dict | list | tuple) and id(node) not in seen:
-            seen.add(id(node))
-            left += node.values() if isinstance(node, dict) else node
-
-
-def _cleaned(node: Any, key: str, refused: dict[str, str]) -> Any:
-    if type(node) is dict:
-        kept = {}
-        for name, item in node.items():
-            inside = f"{key}.{name}" if key else str(name)
-            if _is_opaque(name):
-                refused[key] = "a dict with keys that are objects"
-                return Opaque("")
-            found = _cleaned(item, inside, refused)
-            if not isinstance(found, Opaque):
-                kept[name] = found
-        return kept
-    why = _why(node)
-    if why:
-        refused[key] = why
-        return Opaque(why)
-    return node
-
-
-def _why(node: Any) -> str:
-    """What in it is not made here; '' if all is."""
-    if _is_opaque(node):
-        return str(node.what) if isinstance(node, Opaque) else f"something that is named, {getattr(node, 'text', '')}"
-    if isinstance(node, dict):
-        return next(filter(None, map(_why, (*node.keys(), *node.values()))), "")
-    if isinstance(node, list | tuple | set | frozenset):
-        return next(filter(None, map(_why, node)), "")
-    return ""
-
-
-def _is_opaque(node: Any) -> bool:
-    return isinstance(node, Opaque | Name | Storage)
-
-
-def _check_size(tree: Any, where: str) -> None:
-    """DamagedError for a tree that holds itself, or is too deep, or so large that it was made to hurt."""
-    sizes: dict[int, int] = {}
-    inside: set[int] = set()
-
-    def size(node: Any, depth: int) -> int:
-        if not isinstance(node, dict | list | tuple | set | frozenset):
-            return 1
-        if id(node) in inside or depth > MAX_DEPTH:
-            raise DamagedError(where, f"a tree that holds itself, or is deeper than {MAX_DEPTH} levels")
-        if id(node) not in sizes:
-            inside.add(id(node))
-            items = (*node.keys(), *node.values()) if isinstance(node, dict) else node
-            sizes[id(node)] = 1 + sum(size(item, depth + 1) for item in items)
-            inside.discard(id(node))
-        return sizes[id(node)]
-
-    if size(tree, 0) > MAX_NODES:
-        raise DamagedError(where, f"a tree of more than {MAX_NODES:,} parts")

@@ -10,7 +10,8 @@ from typing import Any, Protocol
 from distckpt.errors import DamagedError, UnsupportedFormatError
 from distckpt.foreign.contents import Held, check_shape
 from distckpt.foreign.files import File, read
-from distckpt.foreign.pickles import Opaque, Storage, View, read_pickle, storages_in, without_opaque
+from distckpt.foreign.pickled_trees import storages_in, without_opaque
+from distckpt.foreign.pickles import Opaque, Storage, View, read_pickle
 from distckpt.format.arrow.dtypes import ITEM_SIZES
 from distckpt.storage import Source
 

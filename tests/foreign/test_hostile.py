@@ -15,7 +15,8 @@ import torch
 
 import distckpt
 from distckpt.errors import DamagedError, DistckptError, ForeignError
-from distckpt.foreign.pickles import read_pickle, without_opaque
+from distckpt.foreign.pickled_trees import without_opaque
+from distckpt.foreign.pickles import read_pickle
 from tests.support.foreign import entry, safetensors
 
 WORST = {
