@@ -19,7 +19,7 @@ from distckpt.directory.garbage import delete_attempt
 from distckpt.directory.locate import read_sealed
 from distckpt.directory.log import Tail
 from distckpt.errors import StorageError
-from distckpt.foreign.contents import Held
+from distckpt.foreign.contents import Held, Spread
 from distckpt.foreign.reader import ForeignReader
 from distckpt.format import names
 from distckpt.format.arrow.dtypes import ITEM_SIZES, VALUE
@@ -170,7 +170,7 @@ def _cuts(reader: ForeignReader, most: int) -> Iterator[_Cut]:
             yield _Cut(Chunk(key, *box), Row(key, path, *box))
 
 
-def _groups(held: Held, most: int) -> Iterator[tuple[int, int]]:
+def _groups(held: Held | Spread, most: int) -> Iterator[tuple[int, int]]:
     """First index and number of indices of the first dimension that go into one chunk."""
     rows = held.shape[0] if held.shape else 1
     if held.nbytes <= most or held.strides is not None:  # what lies apart is read as a whole

@@ -11,7 +11,7 @@ import torch
 
 from distckpt.checkpoint import fill_from
 from distckpt.foreign.choosing import without
-from distckpt.foreign.contents import Contents, Held
+from distckpt.foreign.contents import Contents, Held, Spread
 from distckpt.foreign.formats import read_contents
 from distckpt.foreign.shelves import Shelved, shelved
 from distckpt.format.arrow.dtypes import VALUE
@@ -223,7 +223,7 @@ def _added(meter: Meter) -> Progress:
     return update
 
 
-def _read_strided(one: Shelved, key: str, held: Held, targets: Sequence[torch.Tensor]) -> ReadStats:
+def _read_strided(one: Shelved, key: str, held: Held | Spread, targets: Sequence[torch.Tensor]) -> ReadStats:
     """All that the tensor reaches over, and from that what is wanted."""
     whole, stats = _strided(one, key, held)
     for target in targets:
@@ -232,7 +232,8 @@ def _read_strided(one: Shelved, key: str, held: Held, targets: Sequence[torch.Te
     return stats
 
 
-def _strided(one: Shelved, key: str, held: Held) -> tuple[torch.Tensor, ReadStats]:
+def _strided(one: Shelved, key: str, held: Held | Spread) -> tuple[torch.Tensor, ReadStats]:
+    assert isinstance(held, Held)
     assert held.strides is not None
     elements = torch.empty(held.span, dtype=dtype_from_name(held.dtype), device="cpu")
     stats = read_tensors(one.shelf, one.index, {key: [elements]})

@@ -14,6 +14,10 @@ from safetensors.torch import load_file, save_file
 
 import distckpt
 from distckpt.errors import DamagedError, ForeignError, MismatchError
+from distckpt.foreign.contents import Spread, contents_of
+from distckpt.foreign.files import Folder
+from distckpt.foreign.reader import ForeignReader
+from distckpt.foreign.safetensors_file import read_header
 from tests.support.comparing import same
 from tests.support.foreign import alike, odd_tensors, refusal, run
 
@@ -188,3 +192,22 @@ def test_a_cache_of_links_is_read(tmp_path: Path) -> None:
     (tmp_path / "snapshot" / "model.safetensors").symlink_to(Path("../blobs/0123abc"))
     for path in (tmp_path / "snapshot", tmp_path / "snapshot" / "model.safetensors"):
         assert torch.equal(distckpt.read_foreign(path).tensor("model.w"), torch.ones(3))
+
+
+def test_a_tensor_that_lies_in_several_places_is_put_together(tmp_path: Path) -> None:
+    """For formats that keep each rank's part of a tensor by itself."""
+    whole = torch.arange(6 * 5, dtype=torch.float32).reshape(6, 5)
+    boxes = {"a": ((0, 0), whole[:4]), "b": ((4, 0), whole[4:, :2]), "c": ((4, 2), whole[4:, 2:])}
+    for name, (_, part) in boxes.items():
+        save_file({"w": part.contiguous()}, tmp_path / f"{name}.safetensors")
+    folder = Folder(str(tmp_path), None)
+    files = {name: folder.find(f"{name}.safetensors") for name in boxes}
+    parts = [(boxes[name][0], read_header(file).tensors["w"]) for name, file in files.items() if file is not None]
+    for count in (3, 2):
+        spread = Spread("float32", (6, 5), tuple(parts[:count]))
+        foreign = ForeignReader(contents_of("folder", str(tmp_path), {"model": {"w": spread}}))
+        if count < len(parts):
+            with pytest.raises(DamagedError, match=r"'model\.w': the index does not cover the whole of it"):
+                foreign.tensor("model.w")
+        else:
+            assert torch.equal(foreign.tensor("model.w"), whole)
