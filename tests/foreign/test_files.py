@@ -211,3 +211,25 @@ def test_a_tensor_that_lies_in_several_places_is_put_together(tmp_path: Path) ->
                 foreign.tensor("model.w")
         else:
             assert torch.equal(foreign.tensor("model.w"), whole)
+
+
+def test_a_tied_weight_that_a_file_has_once_is_missed_nowhere(tmp_path: Path) -> None:
+    """As Hugging Face's libraries save them."""
+
+    def tied(is_tied: bool) -> torch.nn.Module:
+        model = torch.nn.ModuleDict({"embed": torch.nn.Embedding(5, 3), "head": torch.nn.Linear(3, 5, bias=False)})
+        if is_tied:
+            model["head"].weight = model["embed"].weight
+        return model
+
+    save_file({"embed.weight": torch.ones(5, 3)}, tmp_path / "x.safetensors")
+    run("import", tmp_path / "x.safetensors", tmp_path / "run")
+    model, other = tied(True), tied(False)
+    for checkpoint in (distckpt.Checkpoint(model=model), distckpt.Checkpoint(model=other)):
+        with distckpt.CheckpointManager(checkpoint, tmp_path / "run") as manager:
+            if checkpoint.model is model:
+                manager.restore_or_initialize()
+            else:
+                with pytest.raises(MismatchError, match=r"not in the checkpoint: model\.head\.weight"):
+                    manager.restore_or_initialize()
+    assert torch.equal(model["head"].weight, torch.ones(5, 3))
