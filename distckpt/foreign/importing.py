@@ -18,7 +18,7 @@ from distckpt.directory.by_hand import Hand, check_nothing_sealed
 from distckpt.directory.garbage import delete_attempt
 from distckpt.directory.locate import read_sealed
 from distckpt.directory.log import Tail
-from distckpt.errors import StorageError
+from distckpt.errors import CoordinatorError, StorageError
 from distckpt.foreign.contents import Held, Spread
 from distckpt.foreign.reader import ForeignReader
 from distckpt.format import names
@@ -89,11 +89,18 @@ class Import:
             receipts = self._write()
             record = self._seal(receipts)
         except BaseException:
-            with contextlib.suppress(StorageError):
-                delete_attempt(self._store, self._folder)
+            self._discard()
             raise
-        self._hand.write("commit", _with(self._state, record), self._clock())
+        try:
+            self._hand.write("commit", _with(self._state, record), self._clock())
+        except CoordinatorError:  # somebody else has taken over: it never counts
+            self._discard()
+            raise
         return record
+
+    def _discard(self) -> None:
+        with contextlib.suppress(StorageError):
+            delete_attempt(self._store, self._folder)
 
     @property
     def _folder(self) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import resource
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from safetensors.torch import save_file
 import distckpt
 from distckpt.directory.collect import Survey, delete
 from distckpt.directory.log import read_tail
-from distckpt.errors import DamagedError
+from distckpt.errors import CoordinatorError, DamagedError
 from distckpt.foreign import importing
 from distckpt.foreign.importing import Import
 from distckpt.foreign.reader import ForeignReader, read_foreign
@@ -85,6 +86,35 @@ def test_no_import_goes_where_a_job_may_be_running(tmp_path: Path) -> None:
         assert distckpt.latest_checkpoint(tmp_path / "run") == f"{tmp_path}/run/ckpt-1"
     command("import", tmp_path / "x.safetensors", tmp_path / "run", "--number", 7, "--force")
     assert distckpt.latest_checkpoint(tmp_path / "run") == f"{tmp_path}/run/ckpt-7"
+
+
+class Meanwhile:
+    """A script for a store: when the first shard is written, something else is done first."""
+
+    def __init__(self, do: Callable[[], object]) -> None:
+        self._do: Callable[[], object] | None = do
+
+    def fault(self, call: Call) -> None:
+        """A call passes."""
+        if call.operation == "put_unique" and self._do is not None:
+            do, self._do = self._do, None
+            do()
+
+
+def test_an_import_into_which_somebody_else_saves_does_not_count_and_leaves_nothing(tmp_path: Path) -> None:
+    save_file({"w": torch.ones(2)}, tmp_path / "x.safetensors")
+    reader, store = read_foreign(tmp_path / "x.safetensors"), LocalStore(tmp_path / "run")
+    imported(reader, store, 1)
+
+    def save() -> None:
+        with Trainer(store.url) as trainer:
+            trainer.saved(2)
+
+    with pytest.raises(CoordinatorError, match="no entry of this import counts"):
+        imported(reader, FaultyStore(store, Meanwhile(save)), 3)
+    assert distckpt.latest_checkpoint(store.url) == f"{store.url}/ckpt-2"
+    assert not (tmp_path / "run" / "ckpt-3").exists()
+    assert distckpt.open(store.url).verify().good
 
 
 def test_a_file_that_shrinks_while_it_is_imported_is_damage_and_leaves_nothing(tmp_path: Path) -> None:
