@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import click
 
 from distckpt.cli import options, text
-from distckpt.directory.locate import locate, read_index
+from distckpt.directory.lease import hold
+from distckpt.directory.locate import Located, locate, read_index
+from distckpt.errors import StorageError
 from distckpt.storage import canonical
 from distckpt.terminal.bar import bar
 from distckpt.terminal.sizes import counted, human_bytes
+
+logger = logging.getLogger(__name__)
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
 
@@ -25,11 +31,23 @@ def _size(ctx: click.Context, parameter: click.Parameter, value: str) -> int:
     return max(1, int(float(found[1]) * _UNITS[found[2]]))
 
 
+@contextlib.contextmanager
+def _held(where: Located, destination: str) -> Iterator[None]:
+    """With a lease, if a log names the checkpoint and its store can be written to. Without one it may be retired meanwhile."""
+    with contextlib.ExitStack() as stack:
+        if not where.is_lone:
+            try:
+                stack.enter_context(hold(where.store, where.manifest.attempt, f"distckpt export to {destination}"))
+            except StorageError as error:
+                logger.warning("no lease could be written, so what is exported may be retired meanwhile: %s", error)
+        yield
+
+
 @click.command("export")
 @click.argument("path", metavar="PATH")
 @click.argument("destination", metavar="DST")
 @click.option(
-    "--format", "kind", default="safetensors", metavar="FORMAT", help="safetensors or dcp.", show_default=True
+    "--format", "kind", default="safetensors", metavar="FORMAT", help="safetensors, torch or dcp.", show_default=True
 )
 @click.option("--select", default="model", metavar="KEY", help='What is below KEY; "" for all.', show_default=True)
 @click.option("--leave-out", multiple=True, metavar="KEY", help="But not what is below KEY; may be repeated.")
@@ -65,7 +83,7 @@ def export_files(
     stored = Committed(where, read_index(where))
     about = {"distckpt.attempt": where.manifest.attempt, "distckpt.number": str(where.manifest.number)}
     began = time.monotonic()
-    with bar(f"exporting {where.path}") as update:
+    with options.told_in_words(), _held(where, destination), bar(f"exporting {where.path}") as update:
         choice = Choice(select, leave_out)
         written = export(stored, destination, kind, choice, max_shard_size, about, destination_options, update)
     seconds = time.monotonic() - began

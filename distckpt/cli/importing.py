@@ -46,10 +46,10 @@ def import_files(
 ) -> None:
     """Make a checkpoint of DIR of what another program has saved at SRC.
 
-    SRC is a safetensors file, a Hugging Face folder, or one of torch.distributed.checkpoint. Nothing is unpickled: what
-    only unpickling could read is named, and must be left out by --leave-out. It is read and written a part at a time, read
-    again from the store, and committed in DIR's log once all of it is there: as its newest checkpoint, as if a run had
-    saved it.
+    SRC is a safetensors file, one of torch.save or of Lightning, or a folder of Hugging Face's, of Accelerate, of the
+    Transformers Trainer or of torch.distributed.checkpoint. Nothing is unpickled: what only unpickling could read is
+    named, and must be left out by --leave-out. It is read and written a part at a time, read again from the store, and
+    committed in DIR's log once all of it is there: as its newest checkpoint, as if a run had saved it.
 
     Exit status 1 if SRC is damaged, 2 if nothing could be done.
     """
@@ -65,7 +65,7 @@ def import_files(
     if not force:
         check_quiet(store, tail, time.time(), "importing")
     began = time.monotonic()
-    with read_foreign(source, storage_options, under=under, leave_out=leave_out) as reader:
+    with options.told_in_words(), read_foreign(source, storage_options, under=under, leave_out=leave_out) as reader:
         contents = reader.contents
         chosen = number if number is not None else contents.number or 0
         with bar(f"importing {reader.path}") as update:

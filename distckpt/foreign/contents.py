@@ -15,21 +15,10 @@ from distckpt.format.tree.tree import Path, flatten
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
-    """A hyper-rectangle of a tensor, whose elements lie in row-major order in a file from byte ``position`` on."""
-
-    offset: tuple[int, ...]
-    length: tuple[int, ...]
-    file: File
-    position: int
-
-
-@dataclass(frozen=True, slots=True)
 class Held:
     """A tensor whose elements lie in a file from byte ``position`` on.
 
-    They lie in row-major order, unless ``strides``, in elements, say how far apart. If there are ``parts``, it is these
-    together, and file and position are those of the first.
+    They lie in row-major order, unless ``strides``, in elements, say how far apart.
     """
 
     file: File
@@ -37,7 +26,6 @@ class Held:
     dtype: str
     shape: tuple[int, ...]
     strides: tuple[int, ...] | None = None
-    parts: tuple[Part, ...] = ()
 
     @property
     def nbytes(self) -> int:
@@ -51,6 +39,33 @@ class Held:
             return math.prod(self.shape)
         return sum((length - 1) * stride for length, stride in zip(self.shape, self.strides, strict=True)) + 1
 
+    @property
+    def parts(self) -> tuple[tuple[tuple[int, ...], Held], ...]:
+        """Itself, as Spread has it."""
+        return (((0,) * len(self.shape), self),)
+
+
+@dataclass(frozen=True, slots=True)
+class Spread:
+    """A tensor that lies in several places of one store: each of ``parts`` is a rectangle of it, from that offset on.
+
+    Together they must cover it, each element once; they lie in row-major order.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    parts: tuple[tuple[tuple[int, ...], Held], ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Its size."""
+        return math.prod(self.shape) * ITEM_SIZES[self.dtype]
+
+    @property
+    def strides(self) -> None:
+        """None: see Held."""
+        return
+
 
 @dataclass(frozen=True, slots=True)
 class Contents:
@@ -63,7 +78,7 @@ class Contents:
     kind: str
     path: str
     paths: Mapping[str, Path] = field(repr=False)
-    tensors: Mapping[str, Held] = field(repr=False)
+    tensors: Mapping[str, Held | Spread] = field(repr=False)
     values: Mapping[str, Any] = field(repr=False)
     refused: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
@@ -83,14 +98,15 @@ def contents_of(
     notes: Sequence[str] = (),
     number: int | None = None,
 ) -> Contents:
-    """The contents that a tree of plain containers, with Held for tensors, stands for. EncodeError for what is no tree."""
-    leaves = flatten(dict(tree), lambda value: type(value) is Held)
+    """The contents that a tree of plain containers, with Held and Spread for tensors, stands for. EncodeError for what is no
+    tree."""
+    leaves = flatten(dict(tree), lambda value: type(value) in (Held, Spread))
     return Contents(
         kind,
         path,
         {leaf.key: leaf.path for leaf in leaves},
-        {leaf.key: leaf.value for leaf in leaves if type(leaf.value) is Held},
-        {leaf.key: leaf.value for leaf in leaves if type(leaf.value) is not Held},
+        {leaf.key: leaf.value for leaf in leaves if type(leaf.value) in (Held, Spread)},
+        {leaf.key: leaf.value for leaf in leaves if type(leaf.value) not in (Held, Spread)},
         dict(refused or {}),
         tuple(notes),
         number,

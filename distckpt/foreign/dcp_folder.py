@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 from distckpt.errors import DamagedError
-from distckpt.foreign.contents import Contents, Held, Part, check_shape
+from distckpt.foreign.contents import Contents, Held, Spread, check_shape
 from distckpt.foreign.files import File, Found, Section
 from distckpt.foreign.pickles import Opaque, read_pickle
 from distckpt.foreign.torch_file import is_torch_file, read_torch_file
@@ -49,14 +49,14 @@ class _Metadata:
 
     def record(self, node: Any, kind: str) -> dict[str, Any]:
         """The fields of an object of DCP's class of that name."""
-        right = isinstance(node, Opaque) and node.kind.startswith(_HOME) and node.kind.endswith(f".{kind}")
+        right = isinstance(node, Opaque) and node.name.startswith(_HOME) and node.name.endswith(f".{kind}")
         if not right or not isinstance(node.state, dict):
             raise DamagedError(self._where, f"something is there that is no {kind} of DCP's")
         return node.state
 
     def kind(self, node: Any) -> str:
         """Which of its classes it is."""
-        return node.kind.rpartition(".")[2] if isinstance(node, Opaque) and node.kind.startswith(_HOME) else ""
+        return node.name.rpartition(".")[2] if isinstance(node, Opaque) and node.name.startswith(_HOME) else ""
 
     def _mapping(self, said: Mapping[str, Any], name: str) -> dict[Any, Any]:
         found = said.get(name) or {}
@@ -74,7 +74,7 @@ class _Reading:
         self._metadata = metadata
         self._files: dict[str, File] = {}
         self._paths: dict[str, Path] = {}
-        self._tensors: dict[str, Held] = {}
+        self._tensors: dict[str, Held | Spread] = {}
         self._values: dict[str, Any] = {}
         self._refused: dict[str, str] = {}
 
@@ -102,7 +102,7 @@ class _Reading:
     def _add_tensor(self, flat: str, path: Path, said: Mapping[str, Any]) -> None:
         key = key_of(path)
         shape = check_shape(self._where, key, said.get("size") or ())
-        parts: list[Part] = []
+        parts: list[tuple[tuple[int, ...], Held]] = []
         dtypes: set[str] = set()
         for offset, length in self._boxes(key, said.get("chunks"), len(shape)):
             held = self._part(flat, key, offset)
@@ -120,13 +120,12 @@ class _Reading:
                 self._refused[key] = "a part of it lies transposed in its file: save it by torch.contiguous_format"
                 return
             dtypes.add(held.dtype)
-            parts.append(Part(offset, length, held.file, held.position))
+            parts.append((offset, held))
         if len(dtypes) != 1:
             raise DamagedError(self._where, "it has no parts, or parts of several types", key)
-        first = parts[0]
-        self._put(key, path, Held(first.file, first.position, dtypes.pop(), shape, None, tuple(parts)))
+        self._put(key, path, Spread(dtypes.pop(), shape, tuple(parts)))
 
-    def _put(self, key: str, path: Path, held: Held) -> None:
+    def _put(self, key: str, path: Path, held: Held | Spread) -> None:
         self._paths[key] = path
         self._tensors[key] = held
 

@@ -167,6 +167,7 @@ def nothing_known(url: str) -> CheckpointNotFoundError:
     """The error for a place at which there is nothing that can be read here."""
     return CheckpointNotFoundError(
         url,
-        "no file that is known here: a safetensors file, one of torch.save, or a folder with model.safetensors, "
-        "pytorch_model.bin, the index of several of them, or .metadata of torch.distributed.checkpoint",
+        "no file that can be read here: a safetensors file, one of torch.save or of Lightning, or a folder with "
+        "model.safetensors, pytorch_model.bin, the index of several of them, or .metadata of torch.distributed.checkpoint. Give "
+        "a file of another name by its own path",
     )

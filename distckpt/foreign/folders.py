@@ -8,6 +8,7 @@ from typing import Any
 
 from distckpt.errors import DamagedError
 from distckpt.foreign.files import File, Folder
+from distckpt.format.limits import shown
 
 MAX_INDEX_BYTES = 256 << 20
 
@@ -29,8 +30,8 @@ def read_weight_map(folder: Folder, index: File) -> tuple[dict[str, File], dict[
 
 
 def check_weight_map(index: File, weights: Mapping[str, str], found: Mapping[str, str]) -> None:
-    """DamagedError unless every tensor is in the file that the index says, and the index says all of them."""
-    for name in weights.keys() | found.keys():
-        if weights.get(name) != found.get(name):
-            is_there = found.get(name) or "in no file"
-            raise DamagedError(index.url, f"it says {weights.get(name) or 'nothing'} of it, and it is {is_there}", name)
+    """DamagedError unless every tensor that the index speaks of is in the file that it says. Files may have others too."""
+    for name, file in weights.items():
+        if found.get(name) != file:
+            is_there = found.get(name, "nowhere")
+            raise DamagedError(index.url, f"it says that {shown(file)} has it, and it is in {is_there}", name)

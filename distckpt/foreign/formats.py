@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from distckpt.errors import DamagedError
 from distckpt.foreign.contents import Contents, Held, contents_of
 from distckpt.foreign.dcp_folder import read_dcp
 from distckpt.foreign.files import File, Found, nothing_known, place
@@ -15,11 +16,14 @@ from distckpt.foreign.torch_file import is_torch_file, read_torch_file
 from distckpt.foreign.training_folders import read_parts
 from distckpt.format import names
 from distckpt.storage import PathLike
+from distckpt.terminal.sizes import counted
 
 Read = Callable[[Found], Contents | None]
 """Reads what is at a place; None if that is of another format. Nothing of a tensor's bytes is read."""
 
-TORCH_WEIGHTS = "pytorch_model.bin"
+WEIGHTS = (names.WEIGHTS, "diffusion_pytorch_model.safetensors", "adapter_model.safetensors")
+TORCH_WEIGHTS = ("pytorch_model.bin", "diffusion_pytorch_model.bin", "adapter_model.bin")
+"""Those of Transformers, Diffusers and PEFT; the index of several files has the same name and ``.index.json``."""
 
 
 def read_contents(path: PathLike, storage_options: Mapping[str, Any] | None = None, under: str = "model") -> Contents:
@@ -82,14 +86,14 @@ def _folder(found: Found) -> Contents | None:
 
 def _weights(found: Found) -> tuple[str, dict[str, Any], dict[str, str]] | None:
     """What they lie in, their tree and what could not be read; None if there are none."""
-    for index_name, read in ((names.WEIGHTS_INDEX, _read_safetensors), (f"{TORCH_WEIGHTS}.index.json", _read_torch)):
-        index = found.folder.find(index_name)
-        if index is not None:
-            return _indexed(found, index, read)
-    for name, read in ((names.WEIGHTS, _read_safetensors), (TORCH_WEIGHTS, _read_torch)):
-        file = found.folder.find(name)
-        if file is not None:
-            return name, *read(file, found.under)
+    for titles, read in ((WEIGHTS, _read_safetensors), (TORCH_WEIGHTS, _read_torch)):
+        for title in titles:
+            index = found.folder.find(f"{title}.index.json")
+            if index is not None:
+                return _indexed(found, index, read)
+            file = found.folder.find(title)
+            if file is not None:
+                return title, *read(file, found.under)
     return None
 
 
@@ -103,11 +107,13 @@ def _indexed(
     for name, file in files.items():
         more, missed = read(file, found.under)
         for key in (*more, *(key[len(found.under) + 1 :] for key in missed)):
-            there[key] = name if key not in there else f"in {there[key]} and {name}"
+            if key in there:
+                raise DamagedError(index.url, f"{there[key]} and {name} both have it", key)
+            there[key] = name
         tree.update(more)
         refused.update(missed)
     check_weight_map(index, weights, there)
-    return f"{len(files)} files and {index.name}", tree, refused
+    return f"{counted(len(files), 'file')} and {index.name}", tree, refused
 
 
 def _read_safetensors(file: File, under: str) -> tuple[dict[str, Any], dict[str, str]]:

@@ -18,8 +18,8 @@ from distckpt.directory.by_hand import Hand, check_nothing_sealed
 from distckpt.directory.garbage import delete_attempt
 from distckpt.directory.locate import read_sealed
 from distckpt.directory.log import Tail
-from distckpt.errors import StorageError
-from distckpt.foreign.contents import Held
+from distckpt.errors import CoordinatorError, StorageError
+from distckpt.foreign.contents import Held, Spread
 from distckpt.foreign.reader import ForeignReader
 from distckpt.format import names
 from distckpt.format.arrow.dtypes import ITEM_SIZES, VALUE
@@ -44,7 +44,8 @@ MOST_SHARDS = 4096
 class Import:
     """One checkpoint in the making, number ``number`` of the directory ``store``, whose log ``tail`` is.
 
-    ``clock`` gives epoch seconds. ValueError if the log has that number already.
+    ``clock`` gives epoch seconds. ValueError if the log has that number already, and if there is
+    nothing to be written.
     """
 
     def __init__(
@@ -71,6 +72,8 @@ class Import:
         # Of an epoch after the attempt's: so what a killed import leaves is garbage as soon as it has begun.
         self._hand = Hand(store, tail, "import", [self._epoch])
         self._state = tail.head
+        if not reader.texts:
+            raise ValueError(f"{reader.path}: there is nothing in it to import")
         self._shard_bytes = max(SHARD_BYTES, reader.contents.nbytes // MOST_SHARDS)
         self._cuts = list(_cuts(reader, self._shard_bytes))
         self._meter = Meter(sum(cut.chunk.nbytes for cut in self._cuts), progress)
@@ -86,11 +89,18 @@ class Import:
             receipts = self._write()
             record = self._seal(receipts)
         except BaseException:
-            with contextlib.suppress(StorageError):
-                delete_attempt(self._store, self._folder)
+            self._discard()
             raise
-        self._hand.write("commit", _with(self._state, record), self._clock())
+        try:
+            self._hand.write("commit", _with(self._state, record), self._clock())
+        except CoordinatorError:  # somebody else has taken over: it never counts
+            self._discard()
+            raise
         return record
+
+    def _discard(self) -> None:
+        with contextlib.suppress(StorageError):
+            delete_attempt(self._store, self._folder)
 
     @property
     def _folder(self) -> str:
@@ -167,7 +177,7 @@ def _cuts(reader: ForeignReader, most: int) -> Iterator[_Cut]:
             yield _Cut(Chunk(key, *box), Row(key, path, *box))
 
 
-def _groups(held: Held, most: int) -> Iterator[tuple[int, int]]:
+def _groups(held: Held | Spread, most: int) -> Iterator[tuple[int, int]]:
     """First index and number of indices of the first dimension that go into one chunk."""
     rows = held.shape[0] if held.shape else 1
     if held.nbytes <= most or held.strides is not None:  # what lies apart is read as a whole

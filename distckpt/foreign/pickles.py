@@ -18,11 +18,6 @@ import torch
 from distckpt.errors import DamagedError
 from distckpt.format.arrow.dtypes import ITEM_SIZES
 
-MAX_NODES = 20_000_000
-"""So many leaves and containers a tree may have, what is in several places counted as often. Pickles can promise more."""
-
-MAX_DEPTH = 100
-
 
 @dataclass(frozen=True, slots=True)
 class Name:
@@ -33,11 +28,14 @@ class Name:
 
 @dataclass(slots=True, eq=False)
 class Opaque:
-    """What only unpickling could make; ``what`` says it in words. Of an object its class, by name, and its state if it has
-    one: for who knows the class, and reads that as data."""
+    """What only unpickling could make; ``what`` says it in words.
+
+    Of an object of a class, or what a function gives, that is ``name``, called with ``arguments``, and then given ``state``.
+    """
 
     what: str
-    kind: str = ""
+    name: str = ""
+    arguments: tuple[Any, ...] = ()
     state: Any = None
 
 
@@ -48,6 +46,16 @@ class Storage:
     key: str
     dtype: str
     numel: int
+
+    @property
+    def item_size(self) -> int:
+        """Bytes of an element."""
+        return ITEM_SIZES[self.dtype]
+
+    @property
+    def nbytes(self) -> int:
+        """Its bytes."""
+        return self.numel * self.item_size
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +69,7 @@ class View:
     strides: tuple[int, ...]
 
 
-_STORAGES: Mapping[str, str] = {
+STORAGES: Mapping[str, str] = {
     "torch.DoubleStorage": "float64",
     "torch.FloatStorage": "float32",
     "torch.HalfStorage": "float16",
@@ -76,10 +84,11 @@ _STORAGES: Mapping[str, str] = {
     "torch.ComplexFloatStorage": "complex64",
     "torch.storage.UntypedStorage": "uint8",
 }
+"""The classes that torch has for the memory of tensors, and what their elements are."""
 
 _PLAIN_TENSORS = {"torch.Tensor", "torch._tensor.Tensor", "torch.nn.parameter.Parameter", "torch.nn.parameter.Buffer"}
 
-_MARK = object()
+_MARK = Opaque("a mark")
 
 
 def read_pickle(data: bytes | IO[bytes], where: str) -> Any:
@@ -98,6 +107,8 @@ def read_pickle(data: bytes | IO[bytes], where: str) -> Any:
         raise
     except (ValueError, IndexError, KeyError, TypeError, AttributeError, OverflowError, struct.error) as error:
         raise DamagedError(where, f"no sound pickle: {type(error).__name__}: {error}") from error
+    if tree is _MARK:
+        raise DamagedError(where, "no sound pickle: it describes nothing")
     return tree
 
 
@@ -151,7 +162,7 @@ class _Machine:
             return Opaque("an object that is made by another")
         make = _MADE.get(function.text)
         found = make(*arguments) if make is not None else None
-        return _opaque(function) if found is None else found
+        return _opaque(function, arguments) if found is None else found
 
     def build(self) -> None:
         """State for the object on top: of what is made here only the attributes of an OrderedDict, which say nothing."""
@@ -160,10 +171,12 @@ class _Machine:
             self.stack[-1].state = state
 
     def stored(self, pid: Any) -> None:
-        kind, storage, key, _, numel, *_ = pid
+        kind, storage, key, _, numel, *view = pid
+        if view not in ([], [None]):
+            raise DamagedError(self.where, "a storage that is a part of another, as very old files have them")
         if kind != "storage" or not isinstance(storage, Name) or type(key) is not str or type(numel) is not int:
             raise DamagedError(self.where, "a pickle that refers to something that is no storage")
-        dtype = _STORAGES.get(storage.text)
+        dtype = STORAGES.get(storage.text)
         self.stack.append(Opaque(f"a tensor in a {storage.text}") if dtype is None else Storage(key, dtype, numel))
 
 
@@ -182,7 +195,7 @@ def _reduce(machine: _Machine, _: Any) -> None:
 def _new_object(machine: _Machine, _: Any) -> None:
     arguments, kind = machine.stack.pop(), machine.stack.pop()
     plain = isinstance(kind, Name) and kind.text in _NEW and not arguments
-    machine.stack.append(_MADE[kind.text]() if plain else _opaque(kind))
+    machine.stack.append(_MADE[kind.text]() if plain else _opaque(kind, arguments))
 
 
 def _new_object_with_names(machine: _Machine, _: Any) -> None:
@@ -200,10 +213,10 @@ def _object(machine: _Machine, _: Any) -> None:
     machine.stack.append(_opaque(kind))
 
 
-def _opaque(kind: Any) -> Opaque:
+def _opaque(kind: Any, arguments: Any = ()) -> Opaque:
     if not isinstance(kind, Name):
         return Opaque("an object that is made by another")
-    return Opaque(f"an object of {kind.text}", kind.text)
+    return Opaque(f"an object of {kind.text}", kind.text, arguments if isinstance(arguments, tuple) else ())
 
 
 def _global(machine: _Machine, argument: Any) -> None:
@@ -369,72 +382,3 @@ _MADE: Mapping[str, Callable[..., Any]] = {
     "torch.device": _device,
     "__builtin__.set": lambda items=(): set(items),
 }
-
-
-# ---- what is left of it -----------------------------------------------------------------------------------------------
-
-
-def without_opaque(tree: Any, key: str, where: str) -> tuple[Any, dict[str, str]]:
-    """The tree without what is not made here, and of that the keys and why: items of dicts go alone, all else as a whole.
-
-    ``key`` is that of the tree itself, which is Opaque as a whole if nothing of it stays.
-    """
-    refused: dict[str, str] = {}
-    _check_size(tree, where)
-    kept = _cleaned(tree, key, refused)
-    return kept, refused
-
-
-def _cleaned(node: Any, key: str, refused: dict[str, str]) -> Any:
-    if type(node) is dict:
-        kept = {}
-        for name, item in node.items():
-            inside = f"{key}.{name}" if key else str(name)
-            if _is_opaque(name):
-                refused[key] = "a dict with keys that are objects"
-                return Opaque("")
-            found = _cleaned(item, inside, refused)
-            if not isinstance(found, Opaque):
-                kept[name] = found
-        return kept
-    why = _why(node)
-    if why:
-        refused[key] = why
-        return Opaque(why)
-    return node
-
-
-def _why(node: Any) -> str:
-    """What in it is not made here; '' if all is."""
-    if _is_opaque(node):
-        return str(node.what) if isinstance(node, Opaque) else f"something that is named, {getattr(node, 'text', '')}"
-    if isinstance(node, dict):
-        return next(filter(None, map(_why, (*node.keys(), *node.values()))), "")
-    if isinstance(node, list | tuple | set | frozenset):
-        return next(filter(None, map(_why, node)), "")
-    return ""
-
-
-def _is_opaque(node: Any) -> bool:
-    return isinstance(node, Opaque | Name | Storage)
-
-
-def _check_size(tree: Any, where: str) -> None:
-    """DamagedError for a tree that holds itself, or is too deep, or so large that it was made to hurt."""
-    sizes: dict[int, int] = {}
-    inside: set[int] = set()
-
-    def size(node: Any, depth: int) -> int:
-        if not isinstance(node, dict | list | tuple | set | frozenset):
-            return 1
-        if id(node) in inside or depth > MAX_DEPTH:
-            raise DamagedError(where, f"a tree that holds itself, or is deeper than {MAX_DEPTH} levels")
-        if id(node) not in sizes:
-            inside.add(id(node))
-            items = (*node.keys(), *node.values()) if isinstance(node, dict) else node
-            sizes[id(node)] = 1 + sum(size(item, depth + 1) for item in items)
-            inside.discard(id(node))
-        return sizes[id(node)]
-
-    if size(tree, 0) > MAX_NODES:
-        raise DamagedError(where, f"a tree of more than {MAX_NODES:,} parts")

@@ -11,7 +11,7 @@ import torch
 
 from distckpt.checkpoint import fill_from
 from distckpt.foreign.choosing import without
-from distckpt.foreign.contents import Contents, Held
+from distckpt.foreign.contents import Contents, Held, Spread
 from distckpt.foreign.formats import read_contents
 from distckpt.foreign.shelves import Shelved, shelved
 from distckpt.format.arrow.dtypes import VALUE
@@ -43,10 +43,10 @@ def read_foreign(
 ) -> ForeignReader:
     """What another program has saved at ``path``, to be read like a checkpoint. Nothing is unpickled.
 
-    It may be a safetensors file, a folder of Hugging Face's with one or several of them, or one of
-    torch.distributed.checkpoint. ``under`` names what has no
-    name there, the one state dict of such a file: its keys are ``model.layers.0.weight`` and so on. What holds objects
-    that only unpickling could make is refused by its key, unless it is below one of ``leave_out``.
+    It may be a safetensors file, one of ``torch.save`` or of Lightning, a folder of Hugging Face's with one or several of
+    them, or one of Accelerate, the Transformers Trainer or torch.distributed.checkpoint. ``under`` names what has no name
+    there, the one state dict of such a file: its keys are ``model.layers.0.weight`` and so on. What holds objects that only
+    unpickling could make is refused by its key, unless it is below one of ``leave_out``.
 
     Raises CheckpointNotFoundError if nothing at the path is known here, ForeignError for what must be left out, and
     DamagedError for files that are not sound.
@@ -223,7 +223,7 @@ def _added(meter: Meter) -> Progress:
     return update
 
 
-def _read_strided(one: Shelved, key: str, held: Held, targets: Sequence[torch.Tensor]) -> ReadStats:
+def _read_strided(one: Shelved, key: str, held: Held | Spread, targets: Sequence[torch.Tensor]) -> ReadStats:
     """All that the tensor reaches over, and from that what is wanted."""
     whole, stats = _strided(one, key, held)
     for target in targets:
@@ -232,7 +232,8 @@ def _read_strided(one: Shelved, key: str, held: Held, targets: Sequence[torch.Te
     return stats
 
 
-def _strided(one: Shelved, key: str, held: Held) -> tuple[torch.Tensor, ReadStats]:
+def _strided(one: Shelved, key: str, held: Held | Spread) -> tuple[torch.Tensor, ReadStats]:
+    assert isinstance(held, Held)
     assert held.strides is not None
     elements = torch.empty(held.span, dtype=dtype_from_name(held.dtype), device="cpu")
     stats = read_tensors(one.shelf, one.index, {key: [elements]})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,7 +11,7 @@ import crc32c
 
 from distckpt.errors import StorageError
 from distckpt.foreign.streaming import Part, Seen, Streamed, sections
-from distckpt.format.tree.path import Path
+from distckpt.format.tree.tree import Path
 from distckpt.state.stored import Stored
 from distckpt.storage import Store, join
 from distckpt.transfer.progress import Meter
@@ -20,17 +21,17 @@ from distckpt.transfer.progress import Meter
 class Order:
     """What is to be written: of ``stored`` these tensors and plain values, by their names and places in the files.
 
-    ``max_bytes`` is the most of one file, unless a single tensor is larger. ``about`` says what it was made of. ``paths`` say
-    of all their keys where they are below what was selected.
+    ``paths`` says of all names where they are in a tree. ``max_bytes`` is the most of one file, unless a single tensor is
+    larger. ``about`` says what it was made of.
     """
 
     stored: Stored
     tensors: Sequence[Streamed] = field(repr=False)
     values: Mapping[str, Any] = field(repr=False)
+    paths: Mapping[str, Path] = field(repr=False)
     max_bytes: int
     about: Mapping[str, str]
     meter: Meter
-    paths: Mapping[str, Path] = field(default_factory=dict, repr=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +45,19 @@ class Written:
 
 Write = Callable[[Order, Store], list[Written]]
 """Writes all files of an order into a new folder. ValueError, before anything is written, for what the format cannot hold."""
+
+
+def with_sums(
+    index: Mapping[str, Any], files: Sequence[Written], tensors: Mapping[str, str], about: Mapping[str, str]
+) -> bytes:
+    """The text of an index of Hugging Face's form, with the CRC32C of every file and every tensor in its metadata."""
+    told = {
+        **index["metadata"],
+        **about,
+        "files": {one.name: {"size": one.size, "crc32c": f"{one.crc32c:08x}"} for one in files},
+        "crc32c": dict(tensors),
+    }
+    return json.dumps({**index, "metadata": told}, indent=2).encode() + b"\n"
 
 
 def put(store: Store, name: str, size: int, parts: Iterable[Part], order: Order, seen: Seen) -> Written:

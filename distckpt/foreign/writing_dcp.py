@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, Writ
 
 from distckpt.dcp.view import Object, View, view_of
 from distckpt.foreign.writing import Order, Sums, Written, put
-from distckpt.format.arrow.dtypes import ITEM_SIZES
+from distckpt.format.arrow.dtypes import ITEM_SIZES, VALUE
 from distckpt.format.json.left_out import LeftOut
 from distckpt.format.tree.path import DictStep, encode_path
 from distckpt.sharding.chunks import dtype_from_name
@@ -72,7 +73,9 @@ class _Chosen:
 
     def __init__(self, order: Order) -> None:
         self._stored = order.stored
-        self._texts = {key: encode_path(path or (DictStep(key),)) for key, path in order.paths.items()}
+        self._values = order.values
+        self._keys = {tensor.name: tensor.key for tensor in order.tensors}
+        self._texts = {name: encode_path(path or (DictStep(name),)) for name, path in order.paths.items()}
 
     @property
     def path(self) -> str:
@@ -91,19 +94,19 @@ class _Chosen:
         return self._texts
 
     def layout(self, key: str) -> tuple[str, tuple[int, ...]]:
-        return self._stored.layout(key)
+        return self._stored.layout(self._keys[key]) if key in self._keys else (VALUE, ())
 
     def values(self, keys: Iterable[str]) -> dict[str, Any]:
-        return self._stored.values(keys)
+        return {key: self._values[key] for key in keys}
 
     def read(self, targets: Targets, progress: Progress | None = None) -> ReadStats:
-        return self._stored.read(targets, progress)
+        return self._stored.read({self._keys[key]: tensors for key, tensors in targets.items()}, progress)
 
     def check(self, targets: Targets, progress: Progress | None = None) -> ReadStats:
-        return self._stored.check(targets, progress)
+        return self._stored.check({self._keys[key]: tensors for key, tensors in targets.items()}, progress)
 
     def fill(self, wanted: Sequence[Wanted], memory: Sequence[memoryview]) -> None:
-        self._stored.fill(wanted, memory)
+        self._stored.fill([replace(one, key=self._keys[one.key]) for one in wanted], memory)
 
 
 class _Planner(DefaultSavePlanner):

@@ -9,7 +9,7 @@ from typing import Any
 from distckpt.export.weights import files_of, index_of
 from distckpt.foreign.safetensors_file import DTYPES, LENGTH_BYTES, METADATA
 from distckpt.foreign.streaming import Streamed
-from distckpt.foreign.writing import Order, Sums, Written, put
+from distckpt.foreign.writing import Order, Sums, Written, put, with_sums
 from distckpt.format import names
 from distckpt.format.arrow.dtypes import ITEM_SIZES
 from distckpt.storage import Store
@@ -26,8 +26,7 @@ def write_safetensors(order: Order, store: Store) -> list[Written]:
     files = files_of(sizes, order.max_bytes)
     sums = Sums()
     written = [_write(store, file, [by_name[name] for name in tensors], order, sums) for file, tensors in files.items()]
-    index = _with_sums(index_of(files, sizes), written, sums.of(order.tensors), order.about)
-    text = json.dumps(index, indent=2).encode() + b"\n"
+    text = with_sums(index_of(files, sizes), written, sums.of(order.tensors), order.about)
     return [*written, put(store, names.WEIGHTS_INDEX, len(text), [text], order, sums.seen)]
 
 
@@ -70,15 +69,3 @@ def _header(tensors: Sequence[Streamed], metadata: Mapping[str, str]) -> bytes:
     text = json.dumps(said, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % _ALIGNMENT)
     return len(text).to_bytes(LENGTH_BYTES, "little") + text
-
-
-def _with_sums(
-    index: Mapping[str, Any], files: Sequence[Written], tensors: Mapping[str, str], about: Mapping[str, str]
-) -> dict[str, Any]:
-    told = {
-        **index["metadata"],
-        **about,
-        "files": {one.name: {"size": one.size, "crc32c": f"{one.crc32c:08x}"} for one in files},
-        "crc32c": dict(tensors),
-    }
-    return {**index, "metadata": told}

@@ -23,6 +23,7 @@ OF_OTHERS = {
     "README.md",
     "CHANGELOG.md",
     "coming-from-dcp.md",
+    "coming-from-files.md",
     "coming-from-tensorflow.md",
     "comparison.md",
     "integrations.md",
