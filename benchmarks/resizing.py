@@ -29,6 +29,7 @@ from distckpt.sharding.description import build_description
 from distckpt.sharding.plan import make_plan
 from distckpt.state.collector import Collector
 from distckpt.state.filler import Filler
+from distckpt.state.stored import Committed
 from distckpt.storage import LocalStore
 from distckpt.transfer.staging import Staging
 from distckpt.transfer.writer import write_shard
@@ -63,7 +64,7 @@ def _once(where: Located, ranks: int) -> Figure:
     own = distckpt.PerRank(state(0), on_resize=lambda values, rank, world: values[rank])
     index = read_index(where)
     begin = time.perf_counter()
-    filler = Filler(distckpt.Checkpoint(loader=own), where, index, 5, ranks - 1)
+    filler = Filler(distckpt.Checkpoint(loader=own), Committed(where, index), 5, ranks - 1)
     matched = time.perf_counter()
     filler.read()
     filler.finish()

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from distckpt.export.listing import wait_for_new_export as wait_for_new_export
     from distckpt.export.manager import ExportCheckpointManager as ExportCheckpointManager
     from distckpt.export.recipes import Export as Export
+    from distckpt.foreign.reader import ForeignReader as ForeignReader
+    from distckpt.foreign.reader import read_foreign as read_foreign
     from distckpt.iterators import checkpoints_iterator as checkpoints_iterator
     from distckpt.iterators import wait_for_new_checkpoint as wait_for_new_checkpoint
     from distckpt.keep import AnyOf as AnyOf
@@ -78,6 +80,7 @@ _HOMES = {
     "EveryNumbers": "keep",
     "Export": "export.recipes",
     "ExportCheckpointManager": "export.manager",
+    "ForeignReader": "foreign.reader",
     "HookedLoop": "training.session",
     "LatestN": "keep",
     "LoadStatus": "checkpoint",
@@ -113,6 +116,7 @@ _HOMES = {
     "load": "reader",
     "load_variable": "reader",
     "open": "reader",
+    "read_foreign": "foreign.reader",
     "update_checkpoint_state": "state_file",
     "wait_for_new_checkpoint": "iterators",
     "wait_for_new_export": "export.listing",
@@ -129,7 +133,7 @@ def __getattr__(name: str) -> Any:
         return getattr(importlib.import_module(f"distckpt.{_HOMES[name]}"), name)
     if name == "__version__":
         return importlib.import_module("importlib.metadata").version("distckpt")
-    if name in ("errors", "ray"):  # not among __all__, so that a * import leaves the name ray to Ray
+    if name in ("dcp", "errors", "ray"):  # not among __all__, so that a * import leaves the names dcp and ray to others
         return importlib.import_module(f"distckpt.{name}")
     raise AttributeError(f"module 'distckpt' has no attribute {name!r}")
 

@@ -15,6 +15,7 @@ from distckpt.state.filler import restore_objects
 from distckpt.state.objects import NamedObjects, PerRank, RandomState
 from distckpt.state.selection import Rename, Selection
 from distckpt.state.status import LoadStatus, describe
+from distckpt.state.stored import Committed, Stored
 from distckpt.storage import open_store, placed
 from distckpt.world import find_rank
 
@@ -156,9 +157,21 @@ def fill(
     progress: bool = False,
 ) -> LoadStatus:
     """Fill the objects from the attempt at ``where``: see Checkpoint.restore, which finds that by a path."""
+    return fill_from(checkpoint, Committed(where, read_index(where)), partial, select, rename, progress)
+
+
+def fill_from(
+    checkpoint: NamedObjects,
+    stored: Stored,
+    partial: bool = False,
+    select: str | Sequence[str] | None = None,
+    rename: Rename | None = None,
+    progress: bool = False,
+) -> LoadStatus:
+    """The same from whatever holds keys and tensors."""
     rank, world_size = find_rank()
     selection = Selection.of(select, rename)
-    status = restore_objects(checkpoint, where, read_index(where), rank, world_size, partial, selection, progress)
+    status = restore_objects(checkpoint, stored, rank, world_size, partial, selection, progress)
     if not partial and (status.missing or status.unexpected):
         logger.warning("%s", describe(status))
     return status

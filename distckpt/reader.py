@@ -6,7 +6,7 @@ import contextlib
 import logging
 import os
 import socket
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, SupportsFloat
 
@@ -20,8 +20,7 @@ from distckpt.format import names
 from distckpt.format.arrow.dtypes import VALUE
 from distckpt.format.arrow.index import Index, KeyInfo
 from distckpt.format.json.manifest import Manifest
-from distckpt.format.tree.select import select_paths, unknown_key
-from distckpt.format.tree.tree import Path, decode_path, unflatten
+from distckpt.format.tree.select import unknown_key
 from distckpt.state_file import get_checkpoint_state
 from distckpt.storage import PathLike, join, open_store, placed
 from distckpt.transfer.progress import Progress
@@ -281,14 +280,14 @@ class CheckpointReader:
         """The whole tensor, of its global shape, on the CPU. KeyError for an unknown key, ValueError for a value's."""
         if self.info(key).dtype == VALUE:
             raise ValueError(f"{key!r} of {self.path} is a plain value: read it with value()")
-        tensor: torch.Tensor = self._read([key])[key]
+        tensor: torch.Tensor = self._read(key)
         return tensor
 
     def value(self, key: str) -> Any:
         """The plain value. KeyError for an unknown key, ValueError for a tensor's."""
         if self.info(key).dtype != VALUE:
             raise ValueError(f"{key!r} of {self.path} is a tensor: read it with tensor()")
-        return self._read([key])[key]
+        return self._read(key)
 
     def load(self, select: str | Sequence[str] | None = None) -> Any:
         """What was saved, as a tree of dicts, lists and tuples with CPU tensors and plain values.
@@ -299,17 +298,11 @@ class CheckpointReader:
         KeyError, naming similar keys, if there is no such place, and a warning in the log if some of it was left out
         when it was saved.
         """
+        from distckpt.state.stored import Committed, load_tree  # it imports torch
+
         self._tell_left_out((select,) if isinstance(select, str) else select)
-        texts = dict(zip(self._index.names, self._index.paths, strict=True))
-        if select is None:
-            paths = {key: decode_path(text, self.path) for key, text in texts.items()}
-            return self._tree(paths, self._read(paths))
-        if isinstance(select, str):
-            paths = select_paths(texts, select, self.path, self.manifest.left_out)
-            return self._tree(paths, self._read(paths))
-        parts = {selector: select_paths(texts, selector, self.path, self.manifest.left_out) for selector in select}
-        leaves = self._read(dict.fromkeys(key for paths in parts.values() for key in paths))
-        return {selector: self._tree(paths, leaves) for selector, paths in parts.items()}
+        with self._checked():
+            return load_tree(Committed(self._where, self._index), select)
 
     def verify(self, progress: Progress | None = None) -> VerifyReport:
         """Read every byte of the checkpoint again and report all that is not as it was written.
@@ -327,20 +320,11 @@ class CheckpointReader:
                 "%s does not have all of it: some was left out when it was saved, with %s", self.path, left_out
             )
 
-    def _tree(self, paths: Mapping[str, Path], leaves: Mapping[str, Any]) -> Any:
-        try:
-            return unflatten((path, leaves[key]) for key, path in paths.items())
-        except ValueError as error:
-            raise DamagedError(self.path, f"its keys do not make a tree: {error}") from error
+    def _read(self, key: str) -> Any:
+        from distckpt.state.stored import Committed, load_leaves  # it imports torch
 
-    def _read(self, keys: Iterable[str]) -> dict[str, Any]:
-        from distckpt.state.tensors import read_values  # it imports torch
-
-        index = self._index
-        infos = [index.info(key) for key in keys]
         with self._checked():
-            values = read_values(self._where, index, [info.key for info in infos if info.dtype == VALUE])
-            return {**values, **self._read_tensors([info for info in infos if info.dtype != VALUE])}
+            return load_leaves(Committed(self._where, self._index), [key])[key]
 
     @contextlib.contextmanager
     def _checked(self) -> Iterator[None]:
@@ -350,13 +334,3 @@ class CheckpointReader:
             yield
         finally:
             self._check()
-
-    def _read_tensors(self, infos: Sequence[KeyInfo]) -> dict[str, torch.Tensor]:
-        import torch
-
-        from distckpt.sharding.chunks import dtype_from_name
-        from distckpt.state.tensors import read_tensors
-
-        tensors = {info.key: torch.empty(info.shape, dtype=dtype_from_name(info.dtype), device="cpu") for info in infos}
-        read_tensors(self._where, self._index, {key: [tensor] for key, tensor in tensors.items()})
-        return tensors

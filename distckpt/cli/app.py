@@ -18,6 +18,8 @@ _HOMES = {
     "plot": ("plotting", "plot"),
     "verify": ("verifying", "verify_checkpoints"),
     "adopt": ("adopting", "adopt_checkpoints"),
+    "import": ("importing", "import_files"),
+    "export": ("exporting", "export_files"),
     "cp": ("copying", "copy_checkpoints"),
     "doctor": ("examining", "examine_place"),
     "pin": ("pinning", "pin_checkpoint"),

@@ -6,7 +6,7 @@ import contextlib
 import functools
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar, cast
 
 import click
@@ -84,6 +84,15 @@ def _paths(arguments: Mapping[str, Any]) -> set[str]:
         with contextlib.suppress(ValueError):
             spelt.add(canonical(path))
     return given | spelt
+
+
+@contextlib.contextmanager
+def told_in_words() -> Iterator[None]:
+    """Inside, an unknown key is told as other errors are that are meant for people."""
+    try:
+        yield
+    except KeyError as error:
+        raise ValueError(error.args[0]) from error
 
 
 def destination_options(command: _Command) -> _Command:

@@ -51,7 +51,8 @@ def _said(path: PathLike, options: Mapping[str, Any] | None) -> str:
     parent = open_store(above, options)
     info = parent.stat(name)
     if info is not None:
-        return f"it is {_file(parent, name, info.size)}, and no checkpoint of distckpt"
+        what = _file(parent, name, info.size)
+        return f"it is {what}, and no checkpoint of distckpt{_IMPORTED if what in _IMPORTS else ''}"
     run = read_tail(parent)
     if run.entry is not None:
         return _in_run(parent, run, name) or _folder(store) or _nearest_of_run(parent, run, name)
@@ -120,6 +121,18 @@ _FOLDERS: tuple[tuple[Callable[[Sequence[str]], bool], str], ...] = (
 )
 
 
+_IMPORTS = {
+    "a checkpoint of the Transformers Trainer",
+    "a state that Accelerate saved",
+    "a folder of safetensors, as Transformers and Diffusers save models",
+    "a safetensors file",
+    "a file that torch.save wrote",
+    "a file that torch.save wrote, in its old format",
+    "a Lightning checkpoint",
+}
+_IMPORTED = ", which `distckpt import` makes one of"
+
+
 def _folder(store: Store) -> str:
     """What is in it; '' if there is nothing."""
     if attempts(store, ""):
@@ -132,7 +145,7 @@ def _folder(store: Store) -> str:
         return f"no run has saved here, but below it: {shown}{', ...' if len(runs) > 3 else ''}"
     for is_it, what in _FOLDERS:
         if is_it(files):
-            return f"it is {what}, and none of distckpt"
+            return f"it is {what}, and none of distckpt{_IMPORTED if what in _IMPORTS else ''}"
     return "no run has saved in this folder" if files or folders else ""
 
 

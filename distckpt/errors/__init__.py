@@ -14,6 +14,7 @@
     - StateFileError              also a ValueError: a state file that names no newest checkpoint
   - CheckpointNotFoundError       also a FileNotFoundError: no committed checkpoint answers to that name
   - DataElsewhereError            the shards of a checkpoint are in another place, which was not given, or wrongly
+  - ForeignError                  files of another program hold what only unpickling could make
   - LeaseLostError                a lease could not be renewed in time, so what is being read may be deleted meanwhile
   - SaveError                     one save failed on every rank; the previous checkpoint stands
     - EncodeError                 also a TypeError: a value that cannot be stored without pickle
@@ -57,6 +58,7 @@ from distckpt.errors.base import (
 )
 from distckpt.errors.reading import (
     ClaimLostError,
+    ForeignError,
     GroupError,
     GroupMismatchError,
     GroupNotFoundError,
@@ -126,6 +128,7 @@ __all__ = [
     "EncodeError",
     "ExportError",
     "FencedError",
+    "ForeignError",
     "GroupError",
     "GroupMismatchError",
     "GroupNotFoundError",

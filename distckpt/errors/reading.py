@@ -7,6 +7,18 @@ from collections.abc import Mapping, Sequence
 from distckpt.errors.base import DistckptError, some
 
 
+class ForeignError(DistckptError):
+    """Files of another program at ``path`` hold what cannot be read without unpickling; ``refused`` says why of each key."""
+
+    def __init__(self, path: str, refused: Mapping[str, str]) -> None:
+        listing = some([f"{key} ({why})" for key, why in refused.items()])
+        super().__init__(
+            f"{path}: this cannot be read, and nothing is unpickled here: {listing}. To go without it, leave these keys out by "
+            "leave_out=[...], or --leave-out KEY; or load the file where it was made, and save there what it is made of"
+        )
+        self.path, self.refused = path, dict(refused)
+
+
 class LeaseLostError(DistckptError):
     """A lease of ``seconds`` on ``attempt`` was not renewed in time: it may be deleted. What was read before is right."""
 

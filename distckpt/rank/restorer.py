@@ -39,6 +39,7 @@ from distckpt.state.filler import Filler
 from distckpt.state.objects import NamedObjects
 from distckpt.state.selection import EVERYTHING, Selection
 from distckpt.state.status import LoadStatus, describe
+from distckpt.state.stored import Committed
 from distckpt.storage import Store
 from distckpt.world import World
 
@@ -171,7 +172,7 @@ class Restorer:
         rank, size = self._world.rank, self._world.size
         try:
             filler = Filler(
-                self._checkpoint, where, read_index(where), rank, size, partial, self._selection, self._shown
+                self._checkpoint, Committed(where, read_index(where)), rank, size, partial, self._selection, self._shown
             )
         except (RestoreError, KeyError, ValueError) as error:
             if self._is_touched:

@@ -12,18 +12,17 @@ import time
 import numpy as np
 import torch
 
-from distckpt.directory.locate import Located
 from distckpt.errors import MismatchError
-from distckpt.format.arrow.index import Index
 from distckpt.format.json.left_out import LeftOut
 from distckpt.format.tree.tree import DictStep, Path, RankStep, decode_path
 from distckpt.state.kinds import kinds_of
 from distckpt.state.leaving import leaving_of
 from distckpt.state.match import Match, Saved, Values
 from distckpt.state.objects import SAVE_COUNTER, NamedObjects, is_stateful, note_trained, wrapped_in
-from distckpt.state.optimizer import STATE
+from distckpt.state.optimizer import STATE, OptimizerState
 from distckpt.state.selection import EVERYTHING, Selection, joined
 from distckpt.state.status import LoadStatus
+from distckpt.state.stored import Stored
 from distckpt.terminal.bar import bar
 from distckpt.terminal.sizes import human_bytes
 from distckpt.transfer.reader import ReadStats
@@ -43,8 +42,7 @@ class Filler:
     def __init__(
         self,
         checkpoint: NamedObjects,
-        where: Located,
-        index: Index,
+        stored: Stored,
         rank: int,
         world_size: int,
         partial: bool = False,
@@ -54,18 +52,21 @@ class Filler:
         self._began = time.monotonic()
         self._stats: ReadStats | None = None
         self._shown = shown and rank == 0
-        self._where = where
-        texts = dict(zip(index.names, index.paths, strict=True))
-        paths = {key: decode_path(text, where.path) for key, text in texts.items()}
+        self._stored = stored
+        texts = stored.texts
+        paths = {key: decode_path(text, stored.path) for key, text in texts.items()}
         kinds = kinds_of(checkpoint, rank, world_size)
         self._checkpoint, self._leaving = checkpoint, leaving_of(checkpoint, kinds)
-        here, origins = selection.apply(paths, texts, where.path, self._leaving, self.left_out)
+        here, origins = selection.apply(paths, texts, stored.path, self._leaving, self.left_out)
         for key, origin in origins.items():
             if key != origin:
                 here[key] = _with_whole_names(checkpoint, here[key], paths[origin])
-        saved = Saved(where, index, (), here, origins)
+        for kind in kinds.values():
+            if isinstance(kind, OptimizerState):
+                here, origins = kind.by_name(here, origins)
+        saved = Saved(stored, (), here, origins)
         parts = saved.by_step()
-        self._match = match = Match(where, index, partial, *selection.askers(self._leaving))
+        self._match = match = Match(stored, partial, *selection.askers(self._leaving))
         # Parameters come first: what else holds their memory finds out then whether it was saved with the same content.
         for name in sorted(kinds, key=lambda name: _turn(wrapped_in(checkpoint.objects[name]))):
             kind = kinds[name]
@@ -82,7 +83,7 @@ class Filler:
     @property
     def path(self) -> str:
         """What people call the checkpoint."""
-        return self._where.path
+        return self._stored.path
 
     @property
     def missing(self) -> list[str]:
@@ -92,7 +93,7 @@ class Filler:
     @property
     def left_out(self) -> LeftOut | None:
         """What was left out of the checkpoint when it was saved."""
-        return self._where.manifest.left_out
+        return self._stored.left_out
 
     @property
     def misfits(self) -> dict[str, str]:
@@ -165,8 +166,7 @@ class Filler:
 
 def restore_objects(
     checkpoint: NamedObjects,
-    where: Located,
-    index: Index,
+    stored: Stored,
     rank: int,
     world_size: int,
     partial: bool = False,
@@ -174,10 +174,10 @@ def restore_objects(
     shown: bool = False,
 ) -> LoadStatus:
     """Fill every object of ``checkpoint``. See Checkpoint.restore for the promise and the errors."""
-    filler = Filler(checkpoint, where, index, rank, world_size, True, selection, shown)
+    filler = Filler(checkpoint, stored, rank, world_size, True, selection, shown)
     filler.status().assert_nontrivial_match()
     if filler.misfits and not partial:
-        raise MismatchError(where.path, (), (), filler.misfits)
+        raise MismatchError(stored.path, (), (), filler.misfits)
     if partial:
         filler.check()
     filler.read()

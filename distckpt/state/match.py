@@ -11,10 +11,8 @@ import numpy as np
 import torch
 from torch.nn.parameter import is_lazy
 
-from distckpt.directory.locate import Located
 from distckpt.errors import DamagedError, MismatchError
 from distckpt.format.arrow.dtypes import VALUE
-from distckpt.format.arrow.index import Index
 from distckpt.format.tree.tree import (
     ArrayStep,
     DictStep,
@@ -30,7 +28,7 @@ from distckpt.format.tree.tree import (
 from distckpt.sharding.chunks import dtype_from_name, global_shape, local_tensor
 from distckpt.state.memory import PLAIN, is_freed, is_same_bits, storage_of, writable
 from distckpt.state.pouring import Poured
-from distckpt.state.tensors import check_tensors, read_tensors, read_values
+from distckpt.state.stored import Stored
 from distckpt.transfer.progress import Progress
 from distckpt.transfer.reader import ReadStats
 
@@ -51,8 +49,7 @@ class Saved:
     Keys and paths are those of the objects, which a restore may have renamed.
     """
 
-    where: Located
-    index: Index
+    stored: Stored
     prefix: Path
     paths: Mapping[str, Path]
     origins: Mapping[str, str]
@@ -69,12 +66,12 @@ class Saved:
     @property
     def world_size(self) -> int:
         """How many ranks saved it."""
-        return self.where.manifest.world_size
+        return self.stored.world_size
 
     @property
     def is_all(self) -> bool:
         """Whether nothing of the checkpoint was left out, and nothing renamed."""
-        return len(self.origins) == len(self.index.names) and all(key == name for key, name in self.origins.items())
+        return len(self.origins) == len(self.stored.texts) and all(key == name for key, name in self.origins.items())
 
     def inside(self, key: str) -> Path:
         """The path of a key from this place on."""
@@ -82,7 +79,7 @@ class Saved:
 
     def layout(self, key: str) -> tuple[str, tuple[int, ...]]:
         """Dtype name and global shape; "json" for a plain value."""
-        return self.index.layout(self.origins[key])
+        return self.stored.layout(self.origins[key])
 
     def is_value(self, key: str) -> bool:
         """Whether it is a plain value, not a tensor."""
@@ -93,8 +90,7 @@ class Saved:
         prefix = (*self.prefix, *steps)
         depth = len(prefix)
         return Saved(
-            self.where,
-            self.index,
+            self.stored,
             prefix,
             {key: path for key, path in self.paths.items() if path[:depth] == prefix},
             self.origins,
@@ -102,13 +98,13 @@ class Saved:
 
     def nothing(self, step: Step) -> Saved:
         """What there is below a step that nothing is below."""
-        return Saved(self.where, self.index, (*self.prefix, step), {}, self.origins)
+        return Saved(self.stored, (*self.prefix, step), {}, self.origins)
 
     def without(self, steps: Collection[Step]) -> Saved:
         """All but what is below these steps from this place on."""
         depth = len(self.prefix)
         kept = {key: path for key, path in self.paths.items() if len(path) <= depth or path[depth] not in steps}
-        return Saved(self.where, self.index, self.prefix, kept, self.origins)
+        return Saved(self.stored, self.prefix, kept, self.origins)
 
     def by_step(self) -> dict[Step, Saved]:
         """What there is below each step from this place on, every key looked at once."""
@@ -117,10 +113,7 @@ class Saved:
         for key, path in self.paths.items():
             if len(path) > depth:
                 parts.setdefault(path[depth], {})[key] = path
-        return {
-            step: Saved(self.where, self.index, (*self.prefix, step), paths, self.origins)
-            for step, paths in parts.items()
-        }
+        return {step: Saved(self.stored, (*self.prefix, step), paths, self.origins) for step, paths in parts.items()}
 
     def of_ranks(self) -> dict[int, Saved]:
         """What there is of each rank's own state, by rank."""
@@ -141,8 +134,7 @@ class Match:
     is. ``poured`` is what went into which container.
     """
 
-    where: Located
-    index: Index
+    stored: Stored
     partial: bool = False
     asks: Callable[[str], bool] = _everything
     asks_all: Callable[[str], bool] = _everything
@@ -255,9 +247,9 @@ class Match:
                 return unflatten(_together(leaves, others))
             except ValueError as error:
                 if saved.is_all:
-                    raise DamagedError(self.where.path, f"the paths of its keys make no tree: {error}") from error
+                    raise DamagedError(self.stored.path, f"the paths of its keys make no tree: {error}") from error
                 reason = f"what was selected or renamed makes no tree here: {error}"
-                raise MismatchError(self.where.path, (), (), {key_of(saved.prefix): reason}) from error
+                raise MismatchError(self.stored.path, (), (), {key_of(saved.prefix): reason}) from error
 
         self.check(make)  # so that holes are found before anything is changed
         return make
@@ -286,7 +278,7 @@ class Match:
 
     def look(self) -> Values:
         """Read the plain values, and see whether they fit. Nothing is changed. DamagedError names shard and key."""
-        found = read_values(self.where, self.index, sorted(set(self._values.values())))
+        found = self.stored.values(sorted(set(self._values.values())))
         values = {key: found[origin] for key, origin in self._values.items()}
         for check in self._checks:
             check(values)
@@ -294,12 +286,12 @@ class Match:
 
     def check_bytes(self, progress: Progress | None) -> None:
         """Read and check what ``read`` would read; nothing is changed. DamagedError names shard and key."""
-        check_tensors(self.where, self.index, self._tensors, progress)
+        self.stored.check(self._tensors, progress)
 
     def read(self, progress: Progress | None) -> ReadStats:
         """Read every tensor. DamagedError names shard and key; those that are read in their places then hold anything."""
         with torch.no_grad():
-            return read_tensors(self.where, self.index, self._tensors, progress)
+            return self.stored.read(self._tensors, progress)
 
     def finish(self, values: Values) -> None:
         """Do all that is to be done once everything has been read."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from distckpt.errors import EncodeError, MismatchError
 from distckpt.format.tree.tree import DictStep, Path, key_of
 from distckpt.state.kind import Section, Sign
 from distckpt.state.match import Like, Make, Match, Saved
-from distckpt.state.memory import PLAIN, is_same_memory, overlaps
+from distckpt.state.memory import PLAIN, is_same_memory, overlaps, storage_of
 from distckpt.state.module_names import unwrapped, wrapped
 from distckpt.state.objects import is_array
 
@@ -60,9 +60,8 @@ class ModuleState:
         coded = _Coded(self._module, live)
         parts = {str(step): part for step, part in saved.by_step().items()}
         by_key = {key_of((*self._prefix, DictStep(name))): value for name, value in live.items()}
-        match.lacks(
-            key_of((*self._prefix, DictStep(name))) for name in live if name not in parts and not coded.knows(name)
-        )
+        lacking = [name for name in live if name not in parts and not coded.knows(name)]
+        match.lacks(key_of((*self._prefix, DictStep(name))) for name in _without_tied(lacking, live, parts))
         makers: dict[str, Make] = {}
         in_place: dict[str, Any] = {}
         for name, part in parts.items():
@@ -94,7 +93,7 @@ class ModuleState:
                 return
             found = self._module.load_state_dict(named, strict=False)
         except RuntimeError as error:
-            raise MismatchError(match.where.path, (), (), {here: str(error)}) from error
+            raise MismatchError(match.stored.path, (), (), {here: str(error)}) from error
         missing, unexpected = (
             [key for name in names if (key := f"{here}.{unwrapped(self._module, name)}") not in known]
             for names in (found.missing_keys, found.unexpected_keys)
@@ -102,7 +101,23 @@ class ModuleState:
         match.lacks(missing)
         match.disclaim(unexpected)
         if not match.partial and (unexpected or any(map(match.asks, missing))):
-            raise MismatchError(match.where.path, [key for key in missing if match.asks(key)], unexpected, {})
+            raise MismatchError(match.stored.path, [key for key in missing if match.asks(key)], unexpected, {})
+
+
+def _without_tied(names: Sequence[str], live: Mapping[str, Any], saved: Collection[str]) -> list[str]:
+    """Those whose memory is not filled under another name: files of others have tied weights once."""
+    tensors = [live[name] for name in saved if isinstance(live.get(name), torch.Tensor)] if names else []
+    places: dict[int, list[torch.Tensor]] = {}
+    for tensor in tensors:
+        if not is_lazy(tensor) and not tensor.is_meta and tensor.numel():
+            places.setdefault(storage_of(tensor), []).append(tensor)
+
+    def is_filled(value: Any) -> bool:
+        if not isinstance(value, torch.Tensor) or is_lazy(value) or value.is_meta:
+            return False
+        return any(is_same_memory(value, other) for other in places.get(storage_of(value), ()))
+
+    return [name for name in names if not is_filled(live[name])]
 
 
 def state_of(module: torch.nn.Module) -> dict[str, Any]:

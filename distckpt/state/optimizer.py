@@ -107,6 +107,25 @@ class OptimizerState:
                     if isinstance(value, torch.Tensor) and not match.asks(text) and text not in match.claimed:
                         yield parameter, key, value
 
+    def by_name(self, paths: Mapping[str, Path], origins: Mapping[str, str]) -> tuple[dict[str, Path], dict[str, str]]:
+        """Paths by the keys here, and of each its key where it was saved: state that is there by numbers alone, as in torch's
+        own ``state_dict``, under the names that the parameters in these places have here."""
+        names, before = self._names(), (*self.prefix, DictStep(STATE))
+        depth = len(before)
+        owners = {path[depth] for path in paths.values() if path[:depth] == before and len(path) > depth}
+        numbers = {step.key for step in owners if isinstance(step, KeyStep) and _is_number(step.key, names)}
+        if not owners or len(numbers) < len(owners) or not all(isinstance(names[number], str) for number in numbers):
+            return dict(paths), dict(origins)
+        moved: dict[str, Path] = {}
+        found: dict[str, str] = {}
+        for key, path in paths.items():
+            owner = path[depth] if path[:depth] == before and len(path) > depth else None
+            if isinstance(owner, KeyStep):
+                path = (*before, DictStep(str(names[owner.key])), *path[depth + 1 :])
+            here = key if owner is None else key_of(path)
+            moved[here], found[here] = path, origins[key]
+        return moved, found
+
     def put(self, tree: Any) -> None:
         """Load all of it, state under the numbers that ``load_state_dict`` knows the parameters by."""
         inner = {str(kind.prefix[-1]): kind for kind in self._inner()}
@@ -237,6 +256,14 @@ class OptimizerState:
             match.misfit(key, "what was saved is no list of parameter groups")
         elif len(groups) != here:
             match.misfit(key, f"{len(groups)} parameter groups saved, {here} in the optimizer")
+        elif (told := _counts_of(groups)) and told != (counts := _counts_of(self._optimizer.param_groups)):
+            match.misfit(key, f"parameter groups of {told} parameters saved, of {counts} in the optimizer")
+
+
+def _counts_of(groups: Sequence[Mapping[str, Any]]) -> list[int]:
+    """How many parameters are in each group; nothing if the groups do not say it."""
+    told = [group.get("params") for group in groups]
+    return [len(params) for params in told if isinstance(params, list)] if None not in told else []
 
 
 def makeup_of(optimizer: Optimizer) -> tuple[Any, ...]:

@@ -7,7 +7,7 @@ import os
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
@@ -60,6 +60,10 @@ REMOTE = Pace(piece=8 << 20, small=1 << 20, gap=256 << 10, batch=16 << 20, threa
 """For object stores: a request costs tens of milliseconds, and many at a time cost no more."""
 
 
+ShardName = Callable[[int, int], str]
+"""The file name of a shard, by rank and number."""
+
+
 def pace_of(store: Store) -> Pace:
     """How to ask that store for what is in shards: REMOTE if the root of where they are is a URL."""
     return REMOTE if has_far_shards(store) else LOCAL
@@ -80,23 +84,30 @@ def read_transfers(
     threads: int | None = None,
     pace: Pace | None = None,
     progress: Progress | None = None,
+    name: ShardName = shard_name,
 ) -> ReadStats:
     """Carry out the transfers: on return every byte of them is in place, and has been checked against its CRC32C.
 
-    ``folder`` is that of the attempt, relative to the root of ``store``. ``targets`` has for each wanted rectangle its
+    ``folder`` is that of the attempt, relative to the root of ``store``, and ``name`` names the shards in it by rank and
+    number. What the index has no CRCs of is read as it is. ``targets`` has for each wanted rectangle its
     memory: writable, contiguous, exactly as many bytes as it takes. ``progress`` is told of the bytes read. Raises
     DamagedError, naming shard and key, if a shard is missing, too short or not what was written; StorageError if the
     store fails. After an error the targets hold anything. ValueError if a wanted rectangle is not covered, or its
     memory does not fit.
     """
-    return _carry_out(store, folder, index, transfers, _views(transfers, targets), threads, pace, progress)
+    return _carry_out(store, folder, index, transfers, _views(transfers, targets), threads, pace, progress, name)
 
 
 def check_transfers(
-    store: Store, folder: str, index: Index, transfers: Transfers, progress: Progress | None = None
+    store: Store,
+    folder: str,
+    index: Index,
+    transfers: Transfers,
+    progress: Progress | None = None,
+    name: ShardName = shard_name,
 ) -> ReadStats:
     """Read the bytes that ``read_transfers`` would read and check them, and put them nowhere. Raises what that raises."""
-    return _carry_out(store, folder, index, transfers, None, None, None, progress)
+    return _carry_out(store, folder, index, transfers, None, None, None, progress, name)
 
 
 def _carry_out(
@@ -108,6 +119,7 @@ def _carry_out(
     threads: int | None,
     pace: Pace | None,
     progress: Progress | None,
+    name: ShardName,
 ) -> ReadStats:
     began = time.perf_counter()
     pace = pace or pace_of(store)
@@ -117,7 +129,7 @@ def _carry_out(
     batch_bytes = max(pace.piece, min(pace.batch, total // (4 * workers))) if workers > 1 else 1 << 62
     batches = plan_reads(index, transfers, batch_bytes)
     planned = sum(read.end - read.begin for batch in batches for read in batch.reads) if progress is not None else 0
-    job = _Job(_Shards(store, folder, batches), index, views, pace, deque(batches), Meter(planned, progress))
+    job = _Job(_Shards(store, folder, batches, name), index, views, pace, deque(batches), Meter(planned, progress))
     try:
         bytes_read = _run(job, min(workers, len(batches)))
     finally:
@@ -208,9 +220,10 @@ def _run(job: _Job, workers: int) -> int:
 class _Shards:
     """The shards of the batches, each opened once, by the first thread that needs it, and closed after its last."""
 
-    def __init__(self, store: Store, folder: str, batches: Sequence[Batch]) -> None:
+    def __init__(self, store: Store, folder: str, batches: Sequence[Batch], name: ShardName) -> None:
         self._store = store
         self._folder = folder
+        self._name = name
         self._left = Counter((batch.rank, batch.shard) for batch in batches)
         self._open: dict[tuple[int, int], Source] = {}
         self._locks = {shard: threading.Lock() for shard in self._left}
@@ -220,7 +233,7 @@ class _Shards:
         return place_of(self._store, self._relative(batch))
 
     def _relative(self, batch: Batch) -> str:
-        return "/".join(filter(None, (self._folder, shard_name(batch.rank, batch.shard))))
+        return "/".join(filter(None, (self._folder, self._name(batch.rank, batch.shard))))
 
     @contextmanager
     def open(self, batch: Batch) -> Iterator[Source]:
@@ -294,6 +307,7 @@ class _Reader:
         self._path = path
         self._scratch = scratch
         self._piece = job.pace.piece
+        self._crc: Callable[[memoryview, int], int] = crc32c.crc32c if job.index.has_sums else _no_crc
         self.bytes_read = 0
 
     def read(self, run: list[Read]) -> None:
@@ -311,7 +325,7 @@ class _Reader:
                 self.alone(read)
             return
         for read in run:
-            self._check(read, crc32c.crc32c(buffer[read.begin - begin : read.end - begin], read.before))
+            self._check(read, self._crc(buffer[read.begin - begin : read.end - begin], read.before))
             if self._job.views is not None:
                 self._put(read, self._job.views[read.wanted], buffer, begin)
 
@@ -335,7 +349,7 @@ class _Reader:
         return self._pass_over(read.keep_end, read.end, crc)
 
     def _check(self, read: Read, crc: int) -> None:
-        if crc != read.after:
+        if crc != read.after and self._job.index.has_sums:
             reason = f"bytes {read.begin} to {read.end}: CRC32C is {crc:08x} and should be {read.after:08x}"
             raise DamagedError(self._path, reason, self._job.key(read))
 
@@ -349,7 +363,7 @@ class _Reader:
         for first in range(0, target.nbytes, self._piece):
             piece = target[first : first + self._piece]
             self._fill(position + first, piece)
-            crc = crc32c.crc32c(piece, crc)
+            crc = self._crc(piece, crc)
         return crc
 
     def _pass_over(self, position: int, end: int, crc: int) -> int:
@@ -392,6 +406,10 @@ class _Reader:
             _copy(scatter, count, buffer, start - done, target[0], target[1] + first * target_step)
             done += buffer.nbytes
         return done, crc
+
+
+def _no_crc(piece: memoryview, crc: int) -> int:
+    return crc
 
 
 def _copy(scatter: Scatter, count: int, source: memoryview, start: int, target: memoryview, place: int) -> None:

@@ -96,15 +96,16 @@ class Staging:
     """The shards of one rank, and the slots in them. One save at a time.
 
     ``chunks`` are what the rank writes, in order; those of dtype ``json`` stand for ``values``, in order, and get slots
-    with room to grow, whatever their nbytes. A shard holds up to ``max_shard_bytes``, or one larger chunk.
+    with room to grow, whatever their nbytes. A shard holds up to ``max_shard_bytes``, or one larger chunk; the number of the
+    ``first`` is given where there are others.
     Raises MemoryError if there is no memory for it, ValueError for a chunk that does not fit together.
     """
 
     def __init__(
-        self, chunks: Sequence[Chunk], values: Sequence[bytes], max_shard_bytes: int = MAX_SHARD_BYTES
+        self, chunks: Sequence[Chunk], values: Sequence[bytes], max_shard_bytes: int = MAX_SHARD_BYTES, first: int = 0
     ) -> None:
         parts = _split(_with_capacities(chunks, values), max_shard_bytes)
-        self.shards = tuple(StagedShard(number, part) for number, part in enumerate(parts))
+        self.shards = tuple(StagedShard(number, part) for number, part in enumerate(parts, first))
         self._slots = [slot for shard in self.shards for slot in shard.tensor_slots()]
         self._value_slots = [slot for shard in self.shards for slot in shard.value_slots()]
         self._copier = MemoryCopier(min(torch.get_num_threads(), MOST_THREADS))

@@ -22,6 +22,8 @@ DOCUMENTS = sorted(
 OF_OTHERS = {
     "README.md",
     "CHANGELOG.md",
+    "coming-from-dcp.md",
+    "coming-from-files.md",
     "coming-from-tensorflow.md",
     "comparison.md",
     "integrations.md",
@@ -36,6 +38,7 @@ DECISION = ("## Context", "## Decision", "## Consequences", "## Rejected")
 
 FOREIGN = {
     "torch",
+    "dcp",
     "os",
     "http",
     "ray",
@@ -79,9 +82,17 @@ def names() -> frozenset[str]:
     """Every module, class, function, method and constant, by its full name and by all that it ends with."""
     full = set()
     for module, tree in modules().items():
-        full |= {module, *(f"{module}.{name}" for name in _defined(tree))}
+        full |= {module, *(f"{module}.{name}" for name in (*_defined(tree), *_handed_on(module, tree)))}
+    full |= {f"distckpt.{name}" for name in dir(distckpt)}
     parts = [name.split(".") for name in full]
     return frozenset(".".join(part[at:]) for part in parts for at in range(len(part)))
+
+
+def _handed_on(module: str, tree: ast.Module) -> Iterator[str]:
+    """What a package has of its modules, under its own name."""
+    for node in tree.body:
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith(f"{module}."):
+            yield from (alias.name for alias in node.names)
 
 
 def _defined(tree: ast.AST) -> Iterator[str]:

@@ -27,6 +27,7 @@ EXAMPLES: list[errors.DistckptError] = [
     errors.StateFileError("/x/checkpoint"),
     errors.CheckpointNotFoundError("/x/ckpt-1", "not there"),
     errors.DataElsewhereError("/x/ckpt-1: its shards are not in gs://b"),
+    errors.ForeignError("/x.pt", {"args": "an object of argparse.Namespace"}),
     errors.LeaseLostError("/x", "e1-00000001aa", 120.0),
     errors.SaveError(3, "failed"),
     errors.EncodeError("state.bad", "needs pickle"),

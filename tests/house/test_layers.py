@@ -19,7 +19,8 @@ FLOORS = (
     ("rank", "reader", "testing"),
     ("manager",),
     ("checkpoint",),
-    ("training", "export", "evaluation"),
+    ("training", "export", "evaluation", "dcp"),
+    ("foreign",),
     ("integrations", "cli"),
     ("ray",),
 )
@@ -106,7 +107,10 @@ def test_wall_clock_time_is_read_at_the_rim_and_through_time_time_alone() -> Non
     rim = {"coordinator.shell.shell", "storage.memory", "storage.examine", "export.task"}
     rim |= {"directory.groups", "directory.reports", "evaluation.claims", "training.hooks", "rank.chronicle"}
     rim |= {"storage.remote.s3_signing"}
-    rim |= {f"cli.{command}" for command in ("adopting", "collecting", "copying", "pinning", "removing", "reporting")}
+    rim |= {
+        f"cli.{command}"
+        for command in ("adopting", "collecting", "copying", "importing", "pinning", "removing", "reporting")
+    }
     harmless = {"time.monotonic", "time.perf_counter", "time.sleep"}
     harmless |= {"time.clock_gettime", "time.CLOCK_MONOTONIC"}  # of stillness.elapsed: no wall clock either
     calendar = ("datetime.now", "datetime.utcnow", "datetime.today", "date.today")

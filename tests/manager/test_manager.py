@@ -632,12 +632,13 @@ def test_per_rank_state_needs_a_rule_on_another_world_size(tmp_path: Path) -> No
         path = manager.save(1).result(30)
     from distckpt.directory.locate import locate, read_index
     from distckpt.state.filler import restore_objects
+    from distckpt.state.stored import Committed
 
     where = locate(path)
     with pytest.raises(ResizeError, match="x: per-rank state of 1 ranks"):
-        restore_objects(distckpt.Checkpoint(x=distckpt.PerRank({"n": 0})), where, read_index(where), 1, 2)
+        restore_objects(distckpt.Checkpoint(x=distckpt.PerRank({"n": 0})), Committed(where, read_index(where)), 1, 2)
     kept = {"n": 0}
-    restore_objects(distckpt.Checkpoint(x=distckpt.PerRank(kept, "drop")), where, read_index(where), 1, 2)
+    restore_objects(distckpt.Checkpoint(x=distckpt.PerRank(kept, "drop")), Committed(where, read_index(where)), 1, 2)
     assert kept == {"n": 0}
     seen: list[object] = []
 
@@ -645,7 +646,7 @@ def test_per_rank_state_needs_a_rule_on_another_world_size(tmp_path: Path) -> No
         seen.extend([values, rank, world_size])
         return {"n": 9}
 
-    restore_objects(distckpt.Checkpoint(x=distckpt.PerRank(kept, choose)), where, read_index(where), 1, 2)
+    restore_objects(distckpt.Checkpoint(x=distckpt.PerRank(kept, choose)), Committed(where, read_index(where)), 1, 2)
     assert seen == [[{"n": 5}], 1, 2]
     assert kept == {"n": 9}
 

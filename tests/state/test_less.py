@@ -20,6 +20,7 @@ from distckpt.errors import EncodeError, MismatchError, NoGoodCheckpointError, P
 from distckpt.state.collector import Collector
 from distckpt.state.filler import restore_objects
 from distckpt.state.objects import NamedObjects
+from distckpt.state.stored import Committed
 from tests.support.comparing import same
 from tests.support.damage import flip, payload_of
 
@@ -407,7 +408,7 @@ def test_state_of_single_ranks_is_left_out_by_its_key_without_the_rank(tmp_path:
     before, wanted = held(ours), held(theirs)
     assert not same(before[key], wanted[key])
     where = locate(path)
-    restore_objects(ours, where, read_index(where), 0, world).assert_consumed()
+    restore_objects(ours, Committed(where, read_index(where)), 0, world).assert_consumed()
     lost = {one for one in wanted if one not in keys_of(path)}
     assert same(held(ours), {one: before[one] if one in lost else wanted[one] for one in wanted})
 

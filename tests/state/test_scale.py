@@ -15,6 +15,7 @@ import distckpt
 from distckpt.directory.locate import locate, read_index
 from distckpt.state.filler import Filler
 from distckpt.state.selection import EVERYTHING, Selection
+from distckpt.state.stored import Committed
 from tests.support.checkpoints import PerRankValues, write_checkpoint
 from tests.support.pressure import PACKAGE
 
@@ -81,7 +82,7 @@ def test_four_times_as_many_keys_cost_about_four_times_as_much(
         index = read_index(where)
         checkpoint, selection = objects(count)
         with Work() as inside:
-            filler = Filler(checkpoint, where, index, 0, 1, True, selection)
+            filler = Filler(checkpoint, Committed(where, index), 0, 1, True, selection)
             filler.read()
             filler.finish()
         work[count] = inside.count
@@ -98,7 +99,7 @@ def test_state_of_four_times_as_many_ranks_costs_about_four_times_as_much(tmp_pa
         how = "error" if on_resize == "same" else on_resize
         checkpoint = distckpt.Checkpoint(loader=distckpt.PerRank({"at": 0, "seen": torch.zeros(2)}, how))
         with Work() as inside:
-            filler = Filler(checkpoint, where, index, 3, ranks if on_resize == "same" else ranks - 1, True)
+            filler = Filler(checkpoint, Committed(where, index), 3, ranks if on_resize == "same" else ranks - 1, True)
             filler.read()
             filler.finish()
         work[ranks] = inside.count

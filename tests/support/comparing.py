@@ -29,6 +29,8 @@ def exact(value: Any) -> object:
         return kind, exact(value.real), exact(value.imag)
     if isinstance(value, torch.Tensor):
         return kind, value.dtype, value.shape, value.detach().reshape(-1).view(torch.uint8).numpy().tobytes()
+    if isinstance(value, np.ndarray):
+        return kind, value.dtype.str, value.shape, value.tobytes()
     if isinstance(value, np.str_ | np.bytes_):
         return kind, value.item()  # NumPy gives an empty one bytes that are not its own
     if isinstance(value, np.generic):

@@ -53,6 +53,7 @@ class Index:
     ``shapes`` [K, D]. By row, N of them: ``key`` (its id), ``offset`` and ``length`` [N, D], ``rank``, ``shard``,
     ``position``, ``size`` and ``block`` in bytes; ``blocks[starts[i]:starts[i + 1]]`` are row i's running CRC32C.
     D is the largest number of dimensions, at least 1; what a tensor lacks is padded with shape 1, offset 0, length 1.
+    Without ``has_sums`` it is of files that have no CRCs: ``blocks`` are zeros then, and mean nothing.
     """
 
     names: tuple[str, ...]
@@ -74,6 +75,7 @@ class Index:
     ids: Mapping[str, int] = field(repr=False)
     grouped: Ints = field(repr=False)
     groups: Ints = field(repr=False)
+    has_sums: bool = True
 
     def __len__(self) -> int:
         return len(self.key)
@@ -223,7 +225,11 @@ def _assemble(batch: pa.RecordBatch, path: str) -> Index:
         ids={name: number for number, name in enumerate(names)},
         grouped=grouped,
         groups=np.searchsorted(key[grouped], np.arange(len(names) + 1)),
-        **{name: _numbers(batch, name) for name in ("rank", "shard", "position", "size", "block")},
+        rank=_numbers(batch, "rank"),
+        shard=_numbers(batch, "shard"),
+        position=_numbers(batch, "position"),
+        size=_numbers(batch, "size"),
+        block=_numbers(batch, "block"),
     )
 
 
