@@ -20,6 +20,7 @@ from distckpt.format.tree.values import encode_value
 from distckpt.keep import BestN, Pending
 from distckpt.manager import CheckpointManager
 from distckpt.rank.arguments import retention_of
+from distckpt.rank.pending import PendingSave
 from distckpt.state.objects import is_array
 from distckpt.storage import canonical, open_store, placed_among
 from distckpt.training.hooks import CheckpointSaverHook, CheckpointSaverListener, SecondOrStepTimer, Session
@@ -78,6 +79,10 @@ class RunHook(CheckpointSaverHook):
     def metrics(self, session: Session, step: int) -> Metrics:
         """What the trainer knows of the step."""
         return self._metrics()
+
+    def saved_at(self, step: int) -> PendingSave | None:
+        """The save of this step, if it was the last that was saved."""
+        return self._last if self._last is not None and self._last.number == step else None
 
     def save(self, session: Session) -> None:
         """Save the step that there is now."""

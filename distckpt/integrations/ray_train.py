@@ -11,13 +11,17 @@ TorchTrainer(train, ..., run_config=RunConfig(failure_config=FailureConfig(max_f
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 from distckpt.checkpoint import Checkpoint
 from distckpt.format import names
-from distckpt.integrations.carrying import Saving
+from distckpt.integrations.carrying import Saving, metric_numbers
+from distckpt.reader import open as open_checkpoint
+from distckpt.storage import canonical, join, placed_among, scratch_folder
 from distckpt.training.hooks import CheckpointSaverListener
 from distckpt.training.session import TrainingSession
 
@@ -27,6 +31,9 @@ except ImportError as missing:
     raise ImportError("distckpt.integrations.ray_train needs Ray Train: pip install 'distckpt[train]'") from missing
 
 _Result = TypeVar("_Result")
+
+_MARK = "+"
+"""Between a checkpoint's name and its attempt: folders of Ray Train must differ, also where a number is saved again."""
 
 
 def training_session(
@@ -65,7 +72,8 @@ class RayTrainSession(TrainingSession):
 
     def __init__(self, saving: Saving, checkpoint: Checkpoint) -> None:
         self._count = 0
-        hook = saving.hook()
+        self._options = placed_among(saving.options)
+        self._hook = hook = saving.hook()
 
         def restore() -> None:
             path = hook.get_saver(self).restore_or_initialize()
@@ -86,9 +94,33 @@ class RayTrainSession(TrainingSession):
     def report(self, metrics: Mapping[str, Any]) -> None:
         """Give metrics to ``ray.train.report``, with ``global_step``. All workers together: Ray Train waits for all.
 
-        Not at every step: Ray Train collects reports every two seconds, and a worker that is earlier waits for that.
+        If the session has saved this step, it is committed on return, and rank 0's metrics are reported of it, for ``keep``
+        to judge it by. Ray Train gets a folder that stands for it, which ``CheckpointConfig`` scores and ``Result`` has:
+        ``path_of`` says which checkpoint that is. Not at every step: Ray Train collects reports every two seconds, and a
+        worker that is earlier waits for that. Raises what ``ray.train.report`` raises, and why the save failed.
         """
-        ray.train.report({"global_step": self.global_step, **metrics})
+        reported = {"global_step": self.global_step, **metrics}
+        pending = self._hook.saved_at(self.global_step)
+        if pending is None or pending.result() is None or self.rank:
+            ray.train.report(reported)
+            return
+        with open_checkpoint(pending.result(), storage_options=self._options) as reader, scratch_folder() as folder:
+            of = reader.manifest
+            reader.report(metric_numbers(reported))
+            name = f"{names.checkpoint_folder(of.name, of.number)}{_MARK}{of.attempt}"
+            Path(folder, "checkpoint.json").write_text(json.dumps({"path": reader.path, "attempt": of.attempt}) + "\n")
+            ray.train.report(reported, ray.train.Checkpoint.from_directory(folder), checkpoint_dir_name=name)
+
+
+def path_of(checkpoint: ray.train.Checkpoint, directory: str | os.PathLike[str]) -> str:
+    """The path of the checkpoint in ``directory`` that a folder in Ray Train's storage stands for: of ``Result.checkpoint``.
+
+    It goes by the folder's name. ValueError if that is none that ``RayTrainSession.report`` gives.
+    """
+    folder, mark, attempt = os.path.basename(checkpoint.path.rstrip("/")).partition(_MARK)
+    if not mark or names.parse_checkpoint(folder) is None or not names.is_attempt(attempt):
+        raise ValueError(f"{checkpoint.path} does not stand for a checkpoint of distckpt")
+    return join(canonical(directory), folder)
 
 
 def to_ray_checkpoint(path: str | os.PathLike[str]) -> ray.train.Checkpoint:

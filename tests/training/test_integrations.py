@@ -420,16 +420,22 @@ def test_ray_train_goes_on_after_a_worker_was_killed(tmp_path: Path, ray_address
         assert steps == [0, 1, 2, 3, 4, 4, 5, 6, 7], "each step once, but for the one in which a worker died"
     assert (notes / "changed").read_text() == "", "the workers' processes stay as Ray Train has made them"
     reports = [json.loads(line) for line in (notes / "reports").read_text().splitlines()]
-    assert reports[-1] == [{"global_step": 8, "rank": rank} for rank in (0, 1)]
+    assert reports[-1] == [{"global_step": 8, "rank": rank, "loss": 8.0} for rank in (0, 1)]
+    result = json.loads((notes / "result").read_text())
+    assert result == {"newest": str(directory / "ckpt-8"), "best": str(directory / "ckpt-4"), "metrics": reports[-1][0]}
+    with distckpt.open(result["best"]) as reader:
+        assert reader.metrics == {"global_step": 4.0, "rank": 0.0, "loss": 4.0}
     assert numbers(directory) == [2, 4, 6, 8]
 
-    from distckpt.integrations.ray_train import to_ray_checkpoint
+    from distckpt.integrations.ray_train import path_of, to_ray_checkpoint
     from tests.ranks.programs.on_ray_train_session import STEPS, make_module, make_step
 
     module, optimizer = make_module()
     step = make_step(module, optimizer)
     for number in range(STEPS):
         step(number)
+    with pytest.raises(ValueError, match="does not stand for a checkpoint"):
+        path_of(to_ray_checkpoint(directory / "ckpt-8"), directory)
     with to_ray_checkpoint(directory / "ckpt-8").as_directory() as folder:
         saved = distckpt.load(folder, "model")
     assert saved.keys() == module.state_dict().keys()

@@ -17,7 +17,7 @@ import ray.train.torch
 import torch
 
 import distckpt
-from distckpt.integrations.ray_train import training_session
+from distckpt.integrations.ray_train import path_of, training_session
 from tests.support.process import belongings, changes
 
 STEPS = 8
@@ -66,7 +66,7 @@ def train(config: dict[str, str]) -> None:
         while session.global_step < STEPS and not session.should_stop():
             session.run(dangerous_step)
             if session.global_step % 4 == 0:
-                session.report({"rank": rank})
+                session.report({"rank": rank, "loss": float(session.global_step)})
         with (notes / "changed").open("a") as changed:  # now that saves have waited until Ray was joined
             changed.write("".join(f"{change}\n" for change in changes(before, belongings())))
 
@@ -92,10 +92,19 @@ def main(directory: str, results: str, notes: str) -> None:
         run_config=ray.train.RunConfig(
             storage_path=results,
             failure_config=ray.train.FailureConfig(max_failures=1),
+            checkpoint_config=ray.train.CheckpointConfig(
+                checkpoint_score_attribute="loss", checkpoint_score_order="min"
+            ),
             callbacks=[Reports(f"{notes}/reports")],
         ),
     )
-    trainer.fit()
+    result = trainer.fit()
+    found = {
+        "newest": path_of(result.checkpoint, directory),
+        "best": path_of(result.get_best_checkpoint("loss", "min"), directory),
+        "metrics": result.metrics,
+    }
+    Path(notes, "result").write_text(json.dumps(found))
 
 
 if __name__ == "__main__":
