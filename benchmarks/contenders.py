@@ -39,7 +39,6 @@ class Distckpt:
         """Save, and wait until it is committed."""
         begin = now()
         pending = self.manager.save(number)
-        assert pending is not None
         pending.wait_staged()
         staged = now()
         pending.result()

@@ -54,7 +54,6 @@ class Kept:
             time.sleep(PAUSE_SECONDS)
             started = now()
             pending = self.manager.save(self.count + SAVES * number + at)
-            assert pending is not None
             pending.result()
             spent += now() - started
         time.sleep(PAUSE_SECONDS)
@@ -86,7 +85,6 @@ def _memory(kept: Kept) -> int:
     with _manager(kept.folder, KEPT[kept.count]) as manager:
         for number in range(10**6, 10**6 + REMEMBERED):
             pending = manager.save(number)
-            assert pending is not None
             pending.result()
         manager.wait()
         held = _at_rest()

@@ -30,7 +30,6 @@ def write(folder: str, small: bool = False) -> None:
     root, tree = Path(folder), sharded_state(**(SMALL if small else {}))
     with distckpt.CheckpointManager(distckpt.Checkpoint(train=tree), root / "distckpt") as manager:
         pending = manager.save(1)
-        assert pending is not None
         pending.result()
     dcp.save({"train": tree}, checkpoint_id=root / "dcp")
     torch.save(list(tensors(tree)), root / f"{dist.get_rank()}.pt")

@@ -103,7 +103,6 @@ def save_small(folder: str, repetitions: int) -> dict[str, Any]:
             dist.barrier()
             begin = now()
             pending = manager.save(number)
-            assert pending is not None
             path = Path(pending.result())
             told.append(time.time_ns())
             durable.append((begin, now()))

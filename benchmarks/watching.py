@@ -91,7 +91,6 @@ def _manager(directory: str) -> Iterator[tuple[distckpt.CheckpointManager, dict[
 def _save(manager: distckpt.CheckpointManager, state: dict[str, Any], number: int) -> None:
     state["weights"] += 1
     pending = manager.save(number)
-    assert pending is not None
     pending.result(60)
 
 

@@ -137,7 +137,6 @@ class Checkpoint(NamedObjects):
         _check_ours(directory, storage_options)
         with _Once(self, directory, 1, checkpoint_name=ONE_OFF, storage_options=storage_options) as manager:
             pending = manager.save(number)
-            assert pending is not None
             pending.result()
             return manager.directory
 

@@ -29,7 +29,7 @@ from distckpt.rank.heartbeat import beat
 from distckpt.rank.leaving import finish, leave
 from distckpt.rank.managed import managed
 from distckpt.rank.options import SaverOptions
-from distckpt.rank.pending import PendingSave, PendingSaves
+from distckpt.rank.pending import MaybeNone, PendingSave, PendingSaves
 from distckpt.rank.restorer import Restorer
 from distckpt.rank.saved_steps import SavedSteps, StepCounter
 from distckpt.rank.saver import Saver
@@ -232,7 +232,7 @@ class CheckpointManager:
 
     def save(
         self, checkpoint_number: Any = None, check_interval: bool = True, *, metrics: Metrics | None = None
-    ) -> PendingSave | None:
+    ) -> PendingSave | MaybeNone:
         """Copy the state, write it in the background, and return at once; all ranks call it alike.
 
         ``checkpoint_number`` is an int, or a NumPy or torch scalar that is a whole number; numbers may go down. A number

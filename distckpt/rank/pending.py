@@ -9,12 +9,16 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, wait
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from dataclasses import dataclass, field
+from typing import Any, TypeAlias
 
 from distckpt.format.json.log import CheckpointRecord
 from distckpt.rank.tolerance import Tolerance
 from distckpt.transfer.staging import StagedCopy
 
 logger = logging.getLogger(__name__)
+
+MaybeNone: TypeAlias = Any
+"""None, which a call may give but does not where nobody has asked for it: type checkers do not have it looked at."""
 
 
 @dataclass(slots=True, eq=False)

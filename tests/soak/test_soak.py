@@ -112,7 +112,7 @@ def _changed_before_it_was_saved(directory: Path) -> None:
     with Subject(directory, 3) as subject:
         subject.fill(4)
         subject.checkpoint.state["weights"][0, 0] += 1
-        subject.manager.save(4).result(60)  # type: ignore[union-attr]
+        subject.manager.save(4).result(60)
 
 
 @pytest.mark.parametrize(
@@ -153,7 +153,7 @@ def test_a_reader_that_returns_other_bytes_is_noticed(tmp_path: Path) -> None:
     with Subject(directory, 3, max_to_keep=2) as subject:
         subject.save(1).result(60)
         subject.fill(1)  # as if it read one checkpoint for the other
-        subject.manager.save(2).result(60)  # type: ignore[union-attr]
+        subject.manager.save(2).result(60)
     outcome = siege.play("one-rank checkpoint 0:1 5")
     assert "ckpt-2 holds 1" in told(outcome)
     assert outcome.broken[0].case == "one-rank checkpoint 0:1 5"

@@ -52,9 +52,7 @@ class Trainer:
     def save(self, number: int) -> distckpt.PendingSave:
         """Begin to save what checkpoint ``number`` holds."""
         fill(self.checkpoint, number)
-        pending = self.manager.save(number)
-        assert pending is not None
-        return pending
+        return self.manager.save(number)
 
     def saved(self, number: int) -> str:
         """Save what checkpoint ``number`` holds, and wait until it is committed; its path."""
