@@ -146,9 +146,13 @@ def ray_address(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPat
     own = tmp_path_factory.getbasetemp()
     cluster = SharedCluster(own.parent if "PYTEST_XDIST_WORKER" in os.environ else own)
     request.config.stash[_CLUSTER] = cluster
-    yield cluster.address
     import ray
+    from ray._private import worker
 
+    # Of a node that one test kills Ray tells all who are connected, half a minute later, on their stdout: into what
+    # another test, of what a command prints, had captured.
+    worker.print_to_stdstream = lambda *_, **__: None
+    yield cluster.address
     ray.shutdown()
 
 

@@ -200,7 +200,7 @@ def another_node(address: str) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
     command += ["--object-store-memory=104857600", "--include-log-monitor=false", "--dashboard-agent-listen-port=0"]
     node = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
     try:
-        assert until(lambda: _new(known), 60)
+        assert until(lambda: _new(known), 120)
         yield _new(known)[0], node
     finally:
         _end(node)
@@ -226,6 +226,7 @@ def runs(pid: int) -> bool:
         return False
 
 
+@pytest.mark.timeout(300)
 def test_workers_go_on_when_the_node_where_the_watcher_lives_is_gone(
     ray_address: str, store: Store, elsewhere: ThreadPoolExecutor
 ) -> None:

@@ -18,10 +18,10 @@ import pytest
 import distckpt
 from tests.support.gang import ROOT
 
-pytestmark = pytest.mark.timeout(240)
+pytestmark = pytest.mark.timeout(400)
 
 HOOK = ROOT / "examples" / "hook.py"
-FIRST_SAVE_SECONDS = 100
+FIRST_SAVE_SECONDS = 150
 ALL_GONE_SECONDS = 30
 RAYS = ["gcs_server", "python", "ray::CoordinatorActor", "ray::DashboardAgent", "ray::RuntimeEnvAgent", "raylet"]
 """The processes of a local Ray: those that it cannot do without, the coordinator, and who ends them."""
