@@ -14,14 +14,13 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, TypeVar
 
 from distckpt.checkpoint import Checkpoint
 from distckpt.format import names
 from distckpt.integrations.carrying import Saving, metric_numbers
 from distckpt.reader import open as open_checkpoint
-from distckpt.storage import canonical, join, placed_among, scratch_folder
+from distckpt.storage import canonical, join, open_store, placed_among, scratch_folder
 from distckpt.training.hooks import CheckpointSaverListener
 from distckpt.training.session import TrainingSession
 
@@ -108,7 +107,8 @@ class RayTrainSession(TrainingSession):
             of = reader.manifest
             reader.report(metric_numbers(reported))
             name = f"{names.checkpoint_folder(of.name, of.number)}{_MARK}{of.attempt}"
-            Path(folder, "checkpoint.json").write_text(json.dumps({"path": reader.path, "attempt": of.attempt}) + "\n")
+            about = json.dumps({"path": reader.path, "attempt": of.attempt})
+            open_store(folder).put_if_absent("checkpoint.json", f"{about}\n".encode())
             ray.train.report(reported, ray.train.Checkpoint.from_directory(folder), checkpoint_dir_name=name)
 
 
