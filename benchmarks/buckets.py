@@ -83,8 +83,14 @@ def uploads(folder: Path, repetitions: int) -> list[Figure]:
             )
         ),
         ratio("stall while an upload is running, compared with one copy", stalls["bucket"], stalls["copy"], 1.3),
-        ratio(
-            "a training step while an upload is running, compared with one alone", steps["beside"], steps["alone"], 1.05
+        *(
+            ratio(
+                f"a step {how} while an upload is running, compared with one alone",
+                [each[at] for each in steps["beside"]],
+                [(before[at] + after[at]) / 2 for before, after in zip(steps["alone"], steps["after"], strict=True)],
+                target,
+            )
+            for at, how, target in ((0, "of one thread", 1.05), (1, "of every processor", None))
         ),
     ]
 

@@ -29,7 +29,8 @@ LINK_BYTES = 256 << 20
 COST_BYTES = 512 << 20
 OBJECT_BYTES = 4 << 10
 WORKERS = 32
-STEPS = 60
+STEPS = 40
+PROCESSORS = torch.get_num_threads()
 LAYERS = 64
 MARK = "a-mark-of-the-bench"
 
@@ -68,11 +69,14 @@ def many(url: str, count: int) -> int:
 
 
 def beside(url: str, local: str, repetitions: int) -> dict[str, Any]:
-    """Stalls of saves to a bucket while the one before is being sent, to a disk, and one copy; and steps beside it."""
+    """Stalls of saves to a bucket while the one before is being sent, to a disk, and one copy; and steps beside it.
+
+    Steps of one thread, as those that feed a GPU, and of as many as there are processors.
+    """
     state = {f"layer-{number}": torch.randn(1 << 20) for number in range(LAYERS)}
     copy = Copy(state)
     stalls: dict[str, list[float]] = {"bucket": [], "disk": [], "copy": []}
-    steps: dict[str, list[float]] = {"alone": [], "beside": []}
+    steps: dict[str, list[tuple[float, float]]] = {"alone": [], "beside": [], "after": []}
     options = {"max_to_keep": 2, "buffers": 2, "save_timeout": 120}
     there = distckpt.CheckpointManager(distckpt.Checkpoint(state=state), url, **options)
     here = distckpt.CheckpointManager(distckpt.Checkpoint(state=state), local, **options)
@@ -80,13 +84,13 @@ def beside(url: str, local: str, repetitions: int) -> dict[str, Any]:
         for manager in (there, here):
             manager.prepare()
         for number in range(repetitions + 1):
-            alone = _step_seconds()
+            alone = _step_seconds(1), _step_seconds(PROCESSORS)
             first = _save(there, 2 * number)
-            step = _step_seconds()
+            during = _step_seconds(1), _step_seconds(PROCESSORS)
             second = _save(there, 2 * number + 1)
             assert not first.done(), "the upload was over too early"
             there.wait()
-            alone = (alone + _step_seconds()) / 2
+            after = _step_seconds(1), _step_seconds(PROCESSORS)
             _save(here, 2 * number)
             last = _save(here, 2 * number + 1)
             here.wait()
@@ -97,7 +101,8 @@ def beside(url: str, local: str, repetitions: int) -> dict[str, Any]:
                 stalls["bucket"].append(second.stall_seconds)
                 stalls["disk"].append(last.stall_seconds)
                 steps["alone"].append(alone)
-                steps["beside"].append(step)
+                steps["beside"].append(during)
+                steps["after"].append(after)
     return {"stalls": stalls, "steps": steps}
 
 
@@ -256,18 +261,18 @@ def _processor() -> float:
 
 
 def _save(manager: distckpt.CheckpointManager, number: int) -> distckpt.PendingSave:
-    pending = manager.save(number)
-    assert pending is not None
-    return pending
+    return manager.save(number)
 
 
-def _step_seconds() -> float:
+def _step_seconds(threads: int) -> float:
     """A step of a loop that multiplies matrices, of which a quarter are quicker: others' work makes steps slower only."""
     left = torch.randn(512, 512)
     seconds = []
+    torch.set_num_threads(threads)
     for _ in range(STEPS):
         begin = now()
         for _ in range(8):
             left = torch.nn.functional.normalize(left @ left)
         seconds.append(now() - begin)
+    torch.set_num_threads(PROCESSORS)
     return sorted(seconds)[len(seconds) // 4]
