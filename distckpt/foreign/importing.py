@@ -17,7 +17,7 @@ from distckpt.coordinator.shell.sealing import seal_checkpoint
 from distckpt.directory.by_hand import Hand, check_nothing_sealed
 from distckpt.directory.garbage import delete_attempt
 from distckpt.directory.locate import read_sealed
-from distckpt.directory.log import Tail
+from distckpt.directory.log import Tail, read_tail
 from distckpt.errors import CoordinatorError, StorageError
 from distckpt.foreign.contents import Held, Spread
 from distckpt.foreign.reader import ForeignReader
@@ -93,9 +93,10 @@ class Import:
             raise
         try:
             self._hand.write("commit", _with(self._state, record), self._clock())
-        except CoordinatorError:  # somebody else has taken over: it never counts
-            self._discard()
-            raise
+        except CoordinatorError:  # somebody else has taken over: before it, or from it
+            if read_tail(self._store).having_attempt(self._attempt).find(self._attempt) is None:
+                self._discard()
+                raise
         return record
 
     def _discard(self) -> None:

@@ -117,6 +117,23 @@ def test_an_import_into_which_somebody_else_saves_does_not_count_and_leaves_noth
     assert distckpt.open(store.url).verify().good
 
 
+def test_an_import_from_whose_commit_somebody_has_gone_on_counts_and_stays(tmp_path: Path) -> None:
+    save_file({"w": torch.ones(2)}, tmp_path / "x.safetensors")
+    trainers: list[Trainer] = []
+
+    class GoneOn(LocalStore):
+        def put_if_absent(self, path: str, data: bytes) -> None:
+            super().put_if_absent(path, data)
+            if b'"kind":"commit"' in data.replace(b" ", b"") and not trainers:
+                trainers.append(Trainer(self.url))
+
+    imported(read_foreign(tmp_path / "x.safetensors"), GoneOn(tmp_path / "run"), 3)
+    with trainers[0] as trainer:
+        trainer.saved(4)
+    with distckpt.open(tmp_path / "run" / "ckpt-3") as reader:
+        assert reader.verify().good
+
+
 def test_a_file_that_shrinks_while_it_is_imported_is_damage_and_leaves_nothing(tmp_path: Path) -> None:
     path, store = tmp_path / "x.safetensors", LocalStore(tmp_path / "run")
     save_file({"w": torch.ones(5000)}, path)
