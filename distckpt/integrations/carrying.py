@@ -94,7 +94,7 @@ class RunHook(CheckpointSaverHook):
         if path.rpartition("/")[0] == saver.directory:
             return saver.restore(path)
         assert session.checkpoint is not None
-        session.checkpoint.restore(path, storage_options=self._options.get("storage_options"))
+        session.checkpoint.restore(path, placed_among(self._options))
         return path
 
     def restore_best(self, session: Session, rule: BestN) -> str | None:

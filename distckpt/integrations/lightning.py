@@ -176,10 +176,8 @@ class DistckptCallback(LightningCheckpoint):
     def _restore_model(self, trainer: Any, module: Any) -> None:
         if self._wanted is not None and self._run is None:
             wanted, self._wanted = self._wanted, None
-            options = self._saving.options.get("storage_options")
-            Checkpoint(model=module).restore(
-                wanted, partial=not module.strict_loading, storage_options=options, select="model"
-            )
+            options = placed_among(self._saving.options)
+            Checkpoint(model=module).restore(wanted, options, partial=not module.strict_loading, select="model")
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Open the run and restore the newest good checkpoint."""

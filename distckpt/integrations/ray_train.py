@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 from distckpt.checkpoint import Checkpoint
 from distckpt.format import names
 from distckpt.integrations.carrying import Saving, metric_numbers
+from distckpt.rank.pending import PendingSave
 from distckpt.reader import open as open_checkpoint
 from distckpt.storage import canonical, join, open_store, placed_among, scratch_folder
 from distckpt.training.hooks import CheckpointSaverListener
@@ -59,7 +60,10 @@ def training_session(
     Raises:
         ValueError, TypeError: wrong arguments.
     """
-    return RayTrainSession(Saving(directory, save_steps, save_secs, listeners, (), manager_options), checkpoint)
+    saving = Saving(directory, save_steps, save_secs, listeners, (), manager_options)
+    if not saving.has_schedule:
+        raise ValueError("nothing says when to save: give save_steps or save_secs")
+    return RayTrainSession(saving, checkpoint)
 
 
 class RayTrainSession(TrainingSession):
@@ -72,6 +76,7 @@ class RayTrainSession(TrainingSession):
     def __init__(self, saving: Saving, checkpoint: Checkpoint) -> None:
         self._count = 0
         self._options = placed_among(saving.options)
+        self._told: PendingSave | None = None
         self._hook = hook = saving.hook()
 
         def restore() -> None:
@@ -100,10 +105,13 @@ class RayTrainSession(TrainingSession):
         """
         reported = {"global_step": self.global_step, **metrics}
         pending = self._hook.saved_at(self.global_step)
-        if pending is None or pending.result() is None or self.rank:
+        if pending is not None:
+            pending.result()
+        if pending is None or pending is self._told or self.rank:
             ray.train.report(reported)
             return
-        with open_checkpoint(pending.result(), storage_options=self._options) as reader, scratch_folder() as folder:
+        self._told = pending  # once: each of Ray Train's folders has a name of its own
+        with open_checkpoint(pending.path, storage_options=self._options) as reader, scratch_folder() as folder:
             of = reader.manifest
             reader.report(metric_numbers(reported))
             name = f"{names.checkpoint_folder(of.name, of.number)}{_MARK}{of.attempt}"

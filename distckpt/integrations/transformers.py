@@ -197,7 +197,7 @@ class DistckptCallback(TrainerCallback):
             return known if step == state.global_step else {}
 
         self._run = run = CarriedRun(
-            _exporting(_saving(self._saving, args), self._export and kwargs["model"]),
+            _exporting(_saving(self._saving, args), kwargs["model"] if self._export else None),
             _checkpoint(kept, **kwargs),
             lambda: int(state.global_step),
             metrics,
@@ -365,7 +365,7 @@ def _saving(saving: Saving, args: Any) -> Saving:
 
 def _exporting(saving: Saving, model: Any) -> Saving:
     """With a manager that exports the model, if there is one to export."""
-    if not model:
+    if model is None:
         return saving
     manager = functools.partial(ExportCheckpointManager, modules_to_export={"model": model})
     return dataclasses.replace(saving, manager=manager)

@@ -473,6 +473,13 @@ def test_transformers_callback_refuses_a_trainer_that_is_not_its_own(tmp_path: P
         callback.train(trainer, resume_from_checkpoint=True)
 
 
+def test_a_session_of_ray_train_is_told_when_to_save(tmp_path: Path) -> None:
+    from distckpt.integrations.ray_train import training_session
+
+    with pytest.raises(ValueError, match="nothing says when to save"):
+        training_session(distckpt.Checkpoint(step=1), tmp_path)
+
+
 @lightning
 @pytest.mark.parametrize("name", ["transformers", "lightning"])
 @pytest.mark.parametrize(
