@@ -39,8 +39,7 @@ from distckpt.coordinator.messages import (
     kind_of,
 )
 from distckpt.coordinator.shell.shell import Settings, Shell
-from distckpt.directory.log import read_tail
-from distckpt.directory.newest import newest_committed
+from distckpt.directory.newest import committed_after_all, newest_committed
 from distckpt.errors import CommitUnknownError, CoordinatorUnavailableError, DistckptError, SaveError
 from distckpt.format.arrow.receipt import ShardReceipt
 from distckpt.format.json.log import CheckpointRecord
@@ -152,7 +151,7 @@ class Session:
             self._ask(requests, patience)
             replies = self._ask([Receipt(attempt, part.shards) for part in parts], patience)
         except CoordinatorUnavailableError as error:
-            record = self._committed(attempt)
+            record = committed_after_all(self._store, attempt)
             if record is None:
                 reason = f"the store does not say whether its log entry was written: {error}"
                 raise CommitUnknownError(number, reason) from error
@@ -239,14 +238,6 @@ class Session:
             self._ask([AwaitPublished()], PUBLISH_SECONDS)
         except DistckptError as error:
             logger.warning("the `checkpoint` file may lag behind what was committed: %s", error)
-
-    def _committed(self, attempt: str) -> CheckpointRecord | None:
-        """Storage is the truth when no answer comes."""
-        try:
-            return read_tail(self._store).having_attempt(attempt).find(attempt)
-        except DistckptError as error:
-            logger.warning("whether %s was committed cannot be found out: %s", attempt, error)
-            return None
 
 
 class Flight:

@@ -7,6 +7,7 @@ import logging
 from distckpt.directory.contents import is_there
 from distckpt.directory.log import Tail, read_tail
 from distckpt.directory.strays import read_run
+from distckpt.errors import DistckptError
 from distckpt.format import names
 from distckpt.format.json.log import CheckpointRecord, State
 from distckpt.storage import Store, join
@@ -37,6 +38,16 @@ def newest_there(store: Store, tail: Tail) -> CheckpointRecord | None:
         if all(record.attempt in alive for record in missing):  # not retired since the log was read
             _tell(store, found, missing)
             return found
+
+
+def committed_after_all(store: Store, attempt: str) -> CheckpointRecord | None:
+    """The record of an attempt whose commit was not answered, as storage is the truth; None if there is none, or nobody
+    can tell."""
+    try:
+        return read_tail(store).having_attempt(attempt).find(attempt)
+    except DistckptError as error:
+        logger.warning("whether %s was committed cannot be found out: %s", attempt, error)
+        return None
 
 
 def has_manifest(store: Store, record: CheckpointRecord) -> bool:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from queue import SimpleQueue
 
 from distckpt.coordinator.messages import Committed, Joined, Reply, Unknown
-from distckpt.directory.log import read_tail
+from distckpt.directory.newest import committed_after_all
 from distckpt.errors import (
     CoordinatorFailedError,
     CoordinatorUnavailableError,
@@ -20,7 +20,6 @@ from distckpt.errors import (
 )
 from distckpt.format import names
 from distckpt.format.arrow.receipt import ShardReceipt
-from distckpt.format.json.log import CheckpointRecord
 from distckpt.rank.dialogue import Dialogue
 from distckpt.rank.layout import Layout
 from distckpt.rank.options import SaverOptions
@@ -118,7 +117,7 @@ class Background:
             try:
                 reply = self._once(task)
             except (CoordinatorUnavailableError, CoordinatorFailedError):
-                record = self._committed(task.attempt)
+                record = committed_after_all(self._store, task.attempt) if task.attempt else None
                 if record is None:
                     raise
                 return Committed(record)
@@ -184,14 +183,6 @@ class Background:
         except DistckptError as refusal:
             # The usual answer is the failure itself, sent back; anything else the original error explains better.
             logger.debug("reporting the failure of this rank was answered with: %s", refusal)
-
-    def _committed(self, attempt: str) -> CheckpointRecord | None:
-        """Storage is the truth when the coordinator is gone: was our attempt committed before it went?"""
-        try:
-            return read_tail(self._store).having_attempt(attempt).find(attempt) if attempt else None
-        except DistckptError as error:
-            logger.warning("whether %s was committed cannot be found out: %s", attempt, error)
-            return None
 
 
 def _summary(path: str, progress: Progress, committed: Committed) -> str:
