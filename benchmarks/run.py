@@ -23,9 +23,11 @@ from typing import Any, TypeVar
 
 import agreeing as agreed
 import coordination
+import gpu
 import planning
 import resizing as resized
 import starting
+import torch
 import watching as followers
 from buckets import buckets, limits, links, requests, transports, uploads
 from figures import Figure, plain, ratio, table
@@ -51,6 +53,31 @@ Measured = TypeVar("Measured")
 def saves(folder: Path, repetitions: int) -> list[Figure]:
     """Saving 1.2 GB, two ranks, until it is durable and committed."""
     return _saves(folder, folder, repetitions, 3.5, 0.8)
+
+
+def gpus(folder: Path, repetitions: int) -> list[Figure]:
+    """One rank with a GPU and 3 GB on it, to and from the host's memory. Nothing where there is no GPU."""
+    if not torch.cuda.is_available():
+        return []
+    with tempfile.TemporaryDirectory(dir=MEMORY, prefix="distckpt-bench-") as memory:
+        (result,) = run_ranks(1, "gpu:measure", folder, folder=memory, repetitions=repetitions)
+    found = result["measured"]
+    extra = [
+        stall + after - alone
+        for stall, after, alone in zip(
+            found["stall of a save"], found["steps after a save"], found["steps alone"], strict=True
+        )
+    ]
+    return [
+        *(plain(name, "s", seconds) for name, seconds in found.items()),
+        plain("optimizer's step waited", "s", result["optimizer's step waited"]),
+        plain("bare copy, GB a second", "GB/s", [result["bytes"] / 1e9 / each for each in found[gpu.BARE]]),
+        ratio("what a save costs training, compared with a bare copy", extra, found[gpu.BARE], 1.3),
+        ratio("speed of a save, compared with torch.save", found["torch.save"], found["save to its commit"]),
+        ratio("speed of a save, compared with dcp.save", found["dcp.save"], found["save to its commit"]),
+        ratio("speed of a restore, compared with torch.load", found["torch.load"], found["restore"]),
+        ratio("speed of a restore, compared with dcp.load", found["dcp.load"], found["restore"]),
+    ]
 
 
 def diskless(folder: Path, repetitions: int) -> list[Figure]:
@@ -365,6 +392,7 @@ PARTS: dict[str, Callable[[Path, int], list[Figure]]] = {
     "uploads": uploads,
     "requests": requests,
     "limits": limits,
+    "gpus": gpus,
 }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch.distributed.tensor import DTensor
@@ -15,8 +16,10 @@ from distckpt.transfer.staging import StagedCopy
 class StepOrder:
     """Orders the next ``step()`` of every optimizer after the copy that is under way.
 
-    Only the parameters and state of ``optimizers``, asked for at each copy, may wait for so long. Anything else on a
-    GPU, such as a buffer that the forward pass updates, makes the whole of the current stream wait instead.
+    Only the parameters and state of ``optimizers``, asked for at each copy, may wait for so long, and only if every one of
+    them has made a step since the copy before: one that is replayed as a CUDA graph, or compiled, steps and says nothing.
+    Else, and with anything else on a GPU, such as a buffer that the forward pass updates, the whole of the current stream
+    waits.
 
     At each copy ``waited`` is told for how many seconds the GPUs have stood still for the one before.
     """
@@ -30,6 +33,9 @@ class StepOrder:
         self._waited = waited
         self._waits: dict[torch.device, tuple[torch.cuda.Event, torch.cuda.Event]] = {}
         self._copied: StagedCopy | None = None
+        self._devices: frozenset[torch.device] = frozenset()
+        self._stepped: WeakSet[torch.optim.Optimizer] = WeakSet()
+        self._replayed: WeakSet[torch.optim.Optimizer] = WeakSet()
         # All optimizers of the process: the one that steps next may have taken the place of one that was here.
         self._hook = register_optimizer_step_pre_hook(self._before_step) if torch.cuda.is_available() else None
 
@@ -39,11 +45,16 @@ class StepOrder:
         if not on_gpu:
             return
         self._tell()
-        owned = _memory(self._optimizers())
-        if all(source.untyped_storage().data_ptr() in owned for source in on_gpu):
+        self._devices = frozenset(source.device for source in on_gpu)
+        optimizers = list(self._optimizers())
+        tell = all(optimizer in self._stepped and optimizer not in self._replayed for optimizer in optimizers)
+        self._stepped.clear()
+        owned = _memory(optimizers)
+        if tell and all(source.untyped_storage().data_ptr() in owned for source in on_gpu):
             self._copied = copied
         else:
-            for device in {source.device for source in on_gpu}:
+            self._copied = None
+            for device in self._devices:
                 self._order_after(copied, device)
 
     def close(self) -> None:
@@ -52,17 +63,21 @@ class StepOrder:
             self._hook.remove()
 
     def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        if torch.compiler.is_compiling():
+            return  # what is traced here would be played at every step
+        if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():  # type: ignore[no-untyped-call]
+            self._replayed.add(optimizer)  # nothing steps now, and its replays will not come here
+            return
+        self._stepped.add(optimizer)
         if self._copied is None:
             return
-        devices = {parameter.device for group in optimizer.param_groups for parameter in group["params"]}
-        for device in devices:
-            if device.type == "cuda":
-                self._order_after(self._copied, device)
+        for device in self._devices:
+            self._order_after(self._copied, device)
 
     def _order_after(self, copied: StagedCopy, device: torch.device) -> None:
         """Have the device's stream wait, and take the time of the first wait for each copy."""
         stream = torch.cuda.current_stream(device)
-        if device in self._waits or torch.cuda.is_current_stream_capturing():
+        if device in self._waits:
             copied.order_after(stream)
             return
         before, after = _timer(), _timer()

@@ -22,23 +22,51 @@ MOST_THREADS = 16
 
 
 class StagedCopy:
-    """Tensors on their way into the images. On CPU they have arrived as soon as this exists."""
+    """Tensors on their way into the images. On CPU they have arrived as soon as this exists.
 
-    def __init__(self, events: Sequence[torch.cuda.Event] = (), sources: Sequence[torch.Tensor] = ()) -> None:
+    What changes a tensor in place before the copy has arrived must have been ordered after it: else nobody knows
+    what has been copied, and ``check`` says so.
+    """
+
+    def __init__(
+        self, events: Sequence[torch.cuda.Event] = (), sources: Sequence[tuple[str, torch.Tensor]] = ()
+    ) -> None:
         self._events = tuple(events)
         # Their memory must not be given to others while a GPU still reads it on a stream that PyTorch knows nothing of.
-        self._sources = tuple(sources)
+        self._sources = tuple((key, source, _version(source)) for key, source in sources)
+        self._ordered = False
+        self._disturbed: tuple[str, ...] = ()
 
     def wait(self) -> None:
         """Return once all bytes have arrived: from then on the sources may change."""
         for event in self._events:
             event.synchronize()
+        changed = self._changed()
+        if not self._ordered:  # looked at after the sources, since what is ordered may change them at once
+            self._disturbed = changed
         self._events = self._sources = ()
 
     def order_after(self, stream: torch.cuda.Stream) -> None:
         """Whatever is queued on ``stream`` from now on, such as an optimizer's step, runs after the copy."""
+        if not self._ordered:
+            self._disturbed = self._changed()
+            self._ordered = True
         for event in self._events:
             stream.wait_event(event)
+
+    def check(self) -> None:
+        """SaveError if a tensor has changed while it was copied. To be asked after ``wait``."""
+        if self._disturbed:
+            first, *others = self._disturbed
+            more = f" and {len(others)} more" if others else ""
+            raise SaveError(
+                None,
+                f"{first}{more} changed on its GPU while it was copied, by something else than the step of an optimizer that "
+                "is saved: it is not known what was copied. Change it before save or after step",
+            )
+
+    def _changed(self) -> tuple[str, ...]:
+        return tuple(key for key, source, version in self._sources if _version(source) != version)
 
 
 class StagedShard:
@@ -168,7 +196,8 @@ class Staging:
                     self._copy_from_cpu(pairs)
                 else:
                     torch._foreach_copy_([slot.memory for slot, _ in pairs], [source for _, source in pairs])
-        return StagedCopy(events, tensors if events else ())
+        on_gpu = [(slot.key, source) for slot, source in zip(self._slots, tensors, strict=True) if source.is_cuda]
+        return StagedCopy(events, on_gpu)
 
     def _copy_from_cpu(self, pairs: Sequence[_Pair]) -> None:
         moves: list[Move] = []
@@ -195,6 +224,11 @@ class Staging:
             event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
             event.record(stream)
         return event
+
+
+def _version(source: torch.Tensor) -> int:
+    """It grows with every change in place that PyTorch knows of."""
+    return 0 if source.is_inference() else source._version
 
 
 def _by_device(

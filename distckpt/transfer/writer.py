@@ -30,11 +30,12 @@ def write_shard(
     """Write what was last staged, once it has all arrived; durable on return.
 
     ``section_bytes`` is a multiple of 1 MiB. ``wrote`` is called with the bytes of each section on its way. Raises
-    StorageError, or DamagedError if the store took in something else.
+    StorageError, DamagedError if the store took in something else, or SaveError if a tensor changed while it was copied.
     """
     if shard.copied is None:
         raise ValueError("nothing has been staged")
     shard.copied.wait()
+    shard.copied.check()
     sums = _Sums(shard)
     info = store.put_unique(path, shard.image.size, sums.sections(section_bytes, wrote))
     receipt = sums.receipt()

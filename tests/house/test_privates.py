@@ -33,6 +33,7 @@ OF_OTHERS = {
     "_spec": "DTensor",
     "_state_dict_hooks": "nn.Module",
     "_state_dict_pre_hooks": "nn.Module",
+    "_version": "torch",
 }
 """Of packages that are not ours, where they offer no other way."""
 

@@ -199,7 +199,7 @@ def _bits(tensor: torch.Tensor) -> str:
     if hasattr(tensor, "__tensor_flatten__"):
         names, context = tensor.__tensor_flatten__()
         return f"{context!r} " + " ".join(f"{name}={text_of(getattr(tensor, name))}" for name in names)
-    flat = tensor.resolve_conj().resolve_neg().contiguous().reshape(-1)
+    flat = tensor.resolve_conj().resolve_neg().contiguous().reshape(-1).cpu()
     raw = flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b""
     shown = flat[:3].float().tolist() if flat.numel() and not flat.is_complex() else ""
     return f"{_digest(raw)} {shown}"
