@@ -126,7 +126,8 @@ def _left_out(left_out: LeftOut) -> str:
     if left_out.only_trainable:
         keys = left_out.keys
         more = f" and {counted(len(keys) - MOST_LEFT_OUT, 'more key')}" if len(keys) > MOST_LEFT_OUT else ""
-        said.append(f"{', '.join(keys[:MOST_LEFT_OUT]) or 'nothing'}{more} by only_trainable")
+        base = f", which {left_out.base.path} has ({left_out.base.digest[:16]})" if left_out.base is not None else ""
+        said.append(f"{', '.join(keys[:MOST_LEFT_OUT]) or 'nothing'}{more} by only_trainable{base}")
     return f"left out: {'; '.join(said)}"
 
 

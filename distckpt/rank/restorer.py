@@ -35,7 +35,7 @@ from distckpt.errors import (
 )
 from distckpt.format.json.left_out import note_on
 from distckpt.format.json.log import CheckpointRecord
-from distckpt.state.filler import Filler
+from distckpt.state.filler import Filler, start_from_base
 from distckpt.state.objects import NamedObjects
 from distckpt.state.selection import EVERYTHING, Selection
 from distckpt.state.status import LoadStatus, describe
@@ -136,6 +136,8 @@ class Restorer:
                         raise _not_ours()
                     for path, reason in refused:
                         logger.warning("%s was refused and an older checkpoint restored: %s", path, reason)
+                    if record is None:
+                        start_from_base(self._checkpoint, self._world.rank, self._world.size)
                     return record
                 case Unknown():
                     report = first

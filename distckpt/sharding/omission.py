@@ -8,7 +8,7 @@ import msgspec
 import pyarrow as pa
 
 from distckpt.errors import PlanError
-from distckpt.format.json.left_out import LeftOut
+from distckpt.format.json.left_out import Base, LeftOut
 from distckpt.format.tree.keys import hint
 
 OMISSION = b"distckpt.omission"
@@ -19,12 +19,14 @@ LEFT_OUT = b"distckpt.left_out"
 
 
 class Omission(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What one rank leaves out: what was asked for, which of ``exclude`` it has ever had, and the ``keys`` that are frozen."""
+    """What one rank leaves out: what was asked for, which of ``exclude`` it has ever had, and the ``keys`` that are frozen,
+    which a ``base`` has, if one was named."""
 
     exclude: tuple[str, ...]
     matched: tuple[str, ...]
     only_trainable: bool
     keys: tuple[str, ...]
+    base: Base | None = None
 
     def encode(self) -> bytes:
         """As metadata."""
@@ -52,6 +54,7 @@ def agreed(number: int | None, omissions: Sequence[Omission | None], saved: Coll
             said = [f"exclude={list(one.exclude)}, only_trainable={one.only_trainable}" for one in (first, other)]
             message = f"rank 0 says {said[0]}, and rank {rank} {said[1]}. Make the Checkpoint alike on all ranks"
             raise PlanError(number, "what is left out", [0, rank], message)
+    _check_bases(number, [one.base for one in (first, *others)])
     matched = {text for one in (first, *others) for text in one.matched}
     for text in first.exclude:
         if text not in matched:
@@ -59,7 +62,17 @@ def agreed(number: int | None, omissions: Sequence[Omission | None], saved: Coll
             raise PlanError(number, f"exclude={text!r}", range(len(omissions)), message)
     written = frozenset(saved)
     keys = dict.fromkeys(key for one in (first, *others) for key in one.keys if key not in written)
-    return LeftOut(first.exclude, first.only_trainable, tuple(keys))
+    return LeftOut(first.exclude, first.only_trainable, tuple(keys), first.base)
+
+
+def _check_bases(number: int | None, bases: Sequence[Base | None]) -> None:
+    for rank, base in enumerate(bases):
+        if (base and base.digest) != (bases[0] and bases[0].digest):
+            said = [one.path if one else "nothing" for one in (bases[0], base)]
+            message = (
+                f"rank 0 has frozen parameters from {said[0]}, and rank {rank} from {said[1]}: give all ranks the same"
+            )
+            raise PlanError(number, "frozen_from", [0, rank], message)
 
 
 def with_left_out(table: pa.Table, left_out: LeftOut | None) -> pa.Table:

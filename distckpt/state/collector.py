@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parameter import is_lazy
 
 from distckpt.errors import EncodeError
+from distckpt.format.json.left_out import Base
 from distckpt.format.limits import MAX_DIMENSIONS
 from distckpt.format.tree.many import ATOMS
 from distckpt.format.tree.tree import ArrayStep, DictStep, Leaf, Path, encode_path, flatten, key_of
@@ -25,11 +26,19 @@ from distckpt.format.tree.values import encode_value
 from distckpt.sharding.chunks import dtype_name, global_shape, local_tensor, pieces
 from distckpt.sharding.description import Description, Row, build_description
 from distckpt.sharding.omission import Omission
+from distckpt.state.base import base_of
 from distckpt.state.kind import Kind, Section, Sign
 from distckpt.state.kinds import kinds_of, makeup_of
-from distckpt.state.leaving import Leaving, check_no_holes, check_something_is_trained, flags_of, leaving_of
+from distckpt.state.leaving import (
+    Leaving,
+    check_no_holes,
+    check_something_is_trained,
+    flags_of,
+    frozen_parameters,
+    leaving_of,
+)
 from distckpt.state.memory import is_freed, writable
-from distckpt.state.objects import SAVE_COUNTER, NamedObjects, PerRank, is_array, note_trained, wrapped_in
+from distckpt.state.objects import SAVE_COUNTER, NamedObjects, PerRank, is_array, note_trained, of_base, wrapped_in
 from distckpt.state.unchanged import Snapshot, snapshot_of
 
 LARGE_TEXT = 64 << 10
@@ -175,7 +184,20 @@ class Collector:
         parameters = (key for kind in kinds.values() for key, _ in kind.parameters()) if exclude else ()
         self._matched |= self._leaving.matched(excluded, parameters)
         matched = tuple(text for text in exclude if text in self._matched)
-        return Omission(exclude, matched, only_trainable, tuple(key for read in reads for key in read.frozen))
+        frozen = tuple(key for read in reads for key in read.frozen)
+        return Omission(exclude, matched, only_trainable, frozen, self._base(kinds))
+
+    def _base(self, kinds: Mapping[str, Kind]) -> Base | None:
+        """Where frozen parameters come from, if the objects say so. EncodeError if they have not been filled from there."""
+        base = base_of(self._checkpoint)
+        frozen = frozen_parameters(self._checkpoint, kinds, self._leaving) if base is not None else frozenset()
+        if unknown := frozen - of_base(self._checkpoint):
+            raise EncodeError(
+                min(unknown),
+                "it is frozen, and has not been read from frozen_from, so nobody knows whether it is the same: call "
+                "restore_or_initialize() before the first save, which reads it",
+            )
+        return None if base is None else base.name
 
     def _most(self, section: Section, shared: bool) -> int | None:
         packs = section.packs and (self._world_size == 1 or not shared)

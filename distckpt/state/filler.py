@@ -15,10 +15,11 @@ import torch
 from distckpt.errors import MismatchError
 from distckpt.format.json.left_out import LeftOut
 from distckpt.format.tree.tree import DictStep, Path, RankStep, decode_path
+from distckpt.state.base import Completed, Part, base_of, check_base
 from distckpt.state.kinds import kinds_of
-from distckpt.state.leaving import leaving_of
+from distckpt.state.leaving import frozen_parameters, leaving_of
 from distckpt.state.match import Match, Saved, Values
-from distckpt.state.objects import SAVE_COUNTER, NamedObjects, is_stateful, note_trained, wrapped_in
+from distckpt.state.objects import SAVE_COUNTER, NamedObjects, is_stateful, note_of_base, note_trained, wrapped_in
 from distckpt.state.optimizer import STATE, OptimizerState
 from distckpt.state.selection import EVERYTHING, Selection, joined
 from distckpt.state.status import LoadStatus
@@ -35,8 +36,10 @@ class Filler:
 
     ``shown`` has rank 0 show on its terminal how far it has come.
 
+    What is frozen in objects that say where that comes from, and not in the checkpoint, comes from there.
+
     Raises ResizeError, DamagedError for plain values that are not as they were written, KeyError for a selector of no
-    key, and ValueError for a renaming that makes one key of two.
+    key, ValueError for a renaming that makes one key of two, RestoreError for a base that is not the one that was there.
     """
 
     def __init__(
@@ -64,6 +67,15 @@ class Filler:
         for kind in kinds.values():
             if isinstance(kind, OptimizerState):
                 here, origins = kind.by_name(here, origins)
+        self._frozen = frozen_parameters(checkpoint, kinds, self._leaving) if selection == EVERYTHING else frozenset()
+        self._borrowed: frozenset[str] = frozenset()
+        base = base_of(checkpoint) if self._frozen else None
+        if base is not None:
+            self._borrowed = self._frozen - texts.keys()
+            check_base(stored, base, self._borrowed)
+            part = Part(base.stored, self._borrowed)
+            here, origins = {**here, **part.paths()}, {**origins, **{key: key for key in self._borrowed}}
+            stored = Completed(stored, part)
         saved = Saved(stored, (), here, origins)
         parts = saved.by_step()
         self._match = match = Match(stored, partial, *selection.askers(self._leaving))
@@ -75,7 +87,7 @@ class Filler:
             match.value(saved, SAVE_COUNTER)
             match.afterwards(lambda values: setattr(checkpoint, SAVE_COUNTER, int(values[SAVE_COUNTER])))
         self._values: Values = match.look()
-        self._touched = self._leaving.frozen_with(match.claimed)
+        self._touched = self._leaving.frozen_with(match.claimed - self._borrowed)
         self._paths = paths
         self._names = {origin: key for key, origin in origins.items()}
         self._rank = rank
@@ -103,7 +115,7 @@ class Filler:
     @property
     def matched(self) -> int:
         """How many keys of the checkpoint some object takes."""
-        return len(self._match.claimed - {SAVE_COUNTER} - self._match.misfits.keys())
+        return len(self._match.claimed - {SAVE_COUNTER} - self._match.misfits.keys() - self._borrowed)
 
     @property
     def bytes_read(self) -> int:
@@ -147,6 +159,16 @@ class Filler:
     def finish(self) -> LoadStatus:
         """Hand the objects what was read and is not in its place yet."""
         self._match.finish(self._values)
+        note_of_base(self._checkpoint, self._borrowed & self._match.claimed - self._match.misfits.keys())
+        if self._checkpoint.frozen_from is None and self.left_out is not None and self.left_out.base is not None:
+            level = logging.WARNING if self._rank == 0 else logging.DEBUG
+            logger.log(
+                level,
+                "%s was saved beside the frozen parameters of %s: those of these objects stay as they are, and nobody knows "
+                "whether they are the same. Give frozen_from to have them read and compared",
+                self.path,
+                self.left_out.base.path,
+            )
         if self._touched and self.left_out is None and self._rank == 0:
             logger.warning(
                 "%s has %d keys of parameters that are not trained here. They are saved from now on, as nothing else may have "
@@ -182,6 +204,15 @@ def restore_objects(
         filler.check()
     filler.read()
     return filler.finish()
+
+
+def start_from_base(checkpoint: NamedObjects, rank: int, world_size: int) -> None:
+    """Fill what is frozen from where the objects say that it comes from, if they do, as there is no checkpoint to restore."""
+    base = base_of(checkpoint)
+    if base is not None:
+        filler = Filler(checkpoint, Part(base.stored, frozenset()), rank, world_size)
+        filler.read()
+        filler.finish()
 
 
 def _with_whole_names(checkpoint: NamedObjects, path: Path, before: Path) -> Path:

@@ -101,6 +101,12 @@ def check_no_holes(leaf: Leaf, leaving: Leaving) -> None:
             return
 
 
+def frozen_parameters(checkpoint: NamedObjects, kinds: Mapping[str, Kind], leaving: Leaving) -> frozenset[str]:
+    """The keys of parameters that are left out because they are not trained, without those of their state."""
+    of_modules = (kind for name, kind in kinds.items() if _is_module(checkpoint, name))
+    return leaving.frozen.intersection(key for kind in of_modules for key, _ in kind.parameters())
+
+
 def flags_of(checkpoint: NamedObjects) -> Iterator[Any]:
     """What decides, beside the objects, what is left out; cheap enough for each save."""
     yield trained_in(checkpoint)

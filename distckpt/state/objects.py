@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, TypeGuard
@@ -91,7 +92,7 @@ class NamedObjects:
     """Objects that are saved and restored together, each under its name, and the counter of their saves.
 
     The objects are attributes; what is assigned to one takes its place, or is one more. ``exclude`` and
-    ``only_trainable`` say what of them is left out: see Checkpoint.
+    ``only_trainable`` say what of them is left out, ``frozen_from`` where that comes from: see Checkpoint.
     """
 
     def __init__(
@@ -99,6 +100,7 @@ class NamedObjects:
         *,
         exclude: str | Sequence[str] = (),
         only_trainable: bool | str | Sequence[str] = False,
+        frozen_from: str | os.PathLike[str] | None = None,
         **objects: Any,
     ) -> None:
         self._objects: dict[str, Any] = {}
@@ -112,7 +114,12 @@ class NamedObjects:
         )
         if not isinstance(self._only_trainable, bool):
             self._check_modules(self._only_trainable)
+        if frozen_from is not None and not self._only_trainable:
+            raise ValueError("frozen_from says where what only_trainable leaves out comes from: give that too")
+        self._frozen_from = None if frozen_from is None else os.fspath(frozen_from)
         self._trained: frozenset[str] = frozenset()
+        self._base: object = None
+        self._of_base: frozenset[str] = frozenset()
 
     @property
     def exclude(self) -> tuple[str, ...]:
@@ -123,6 +130,11 @@ class NamedObjects:
     def only_trainable(self) -> bool | tuple[str, ...]:
         """Whether parameters that are not trained are left out: of all modules, or of those with these names."""
         return self._only_trainable
+
+    @property
+    def frozen_from(self) -> str | None:
+        """The path of the checkpoint that parameters that are left out come from."""
+        return self._frozen_from
 
     @property
     def objects(self) -> dict[str, Any]:
@@ -203,3 +215,23 @@ def note_trained(checkpoint: NamedObjects, keys: Iterable[str]) -> None:
     more = frozenset(keys)
     if not more <= checkpoint._trained:
         checkpoint._trained |= more
+
+
+def kept_base(checkpoint: NamedObjects) -> object:
+    """What ``keep_base`` was given; None before."""
+    return checkpoint._base
+
+
+def keep_base(checkpoint: NamedObjects, base: object) -> None:
+    """Have the objects remember what ``frozen_from`` is, which stays what it was when it was first looked at."""
+    checkpoint._base = base
+
+
+def of_base(checkpoint: NamedObjects) -> frozenset[str]:
+    """The keys that were filled from ``frozen_from``."""
+    return checkpoint._of_base
+
+
+def note_of_base(checkpoint: NamedObjects, keys: Iterable[str]) -> None:
+    """These keys have been filled from ``frozen_from``."""
+    checkpoint._of_base |= frozenset(keys)

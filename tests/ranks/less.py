@@ -101,3 +101,35 @@ def refusals(directory: str) -> list[str]:
         except DistckptError as error:
             told.append(str(error))
     return told
+
+
+def tune_from_base(base: str, directory: str) -> dict[str, Any]:
+    """Save a base, begin from it with other numbers, train what is not frozen, save; all that there is then."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+
+    def sharded(seed: int) -> nn.Sequential:
+        torch.manual_seed(seed)
+        model = nn.Sequential(nn.Linear(40, 200), nn.Linear(200, 2))
+        for part in (*model, model):
+            fully_shard(part, mesh=mesh)
+        return model
+
+    path = distckpt.Checkpoint(model=sharded(7)).save(base)
+    model = sharded(1)
+    model[0].requires_grad_(False)
+    optimizer = optim.Adam((each for each in model.parameters() if each.requires_grad), lr=0.1)
+    checkpoint = distckpt.Checkpoint(model=model, optimizer=optimizer, only_trainable="model", frozen_from=path)
+    with distckpt.CheckpointManager(checkpoint, directory, **OPTIONS) as manager:
+        manager.restore_or_initialize()
+        model(torch.ones(5, 40)).square().sum().backward()
+        optimizer.step()
+        pending = manager.save(1)
+        assert pending is not None
+        with distckpt.open(pending.result(30)) as reader:
+            left_out = reader.manifest.left_out
+    assert left_out is not None
+    assert left_out.base is not None
+    state = {
+        name: value.full_tensor().tolist() for name, value in model.state_dict().items() if isinstance(value, DTensor)
+    }
+    return {"state": state, "left_out": left_out.base.path}

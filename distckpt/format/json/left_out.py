@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 
 import msgspec
@@ -10,17 +11,28 @@ from distckpt.errors.base import some
 from distckpt.format.limits import shown
 from distckpt.format.tree.keys import is_among, is_below, without_rank
 
+_DIGEST = re.compile("[0-9a-f]{64}")
+
+
+class Base(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The checkpoint that frozen parameters come from: its ``path``, for people alone, and the ``digest`` of its tensors."""
+
+    path: str
+    digest: str
+
 
 class LeftOut(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """What the objects had and the checkpoint has not, since whoever saved it wanted that.
 
     ``exclude`` are what the keys begin with that were excluded, up to a ``.`` or ``@``, ranks left out. ``keys`` are
-    those of parameters that were not trained, and of their state, which are left out if ``only_trainable``.
+    those of parameters that were not trained, and of their state, which are left out if ``only_trainable``; the ``base``
+    has these parameters, if one was named.
     """
 
     exclude: tuple[str, ...] = ()
     only_trainable: bool = False
     keys: tuple[str, ...] = ()
+    base: Base | None = None
 
     def covers(self, key: str) -> bool:
         """Whether something was left out at ``key``, below it, or with what it is below."""
@@ -41,6 +53,10 @@ class LeftOut(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defa
                 yield f"{shown(text)} is no key that could have been left out"
         if self.keys and not self.only_trainable:
             yield "it leaves out what is not trained, and does not say so"
+        if self.base is not None and not (
+            self.only_trainable and self.base.path and _DIGEST.fullmatch(self.base.digest)
+        ):
+            yield f"{shown(self.base.path)} is no base of what is not trained"
 
     def __str__(self) -> str:
         parts = [f"exclude={list(self.exclude)}"] if self.exclude else []
