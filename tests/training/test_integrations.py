@@ -448,7 +448,7 @@ def test_ray_train_goes_on_after_a_worker_was_killed(tmp_path: Path, ray_address
 @pytest.mark.parametrize(
     ("name", "needed", "extra"),
     [("transformers", "transformers.trainer_callback", "transformers"), ("lightning", "lightning.pytorch", "lightning"),
-     ("ray_train", "ray.train", "train")],
+     ("ray_train", "ray.train", "train"), ("jax", "jax", "jax")],
 )  # fmt: skip
 def test_a_missing_library_is_named_with_what_installs_it(
     monkeypatch: pytest.MonkeyPatch, name: str, needed: str, extra: str
