@@ -263,8 +263,7 @@ class CheckpointManager:
             self._finish()
 
     def _finish(self, timeout: float | None = None) -> None:
-        while (late := self._pending.settle(timeout)) and self._saver.waits_for_readers:
-            pass
+        late = self._pending.settle(timeout, lambda: self._saver.waits_for_readers)
         if not late:
             self._saver.await_published()
         self._pending.raise_failure(list(self._pending), at_end=True)

@@ -189,11 +189,17 @@ class PendingSaves:
         """One more."""
         self._saves.append(pending)
 
-    def settle(self, timeout: float | None = None) -> list[PendingSave]:
-        """Return once none is under way, or after so many seconds, with those that are. A failure stays to be told."""
+    def settle(self, timeout: float | None = None, held_up: Callable[[], bool] = bool) -> list[PendingSave]:
+        """Return once none is under way, or after so many seconds, with those that are. A failure stays to be told.
+
+        As long as saves are ``held_up`` by others the seconds do not count, and begin anew when they no longer are.
+        """
         ends = {progress_of(pending).ended: pending for pending in self}
-        late = wait(ends, timeout).not_done
-        return [pending for end, pending in ends.items() if end in late]
+        while True:
+            was_held_up = held_up()
+            late = wait(ends, timeout).not_done
+            if not late or not (was_held_up or held_up()):
+                return [pending for end, pending in ends.items() if end in late]
 
     def log_failures(self, error: BaseException, seconds: float) -> None:
         """Log how those end that have failed, or not ended in so many seconds, while ``error`` ended the training loop."""
