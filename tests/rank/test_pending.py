@@ -14,6 +14,7 @@ import torch
 
 import distckpt
 from distckpt.errors import SaveError
+from distckpt.rank.pending import PendingSaves, progress_of
 
 
 @pytest.fixture
@@ -92,3 +93,19 @@ def test_of_a_save_under_way_or_failed_it_tells_what_is_known(tmp_path: Path) ->
     assert failed.total_seconds is not None
     assert failed.endswith("ckpt-2")
     manager.close()
+
+
+def test_seconds_count_from_when_others_let_a_save_go() -> None:
+    """Not from when it was begun to wait: it could have next to none then."""
+    save, saves = distckpt.PendingSave("/run/ckpt-1", 1), PendingSaves()
+    saves.add(save)
+    told = iter([True, False])
+
+    def held_up() -> bool:
+        is_held_up = next(told)
+        if not is_held_up:
+            progress_of(save).fail(SaveError(1, "it goes on, and has come to its end"))
+        return is_held_up
+
+    assert saves.settle(0.01, lambda: False) == [save]
+    assert saves.settle(0.01, held_up) == []
