@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
-from collections.abc import Iterator
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from types import TracebackType
 
 from distckpt.errors import (
     AlreadyExistsError,
@@ -35,69 +36,93 @@ _UNSURE = {
 }
 
 
-@contextlib.contextmanager
-def reading(path: str) -> Iterator[None]:
+class _Told:
+    """Gives an exception that leaves the block to ``tell``, which may raise another one instead.
+
+    Not a generator with ``contextmanager``: from Python 3.12 on what is thrown into one is in a cycle with the frames
+    that it came through, which keeps all that their callers hold until garbage is looked for. For the same reason
+    nothing here keeps in a variable what it raises.
+    """
+
+    __slots__ = ("_path", "_tell")
+
+    def __init__(self, path: str, tell: Callable[[str, BaseException], None]) -> None:
+        self._path = path
+        self._tell = tell
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is not None:
+            self._tell(self._path, error)
+
+
+def reading(path: str) -> AbstractContextManager[None]:
     """Raise any OSError inside as a StorageError on ``path``; something missing as ObjectNotFoundError.
 
     A link on the way, or a socket in its place, is a DamagedError: no store puts them there.
     """
-    try:
-        yield
-    except StorageError:
-        raise
-    except OSError as error:
-        if error.errno in _MISSING:
-            raise ObjectNotFoundError(path) from error
-        if error.errno in _NOT_OURS:
-            raise DamagedError(path, f"cannot be read: {_why(error)}") from error
-        raise StorageError(path, f"could not be read: {_why(error)}") from error
+    return _Told(path, _reading)
 
 
-@contextlib.contextmanager
-def deleting(path: str) -> Iterator[None]:
+def deleting(path: str) -> AbstractContextManager[None]:
     """Raise any OSError inside as a StorageError on ``path``; something missing as ObjectNotFoundError."""
-    try:
-        yield
-    except StorageError:
-        raise
-    except OSError as error:
-        if error.errno in _MISSING:
-            raise ObjectNotFoundError(path) from error
-        kind = BlockedError if error.errno in _BLOCKED else StorageError
-        raise kind(path, f"could not be deleted: {_why(error)}") from error
+    return _Told(path, _deleting)
 
 
-@contextlib.contextmanager
-def writing(path: str) -> Iterator[None]:
+def writing(path: str) -> AbstractContextManager[None]:
     """Raise any OSError inside, none of which can have written ``path`` whole, as a StorageError."""
-    try:
-        yield
-    except StorageError:
-        raise
-    except FileExistsError as error:
-        raise AlreadyExistsError(path) from error
-    except OSError as error:
-        raise _kind(error)(path, f"could not be written: {_why(error)}") from error
+    return _Told(path, _writing)
 
 
-@contextlib.contextmanager
-def publishing(path: str) -> Iterator[None]:
+def publishing(path: str) -> AbstractContextManager[None]:
     """As ``writing``, around the one step that makes ``path`` visible: a lost answer leaves the outcome unknown."""
-    try:
-        with writing(path):
-            yield
-    except StorageError as error:
-        if isinstance(error.__cause__, OSError) and error.__cause__.errno in _UNSURE:
-            raise _unknown(path, error.__cause__) from error.__cause__
-        raise
+    return _Told(path, _publishing)
 
 
-@contextlib.contextmanager
-def published(path: str) -> Iterator[None]:
+def published(path: str) -> AbstractContextManager[None]:
     """Raise any OSError inside as StoreOutcomeUnknownError: ``path`` is visible by now, but perhaps not durable."""
-    try:
-        yield
-    except OSError as error:
+    return _Told(path, _published)
+
+
+def _reading(path: str, error: BaseException) -> None:
+    if isinstance(error, StorageError) or not isinstance(error, OSError):
+        return
+    if error.errno in _MISSING:
+        raise ObjectNotFoundError(path) from error
+    if error.errno in _NOT_OURS:
+        raise DamagedError(path, f"cannot be read: {_why(error)}") from error
+    raise StorageError(path, f"could not be read: {_why(error)}") from error
+
+
+def _deleting(path: str, error: BaseException) -> None:
+    if isinstance(error, StorageError) or not isinstance(error, OSError):
+        return
+    if error.errno in _MISSING:
+        raise ObjectNotFoundError(path) from error
+    kind = BlockedError if error.errno in _BLOCKED else StorageError
+    raise kind(path, f"could not be deleted: {_why(error)}") from error
+
+
+def _writing(path: str, error: BaseException) -> None:
+    if isinstance(error, StorageError) or not isinstance(error, OSError):
+        return
+    if isinstance(error, FileExistsError):
+        raise AlreadyExistsError(path) from error
+    raise _kind(error)(path, f"could not be written: {_why(error)}") from error
+
+
+def _publishing(path: str, error: BaseException) -> None:
+    said = error.__cause__ if isinstance(error, StorageError) else error
+    if isinstance(said, OSError) and said.errno in _UNSURE:
+        raise _unknown(path, said) from said
+    _writing(path, error)
+
+
+def _published(path: str, error: BaseException) -> None:
+    if isinstance(error, OSError):
         raise _unknown(path, error) from error
 
 
