@@ -16,6 +16,7 @@ from distckpt.directory.locate import locate, read_index
 from distckpt.state.filler import Filler
 from distckpt.state.selection import EVERYTHING, Selection
 from distckpt.state.stored import Committed
+from tests.support import opcodes
 from tests.support.checkpoints import PerRankValues, write_checkpoint
 from tests.support.pressure import PACKAGE
 
@@ -29,7 +30,7 @@ class Work:
         self.count = 0
 
     def __enter__(self) -> Work:
-        sys.settrace(self._enter)
+        opcodes.settrace(self._enter)
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -19,6 +19,7 @@ import distckpt
 from distckpt import Coordinator, LooperThread
 from distckpt.errors import OutOfRangeError
 from distckpt.threads import coordinator as threads
+from tests.support import opcodes
 
 SOON = 20.0
 """Seconds within which something happens that takes milliseconds, however busy the machine is."""
@@ -275,7 +276,7 @@ def stopped_by_handler_at(step: int, call: Callable[[Coordinator], object]) -> t
         return trace
 
     before, tracing = signal.signal(signal.SIGALRM, handler), sys.gettrace()
-    sys.settrace(trace)
+    opcodes.settrace(trace)
     try:
         call(coord)
     finally:
