@@ -19,7 +19,7 @@ QUICK := $(addprefix tests/,format storage sharding transfer directory threads r
 SECONDS ?= 600
 STORE ?= local
 
-.PHONY: help install demo test test-floors explore soak check bench clean
+.PHONY: help install demo test test-floors test-pythons explore soak check bench clean
 
 help:           ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/'
@@ -41,14 +41,18 @@ demo: $(READY) $(if $(filter-out local,$(STORE)),$(SERVERS_READY)) ## the main j
 test: $(READY) $(SERVERS_READY) ## the whole test suite, three files at a time
 	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
-$(FLOORS_READY): pyproject.toml constraints.txt tests/floors.py
-	$(PYTHON) -m venv --clear $(FLOORS)
-	$(FLOORS)/bin/python tests/floors.py > $(FLOORS)/floors.txt
+$(FLOORS_READY): $(READY) pyproject.toml constraints.txt tests/floors.py
+	oldest=$$($(BIN)/python tests/pythons.py --oldest) && $$oldest -m venv --clear $(FLOORS)
+	$(BIN)/python tests/floors.py > $(FLOORS)/floors.txt
 	$(FLOORS)/bin/python -m pip install --quiet --disable-pip-version-check -c $(FLOORS)/floors.txt -e '.[test]'
 	touch $(FLOORS_READY)
 
-test-floors: $(FLOORS_READY) $(SERVERS_READY) ## the quick tests with the lowest versions that pyproject.toml allows (Python 3.11)
+test-floors: $(FLOORS_READY) $(SERVERS_READY) ## the quick tests with the lowest versions that pyproject.toml allows, on the oldest Python from 3.10 on
+	$(FLOORS)/bin/python --version
 	$(FLOORS)/bin/python -m pytest -p no:cacheprovider -m "not ray" $(QUICK)
+
+test-pythons: $(READY) $(SERVERS_READY) ## the quick tests with the newest versions, on each Python from 3.10 to 3.13 that is found
+	$(BIN)/python tests/pythons.py -m "not ray" $(QUICK)
 
 explore: $(READY) ## look for what the tests have not met yet, for SECONDS=600
 	$(BIN)/python tests/explore.py $(SECONDS)
@@ -65,4 +69,4 @@ bench: $(READY) $(SERVERS_READY) ## the figures, with the peers measured beside 
 	$(BIN)/python benchmarks/run.py
 
 clean:          ## remove the virtual environment and what runs have left
-	rm -rf $(VENV) $(FLOORS) $(SERVERS) demo-output bench-output .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(FLOORS) .venv-pythons $(SERVERS) demo-output bench-output .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,16 +1,20 @@
 """Prints the lowest version of every package that pyproject.toml allows, as constraints for pip.
 
 What constraints.txt pins keeps the version given there: of torch, other releases than that one come with gigabytes of
-CUDA. Needs Python 3.11 or newer and nothing else.
+CUDA. Before Python 3.11 needs tomli, which pytest brings.
 """
 
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import tomllib
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 ROOT = Path(__file__).parents[1]
 FLOOR = re.compile(r"([\w.-]+)(?:\[[\w,]*\])?>=([\d.]+)")
