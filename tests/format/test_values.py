@@ -139,7 +139,7 @@ def test_every_value_comes_back_exactly_whatever_the_padding(value, blanks):
         b"",
         "",
         "\u2028\0\U0001f600",
-        np.datetime64("NaT"),
+        np.datetime64("NaT", "s"),
     ],
 )
 def test_awkward_values_come_back(value):
