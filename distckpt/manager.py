@@ -37,6 +37,7 @@ from distckpt.state.objects import NamedObjects
 from distckpt.state.selection import EVERYTHING, Rename, Selection
 from distckpt.state.status import LoadStatus
 from distckpt.storage import join, open_store, placed, with_patience
+from distckpt.telemetry.telling import Telling
 from distckpt.threads.coordinator import Coordinator
 from distckpt.world import find_world
 
@@ -165,18 +166,16 @@ class CheckpointManager:
             shown=progress,
         )
         self._saver = Saver(self._client, self._store, checkpoint, saving, self._background, self._costs)
-        self._restorer = Restorer(
-            self._gathering or self._client, self._store, checkpoint, world, save_timeout, progress
-        )
+        asked = self._gathering or self._client
+        self._restorer = Restorer(asked, self._store, checkpoint, world, save_timeout, progress)
         self._pending = PendingSaves()
         self._alone = Alone(self._store.url, self._costs)
-        self._closed = False
-        self._left = False
-        self._final = False
+        self._closed = self._left = self._final = False
         self._patience = 2 * save_timeout + CLOSE_SECONDS
         beat(self._client, self._background)
         if self._keeps_stats and self._world.rank == 0:
             Chronicle(self._background, self._store, self._client, self._world, self._costs).start()
+        self._telling = Telling(os.environ if self._keeps_stats else {}, self._costs, self._client, world, meeting)
         close_at_exit(self)
 
     # ---- what there is -----------------------------------------------------------------------------------------
@@ -395,6 +394,7 @@ class CheckpointManager:
         forget_at_exit(self)
         self._cluster.close()
         self._saver.close(deadline)
+        self._telling.close()
         self._background.request_stop()
         grace = min(CLOSE_SECONDS, max(1.0, deadline - time.monotonic()))
         self._background.join(stop_grace_period_secs=grace, ignore_live_threads=True)

@@ -108,6 +108,7 @@ class Costs:
         self._began = time.monotonic()
         self._lock = threading.RLock()  # a signal handler may ask for the numbers
         self._now = ManagerStats()
+        self._newest: CheckpointRecord | None = None
         self._thread = 0
         self._inside: _Inside | None = None
         self._is_restored = False
@@ -130,6 +131,11 @@ class Costs:
                 saving_seconds=stats.saving_seconds + (0.0 if restores else standing),
                 restored=stats.restored.joined(Durations(0, standing, standing)) if restores else stats.restored,
             )
+
+    @property
+    def newest(self) -> CheckpointRecord | None:
+        """What was committed last, as far as this rank knows: of what it has saved and restored."""
+        return self._newest
 
     # ---- what the manager tells ----------------------------------------------------------------------------------
 
@@ -193,6 +199,7 @@ class Costs:
             is_start = not (self._is_restored or self._now.saves)
             self._is_restored = True
             self._set(bytes_restored=self._now.bytes_restored + nbytes)
+            self._know(record)
             if is_start:
                 self._set(starting_seconds=self._now.starting_seconds + at)
             elif record is not None:
@@ -209,6 +216,7 @@ class Costs:
                 self._set(failed=self._now.failed + 1)
                 return
             record = progress.ended.result()
+            self._know(record)
             self._safe = max(self._safe, at)
             self._kept[record.attempt] = at
             while len(self._kept) > MOST_KNOWN:
@@ -218,6 +226,10 @@ class Costs:
                 bytes_written=self._now.bytes_written + progress.nbytes,
                 bytes_committed=self._now.bytes_committed + record.nbytes,
             )
+
+    def _know(self, record: CheckpointRecord | None) -> None:
+        if record is not None and (self._newest is None or record.order >= self._newest.order):
+            self._newest = record
 
     def _trained(self, now: float) -> float:
         """Seconds of training behind us at ``now`` that were not lost; while training stands still they stand too."""

@@ -17,6 +17,7 @@ FLOORS = (
     ("directory",),
     ("state", "coordinator", "iterators"),
     ("rank", "reader", "testing"),
+    ("telemetry",),
     ("manager",),
     ("checkpoint",),
     ("training", "export", "evaluation", "dcp"),
@@ -105,7 +106,14 @@ def test_no_module_needs_itself() -> None:
 def test_wall_clock_time_is_read_at_the_rim_and_through_time_time_alone() -> None:
     """So a test can set it, and what decides (the machine, retention) is told."""
     rim = {"coordinator.shell.shell", "storage.memory", "storage.examine", "export.task"}
-    rim |= {"directory.groups", "directory.reports", "evaluation.claims", "training.hooks", "rank.chronicle"}
+    rim |= {
+        "directory.groups",
+        "directory.reports",
+        "evaluation.claims",
+        "training.hooks",
+        "rank.chronicle",
+        "telemetry.outlet",
+    }
     rim |= {"storage.remote.s3_signing"}
     rim |= {
         f"cli.{command}"

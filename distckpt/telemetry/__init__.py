@@ -1,0 +1,1 @@
+"""What managers tell systems that watch jobs: Prometheus and OpenTelemetry, where environment variables ask for it."""
