@@ -18,7 +18,7 @@ from click.testing import CliRunner, Result
 import distckpt
 from distckpt.cli.app import main
 from tests.support.checkpoints import commit_bare
-from tests.support.small_runs import Trainer
+from tests.support.small_runs import followed_run
 from tests.support.warm import ROOT
 
 HOSTILE = "<script>alert(1)</script>&\"'"
@@ -54,17 +54,6 @@ class Page(HTMLParser):
 
 def report(directory: Path, output: Path) -> Result:
     return CliRunner().invoke(main, ["report", str(directory), "-o", str(output)])
-
-
-def followed_run(directory: Path) -> None:
-    """Three checkpoints, of which 1 was reported on, 2 is at a worker, and 3 waits."""
-    with Trainer(directory, max_to_keep=None) as trainer:
-        for number in (1, 2, 3):
-            trainer.saved(number)
-    watching = distckpt.watch(directory, group="eval", mode="all", worker="alice <1>", timeout=0, max_in_flight=2)
-    with next(watching) as first:
-        first.report({"loss": 1.25})
-    next(watching)
 
 
 def test_a_page_shows_a_run_and_needs_nothing_else(tmp_path: Path) -> None:

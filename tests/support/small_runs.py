@@ -95,6 +95,17 @@ def run(directory: PathLike, *numbers: int, **options: Any) -> None:
             trainer.saved(number)
 
 
+def followed_run(directory: Path) -> None:
+    """Three checkpoints, of which 1 was reported on, 2 is at a worker, and 3 waits."""
+    with Trainer(directory, max_to_keep=None) as trainer:
+        for number in (1, 2, 3):
+            trainer.saved(number)
+    watching = distckpt.watch(directory, group="eval", mode="all", worker="alice <1>", timeout=0, max_in_flight=2)
+    with next(watching) as first:
+        first.report({"loss": 1.25})
+    next(watching)
+
+
 def holds(state: Any, number: int) -> bool:
     """Whether ``state`` is, bit for bit, what checkpoint ``number`` holds."""
     return same(tree(number), state)

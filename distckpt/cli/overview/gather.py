@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 from distckpt.cli.grouping import Standing, standings
 from distckpt.cli.listing import Listed, in_order
+from distckpt.directory.locate import located
 from distckpt.directory.newest import has_manifest
 from distckpt.directory.picture import Picture
 from distckpt.directory.reports import read_reports
@@ -17,6 +18,7 @@ from distckpt.errors import CheckpointNotFoundError, DamagedError, ObjectNotFoun
 from distckpt.format import names
 from distckpt.format.json.lease import MAX_LEASE_BYTES, Lease
 from distckpt.format.json.log import State
+from distckpt.format.json.manifest import Manifest
 from distckpt.format.json.report import with_reports
 from distckpt.format.json.sealed import unseal
 from distckpt.storage import MOST_NAMES, Store, at_most
@@ -29,7 +31,7 @@ MOST_LOOKED_FOR = 200
 class Overview:
     """A run at a moment, ``read_at`` in epoch seconds: ``listed`` oldest first, ``wrong`` what could not be read or is gone.
 
-    ``ended``: the log says that training is over.
+    ``ended``: the log says that training is over. ``newest`` is the manifest of the newest checkpoint, if it could be read.
     """
 
     picture: Picture
@@ -39,6 +41,7 @@ class Overview:
     leases: tuple[Lease, ...]
     groups: tuple[Standing, ...]
     wrong: tuple[str, ...]
+    newest: Manifest | None = None
 
 
 def gather(store: Store, now: float) -> Overview:
@@ -65,7 +68,22 @@ def gather(store: Store, now: float) -> Overview:
     listed = tuple(in_order(state, missing, pinned, {lease.attempt for lease in leases} - pinned))
     wrong += [f"{one.name} is in the log, and not on storage" for one in listed if "missing" in one.marks]
     picture = Picture(store.url, told.history, tuple(reversed(state.newest_first())), told.passed_over)
-    return Overview(picture, now, state.ended, listed, leases, groups, tuple(wrong))
+    newest = _newest(store, state, missing, wrong)
+    return Overview(picture, now, state.ended, listed, leases, groups, tuple(wrong), newest)
+
+
+def _newest(store: Store, state: State, missing: Collection[str], wrong: list[str]) -> Manifest | None:
+    """Of the newest checkpoint that is there."""
+    for record in state.newest_first():
+        if record.attempt not in missing:
+            try:
+                return located(store, record).manifest
+            except ObjectNotFoundError:
+                return None  # retired meanwhile
+            except DamagedError as error:
+                wrong.append(str(error))
+                return None
+    return None
 
 
 def _missing(store: Store, state: State) -> Iterator[str]:

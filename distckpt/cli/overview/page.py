@@ -14,7 +14,7 @@ from markupsafe import Markup
 from distckpt.cli import text
 from distckpt.cli.listing import Listed
 from distckpt.cli.overview.charts import Mark, Point, Span, line_chart, timeline
-from distckpt.cli.overview.gather import Overview
+from distckpt.cli.overview.gather import MOST_LOOKED_FOR, Overview
 from distckpt.directory.goodput import History
 from distckpt.format import names
 from distckpt.format.json.group import Item
@@ -63,13 +63,23 @@ def page(overview: Overview, refresh: int = 0) -> str:
         refresh=refresh,
         figures=list(_figures(overview)),
         wrong=overview.wrong,
+        looked_for=MOST_LOOKED_FOR,
         pictures=[
             ("Runs", _runs_chart(overview)),
             ("Checkpoints", _checkpoint_charts(overview)),
             ("Metrics", _metric_charts(overview)),
             ("What saving costs", _cost_charts(overview)),
         ],
-        tables=[_checkpoints(overview), _groups(overview), _held(overview), _leases(overview), _runs(overview)],
+        tables=[
+            _costs(overview),
+            _ranks(overview),
+            _retention(overview),
+            _checkpoints(overview),
+            _groups(overview),
+            _held(overview),
+            _leases(overview),
+            _runs(overview),
+        ],
     )
 
 
@@ -207,6 +217,81 @@ def _checkpoints(overview: Overview) -> Table:
 
 def _style(one: Listed) -> str:
     return one.marks[0] if one.marks else ""
+
+
+_PHASES = (
+    ("training stood still, for the first save", "first_stall"),
+    ("training stood still", "stall"),
+    ("of that, for the save before", "queued"),
+    ("of that, to copy", "copied"),
+    ("a GPU's step waited for the copy", "device_waited"),
+    ("until rank 0's part was on storage", "written"),
+    ("until it was committed", "committed"),
+    ("training waited for saves to end", "waited"),
+    ("a restore took", "restored"),
+)
+"""What takes time, and where RunStats has how long."""
+
+
+def _costs(overview: Overview) -> Table:
+    """Of the newest run that has measured something."""
+    measured = [run for run in overview.picture.history.runs if run.saves or run.restored.times]
+    if not measured:
+        return _table("What saves and restores took", [], [], [])
+    run = measured[-1]
+    taken = [(words, getattr(run, field)) for words, field in _PHASES]
+    rows = [
+        [words, f"{each.times:,}", text.duration(each.mean), text.duration(each.longest), text.duration(each.total)]
+        for words, each in taken
+        if each.times
+    ]
+    columns = ["", "times", "on average", "the longest", "in all"]
+    title = f"What saves and restores took in run {run.run}, on rank 0"
+    return _table(title, columns, rows[::-1], [""] * len(rows), *columns[1:])
+
+
+def _ranks(overview: Overview) -> Table:
+    """Who writes most is who is waited for, where all write equally fast; how long each took is not on storage."""
+    manifest = overview.newest
+    if manifest is None or manifest.world_size == 1:
+        return _table("What each rank wrote", [], [], [])
+    nbytes, shards = [0] * manifest.world_size, [0] * manifest.world_size
+    for shard in manifest.shards:
+        nbytes[shard.rank] += shard.size
+        shards[shard.rank] += 1
+    mean = sum(nbytes) / len(nbytes)
+    by_size = sorted(range(manifest.world_size), key=lambda rank: (nbytes[rank], -rank))
+    rows = [
+        [str(rank), str(shards[rank]), human_bytes(nbytes[rank]), f"{nbytes[rank] / mean:.2f}" if mean else ""]
+        for rank in by_size
+    ]
+    columns = ["rank", "shards", "size", "times the mean"]
+    title = f"What each rank wrote of {names.checkpoint_folder(manifest.name, manifest.number)}, the most first"
+    return _table(title, columns, rows, [""] * len(rows), *columns)
+
+
+def _retention(overview: Overview) -> Table:
+    columns = ["state", "checkpoints", "size", "oldest", "newest"]
+    rows = []
+    for marks, words in _KEPT:
+        records = [one.record for one in overview.listed if marks & {*one.marks}]
+        if records:
+            times = [record.time for record in records]
+            size = human_bytes(sum(record.nbytes for record in records))
+            ends = text.local_time(min(times)), text.local_time(max(times))
+            rows.append([words, f"{len(records):,}", size, *ends])
+    return _table("Retention", columns, rows[::-1], [""] * len(rows), "checkpoints", "size")
+
+
+_KEPT = (
+    ({"newest", "active"}, "active: taking part in retention"),
+    ({"preserved"}, "preserved for good"),
+    ({"pinned"}, "of these, pinned"),
+    ({"leased"}, "of these, being read"),
+    ({"retiring"}, "retiring: being deleted"),
+    ({"missing"}, "missing: deleted by others"),
+)
+"""The marks of Listed, and what they mean for whether it stays."""
 
 
 def _groups(overview: Overview) -> Table:
