@@ -70,7 +70,7 @@ def _values(data: Any) -> Iterator[tuple[str, list[float]]]:
 
 def main() -> None:
     """Do as told until there is nothing more to do."""
-    logging.basicConfig(level=logging.INFO, stream=sys.stderr)
+    logging.basicConfig(level=logging.INFO, stream=sys.stderr, force=True)
     training = Training()
     for line in sys.stdin:
         word, *arguments = line.split()

@@ -28,7 +28,7 @@ START_SECONDS = 60
 class Tab:
     """A page in the browser. ``requests`` are the URLs that it asked for, ``errors`` what it complained about."""
 
-    socket: aiohttp.ClientWebSocketResponse
+    socket: Any
     requests: list[str] = field(default_factory=list)
     errors: list[str] = field(default_factory=list)
     _ids: Any = field(default_factory=itertools.count)
@@ -37,7 +37,9 @@ class Tab:
         """Call a method of the DevTools protocol."""
         number = next(self._ids)
         await self.socket.send_json({"id": number, "method": method, "params": parameters})
-        return (await self._until(lambda message: message.get("id") == number))["result"]
+        answer = await self._until(lambda message: message.get("id") == number)
+        result: dict[str, Any] = answer["result"]
+        return result
 
     async def show(self, url: str) -> None:
         """Load it, to the end."""
@@ -62,7 +64,7 @@ class Tab:
 
     async def _until(self, met: Any) -> dict[str, Any]:
         while True:
-            message = await self.socket.receive_json(timeout=60)
+            message: dict[str, Any] = await self.socket.receive_json(timeout=60)
             method, told = message.get("method"), message.get("params", {})
             if method == "Network.requestWillBeSent":
                 self.requests.append(told["request"]["url"])
@@ -72,7 +74,7 @@ class Tab:
                 self.errors.append(told["entry"]["text"])
             if met(message):
                 assert "error" not in message, message
-                return message  # type: ignore[no-any-return]
+                return message
 
 
 @asynccontextmanager
