@@ -9,6 +9,8 @@ READY := $(VENV)/.ready
 
 FLOORS := .venv-floors
 FLOORS_READY := $(FLOORS)/.ready
+DOCS := .venv-docs
+DOCS_READY := $(DOCS)/.ready
 SERVERS := .venv-servers
 SERVERS_READY := $(SERVERS)/.ready
 QUICK := $(addprefix tests/,format storage sharding transfer directory threads readers house \
@@ -19,7 +21,7 @@ QUICK := $(addprefix tests/,format storage sharding transfer directory threads r
 SECONDS ?= 600
 STORE ?= local
 
-.PHONY: help install demo test test-floors test-pythons explore soak check bench clean
+.PHONY: help install demo test test-floors test-pythons explore soak check docs bench clean
 
 help:           ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/'
@@ -65,8 +67,16 @@ check: $(READY) ## style and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+$(DOCS_READY): docs/requirements.txt
+	$(PYTHON) -m venv $(DOCS)
+	$(DOCS)/bin/python -m pip install --quiet --disable-pip-version-check -r docs/requirements.txt
+	touch $(DOCS_READY)
+
+docs: $(DOCS_READY) ## the documentation as a site, in docs-output/; a link that leads nowhere is an error
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --strict --quiet
+
 bench: $(READY) $(SERVERS_READY) ## the figures, with the peers measured beside us
 	$(BIN)/python benchmarks/run.py
 
 clean:          ## remove the virtual environment and what runs have left
-	rm -rf $(VENV) $(FLOORS) .venv-pythons $(SERVERS) demo-output bench-output .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(FLOORS) .venv-pythons $(SERVERS) $(DOCS) docs-output demo-output bench-output .pytest_cache .mypy_cache .ruff_cache .hypothesis
