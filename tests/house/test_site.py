@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
 import re
+from importlib.util import find_spec
 from pathlib import Path
 
 import distckpt
@@ -18,9 +18,14 @@ def referenced() -> list[str]:
 
 
 def test_what_the_reference_names_is_there() -> None:
+    """A module, or a name that its module says, none of which is imported: some need a library that forks badly."""
     for name in referenced():
         home, _, last = name.rpartition(".")
-        assert hasattr(importlib.import_module(home), last) or importlib.import_module(name), name
+        module = find_spec(home)
+        assert module is not None, name
+        assert module.origin is not None, name
+        said = re.search(rf"\b{last}\b", Path(module.origin).read_text())
+        assert said or find_spec(name), name
 
 
 def test_every_public_name_is_in_the_reference() -> None:
