@@ -32,7 +32,7 @@ class StepOrder:
         self._optimizers = optimizers
         self._waited = waited
         self._waits: dict[torch.device, tuple[torch.cuda.Event, torch.cuda.Event]] = {}
-        self._copied: StagedCopy | None = None
+        self._copies: list[StagedCopy] = []
         self._devices: frozenset[torch.device] = frozenset()
         self._stepped: WeakSet[torch.optim.Optimizer] = WeakSet()
         self._replayed: WeakSet[torch.optim.Optimizer] = WeakSet()
@@ -50,12 +50,10 @@ class StepOrder:
         tell = all(optimizer in self._stepped and optimizer not in self._replayed for optimizer in optimizers)
         self._stepped.clear()
         owned = _memory(optimizers)
-        if tell and all(source.untyped_storage().data_ptr() in owned for source in on_gpu):
-            self._copied = copied
-        else:
-            self._copied = None
-            for device in self._devices:
-                self._order_after(copied, device)
+        # With several buffers those of earlier saves may be on their way still, each on a stream of its own.
+        self._copies = [*(each for each in self._copies if not each.has_arrived), copied]
+        if not (tell and all(source.untyped_storage().data_ptr() in owned for source in on_gpu)):
+            self._order()
 
     def close(self) -> None:
         """Take the hook away."""
@@ -69,10 +67,12 @@ class StepOrder:
             self._replayed.add(optimizer)  # nothing steps now, and its replays will not come here
             return
         self._stepped.add(optimizer)
-        if self._copied is None:
-            return
-        for device in self._devices:
-            self._order_after(self._copied, device)
+        self._order()
+
+    def _order(self) -> None:
+        for copied in self._copies:
+            for device in self._devices:
+                self._order_after(copied, device)
 
     def _order_after(self, copied: StagedCopy, device: torch.device) -> None:
         """Have the device's stream wait, and take the time of the first wait for each copy."""

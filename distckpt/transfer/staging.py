@@ -37,6 +37,11 @@ class StagedCopy:
         self._ordered = False
         self._disturbed: tuple[str, ...] = ()
 
+    @property
+    def has_arrived(self) -> bool:
+        """Whether somebody has waited until all bytes had arrived, or they had from the start."""
+        return not self._events
+
     def wait(self) -> None:
         """Return once all bytes have arrived: from then on the sources may change."""
         for event in self._events:
