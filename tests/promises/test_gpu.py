@@ -118,13 +118,13 @@ def test_what_was_saved_on_one_device_comes_back_on_another(here: str, there: st
 class Counting:
     """A large parameter of which every element is the number of steps that were made."""
 
-    def __init__(self, directory: Path, elements: int = LARGE) -> None:
+    def __init__(self, directory: Path, elements: int = LARGE, **options: Any) -> None:
         self.weight = nn.Parameter(torch.zeros(elements, device="cuda"))
         self.optimizer = torch.optim.SGD([self.weight], lr=1.0)
         self.weight.grad = torch.full_like(self.weight, -1.0)
         self.directory = directory
         checkpoint = distckpt.Checkpoint(weight=self.weight, optimizer=self.optimizer)
-        self.manager = distckpt.CheckpointManager(checkpoint, directory, max_to_keep=None)
+        self.manager = distckpt.CheckpointManager(checkpoint, directory, max_to_keep=None, **options)
         self.manager.prepare()
 
     def saved(self, number: int) -> set[float]:
@@ -151,6 +151,20 @@ def test_steps_that_follow_at_once_are_in_no_save_before_them(counting: Counting
     assert counting.manager.stats().device_waited.times > 0
 
 
+def test_steps_wait_for_the_copies_of_all_saves_that_are_under_way(tmp_path: Path) -> None:
+    counting = Counting(tmp_path, buffers=3)
+    with counting.manager:
+        counting.manager.save(0).result()
+        counting.optimizer.step()
+        pending = [counting.manager.save(number) for number in (1, 2, 3)]
+        counting.optimizer.step()
+        pending.append(counting.manager.save(4))
+        counting.optimizer.step()
+        for save in pending:
+            save.result()
+    assert [counting.saved(number) for number in range(5)] == [{0.0}, {1.0}, {1.0}, {1.0}, {2.0}]
+
+
 def test_steps_that_are_replayed_as_a_graph_are_in_no_save_before_them(counting: Counting) -> None:
     counting.optimizer.step()  # as torch asks for before a capture
     torch.cuda.synchronize()
@@ -165,6 +179,7 @@ def test_steps_that_are_replayed_as_a_graph_are_in_no_save_before_them(counting:
     assert [counting.saved(number) for number in range(1, 5)] == [{3.0 * number - 2} for number in range(1, 5)]
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # torch.compile's own
 def test_steps_that_are_compiled_are_in_no_save_before_them(counting: Counting) -> None:
     pytest.importorskip("triton")
     step = torch.compile(counting.optimizer.step)
@@ -231,6 +246,7 @@ def test_workers_that_are_forked_beside_a_save_do_no_harm(tmp_path: Path) -> Non
     assert [counting.saved(number) for number in range(3)] == [{8.0 * number} for number in range(3)]
 
 
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")  # as no_dist says
 def test_dcp_saves_and_loads_gpu_tensors_through_it(tmp_path: Path) -> None:
     state: dict[str, Any] = {"weight": torch.randn(1000, 3, device="cuda"), "step": 7}
     dcp.save(state, storage_writer=distckpt.dcp.Writer(tmp_path, number=1), no_dist=True)
