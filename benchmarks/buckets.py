@@ -108,16 +108,20 @@ def requests(folder: Path, repetitions: int) -> list[Figure]:
 
 
 def limits(folder: Path, repetitions: int) -> list[Figure]:
-    """10,000 objects of 4 KiB into one prefix of which a server takes 200 requests a second."""
-    with sink.running(limit=LIMIT) as server:
-        (made,) = run_ranks(1, "uploading:many", folder, url=server.url, count=MANY)
-        with urllib.request.urlopen(f"{server.url}/requests") as answer:
-            told = json.load(answer)
-    return [
-        plain("created", "", [float(made)], MANY, "at least"),
-        plain("turned away", "", [float(told["away"])]),
-        plain("requests for each", "", [told["requests"] / MANY], 1.3),
-    ]
+    """10,000 shards of 4 KiB below one prefix, and below sixteen, where a server takes 200 requests a second for each."""
+    figures = []
+    for name, into in (("one prefix", "shards"), ("spread", "{spread}/shards")):
+        with sink.running(limit=LIMIT) as server:
+            (found,) = run_ranks(1, "uploading:many", folder, url=server.url, count=MANY, folder=into)
+            with urllib.request.urlopen(f"{server.url}/requests") as answer:
+                told = json.load(answer)
+        figures += [
+            plain(f"{name}: created", "", [float(found["made"])], MANY, "at least"),
+            plain(f"{name}: turned away", "", [float(told["away"])]),
+            plain(f"{name}: requests for each", "", [told["requests"] / MANY], 1.3),
+            plain(f"{name}: seconds", "s", [found["seconds"]]),
+        ]
+    return figures
 
 
 @contextmanager

@@ -38,7 +38,10 @@ _NOW = "2026-01-01T00:00:00Z"
 
 @dataclass
 class Sink:
-    """What has come; ``latency`` in seconds, ``rate`` in bytes a second and connection, ``limit`` in requests a second."""
+    """What has come; ``latency`` in seconds, ``rate`` in bytes a second and connection, ``limit`` in requests a second
+
+    to names that begin with the same folder.
+    """
 
     latency: float = 0.0
     rate: float = 0.0
@@ -46,8 +49,7 @@ class Sink:
     objects: dict[str, tuple[int, str]] = field(default_factory=dict)
     requests: int = 0
     away: int = 0
-    _tokens: float = 0.0
-    _filled: float = field(default_factory=time.monotonic)
+    _tokens: dict[str, tuple[float, float]] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _noise: bytes = field(default_factory=lambda: bytes(range(256)) * (_PIECE >> 8))
 
@@ -107,12 +109,12 @@ class Sink:
             return 200, {"requests": self.requests, "away": self.away, "objects": len(self.objects)}
         with self._lock:
             self.requests += 1
-            if self.limit and not self._has_token():
-                self.away += 1
-                return 503, {"error": {"message": "slow down"}}
             if path.startswith("/bare"):
                 return (206 if method == "GET" else 200), {}
             name = unquote(path.partition("/o/")[2])
+            if self.limit and not self._has_token(_named(body) if path.startswith("/upload/") else name):
+                self.away += 1
+                return 503, {"error": {"message": "slow down"}}
             if path.startswith("/upload/"):
                 boundary, _, _ = body.partition(b"\r\n")
                 head, told, _ = body.split(b"\r\n\r\n", 2)
@@ -139,14 +141,12 @@ class Sink:
         self.objects[name] = (size, crc)
         return 200, _resource(name, size, crc)
 
-    def _has_token(self) -> bool:
-        now = time.monotonic()
-        self._tokens = min(self.limit / 10, self._tokens + (now - self._filled) * self.limit)
-        self._filled = now
-        if self._tokens < 1:
-            return False
-        self._tokens -= 1
-        return True
+    def _has_token(self, name: str) -> bool:
+        prefix, now = name.partition("/")[0], time.monotonic()
+        tokens, filled = self._tokens.get(prefix, (0.0, now))
+        tokens = min(self.limit / 10, tokens + (now - filled) * self.limit)
+        self._tokens[prefix] = tokens - (tokens >= 1), now
+        return tokens >= 1
 
     def _send_range(self, connection: socket.socket, first: int, last: int) -> None:
         size = last - first + 1
@@ -159,6 +159,13 @@ class Sink:
             sent += count
             if self.rate:
                 time.sleep(max(0.0, began + sent / self.rate - time.monotonic()))
+
+
+def _named(body: bytes) -> str:
+    """The name of what is uploaded with that body."""
+    found = re.search(rb'"name": *"([^"]*)"', body)
+    assert found is not None
+    return found[1].decode()
 
 
 def _resource(name: str, size: int, crc: str) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from states import Copy
 from torch.distributed.checkpoint._fsspec_filesystem import FsspecReader, FsspecWriter
 
 import distckpt
+from distckpt.format.names import attempt_folder, shard_name
 from distckpt.storage import Store, open_store
 
 CONNECTIONS = 16
@@ -60,12 +61,15 @@ def cost(url: str, certificate: str | None, repetitions: int) -> dict[str, Any]:
     return found
 
 
-def many(url: str, count: int) -> int:
-    """So many small objects by WORKERS threads; how many were created."""
-    store, body = _store(url, connections=WORKERS), memoryview(bytes(OBJECT_BYTES))
+def many(url: str, count: int, folder: str) -> dict[str, Any]:
+    """So many small shards by WORKERS threads, into that folder of the bucket: how many were created, and the seconds."""
+    place, body = f"gs://{BUCKET}/{folder}", memoryview(bytes(OBJECT_BYTES))
+    store = _store(url, connections=WORKERS, data=place, data_options=_options(url, connections=WORKERS))
+    paths = [f"{attempt_folder('ckpt', number, f'e1-{number:032x}')}/{shard_name(0, 0)}" for number in range(count)]
+    begun = now()
     with ThreadPoolExecutor(WORKERS) as pool:
-        made = pool.map(lambda number: store.put_unique(f"many/{number}", OBJECT_BYTES, [body]), range(count))
-        return sum(info.size == OBJECT_BYTES for info in made)
+        made = pool.map(lambda path: store.put_unique(path, OBJECT_BYTES, [body]), paths)
+        return {"made": sum(info.size == OBJECT_BYTES for info in made), "seconds": now() - begun}
 
 
 def beside(url: str, local: str, repetitions: int) -> dict[str, Any]:
@@ -250,9 +254,11 @@ def _in_threads(size: int, part: Callable[[int, int], None]) -> None:
 
 
 def _store(url: str, **options: Any) -> Store:
-    return open_store(
-        f"gs://{BUCKET}/run", {"endpoint_url": url, "token": "anon", "connections": CONNECTIONS, **options}
-    )
+    return open_store(f"gs://{BUCKET}/run", _options(url, **options))
+
+
+def _options(url: str, **options: Any) -> dict[str, Any]:
+    return {"endpoint_url": url, "token": "anon", "connections": CONNECTIONS, **options}
 
 
 def _processor() -> float:

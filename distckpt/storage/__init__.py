@@ -20,6 +20,7 @@ from distckpt.storage.probe import FOLDER as PROBES
 from distckpt.storage.probe import probe
 from distckpt.storage.scratch import put_file, scratch_folder
 from distckpt.storage.split import SplitStore, has_far_shards, mark_of, parts_of, place_of
+from distckpt.storage.spread import SpreadStore
 
 __all__ = [
     "MOST_NAMES",
@@ -31,6 +32,7 @@ __all__ = [
     "PatientStore",
     "Source",
     "SplitStore",
+    "SpreadStore",
     "Store",
     "SupportsCooling",
     "SupportsCopying",

@@ -131,6 +131,14 @@ class SupportsCopying(Protocol):
 
 
 @runtime_checkable
+class SupportsSiblings(Protocol):
+    """A store of a folder in a bucket that can give another one in the same bucket."""
+
+    def sibling(self, folder: str) -> Store:
+        """What is below ``folder`` of the bucket, reached through the same connections, within the same budget."""
+
+
+@runtime_checkable
 class SupportsExplaining(Protocol):
     """A store of which it is known only when it is tried whether it keeps its promises."""
 

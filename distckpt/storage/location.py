@@ -12,13 +12,14 @@ from urllib.parse import unquote
 from distckpt.errors import StoreUnsuitableError
 from distckpt.storage.cache import CACHE_BYTES, cache_in
 from distckpt.storage.cached import CachedStore
-from distckpt.storage.interface import Store
+from distckpt.storage.interface import Store, SupportsSiblings
 from distckpt.storage.local import LocalStore
 from distckpt.storage.memory import MemoryStore
 from distckpt.storage.mounts import warn_of_late_views
 from distckpt.storage.paths import PathLike
 from distckpt.storage.patience import PatientStore
 from distckpt.storage.split import SplitStore
+from distckpt.storage.spread import DIGITS, SPREAD, SpreadStore, is_spread
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +35,7 @@ def open_store(directory: PathLike, storage_options: Mapping[str, Any] | None = 
     Options for all stores: ``cache_dir`` (else the environment's DISTCKPT_CACHE_DIR), a directory of this host that keeps
     what was downloaded of shards, at most ``cache_bytes`` (else DISTCKPT_CACHE_BYTES, else 64 GiB). Local directories are
     read as they are. ``data``, a path or URL, is where shards are if not in the directory, and ``data_options`` are for
-    the store there.
+    the store there. ``{spread}`` in that URL has each shard below one of sixteen prefixes, a hex digit in its place.
 
     Options for local paths: ``direct_io`` (bool), whether large files go around the page cache; by default those for
     which memory has no room. A URL that has no store of its own is fsspec's, which gets the options as they are; whether
@@ -45,6 +46,10 @@ def open_store(directory: PathLike, storage_options: Mapping[str, Any] | None = 
     is_asked_for = bool(options.get("cache_dir"))
     cache = _cache_of(options)
     location = canonical(directory)
+    if is_spread(location):
+        raise ValueError(
+            f"{location}: only shards can be spread, in a place of their own: data='s3://bucket/{SPREAD}/run'"
+        )
     if is_asked_for and "://" not in f"{location} {options.get('data')}" and location not in _told:
         _told.add(location)
         logger.warning("%s is a local directory: it is read as it is, without the cache", location)
@@ -56,7 +61,9 @@ def open_store(directory: PathLike, storage_options: Mapping[str, Any] | None = 
     place = canonical(data)
     if place == location:
         raise ValueError(f"data is another place for shards than the directory, not {location!r} too")
-    return SplitStore(_behind(cache, _opened(location, options)), _behind(cache, _opened(place, data_options or {})))
+    return SplitStore(
+        _behind(cache, _opened(location, options)), _behind(cache, _opened_place(place, data_options or {}))
+    )
 
 
 def with_patience(directory: PathLike, storage_options: Mapping[str, Any] | None, seconds: float) -> dict[str, Any]:
@@ -132,6 +139,24 @@ def placed_among(arguments: Mapping[str, Any]) -> dict[str, Any] | None:
 
 def _opened(location: str, options: Mapping[str, Any]) -> Store:
     return _OPENERS.get(_scheme(location), _open_fsspec)(location, options)
+
+
+def _opened_place(place: str, options: Mapping[str, Any]) -> Store:
+    if SPREAD not in place:
+        return _opened(place, options)
+    if not is_spread(place):
+        raise ValueError(f"{place}: {SPREAD} is for buckets, and this is a local directory")
+    bucket, _, folder = place.partition("://")[2].partition("/")
+    if SPREAD in bucket or folder.count(SPREAD) != 1:
+        raise ValueError(f"{place}: {SPREAD} stands once below the bucket, as in 's3://bucket/{SPREAD}/run'")
+    first = _opened(place.replace(SPREAD, DIGITS[0]), options)
+
+    def store_of(url: str) -> Store:
+        if isinstance(first, SupportsSiblings):
+            return first.sibling(url.partition("://")[2].partition("/")[2])
+        return _opened(url, options)
+
+    return SpreadStore(place, store_of)
 
 
 def _scheme(location: str) -> str:

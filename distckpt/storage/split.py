@@ -11,6 +11,7 @@ from distckpt.errors import ObjectNotFoundError
 from distckpt.storage.around import cool
 from distckpt.storage.interface import ObjectInfo, Source, Store, SupportsExplaining, SupportsHidden, SupportsSweep
 from distckpt.storage.names import holds_shards, is_shard
+from distckpt.storage.spread import spread_place
 
 _Found = TypeVar("_Found")
 
@@ -119,7 +120,7 @@ def has_far_shards(store: Store) -> bool:
 
 def place_of(store: Store, path: str) -> str:
     """Where an object is to be found, for people."""
-    return f"{parts_of(store)[-1 if is_shard(path) else 0].url}/{path}"
+    return spread_place(parts_of(store)[-1 if is_shard(path) else 0].url, path)
 
 
 def mark_of(store: Store) -> str:

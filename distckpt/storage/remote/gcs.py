@@ -70,6 +70,7 @@ class GcsStore:
         self._bucket = bucket
         self._prefix = f"{folder}/" if folder else ""
         self._budget = budget
+        self._payer = payer
         self._requests = Requests(bucket, self._prefix, payer)
         self._part_bytes = part_bytes
         self._zonal: bool | None = None
@@ -203,6 +204,12 @@ class GcsStore:
             if progress.get("done"):
                 return info_of(path, progress["resource"])
             token = str(progress["rewriteToken"])
+
+    def sibling(self, folder: str) -> GcsStore:
+        """See SupportsSiblings."""
+        return GcsStore(
+            self._endpoint, self._bucket, folder, self._budget, payer=self._payer, part_bytes=self._part_bytes
+        )
 
     def _put_whole(self, path: str, pieces: Part) -> ObjectInfo:
         crc = crc_of_all(pieces)

@@ -44,11 +44,11 @@ class S3Store:
     may be connections. Nothing is cached. For many threads; a forked child opens its own connections.
     """
 
-    def __init__(self, name: str, folder: str, options: S3Options) -> None:
+    def __init__(self, name: str, folder: str, options: S3Options, bucket: S3Bucket | None = None) -> None:
         self._url = f"s3://{name}/{folder}".rstrip("/")
         self._root = f"{folder}/" if folder else ""
         self._options = options
-        self._bucket = S3Bucket(name, options)
+        self._bucket = bucket or S3Bucket(name, options)
         self._budget = budget_of(options.endpoint_url or "s3", options.connections)
 
     @property
@@ -179,6 +179,10 @@ class S3Store:
         with self._understanding(path):
             answers.check_copied(answer.body)
         return self._stored(path)
+
+    def sibling(self, folder: str) -> S3Store:
+        """See SupportsSiblings."""
+        return S3Store(self._bucket.name, folder, self._options, self._bucket)
 
     # ---- writing ----------------------------------------------------------------------------------------------------
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 
 import distckpt
 from distckpt.errors import StoreUnsuitableError
+from distckpt.storage import SplitStore, open_store
 from tests.support.gang import Gang
 from tests.support.proxy import Answer, Proxy, like
 from tests.support.s3_bucket import Bucket, options_for
@@ -46,6 +48,34 @@ def test_a_log_in_gcs_and_shards_in_s3(fake_gcs: Server, moto: Server, bucket: s
     assert {name.split("/")[1] for name in shards} == {"ckpt-3", "ckpt-4"}
     assert len(shards) == 2
     assert not [name for name in GcsBucket(fake_gcs, bucket, "run").names() if name.endswith("-0.arrow")]
+
+
+def test_shards_in_s3_that_are_spread_over_prefixes(moto: Server, bucket: str, tmp_path: Path) -> None:
+    moto.make_bucket(bucket)
+    data = {"data": f"s3://{bucket}/{{spread}}/run", "data_options": options_for(moto.url), "cache_dir": tmp_path}
+    assert_run_goes_on(str(tmp_path / "run"), data)
+    names = Bucket(moto, bucket, "").names()
+    assert {name.split("/", 2)[2].split("/")[0] for name in names} == {"ckpt-3", "ckpt-4"}
+    assert {name.split("/")[0] for name in names} == {
+        hashlib.sha256(name.split("/", 2)[2].encode()).hexdigest()[0] for name in names
+    }
+
+
+def test_what_a_killed_writer_left_below_any_prefix_is_found_and_swept(moto: Server, bucket: str) -> None:
+    moto.make_bucket(bucket)
+    client = Bucket(moto, bucket, "")
+    store = open_store(
+        "memory://spread-uploads", {"data": f"s3://{bucket}/{{spread}}/run", "data_options": options_for(moto.url)}
+    )
+    paths = [f"ckpt-{number}/e1-{number:032x}/00000-0.arrow" for number in range(6)]
+    for path in paths:
+        digit = hashlib.sha256(path.encode()).hexdigest()[0]
+        client.client.create_multipart_upload(Bucket=bucket, Key=f"{digit}/run/{path}")
+    assert isinstance(store, SplitStore)
+    hidden = list(store.hidden(""))
+    assert sorted(info.path for info in hidden) == paths
+    assert store.sweep(hidden) == 6
+    assert client.uploads() == []
 
 
 def test_two_ranks_and_their_coordinator_put_shards_apart(
