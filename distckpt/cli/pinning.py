@@ -84,7 +84,7 @@ def tag_checkpoint(path: str, name: str, note: str, as_json: bool, storage_optio
     is tagged. A name that another checkpoint has is refused.
     """
     where = choose(path, storage_options)
-    lease = tag(where.store, name, where.records[0], _somebody(), note, time.time())
+    lease = tag(where.store, name, where.records[0].attempt, _somebody(), note, time.time())
     called = join(where.store.url, name)
     if as_json:
         text.print_json({"path": where.path, "attempt": lease.attempt, "tag": name, "called": called})

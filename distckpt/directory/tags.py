@@ -12,7 +12,7 @@ from distckpt.format.json.sealed import seal
 from distckpt.storage import MOST_NAMES, Store, at_most, join
 
 
-def tag(store: Store, name: str, record: CheckpointRecord, holder: str, note: str, now: float) -> Lease:
+def tag(store: Store, name: str, attempt: str, holder: str, note: str, now: float) -> Lease:
     """Give a committed checkpoint a name, which no other has, and keep it until the name is taken away.
 
     It holds as a pin does (``pins.pin``). To give a checkpoint the name that it has does nothing. ValueError for what
@@ -25,12 +25,12 @@ def tag(store: Store, name: str, record: CheckpointRecord, holder: str, note: st
             f"such as ckpt-42, nor {names.STATE_FILE!r}"
         )
     path = names.tag_path(name)
-    made = Lease(FORMAT, record.attempt, holder, None, since=now, note=note)
+    made = Lease(FORMAT, attempt, holder, None, since=now, note=note)
     try:
         store.put_if_absent(path, seal(made))
     except AlreadyExistsError:
         found = tag_of(store, name)
-        if found is None or found.attempt != record.attempt:
+        if found is None or found.attempt != attempt:
             raise ValueError(
                 f"{join(store.url, name)}: another checkpoint has this tag. Run `distckpt untag {join(store.url, name)}` first"
             ) from None

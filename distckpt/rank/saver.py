@@ -19,6 +19,7 @@ from distckpt.rank.dialogue import Dialogue
 from distckpt.rank.layout import Layout
 from distckpt.rank.options import SaverOptions
 from distckpt.rank.pending import PendingSave, Progress, progress_of
+from distckpt.rank.reference import Reference
 from distckpt.rank.step_order import StepOrder
 from distckpt.rank.tolerance import Tolerance
 from distckpt.rank.turns import Turns
@@ -47,6 +48,7 @@ class Saver:
     ) -> None:
         self._collector = Collector(checkpoint, options.rank, options.world_size, options.check_copies)
         self._order = StepOrder(functools.partial(optimizers_of, checkpoint), costs.device_waited)
+        self._reference = Reference(checkpoint, store.url, options.rank)
         self._turns = Turns()
         self._dialogue = Dialogue(client, options, self._turns)
         self._background = Background(store, self._dialogue, options, threads)
@@ -66,6 +68,7 @@ class Saver:
         try:
             order = self._turns.begin(None)
             holding = self._collector.collect()
+            self._reference.hold()
             planned = self._dialogue.plan(order, None, holding)
         except BaseException as error:
             self._dialogue.give_up(order, None, error)
@@ -93,6 +96,7 @@ class Saver:
             order = self._turns.begin(number)
             progress.ended.add_done_callback(lambda _: self._turns.end(order))
             holding = self._collector.collect()
+            self._reference.hold()
             numbers = metrics_of(metrics)
             room = self._make_room(order, number, holding, progress)
             if isinstance(room, Skipped):

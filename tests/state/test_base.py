@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -211,3 +212,48 @@ def test_what_was_trained_is_read_also_when_the_base_is_gone(base: str, tmp_path
     after = run(tmp_path / "run", base, 1, seed=1)
     shutil.rmtree(base)
     assert same(distckpt.load(tmp_path / "run", "model"), {key: after[key] for key in ("1.weight", "1.bias")})
+
+
+def test_retention_keeps_what_checkpoints_refer_to_until_nobody_does(tmp_path: Path) -> None:
+    model = Tuned(None, 7).model
+    with distckpt.CheckpointManager(distckpt.Checkpoint(model=model), tmp_path / "bases", max_to_keep=1) as bases:
+        base = bases.save(1).result(30)
+        frozen = run(tmp_path / "run", base, 1, seed=1)
+        bases.save(2).result(30)
+        bases.save(3).result(30)
+        assert run(tmp_path / "run", base, 2, seed=2)["0.weight"].equal(frozen["0.weight"])
+        listed = CliRunner().invoke(main, ["ls", str(tmp_path / "bases"), "--json"]).output
+        (name,) = set(re.findall(r"base-of-run-[0-9a-f]{8}", listed))
+        assert Tuned(f"{tmp_path}/bases/{name}", seed=3).checkpoint.restore(tmp_path / "run").is_complete
+        assert CliRunner().invoke(main, ["untag", f"{tmp_path}/bases/{name}"]).exit_code == 0
+        bases.save(4).result(30)
+        bases.save(5).result(30)
+    with pytest.raises(CheckpointNotFoundError):
+        Tuned(base, seed=4).checkpoint.restore(tmp_path / "run")
+
+
+def test_a_base_that_has_just_been_retired_fails_the_save_that_would_refer_to_it(tmp_path: Path) -> None:
+    with distckpt.CheckpointManager(
+        distckpt.Checkpoint(model=Tuned(None, 7).model), tmp_path / "bases", max_to_keep=1
+    ) as bases:
+        tuned = Tuned(bases.save(1).result(30), seed=1)
+        with distckpt.CheckpointManager(tuned.checkpoint, tmp_path / "run") as manager:
+            manager.restore_or_initialize()
+            bases.save(2).result(30)
+            bases.save(3).result(30)
+            with pytest.raises(CheckpointNotFoundError, match="the tag came too late"):
+                manager.save(1)
+    assert distckpt.latest_checkpoint(tmp_path / "run") is None
+
+
+def test_a_base_that_cannot_be_written_to_is_read_all_the_same_and_that_is_told(
+    base: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    leases = Path(base) / "_leases"
+    if leases.exists():
+        shutil.rmtree(leases)
+    leases.write_text("no folder")
+    with caplog.at_level(logging.WARNING, "distckpt"):
+        run(tmp_path / "run", base, 1, seed=1)
+        run(tmp_path / "run", base, 2, seed=2)
+    assert "distckpt pin" in caplog.text
