@@ -112,6 +112,7 @@ def test_wall_clock_time_is_read_at_the_rim_and_through_time_time_alone() -> Non
         "evaluation.claims",
         "training.hooks",
         "rank.chronicle",
+        "rank.reference",
         "telemetry.outlet",
     }
     rim |= {"storage.remote.s3_signing"}
