@@ -184,15 +184,20 @@ class Group:
         What is in its place may be its own, or another's who came first; or the chain had been pruned there, and somebody has
         filled the place who comes too late. As long as nothing is next, the chain has not been pruned beyond it.
         """
-        reason = ""
+        reason, unread = "", False
         for pause in PAUSES:
             time.sleep(pause)
             result = self._chain.append(entry, seal)
             if result.outcome == "refused":
                 raise ValueError(result.reason)
-            if result.outcome != "unknown" and result.newest >= entry.seq:
-                return self._is_followed(entry) if result.newest > entry.seq else result.outcome == "appended"
-            reason = result.reason or "a listing does not show it"
+            unread = result.outcome == "taken" and result.found is None  # our own, perhaps: it is read again
+            if result.outcome != "unknown" and result.newest > entry.seq:
+                return self._is_followed(entry)
+            if result.outcome != "unknown" and result.newest == entry.seq and not unread:
+                return result.outcome == "appended"
+            reason = result.reason or ("what is there cannot be read" if unread else "a listing does not show it")
+        if unread:
+            raise _CannotTell(f"may or may not have been written ({reason})")
         where = join(self._store.url, self._chain.path(entry.seq))
         raise StoreOutcomeUnknownError(where, f"may or may not have been written ({reason})")
 

@@ -265,6 +265,39 @@ def acknowledge_one(group: Group, log: State) -> bool:
     return group.change("ack", lambda state: sharing.acknowledged(state, token[0])) is not None
 
 
+class OwnEntryUnreadable:
+    """The first claim is written and refused all the same, and what is there then cannot be read ``times`` times."""
+
+    def __init__(self, times: int) -> None:
+        self._path = names.link_path("_groups/eval", 2)
+        self._left = times
+        self._written = False
+
+    def fault(self, call: Call) -> Fault | None:
+        if call.path != self._path:
+            return None
+        if call.operation == "put_if_absent" and not self._written:
+            self._written = True
+            return Fault.LOST_ANSWER_AS_REFUSAL
+        if call.operation == "read" and self._left:
+            self._left -= 1
+            return Fault.FLIPPED
+        return None
+
+
+def test_a_claim_that_was_written_and_could_not_be_read_back_at_first_is_ones_own(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("distckpt.directory.groups.PAUSES", (0.0,) * 5)
+    store = MemoryStore()
+    log = committed(store, 2)
+    group = Group(FaultyStore(store, OwnEntryUnreadable(4)), "eval", "worker-0")
+    group.join(ALL, log)
+    assert acknowledge_one(group, log)
+    state = read_groups(store)["eval"]
+    assert (state.acknowledged, state.claims) == (1, ())
+
+
 class OnGroups:
     """Every sixth call on a group goes wrong in one of the ways that leave it open what was done, or show what is not."""
 
