@@ -29,7 +29,7 @@ hypothesis.settings.register_profile("explore", deadline=None, print_blob=True)
 hypothesis.settings.load_profile("same")
 
 
-LONG = ("training", "state", "soak", "storage")
+LONG = ("training", "state", "soak", "storage", "telemetry")
 """Folders that begin first: a file is played by one process, and others would wait for a long one that begins last."""
 
 
