@@ -52,6 +52,9 @@ class Reference:
 
 
 def reference_name(directory: str, attempt: str) -> str:
-    """The tag of a base on behalf of a directory: for people the name of that, and eight digits that make it the only one."""
+    """The tag of a base on behalf of a directory: for people the name of that, and eight digits that make it the only one.
+
+    They follow a dot: after a dash, they would be the number of a checkpoint if none of them was a letter.
+    """
     of = re.sub(r"[^A-Za-z0-9._-]+", "-", directory.rpartition("/")[2])[:_MOST_OF_NAME]
-    return f"base-of-{of}-{hashlib.sha256(f'{directory} {attempt}'.encode()).hexdigest()[:8]}"
+    return f"base-of-{of}.{hashlib.sha256(f'{directory} {attempt}'.encode()).hexdigest()[:8]}"

@@ -16,6 +16,8 @@ from torch import nn, optim
 import distckpt
 from distckpt.cli.app import main
 from distckpt.errors import CheckpointNotFoundError, DamagedError, EncodeError, NoGoodCheckpointError, RestoreError
+from distckpt.format.names import is_tag
+from distckpt.rank.reference import reference_name
 from tests.support.comparing import same
 from tests.support.damage import flip, payload_of
 from tests.support.gang import Gang
@@ -223,13 +225,19 @@ def test_retention_keeps_what_checkpoints_refer_to_until_nobody_does(tmp_path: P
         bases.save(3).result(30)
         assert run(tmp_path / "run", base, 2, seed=2)["0.weight"].equal(frozen["0.weight"])
         listed = CliRunner().invoke(main, ["ls", str(tmp_path / "bases"), "--json"]).output
-        (name,) = set(re.findall(r"base-of-run-[0-9a-f]{8}", listed))
+        (name,) = set(re.findall(r"base-of-run\.[0-9a-f]{8}", listed))
         assert Tuned(f"{tmp_path}/bases/{name}", seed=3).checkpoint.restore(tmp_path / "run").is_complete
         assert CliRunner().invoke(main, ["untag", f"{tmp_path}/bases/{name}"]).exit_code == 0
         bases.save(4).result(30)
         bases.save(5).result(30)
     with pytest.raises(CheckpointNotFoundError):
         Tuned(base, seed=4).checkpoint.restore(tmp_path / "run")
+
+
+@pytest.mark.parametrize("name", ["run", "run-7", "7", ".hidden", "with spaces/and \u00fc", "x" * 300, ""])
+def test_whatever_a_directory_is_called_its_base_can_be_tagged_for_it(name: str) -> None:
+    for number in range(500):
+        assert is_tag(reference_name(f"/shared/{number}/{name}", f"e1-{number:032x}"))
 
 
 def test_a_base_that_has_just_been_retired_fails_the_save_that_would_refer_to_it(tmp_path: Path) -> None:
