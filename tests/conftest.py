@@ -172,6 +172,17 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
         cluster.close()
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """A test that failed may have left ranks in the middle of something: the next one gets others."""
+    report = yield
+    if report.failed:
+        for used in getattr(item, "funcargs", {}).values():
+            if isinstance(used, Gang):
+                used.renew()
+    return report
+
+
 def _gang(size: int, address: str) -> Iterator[Gang]:
     with Gang(size, {"RAY_ADDRESS": address}) as gang:
         yield gang

@@ -73,6 +73,10 @@ class Gang:
     logs: list[Path] = field(default_factory=list)
 
     def __enter__(self) -> Gang:
+        self._start_ranks()
+        return self
+
+    def _start_ranks(self) -> None:
         port = free_port()
         folder = Path(tempfile.mkdtemp(prefix="distckpt-gang-"))
         for rank in range(self.size):
@@ -84,7 +88,6 @@ class Gang:
                     if self.hosts
                     else warm().start("support.gang:serve", {}, log.fileno(), env)
                 )
-        return self
 
     def _on_host(self, rank: int, env: dict[str, str], log: IO[str]) -> subprocess.Popen[str]:
         command = [*self.hosts[rank], sys.executable, "-m", "tests.support.gang"]
@@ -94,6 +97,15 @@ class Gang:
 
     def __exit__(self, *_: object) -> None:
         self.stop()
+
+    def renew(self) -> None:
+        """New processes in place of those that there are, whatever they are at."""
+        for process in self.processes:
+            process.kill()
+        self.stop()
+        self.processes.clear()
+        self.logs.clear()
+        self._start_ranks()
 
     def start(self, function: str, **arguments: Any) -> None:
         """Have every rank that lives call ``tests.<module>:<name>`` with these arguments."""
