@@ -40,8 +40,8 @@ install: $(READY) $(SERVERS_READY) ## a virtual environment with everything in i
 demo: $(READY) $(if $(filter-out local,$(STORE)),$(SERVERS_READY)) ## the main job: train on two ranks, kill one, resume on three; STORE=gs or s3
 	PYTHONPATH=. $(BIN)/python demo/demo.py --store $(STORE)
 
-test: $(READY) $(SERVERS_READY) ## the whole test suite, four files at a time
-	$(BIN)/python -m pytest -n 4 --dist loadfile --no-loadscope-reorder
+test: $(READY) $(SERVERS_READY) ## the whole test suite, three files at a time
+	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 $(FLOORS_READY): $(READY) pyproject.toml constraints.txt tests/floors.py
 	oldest=$$($(BIN)/python tests/pythons.py --oldest) && $$oldest -m venv --clear $(FLOORS)

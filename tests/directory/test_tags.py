@@ -106,7 +106,7 @@ def test_what_has_a_tag_is_not_removed(tmp_path: Path) -> None:
 def test_what_could_be_taken_for_something_else_is_no_tag(name: str) -> None:
     store = MemoryStore()
     with pytest.raises(ValueError, match="cannot be a tag"):
-        tag(store, name, committed(store), "me", "", 1.0)
+        tag(store, name, committed(store).attempt, "me", "", 1.0)
     assert not untag(store, name)
     assert not list(store.list(names.LEASES))
 
@@ -116,7 +116,7 @@ def test_one_that_came_too_late_is_no_tag_and_leaves_nothing(tmp_path: Path) -> 
     record = committed(store)
     append_state(store, lambda state: State(retiring=state.active), "retire")
     with pytest.raises(CheckpointNotFoundError, match="too late"):
-        tag(store, "best", record, "me", "", 1.0)
+        tag(store, "best", record.attempt, "me", "", 1.0)
     assert tags(store) == {}
 
 
@@ -131,7 +131,7 @@ def test_one_that_cannot_be_made_to_hold_is_none(tmp_path: Path) -> None:
     store = _NoSecond()
     record = committed(store)
     with pytest.raises(StorageError):
-        tag(store, "best", record, "me", "", 1.0)
+        tag(store, "best", record.attempt, "me", "", 1.0)
     assert tag_of(store, "best") is None
 
 
@@ -140,14 +140,14 @@ def test_one_whose_maker_was_killed_is_finished_by_whoever_gives_the_same_name_a
     record = committed(store)
     begun = Lease(FORMAT, record.attempt, "somebody", None, since=1.0)
     store.put_if_absent(names.tag_path("best"), seal(begun))
-    assert tag(store, "best", record, "me", "", 2.0) == msgspec.structs.replace(begun, holds=True)
+    assert tag(store, "best", record.attempt, "me", "", 2.0) == msgspec.structs.replace(begun, holds=True)
     assert Leases(store).read().pinned == {record.attempt}
 
 
 def test_one_of_what_is_gone_says_so_and_is_collected() -> None:
     store = MemoryStore()
     record = committed(store)
-    tag(store, "best", record, "me", "", 1.0)
+    tag(store, "best", record.attempt, "me", "", 1.0)
     assert tagged(store, "best") == read_tail(store).state.active[0]
     append_state(store, lambda state: msgspec.structs.replace(state, active=()), "forget")
     with pytest.raises(CheckpointNotFoundError, match="not there any more"):
