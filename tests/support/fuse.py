@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import os
@@ -55,12 +56,17 @@ def showing(shown: Path, folder: Path, *, kept: int = 0, links: bool = True) -> 
 
 
 class Shown:
-    """Answers to what the kernel asks. A node's number is the place of its path in ``paths``."""
+    """Answers to what the kernel asks. A node is a file, whatever it is called: its number is its place in ``paths``.
+
+    What takes the place of another file is another node: the kernel would mix what it keeps of the two.
+    """
 
     def __init__(self, root: str, kept: int, links: bool) -> None:
         self.root, self.kept, self.links = root, kept, links
         self.paths = ["", "."]
-        self.known = {".": 1}
+        self.inodes = [0, os.lstat(root).st_ino]
+        self.known = {self.inodes[1]: 1}
+        self.opened: dict[int, list[int]] = {}
 
     def path(self, node: int, name: bytes = b"") -> str:
         return os.path.normpath(os.path.join(self.root, self.paths[node], os.fsdecode(name)))
@@ -68,20 +74,48 @@ class Shown:
     def entry(self, node: int, name: bytes) -> bytes:
         path = os.path.normpath(os.path.join(self.paths[node], os.fsdecode(name)))
         try:
-            attributes = self.attributes(path)
+            got = os.lstat(os.path.join(self.root, path))
         except FileNotFoundError:
             if not self.kept:
                 raise
             return struct.pack("<QQQQII", 0, 0, self.kept, 0, 0, 0) + bytes(
                 _ATTR.size
             )  # that it is missing is kept too
-        number = self.known.setdefault(path, len(self.paths))
+        number = self.known.setdefault(got.st_ino, len(self.paths))
         if number == len(self.paths):
             self.paths.append(path)
-        return struct.pack("<QQQQII", number, 0, self.kept, self.kept, 0, 0) + attributes
+            self.inodes.append(got.st_ino)
+        self.paths[number] = path
+        return struct.pack("<QQQQII", number, 0, self.kept, self.kept, 0, 0) + self.packed(got)
 
-    def attributes(self, path: str) -> bytes:
-        got = os.lstat(os.path.join(self.root, path))
+    def attributes(self, node: int) -> bytes:
+        """Of the file itself: something else may have its name by now."""
+        try:
+            got = os.lstat(self.path(node))
+        except FileNotFoundError:
+            got = None
+        if got is None or got.st_ino != self.inodes[node]:
+            fds = self.opened.get(node)
+            if not fds:
+                raise OSError(errno.ESTALE, "another file has its name")
+            got = os.fstat(fds[0])
+        return self.packed(got)
+
+    def forget(self, path: str, kept: int = 0) -> None:
+        """A name is about to go, for a file of inode ``kept`` perhaps: the number of its last file will mean no other."""
+        with contextlib.suppress(FileNotFoundError):
+            got = os.lstat(path)
+            if got.st_ino != kept and (got.st_nlink == 1 or os.path.isdir(path)):
+                self.known.pop(got.st_ino, None)
+
+    def opening(self, node: int, fd: int) -> int:
+        if os.fstat(fd).st_ino != self.inodes[node]:
+            os.close(fd)
+            raise OSError(errno.ESTALE, "another file has its name")
+        self.opened.setdefault(node, []).append(fd)
+        return fd
+
+    def packed(self, got: os.stat_result) -> bytes:
         seconds = [int(each) for each in (got.st_atime, got.st_mtime, got.st_ctime)]
         nanos = [each % 1_000_000_000 for each in (got.st_atime_ns, got.st_mtime_ns, got.st_ctime_ns)]
         return _ATTR.pack(got.st_ino, got.st_size, got.st_blocks, *seconds, *nanos, got.st_mode, got.st_nlink, got.st_uid,
@@ -94,7 +128,7 @@ class Shown:
         return self.entry(node, body[:-1])
 
     def do_getattr(self, node: int, body: bytes) -> bytes:
-        return struct.pack("<QII", self.kept, 0, 0) + self.attributes(self.paths[node])
+        return struct.pack("<QII", self.kept, 0, 0) + self.attributes(node)
 
     def do_setattr(self, node: int, body: bytes) -> bytes:
         valid, _, _, size = struct.unpack_from("<IIQQ", body)
@@ -107,16 +141,23 @@ class Shown:
         return self.entry(node, body[8:-1])
 
     def do_unlink(self, node: int, body: bytes) -> bytes:
+        self.forget(self.path(node, body[:-1]))
         os.unlink(self.path(node, body[:-1]))
         return b""
 
     def do_rmdir(self, node: int, body: bytes) -> bytes:
+        self.forget(self.path(node, body[:-1]))
         os.rmdir(self.path(node, body[:-1]))
         return b""
 
     def do_rename(self, node: int, body: bytes, skip: int = 8) -> bytes:
         target, (old, new) = struct.unpack_from("<Q", body)[0], body[skip:-1].split(b"\0")
-        os.replace(self.path(node, old), self.path(target, new))
+        before, after = self.path(node, old), self.path(target, new)
+        moved = os.lstat(before).st_ino
+        self.forget(after, moved)
+        os.replace(before, after)
+        if moved in self.known:
+            self.paths[self.known[moved]] = os.path.relpath(after, self.root)
         return b""
 
     def do_rename2(self, node: int, body: bytes) -> bytes:
@@ -130,12 +171,14 @@ class Shown:
 
     def do_open(self, node: int, body: bytes) -> bytes:
         flags = struct.unpack_from("<I", body)[0] & ~(os.O_NOFOLLOW | os.O_DIRECT)
-        return struct.pack("<QII", os.open(self.path(node), flags), 0, 0)
+        return struct.pack("<QII", self.opening(node, os.open(self.path(node), flags)), 0, 0)
 
     def do_create(self, node: int, body: bytes) -> bytes:
         flags, mode = struct.unpack_from("<II", body)
         fd = os.open(self.path(node, body[16:-1]), flags & ~os.O_DIRECT, mode)
-        return self.entry(node, body[16:-1]) + struct.pack("<QII", fd, 0, 0)
+        entry = self.entry(node, body[16:-1])
+        self.opening(struct.unpack_from("<Q", entry)[0], fd)
+        return entry + struct.pack("<QII", fd, 0, 0)
 
     def do_read(self, node: int, body: bytes) -> bytes:
         fd, position, size = struct.unpack_from("<QQI", body)
@@ -146,7 +189,9 @@ class Shown:
         return struct.pack("<II", os.pwrite(fd, body[40 : 40 + size], position), 0)
 
     def do_release(self, node: int, body: bytes) -> bytes:
-        os.close(struct.unpack_from("<Q", body)[0])
+        fd = struct.unpack_from("<Q", body)[0]
+        self.opened[node].remove(fd)
+        os.close(fd)
         return b""
 
     def do_flush(self, node: int, body: bytes) -> bytes:
@@ -160,7 +205,8 @@ class Shown:
         return struct.pack("<QQQQQIIII24x", 1 << 20, 1 << 19, 1 << 19, 1 << 20, 1 << 19, 4096, 255, 4096, 0)
 
     def do_opendir(self, node: int, body: bytes) -> bytes:
-        return struct.pack("<QII", os.open(self.path(node), os.O_RDONLY | os.O_DIRECTORY), 0, 0)
+        fd = self.opening(node, os.open(self.path(node), os.O_RDONLY | os.O_DIRECTORY))
+        return struct.pack("<QII", fd, 0, 0)
 
     do_releasedir, do_fsyncdir = do_release, do_fsync
 
