@@ -7,6 +7,7 @@ import logging
 import re
 import time
 
+from distckpt.directory.locate import Located
 from distckpt.directory.tags import tag
 from distckpt.errors import StorageError
 from distckpt.state.base import base_of
@@ -32,10 +33,11 @@ class Reference:
         """
         if self._is_held or (base := base_of(self._checkpoint)) is None:
             return
+        if not base.stored.where.is_lone:
+            self._tag(base.stored.where)
         self._is_held = True
-        where = base.stored.where
-        if where.is_lone:
-            return
+
+    def _tag(self, where: Located) -> None:
         attempt = where.folder.rpartition("/")[2]
         name = reference_name(self._directory, attempt)
         try:
