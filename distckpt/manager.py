@@ -77,6 +77,7 @@ class CheckpointManager:
         storage_options: for the store behind ``directory``. Stores with a ``patience`` have ``save_timeout``, unless they
             are given one.
         data, data_options: a path or URL where shards go instead, alone, and options for the store there; readers need both.
+            ``{spread}`` in the URL of a bucket spreads them over sixteen key prefixes.
         cache_dir: a directory of this host in which restores find what another process there has downloaded.
         rank, world_size: given, or found in torch.distributed, Ray Train, torchrun's variables; else a world of one.
         run_id: names this incarnation of the job; needed only with rank and world_size and without torch.distributed.

@@ -75,12 +75,7 @@ class SpreadStore:
 
     def folders(self, folder: str) -> Iterator[str]:
         """See Store. Of all places, each once."""
-        seen: set[str] = set()
-        for store in self._stores.values():
-            for name in store.folders(folder):
-                if name not in seen:
-                    seen.add(name)
-                    yield name
+        return iter(dict.fromkeys(name for store in self._stores.values() for name in store.folders(folder)))
 
     def delete(self, path: str) -> None:
         """See Store."""
@@ -92,11 +87,11 @@ class SpreadStore:
 
     def sweep(self, left: Collection[ObjectInfo]) -> int:
         """See SupportsSweep."""
-        swept = 0
-        for digit, store in self._stores.items():
-            if isinstance(store, SupportsSweep):
-                swept += store.sweep([info for info in left if spread_of(info.path) == digit])
-        return swept
+        return sum(
+            store.sweep([info for info in left if spread_of(info.path) == digit])
+            for digit, store in self._stores.items()
+            if isinstance(store, SupportsSweep)
+        )
 
     def hidden(self, folder: str) -> Iterator[ObjectInfo]:
         """See SupportsHidden. Of all places."""
