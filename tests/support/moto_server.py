@@ -1,6 +1,8 @@
-"""moto's server, in which only one of many can create an object: by itself it looks and then writes, in many threads.
+"""moto's server, one request at a time: by itself it looks and then writes, and reads what it keeps, in many threads.
 
-Runs with the Python that moto is installed for: ``python moto_server.py PORT``.
+Two that read one part of an upload at the same time move the same position in it: one that asked which parts there were,
+while they were put together, made an object without its first part. Runs with the Python that moto is installed for:
+``python moto_server.py PORT``.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from werkzeug.serving import run_simple
 
 
 class OneAtATime:
-    """Answers ``inner``'s, of conditional requests one after the other, each when all of its body has come."""
+    """Answers ``inner``'s, one after the other, each when all of its body has come."""
 
     def __init__(self, inner: Callable[..., Iterable[bytes]]) -> None:
         self._inner = inner
@@ -24,10 +26,8 @@ class OneAtATime:
 
     def __call__(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
         """As WSGI has it."""
-        if "HTTP_IF_NONE_MATCH" not in environ:
-            return self._inner(environ, start_response)
-        body = environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
-        environ["wsgi.input"] = io.BytesIO(body)
+        if length := environ.get("CONTENT_LENGTH"):
+            environ["wsgi.input"] = io.BytesIO(environ["wsgi.input"].read(int(length)))
         with self._lock:
             return list(self._inner(environ, start_response))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -108,6 +109,20 @@ def test_an_upload_that_its_producer_ends_leaves_nothing_hidden(
     with pytest.raises(error):
         store.put_unique("large", len(data), produce())
     assert everything(store) == {}
+    assert outside.uploads() == []
+
+
+def test_an_upload_is_whole_whoever_lists_its_parts_meanwhile(store: S3Store, outside: Bucket) -> None:
+    data = pattern(17 * MIB)
+    with ThreadPoolExecutor(2) as pool:
+        done = threading.Event()
+        lookers = [pool.submit(lambda: [list(store.hidden("")) for _ in iter(done.is_set, True)]) for _ in range(2)]
+        try:
+            infos = [store.put_unique(f"{number}.arrow", len(data), sections_of(data, 5 * MIB)) for number in range(3)]
+        finally:
+            done.set()
+    assert {info.crc32c for info in infos} == {crc32c.crc32c(data)}
+    assert any(seen for looker in lookers for seen in looker.result()), "nobody saw one under way"
     assert outside.uploads() == []
 
 
