@@ -8,7 +8,6 @@ import logging
 import os
 import re
 import socket
-import subprocess
 import sys
 import threading
 import urllib.error
@@ -32,6 +31,7 @@ from distckpt.telemetry.readings import READINGS
 from distckpt.world import World
 from tests.support.gang import ROOT, free_port
 from tests.support.small_runs import Trainer, assert_loads, run, until
+from tests.support.warm import WarmProcess, start_script
 
 PROGRAM = ROOT / "tests" / "ranks" / "watched.py"
 
@@ -40,13 +40,11 @@ PROGRAM = ROOT / "tests" / "ranks" / "watched.py"
 class Watched:
     """The process, and the file that has what it logs."""
 
-    process: subprocess.Popen[str]
+    process: WarmProcess
     log: Path
 
     def do(self, *words: object) -> Any:
         """Have it do something; what it answers."""
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
         self.process.stdin.write(" ".join(map(str, words)) + "\n")
         self.process.stdin.flush()
         line = self.process.stdout.readline()
@@ -65,14 +63,10 @@ def training(folder: Path, **variables: str) -> Iterator[Watched]:
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("OTEL_", "DISTCKPT_PROM"))}
     env = {**kept, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **variables}
     log = folder / "log"
-    with (
-        log.open("a") as errors,
-        subprocess.Popen([sys.executable, str(PROGRAM)], env=env, text=True, stderr=errors,
-                         stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process,
-    ):  # fmt: skip
+    with log.open("a") as errors, start_script(PROGRAM, env=env, stderr=errors.fileno()) as process:
         yield Watched(process, log)
-        process.communicate(timeout=60)
-    assert process.returncode == 0, log.read_text()
+        process.stdin.close()
+        assert process.wait(60) == 0, log.read_text()
 
 
 def scraped(address: str) -> dict[str, dict[str, float]]:

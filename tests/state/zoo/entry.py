@@ -116,7 +116,7 @@ def register(
 
 def set_seeds(seed: int) -> None:
     """Put every global random number generator where this seed begins."""
-    torch.manual_seed(seed)
+    torch.default_generator.manual_seed(seed)  # torch.manual_seed keeps a stack for each kind of device that is not there
     np.random.seed(seed)
     random.seed(seed)
 
