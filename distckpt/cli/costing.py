@@ -13,6 +13,7 @@ from rich.text import Text
 from distckpt.cli import options, text
 from distckpt.cli.tables import Table
 from distckpt.directory.goodput import CONFIDENCE, Failures, Goodput, History, Interval
+from distckpt.directory.laggards import Laggards, laggards_of
 from distckpt.directory.stats import Told, read_stats
 from distckpt.errors import CheckpointNotFoundError
 from distckpt.format.json.stats import Durations, RunStats
@@ -21,6 +22,9 @@ from distckpt.terminal.sizes import counted, human_bytes
 
 MOST_RUNS = 12
 """Shown to people; --json shows all."""
+
+MOST_LAGGARDS = 5
+"""As above."""
 
 _STYLES = {"closed": "green", "failed": "bold red", "crashed": "bold red", "open": "bold"}
 
@@ -80,7 +84,8 @@ def _run_as_json(history: History, run: RunStats) -> dict[str, Any]:
         for name, value in told.items()
         if isinstance(value, Durations)
     }
-    return {**told, **durations, "state": history.state(run), "lost_to_failures": history.lost(run)}
+    recent = [took._asdict() for took in run.recent]
+    return {**told, **durations, "recent": recent, "state": history.state(run), "lost_to_failures": history.lost(run)}
 
 
 def _interval_as_json(history: History, interval: Interval) -> dict[str, Any]:
@@ -118,6 +123,9 @@ def _print(told: Told) -> None:
         for name, durations in costs:
             table.add_row(name, _span(durations.mean), _span(durations.longest), f"{durations.times:,}")
         console.print(table)
+    if (late := laggards_of(history.runs)) is not None:
+        console.print()
+        console.print(_laggards(late))
     console.print()
     for line in _sentences(history):
         console.print(line, soft_wrap=True)
@@ -185,6 +193,16 @@ def _costs(history: History) -> Iterator[tuple[str, Durations]]:
         "from one save to the next": history.all(lambda run: run.between),
     }
     return ((name, durations) for name, durations in found.items() if durations.times)
+
+
+def _laggards(found: Laggards) -> Table:
+    """The first of them."""
+    head = f"landed last in run {found.run}"
+    table = Table([head, "of", "mean lag", "longest"], right=["of", "mean lag", "longest"])
+    for one in found.ranks[:MOST_LAGGARDS]:
+        share = f"{one.lag.times:,} of {found.saves:,}"
+        table.add_row(f"rank {one.rank}", share, _span(one.lag.mean), _span(one.lag.longest))
+    return table
 
 
 def _sentences(history: History) -> Iterator[str]:

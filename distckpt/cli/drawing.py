@@ -109,7 +109,9 @@ def _runs(axes: Any, picture: Picture, runs: list[RunStats]) -> None:
 
 
 def _spans(axes: Any, runs: list[RunStats]) -> None:
-    """Of each run how long training stood still for a save and until a save was committed: the mean, and the longest."""
+    """Of each run how long training stood still for a save and until a save was committed: the mean, the longest, and a
+    dot for each of the last saves.
+    """
     told = False
     for what, color, pick in (("stall", STALL, _stall), ("committed after", COMMIT, lambda run: run.committed)):
         label = what
@@ -123,6 +125,8 @@ def _spans(axes: Any, runs: list[RunStats]) -> None:
                 [begin, end], [durations.mean] * 2, [durations.longest] * 2, color=color, alpha=0.15, lw=0
             )
             label, told = "", True
+            each = [(run.began + took.at, took.stall if pick is _stall else took.committed) for took in run.recent]
+            axes.plot([_moment(at) for at, _ in each], [took for _, took in each], ".", color=color, ms=3)
     if not told:
         return
     axes.set_yscale("log")

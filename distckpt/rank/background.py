@@ -97,7 +97,7 @@ class Background:
     def _bring(self, task: SaveTask) -> None:
         committed = self._drive(task)
         self._tell(task, committed)
-        task.progress.commit(committed.record)
+        task.progress.commit(committed.record, committed.last)
         attempt = committed.record.attempt
         self._newest.is_now(attempt, [self._path(task, attempt, at) for at in self._shards(task)])
 

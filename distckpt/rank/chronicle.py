@@ -81,6 +81,7 @@ class Chronicle(LooperThread):
             began=self._began,
             next_within=0.0 if end else self._pause,
             end=end,
+            recent=self._costs.recent,
             **measured,
         )
         write_stats(self._store, names.stats_path(opened.run, self._unique), record)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 import threading
 import time
+from collections import deque
 from dataclasses import dataclass
 
 from distckpt.format.json.log import CheckpointRecord
-from distckpt.format.json.stats import Durations
+from distckpt.format.json.stats import MOST_RECENT, Durations, SaveTook
 from distckpt.rank.pending import PendingSave, progress_of
 
 MOST_KNOWN = 256
@@ -116,6 +117,7 @@ class Costs:
         self._last_save: float | None = None
         self._kept: dict[str, float] = {}
         self._safe = 0.0
+        self._recent: deque[SaveTook] = deque(maxlen=MOST_RECENT)
 
     def stats(self) -> ManagerStats:
         """The numbers as they are now."""
@@ -131,6 +133,12 @@ class Costs:
                 saving_seconds=stats.saving_seconds + (0.0 if restores else standing),
                 restored=stats.restored.joined(Durations(0, standing, standing)) if restores else stats.restored,
             )
+
+    @property
+    def recent(self) -> tuple[SaveTook, ...]:
+        """The last MOST_RECENT committed saves, in the order in which they ended."""
+        with self._lock:
+            return tuple(self._recent)
 
     @property
     def newest(self) -> CheckpointRecord | None:
@@ -221,7 +229,10 @@ class Costs:
             self._kept[record.attempt] = at
             while len(self._kept) > MOST_KNOWN:
                 del self._kept[next(iter(self._kept))]
-            self._add(written=progress.written or 0.0, committed=progress.over or 0.0)
+            over, last = progress.over or 0.0, progress.last
+            self._add(written=progress.written or 0.0, committed=over)
+            took = SaveTook(pending.number, progress.began - self._began, progress.stall or over, over)
+            self._recent.append(took if last is None else took._replace(last=last.rank, lag=last.seconds))
             self._set(
                 bytes_written=self._now.bytes_written + progress.nbytes,
                 bytes_committed=self._now.bytes_committed + record.nbytes,

@@ -11,6 +11,7 @@ from concurrent.futures import TimeoutError as FutureTimeoutError
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
+from distckpt.coordinator.messages import Landing
 from distckpt.format.json.log import CheckpointRecord
 from distckpt.rank.tolerance import Tolerance
 from distckpt.transfer.staging import StagedCopy
@@ -29,6 +30,7 @@ class Progress:
     gives it up, whatever interrupts that call. ``began`` is when ``save`` was called, by a clock of this process; for
     ``stall`` seconds training stood still, and ``written`` seconds after its begin this rank's shards were on storage.
     For ``queued`` of them it waited for a buffer, and ``copied`` is what copying took; ``nbytes`` is what this rank wrote.
+    ``last`` is who landed last, once it is committed and if this rank was told.
     ``waiting`` is told for how many seconds somebody has waited for the end.
     ``collected`` says that the caller has been told how it ended. A failure is ``excused`` if ``tolerance``, where there
     is one, says that training may go on all the same.
@@ -48,6 +50,7 @@ class Progress:
     queued: float = 0.0
     copied: float = 0.0
     nbytes: int = 0
+    last: Landing | None = None
     waiting: Callable[[float], object] | None = None
 
     def seconds(self) -> float:
@@ -65,8 +68,9 @@ class Progress:
             if self.waiting is not None:
                 self.waiting(time.monotonic() - began)
 
-    def commit(self, record: CheckpointRecord) -> None:
-        """It is committed."""
+    def commit(self, record: CheckpointRecord, last: Landing | None = None) -> None:
+        """It is committed; ``last`` as in Committed."""
+        self.last = last
         self.over = self.seconds()
         if self.tolerance is not None:
             self.tolerance.committed()

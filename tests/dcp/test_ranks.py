@@ -59,6 +59,10 @@ def test_tensors_are_cut_anew_from_any_layout_to_any_other(gang: Gang, tmp_path:
         assert found == [{}] * 4, (before, after)
 
 
+def test_the_sharded_tensors_of_before_are_cut_anew_and_loaded_as_plain_ones(gang: Gang, tmp_path: Path) -> None:
+    assert gang.run("ranks.dcp:reshard_sharded_tensors", directory=str(tmp_path)) == [[]] * 4
+
+
 STEPS = [("set_up_storage_writer", 2), ("prepare_local_plan", 0), ("prepare_global_plan", 0), ("write_data", 3),
          ("write_data", 0), ("finish", 0)]  # fmt: skip
 

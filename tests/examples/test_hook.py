@@ -123,7 +123,7 @@ def test_a_sigterm_saves_the_last_step_and_a_job_that_ends_in_peace_or_is_killed
 def assert_small_and_private(running: Job) -> list[psutil.Process]:
     """What Ray has in this job, which is no more than it needs, and nobody else can reach; its processes."""
     wanted = [name[:15] for name in RAYS]
-    assert until(lambda: names_of(running.rays()) == wanted, 60), names_of(running.rays())  # a worker may come and go
+    assert until(lambda: names_of(running.rays()) == wanted, 120), names_of(running.rays())  # a worker may come and go
     rays = running.rays()
     ours = [*rays, *running.ranks()]
     listening = [each for process in ours for each in process.net_connections() if each.status == "LISTEN"]

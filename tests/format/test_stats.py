@@ -7,17 +7,25 @@ import pytest
 
 from distckpt.format import names
 from distckpt.format.json.sealed import seal, unseal
-from distckpt.format.json.stats import FORMAT, MAX_STATS_BYTES, Durations, RunStats
+from distckpt.format.json.stats import FORMAT, MAX_STATS_BYTES, MOST_RECENT, Durations, RunStats, SaveTook
 
 KINDS: dict[str, Any] = {"int": 1, "float": 2.5, "str": "x", "End": "closed", "Durations": Durations(2, 3.0, 2.0)}
-STATS = RunStats(**{name: KINDS[kind] for name, kind in RunStats.__annotations__.items() if name != "MAX_BYTES"})
+STATS = RunStats(**{name: KINDS[kind] for name, kind in RunStats.__annotations__.items() if kind in KINDS})
+SAVE = SaveTook(1_000_000_000, 123456.789012345, 0.123456789012345, 12.3456789012345, None, 0.0)
 
 
 def test_statistics_come_back_as_they_were_written() -> None:
     data = seal(STATS)
     assert unseal(data, RunStats, "_stats", MAX_STATS_BYTES) == STATS
     assert b'"stall":[2,3.0,2.0]' in data
+    assert b"recent" not in data, "as it was before there were any"
     assert len(data) < 1500
+
+
+def test_as_many_saves_as_are_kept_fit() -> None:
+    saves = tuple(SAVE._replace(number=SAVE.number + at, last=0, lag=1.23456789012345) for at in range(MOST_RECENT))
+    stats = msgspec.structs.replace(STATS, recent=saves)
+    assert unseal(seal(stats), RunStats, "_stats", MAX_STATS_BYTES) == stats
 
 
 @pytest.mark.parametrize(
@@ -35,6 +43,12 @@ def test_statistics_come_back_as_they_were_written() -> None:
         {"committed": Durations(1, 0.0, float("inf"))},
         {"began": float("inf")},
         {"end": "somehow"},
+        {"recent": (SAVE._replace(stall=-1.0),)},
+        {"recent": (SAVE._replace(at=float("nan")),)},
+        {"recent": (SAVE._replace(number=-1),)},
+        {"recent": (SAVE._replace(last=1),)},
+        {"recent": (SAVE._replace(last=-1),)},
+        {"recent": (SAVE,) * (MOST_RECENT + 1)},
     ],
 )
 def test_what_makes_no_sense_is_not_written(nonsense: dict[str, Any]) -> None:

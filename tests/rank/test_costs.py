@@ -57,6 +57,12 @@ def test_a_manager_counts_its_saves_their_bytes_and_what_they_cost(tmp_path: Pat
         )
         assert stats.saving_seconds + stats.starting_seconds + stats.restored.total <= stats.seconds
         assert 0 <= stats.goodput <= 1
+        trainer.manager.close()
+        (run,) = told(tmp_path)
+        assert [took.number for took in run.recent] == [1, 2, 3]
+        assert [took.committed for took in run.recent] == [pytest.approx(each.total_seconds) for each in pending]
+        assert [took.stall for took in run.recent] == [pytest.approx(each.stall_seconds) for each in pending]
+        assert [took.at for took in run.recent] == sorted(took.at for took in run.recent)
         metrics = manager.stats().metrics("c/")
         assert (metrics["c/saves"], metrics["c/stall_times"]) == (3, 2)
         assert all(isinstance(value, int | float) for value in metrics.values())

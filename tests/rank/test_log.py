@@ -8,8 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from click.testing import CliRunner
 
 import distckpt
+from distckpt.cli import main
+from distckpt.directory.stats import read_stats
+from distckpt.storage import LocalStore
 from tests.support.gang import Gang
 
 
@@ -62,3 +66,10 @@ def test_a_rank_that_is_late_is_named_long_before_the_deadline_and_rank_0_says_w
         late[0],
     )
     assert any(re.search(r"ckpt-1 saved: .* of 2 ranks; .*; last was rank 1 \(.+\), ", text) for text in texts)
+    (run,) = read_stats(LocalStore(tmp_path / "run")).history.runs
+    (save,) = run.recent
+    assert (save.number, save.last) == (1, 1)
+    assert 0 < save.stall <= save.committed
+    assert 0 < save.lag <= save.committed
+    shown = CliRunner().invoke(main, ["stats", str(tmp_path / "run")]).output
+    assert re.search(r"rank 1 +1 of 1 +", shown)

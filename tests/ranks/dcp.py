@@ -12,6 +12,9 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn, optim
+from torch.distributed._shard import sharded_tensor
+from torch.distributed._shard.sharded_tensor import ShardedTensor
+from torch.distributed._shard.sharding_spec import ChunkShardingSpec, EnumerableShardingSpec, ShardMetadata
 from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import DeviceMesh
@@ -159,6 +162,46 @@ def reshard(directory: str, before: str, after: str) -> dict[str, Any]:
         for name, value in loaded["state"].items()
         if name != "list" and not torch.equal(_local(value), _local(expected[name]))
     }
+
+
+def sharded_specs() -> list[Any]:
+    """How torch's older ShardedTensor may lie over ranks: in rows, several of a rank's, unevenly, and in columns."""
+
+    def pieces(*rows: tuple[int, int, int]) -> EnumerableShardingSpec:
+        return EnumerableShardingSpec(
+            [ShardMetadata([first, 0], [count, 20], f"rank:{rank}/cpu") for first, count, rank in rows]
+        )
+
+    def chunks(dim: int, *ranks: int) -> ChunkShardingSpec:
+        return ChunkShardingSpec(dim, [f"rank:{rank}/cpu" for rank in ranks])
+
+    return [chunks(0, 0, 1, 2, 3), chunks(0, 1, 2, 2, 0), pieces((0, 2, 3), (2, 1, 1), (3, 7, 0)), pieces((0, 8, 1), (8, 2, 2)),
+            chunks(1, 3, 0)]  # fmt: skip
+
+
+def reshard_sharded_tensors(directory: str) -> list[str]:
+    """Save a ShardedTensor and a plain tensor in each layout, load them as each other in the next one: what differs."""
+    specs, wrong = sharded_specs(), []
+    for at, before in enumerate(specs):
+        after = specs[(at + 1) % len(specs)]
+        saved = {"sharded": sharded_tensor.rand(before, 10, 20), "plain": torch.arange(200.0).reshape(10, 20) + at}
+        dcp.save({**saved, "text": f"of {at}"}, storage_writer=distckpt.dcp.Writer(directory))
+        same = {"sharded": sharded_tensor.zeros(after, 10, 20), "plain": torch.zeros(10, 20), "text": ""}
+        other = {"sharded": torch.zeros(10, 20), "plain": sharded_tensor.zeros(after, 10, 20)}
+        for loaded in (same, other):
+            dcp.load(loaded, storage_reader=distckpt.dcp.Reader(directory))
+            wrong += [f"{at}: {key}" for key in saved if not torch.equal(_gathered(loaded[key]), _gathered(saved[key]))]
+        wrong += [] if same["text"] == f"of {at}" else [f"{at}: text"]
+    return wrong
+
+
+def _gathered(tensor: Any) -> torch.Tensor:
+    """All of it on rank 0, on other ranks nothing."""
+    if not isinstance(tensor, ShardedTensor):
+        return tensor if dist.get_rank() == 0 else torch.zeros(0)
+    whole = torch.zeros(tensor.size()) if dist.get_rank() == 0 else None
+    tensor.gather(out=whole)
+    return torch.zeros(0) if whole is None else whole
 
 
 def _local(tensor: Any) -> torch.Tensor:

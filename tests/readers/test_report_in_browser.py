@@ -12,6 +12,7 @@ from distckpt.cli.app import main
 from tests.support import browser
 from tests.support.damage import flip
 from tests.support.small_runs import attempt_folder, followed_run, run
+from tests.support.told import tell
 
 PICTURES = {"wide": (1200, False), "narrow": (400, False), "dark": (1200, True)}
 
@@ -32,6 +33,8 @@ SMALLEST = "Math.min(...[...document.querySelectorAll('svg text')].map(text => t
 def test_a_browser_shows_all_of_it_in_a_wide_a_narrow_and_a_dark_window(tmp_path: Path) -> None:
     followed_run(tmp_path / "run")
     run(tmp_path / "run", 4, 5)
+    saves = [(4, 1.0, 0.5, 2.0, 1, 0.25), (5, 9.0, 0.1, 2.0, 0, 0.5)]
+    tell(tmp_path / "run", 2, recent=saves, saves=2, stall=(2, 0.6, 0.5), seconds=1e4)
     flip(attempt_folder(tmp_path / "run", 5) / "manifest.json", 40)
     written = CliRunner().invoke(main, ["report", str(tmp_path / "run"), "-o", str(tmp_path / "page.html")])
     assert written.exit_code == 1
@@ -62,6 +65,7 @@ async def see(folder: Path) -> None:
         "Metrics",
         "What saving costs",
         "What saves and restores took in run 2, on rank 0",
+        "Whose shards landed last, in the last 2 saves of run 2",
         "Retention",
         "All checkpoints",
         "Groups of readers",
@@ -69,5 +73,5 @@ async def see(folder: Path) -> None:
         "Leases and pins",
         "Runs",
     ]
-    assert pictures == 6
+    assert pictures == 8
     assert min(tables) >= 2

@@ -10,7 +10,7 @@ from click.testing import CliRunner, Result
 
 from distckpt.cli import main
 from distckpt.format import names
-from distckpt.format.json.stats import Durations
+from distckpt.format.json.stats import Durations, SaveTook
 from tests.support.small_runs import run
 from tests.support.told import HOUR, tell
 
@@ -92,6 +92,31 @@ def test_its_tables_fit_and_nothing_folds_when_piped(tmp_path: Path, columns: st
     assert sum("crashed" in line for line in lines) == 11
     assert "and 8 earlier runs; --json shows them all" in lines
     assert any(line.startswith("19 failures in") and line.endswith("confidence") for line in lines)
+
+
+def late(*ranks: int | None) -> tuple[SaveTook, ...]:
+    """A save for each of them, by which it was waited for: longer by the higher ones."""
+    return tuple(SaveTook(at, 60.0 * at, 1.0, 9.0, rank, float(rank or 0)) for at, rank in enumerate(ranks))
+
+
+def test_it_says_which_ranks_the_others_wait_for(tmp_path: Path) -> None:
+    run(tmp_path, 1)
+    for path in (tmp_path / names.STATS).iterdir():
+        path.unlink()
+    tell(tmp_path, 1, recent=late(7, 7, 7))
+    tell(tmp_path, 2, recent=late(3, None, 1, 3, 3, 2))
+    tell(tmp_path, 3)
+    lines = [line.split() for line in stats(tmp_path).stdout.splitlines()]
+    at = next(at for at, line in enumerate(lines) if line[:5] == ["landed", "last", "in", "run", "2"])
+    assert [line[:5] for line in lines[at + 2 : at + 5]] == [
+        ["rank", "3", "3", "of", "5"],
+        ["rank", "2", "1", "of", "5"],
+        ["rank", "1", "1", "of", "5"],
+    ]
+    told = json.loads(stats(tmp_path, "--json").stdout)
+    assert told["runs"][1]["recent"][0] == {
+        "number": 0, "at": 0.0, "stall": 1.0, "committed": 9.0, "last": 3, "lag": 3.0,
+    }  # fmt: skip
 
 
 def test_programs_get_all_of_it(tmp_path: Path) -> None:

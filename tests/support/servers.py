@@ -30,6 +30,9 @@ KEY, SECRET = "test-key", "test-secret-key"
 PATIENCE = 60
 LOG_SHOWN = 4000
 
+PAGE_OF_MOTO = 100
+"""Names in a page of its listings, where S3 has 1,000."""
+
 
 class ServerError(AssertionError):
     """A server did not start, or refused to make a bucket; the text ends with its log."""
@@ -98,7 +101,8 @@ def moto() -> Iterator[Server]:
     """An S3 in Python, objects in memory. It takes any credentials, and any checksum without looking. See moto_server.py."""
     port = free_port()
     command = [str(environment() / "bin/python"), str(ROOT / "tests/support/moto_server.py"), str(port)]
-    with _serving("moto", port, command, lambda name: request(port, "PUT", f"/{name}")) as server:
+    pages = {"MOTO_S3_DEFAULT_MAX_KEYS": f"{PAGE_OF_MOTO}"}
+    with _serving("moto", port, command, lambda name: request(port, "PUT", f"/{name}"), pages) as server:
         yield server
 
 

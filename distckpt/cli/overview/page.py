@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import resources
 
@@ -16,11 +16,12 @@ from distckpt.cli.listing import Listed
 from distckpt.cli.overview.charts import Mark, Point, Span, line_chart, timeline
 from distckpt.cli.overview.gather import MOST_LOOKED_FOR, Overview
 from distckpt.directory.goodput import History
+from distckpt.directory.laggards import laggards_of
 from distckpt.format import names
 from distckpt.format.json.group import Item
 from distckpt.format.json.lease import Lease
 from distckpt.format.json.log import CheckpointRecord
-from distckpt.format.json.stats import RunStats
+from distckpt.format.json.stats import RunStats, SaveTook
 from distckpt.terminal.sizes import counted, human_bytes
 
 MOST_ROWS = 100
@@ -72,6 +73,7 @@ def page(overview: Overview, refresh: int = 0) -> str:
         ],
         tables=[
             _costs(overview),
+            _laggards(overview),
             _ranks(overview),
             _retention(overview),
             _checkpoints(overview),
@@ -161,6 +163,34 @@ def _metric_charts(overview: Overview) -> Charts:
 
 
 def _cost_charts(overview: Overview) -> Charts:
+    return [*_save_charts(overview), *_run_charts(overview)]
+
+
+def _save_charts(overview: Overview) -> Charts:
+    """Without the first save of a run, which plans and touches memory: others would be a flat line below its stall."""
+    saves = [(run, took) for run in overview.picture.history.runs for took in _later_saves(run)]
+    if len(saves) < 2:
+        return []
+    kinds: list[tuple[str, Callable[[SaveTook], float]]] = [
+        ("training stood still", lambda took: took.stall),
+        ("committed after", lambda took: took.committed),
+    ]
+    charts: Charts = []
+    for words, pick in kinds:
+        points = [
+            Point(run.began + took.at, pick(took), f"{took.number} of run {run.run}: {text.duration(pick(took))}")
+            for run, took in saves
+        ]
+        title = f"{words}: the last saves of each run but its first, by when they began"
+        charts.append((title, Markup(line_chart(points, text.local_time, text.duration))))
+    return charts
+
+
+def _later_saves(run: RunStats) -> Sequence[SaveTook]:
+    return run.recent[1:] if len(run.recent) == run.committed.times else run.recent
+
+
+def _run_charts(overview: Overview) -> Charts:
     runs = [run for run in overview.picture.history.runs if run.saves]
     if len(runs) < 2:
         return []
@@ -250,8 +280,21 @@ def _costs(overview: Overview) -> Table:
     return _table(title, columns, rows[::-1], [""] * len(rows), *columns[1:])
 
 
+def _laggards(overview: Overview) -> Table:
+    found = laggards_of(overview.picture.history.runs)
+    if found is None:
+        return _table("Who landed last", [], [], [])
+    rows = [
+        [f"{one.rank}", f"{one.lag.times:,}", text.duration(one.lag.mean), text.duration(one.lag.longest)]
+        for one in found.ranks
+    ]
+    columns = ["rank", "times", "behind the first, on average", "at most"]
+    title = f"Whose shards landed last, in the last {counted(found.saves, 'save')} of run {found.run}"
+    return _table(title, columns, rows[::-1], [""] * len(rows), *columns)
+
+
 def _ranks(overview: Overview) -> Table:
-    """Who writes most is who is waited for, where all write equally fast; how long each took is not on storage."""
+    """Who writes most is who is waited for, where all write equally fast."""
     manifest = overview.newest
     if manifest is None or manifest.world_size == 1:
         return _table("What each rank wrote", [], [], [])

@@ -15,6 +15,9 @@ MAX_TEXT_LENGTH = 256
 MAX_SECONDS = 1e10
 """Three hundred years."""
 
+MOST_RECENT = 256
+"""Committed saves of a run that it has each for itself, the newest."""
+
 End = Literal["", "closed", "failed"]
 
 
@@ -39,7 +42,22 @@ class Durations(NamedTuple):
         return Durations(self.times + other.times, self.total + other.total, max(self.longest, other.longest))
 
 
-class RunStats(Sealed, frozen=True, forbid_unknown_fields=True):
+class SaveTook(NamedTuple):
+    """The committed save of a ``number``, begun when the run had gone on for ``at`` seconds, as rank 0 saw it.
+
+    Training stood still for ``stall`` seconds, and it was ``committed`` so many after its begin. The shards of the rank
+    ``last`` landed last, ``lag`` seconds after those of the first; None and 0 where rank 0 was not told.
+    """
+
+    number: int
+    at: float
+    stall: float
+    committed: float
+    last: int | None = None
+    lag: float = 0.0
+
+
+class RunStats(Sealed, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """The run with this number in the log of this ``origin``, as its rank 0 on ``host`` saw it.
 
     It ``began`` at that time (epoch seconds, only to be shown) and had gone on for ``seconds`` when this was written, by the
@@ -79,15 +97,19 @@ class RunStats(Sealed, frozen=True, forbid_unknown_fields=True):
     device_waited: Durations
     between: Durations
     restored: Durations
+    recent: tuple[SaveTook, ...] = ()
 
     def problems(self) -> Iterator[str]:
         """See Sealed."""
-        values = {name: getattr(self, name) for name in self.__struct_fields__ if name != "began"}
-        numbers = [each for value in values.values() for each in (value if isinstance(value, Durations) else (value,))]
+        values = [getattr(self, name) for name in self.__struct_fields__ if name not in ("began", "recent")]
+        numbers = [each for value in values for each in (value if isinstance(value, Durations) else (value,))]
+        numbers += (each for took in self.recent for each in took if each is not None)
         if self.format != FORMAT:
             yield f"format version {self.format} inside version {FORMAT}"
         if not (1 <= self.run <= MAX_NUMBER and 1 <= self.world_size <= MAX_WORLD):
             yield "its run or world size is out of bounds"
+        if len(self.recent) > MOST_RECENT or any((took.last or 0) >= self.world_size for took in self.recent):
+            yield "its recent saves are too many, or of ranks that it does not have"
         if max(len(self.origin), len(self.host)) > MAX_TEXT_LENGTH:
             yield "its origin or host is too long"
         if not all(0 <= number <= MAX_BYTES for number in numbers if isinstance(number, int)):

@@ -116,7 +116,8 @@ def register(
 
 def set_seeds(seed: int) -> None:
     """Put every global random number generator where this seed begins."""
-    torch.default_generator.manual_seed(seed)  # torch.manual_seed keeps a stack for each kind of device that is not there
+    # torch.manual_seed keeps a whole stack, as text, for each kind of device that is not there.
+    torch.default_generator.manual_seed(seed)
     np.random.seed(seed)
     random.seed(seed)
 
