@@ -6,11 +6,16 @@ import hashlib
 import os
 import signal
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
+from torch import nn
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 
 ITEMS = 22
 """Items of the data: not a multiple of the batch, so epochs end with a smaller one."""
@@ -63,8 +68,25 @@ def language_model(dropout: float) -> Any:
 
 
 def digest(model: torch.nn.Module) -> str:
-    """Of all that it holds."""
-    return hashlib.sha256(b"".join(each.numpy().tobytes() for each in model.state_dict().values())).hexdigest()
+    """Of all that it holds, over all ranks."""
+    whole = (each.full_tensor() if isinstance(each, DTensor) else each for each in model.state_dict().values())
+    return hashlib.sha256(b"".join(each.numpy().tobytes() for each in whole)).hexdigest()
+
+
+@contextmanager
+def taken_for_accelerators() -> Iterator[None]:
+    """Accelerate, which shards on accelerators alone, takes these processes and their group by gloo for such."""
+    from accelerate import state, utils
+
+    gpus = utils.DistributedType.MULTI_GPU
+    with pytest.MonkeyPatch.context() as patch:
+        for name in [*os.environ, "ACCELERATE_USE_FSDP", "FSDP_VERSION"]:
+            patch.setenv(name, os.environ.get(name, ""))  # so that all of them are put back
+        patch.setattr(state.PartialState, "_prepare_backend", lambda *_: ("gloo", gpus))
+        patch.setattr(state.PartialState, "set_device", lambda self: setattr(self, "device", torch.device("cpu")))
+        state.AcceleratorState._reset_state(reset_partial_state=True)
+        yield
+    state.AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def transformers(
@@ -82,12 +104,16 @@ def transformers(
     patience: int = 0,
     by: str = "callback",
     export: bool = False,
+    shard: bool = False,
     **arguments: Any,
 ) -> dict[str, Any]:
     """Train for two epochs of 6 steps, of 4 items each over all ranks; what became of it.
 
     Saved ``by`` the "callback" when it says so, or when the "trainer" says so, or by "itself": Trainer alone.
     """
+    if shard:
+        blocks = {"version": 2, "transformer_layer_cls_to_wrap": ["GPT2Block"]}
+        arguments |= {"fsdp": "full_shard auto_wrap", "fsdp_config": blocks}
     from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
 
     from distckpt.integrations.transformers import DistckptCallback
@@ -141,7 +167,43 @@ def transformers(
         "losses": {entry["step"]: entry["loss"] for entry in state.log_history if "loss" in entry},
         "seen": seen,
         "error": error,
+        "sharded": any(isinstance(each, DTensor) for each in model.parameters()),
     }
+
+
+def accelerate(directory: str, steps: int) -> dict[str, Any]:
+    """A loop over what Accelerate has prepared, up to that step: sharded, two batches accumulated for each update."""
+    from accelerate import Accelerator
+    from accelerate.utils import FullyShardedDataParallelPlugin
+
+    import distckpt
+
+    torch.manual_seed(0)
+    model: Any = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8))
+    optimizer: Any = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    scheduler: Any = torch.optim.lr_scheduler.StepLR(optimizer, 2, 0.5)
+    accelerator = Accelerator(fsdp_plugin=FullyShardedDataParallelPlugin(fsdp_version=2), gradient_accumulation_steps=2)
+    batches: Any = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(torch.randn(64, 8)), batch_size=2)
+    model, optimizer, scheduler, batches = accelerator.prepare(model, optimizer, scheduler, batches)
+    checkpoint = distckpt.Checkpoint(model=model, optimizer=optimizer, scheduler=scheduler, progress={"step": 0})
+    losses = []
+    with distckpt.CheckpointManager(checkpoint, directory) as manager:
+        manager.restore_or_initialize()
+        for at, (batch,) in enumerate(batches):
+            if not checkpoint.progress["step"] <= at < steps:
+                continue
+            with accelerator.accumulate(model):
+                loss = (model(batch) - batch).square().mean()
+                accelerator.backward(loss)
+                optimizer.step()
+                scheduler.step()
+                optimizer.zero_grad()
+            losses.append(loss.item())
+            checkpoint.progress["step"] = at + 1
+            if at % 2:
+                manager.save(at + 1)
+    sharded = any(isinstance(each, DTensor) for each in model.parameters())
+    return {"losses": losses, "weights": digest(model), "sharded": sharded}
 
 
 # ---- Lightning ------------------------------------------------------------------------------------------------------
@@ -303,6 +365,7 @@ class Resumable(torch.utils.data.DataLoader[Any]):
 
 def on_rank(kind: str, **arguments: Any) -> dict[str, Any]:
     """The same on a rank of a gang, where nobody else turns warnings into errors."""
-    with warnings.catch_warnings():
+    sharded = kind == "accelerate" or (kind == "transformers" and arguments.get("shard"))
+    with warnings.catch_warnings(), taken_for_accelerators() if sharded else nullcontext():
         warnings.simplefilter("ignore")
-        return {"transformers": transformers, "lightning": lightning}[kind](**arguments)
+        return {"transformers": transformers, "accelerate": accelerate, "lightning": lightning}[kind](**arguments)

@@ -6,6 +6,7 @@ import hashlib
 import importlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -227,24 +228,47 @@ def test_transformers_with_nothing_that_says_when_to_save_is_refused(hugging: Hu
 
 
 @pytest.mark.timeout(120)
-def test_transformers_over_ranks_stops_together_and_resumes_on_one(hugging: Hugging, gang2: Gang) -> None:
-    directory, whole = str(hugging.folder / "ranks"), hugging.run("dry", dropout=0.0, items=24)
-    scratch = str(hugging.folder / "unused")
-    results = gang2.run(
-        "ranks.integrations:on_rank", kind="transformers", directory=directory, scratch=scratch,
-        batch=2, dropout=0.0, items=24, stop_at=6, rank=1,
-    )  # fmt: skip
-    assert [(result["step"], result["error"]) for result in results] == [(7, "")] * 2
-    assert numbers(hugging.folder / "ranks") == [3, 6, 7]
-    assert distckpt.open(f"{directory}/ckpt-7").manifest.world_size == 2
-    resumed = hugging.run("ranks", dropout=0.0, items=24)
-    assert resumed["error"] == ""
-    assert seen_over(results) + resumed["seen"] == whole["seen"]
-    assert resumed["losses"] == pytest.approx(whole["losses"], rel=1e-4)
-    last, expected = (distckpt.load(hugging.folder / name / "ckpt-12", "model") for name in ("ranks", "dry"))
+@pytest.mark.parametrize("shard", [False, True], ids=["ddp", "fsdp2"])
+def test_transformers_over_ranks_stops_together_and_resumes(hugging: Hugging, gang2: Gang, shard: bool) -> None:
+    def train(name: str, **arguments: Any) -> list[dict[str, Any]]:
+        directory, scratch = str(hugging.folder / name), str(hugging.folder / "unused")
+        return gang2.run("ranks.integrations:on_rank", kind="transformers", directory=directory, scratch=scratch,
+                         batch=2, dropout=0.0, items=24, shard=shard, **arguments)  # fmt: skip
+
+    name, alone = f"ranks {shard}", hugging.run(f"dry {shard}", dropout=0.0, items=24)
+    whole, stopped = train(f"whole {shard}"), train(name, stop_at=6, rank=1)
+    assert [(result["step"], result["error"]) for result in stopped] == [(7, "")] * 2
+    assert [result["sharded"] for result in stopped] == [shard] * 2
+    assert numbers(hugging.folder / name) == [3, 6, 7]
+    assert distckpt.open(hugging.folder / name / "ckpt-7").manifest.world_size == 2
+    shutil.copytree(hugging.folder / name, hugging.folder / f"{name} on one")
+    resumed = train(name)
+    assert seen_over(stopped) + seen_over(resumed) == seen_over(whole) == alone["seen"]
+    assert [result["losses"] for result in resumed] == [result["losses"] for result in whole]
+    assert [result["weights"] for result in resumed] == [result["weights"] for result in whole]
+    on_one = hugging.run(f"{name} on one", dropout=0.0, items=24)
+    assert on_one["error"] == ""
+    assert seen_over(stopped) + on_one["seen"] == alone["seen"]
+    assert on_one["losses"] == pytest.approx(alone["losses"], rel=1e-4)
+    last, expected = (
+        distckpt.load(f"{hugging.folder}/{of}/ckpt-12", "model") for of in (f"{name} on one", f"dry {shard}")
+    )
     assert last.keys() == expected.keys()
     for key, tensor in last.items():
         torch.testing.assert_close(tensor, expected[key], atol=1e-3, rtol=0)  # one step moves by 1e-2
+
+
+@pytest.mark.timeout(120)
+def test_what_accelerate_has_sharded_goes_on_where_it_was(tmp_path: Path, gang2: Gang) -> None:
+    def train(name: str, steps: int) -> list[dict[str, Any]]:
+        return gang2.run("ranks.integrations:on_rank", kind="accelerate", directory=str(tmp_path / name), steps=steps)
+
+    whole, first, then = train("whole", 8), train("parts", 4), train("parts", 8)
+    assert all(result["sharded"] for result in whole)
+    assert [one["losses"] + two["losses"] for one, two in zip(first, then, strict=True)] == [
+        result["losses"] for result in whole
+    ]
+    assert [result["weights"] for result in then] == [result["weights"] for result in whole]
 
 
 # ---- Lightning ------------------------------------------------------------------------------------------------------
