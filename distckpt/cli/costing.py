@@ -16,7 +16,7 @@ from distckpt.directory.goodput import CONFIDENCE, Failures, Goodput, History, I
 from distckpt.directory.laggards import Laggards, laggards_of
 from distckpt.directory.stats import Told, read_stats
 from distckpt.errors import CheckpointNotFoundError
-from distckpt.format.json.stats import Durations, RunStats
+from distckpt.format.json.stats import Durations, RunStats, SaveTook
 from distckpt.storage import open_store
 from distckpt.terminal.sizes import counted, human_bytes
 
@@ -84,7 +84,7 @@ def _run_as_json(history: History, run: RunStats) -> dict[str, Any]:
         for name, value in told.items()
         if isinstance(value, Durations)
     }
-    recent = [took._asdict() for took in run.recent]
+    recent = [{name: getattr(took, name) for name in SaveTook.__annotations__} for took in run.recent]
     return {**told, **durations, "recent": recent, "state": history.state(run), "lost_to_failures": history.lost(run)}
 
 

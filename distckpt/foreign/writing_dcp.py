@@ -1,19 +1,24 @@
-"""Writing folders of torch.distributed.checkpoint, by its own writer: what pickles there are, it makes."""
+"""Writing folders of torch.distributed.checkpoint, as its own writer does: what pickles there are, torch makes."""
 
 from __future__ import annotations
 
 import json
 import math
+import os
+import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
+import crc32c
 import torch
 from torch.distributed.checkpoint import filesystem
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
-from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, TensorWriteData, WriteItem, WriteItemType
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.futures import Future
 
 from distckpt.dcp.view import Object, View, view_of
 from distckpt.foreign.writing import Order, Sums, Written, put
@@ -24,16 +29,14 @@ from distckpt.sharding.chunks import dtype_from_name
 from distckpt.sharding.match import Wanted
 from distckpt.state.stored import Targets
 from distckpt.storage import Store
-from distckpt.transfer.checksums import stored_size_and_crc
 from distckpt.transfer.progress import Progress
 from distckpt.transfer.reader import ReadStats
 
 PART_BYTES = 256 << 20
-"""Of a part of a tensor, which is in memory as a whole while DCP writes it."""
-
+"""Of a part of a tensor, which is in memory as a whole while it is written."""
 
 WRITERS, LEAST_BYTES = 2, 64 << 20
-"""DCP writes a file by one thread, at half the pace of a copy: so many are written at a time, if they are worth it."""
+"""A file is written by one thread, at half the pace of a copy: so many are written at a time, if they are worth it."""
 
 SUMS = "checksums.json"
 """Has the CRC32C of each file, which DCP itself neither writes nor looks at."""
@@ -50,7 +53,7 @@ def write_dcp(order: Order, store: Store) -> list[Written]:
         )
     view = view_of(_Chosen(order))
     planner = _Planner(view, order)
-    writer = filesystem.FileSystemWriter(store.url, overwrite=False)
+    writer = _Writer(store.url, overwrite=False)
     items = list(_items(view, min(PART_BYTES, order.max_bytes)))
     each = max(LEAST_BYTES, -(-sum(nbytes for nbytes, _ in items) // WRITERS))
     shares = list(_shares(items, min(order.max_bytes, each)))
@@ -61,8 +64,7 @@ def write_dcp(order: Order, store: Store) -> list[Written]:
     with ThreadPoolExecutor(WRITERS, thread_name_prefix="distckpt-export") as pool:
         results = list(pool.map(lambda plan: writer.write_data(plan, planner).wait(), plans))
     writer.finish(metadata, results)
-    files = [f"__{rank}_0.distcp" for rank in range(len(shares))]
-    written = [Written(name, *stored_size_and_crc(store, name)) for name in files]
+    written = sorted(writer.written, key=lambda file: file.name)
     sums = {file.name: {"size": file.size, "crc32c": f"{file.crc32c:08x}"} for file in written}
     text = json.dumps({"files": sums, **order.about}, indent=2).encode() + b"\n"
     return [*written, put(store, SUMS, len(text), [text], order, Sums().seen)]
@@ -109,13 +111,66 @@ class _Chosen:
         self._stored.fill([replace(one, key=self._keys[one.key]) for one in wanted], memory)
 
 
+class _Writer(filesystem.FileSystemWriter):
+    """DCP's own, but one that has a single part of each file in memory, where DCP's keeps all of the file.
+
+    ``written`` are its files, with the CRC32C of what went out.
+    """
+
+    def __init__(self, path: str, overwrite: bool) -> None:
+        super().__init__(path, overwrite=overwrite)
+        self.written: list[Written] = []
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        """See StorageWriter."""
+        name = f"{plan.storage_data.prefix}0{filesystem.DEFAULT_SUFFIX}"
+        results = []
+        with self.fs.create_stream(self.fs.concat_path(self.path, name), "wb") as stream:
+            file: Any = _Summed(stream)
+            for item in plan.items:
+                begin, data = file.size, planner.resolve_data(item)
+                if isinstance(data, torch.Tensor):
+                    torch.save(data, file)
+                else:
+                    file.write(data.getbuffer())
+                place = filesystem._StorageInfo(name, begin, file.size - begin)
+                results.append(WriteResult(item.index, file.size - begin, place))
+            stream.flush()
+            os.fsync(stream.fileno())
+        self.written.append(Written(name, file.size, file.crc32c))
+        done: Future[list[WriteResult]] = Future()
+        done.set_result(results)
+        return done
+
+
+class _Summed:
+    """A file to be written from its beginning to its end, and the CRC32C of that."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+        self.size = 0
+        self.crc32c = 0
+
+    def write(self, data: Any) -> int:
+        """As a file's."""
+        view = memoryview(data).cast("B")
+        self.crc32c = crc32c.crc32c(view, self.crc32c)
+        self.size += view.nbytes
+        self._stream.write(view)
+        return view.nbytes
+
+    def flush(self) -> None:
+        """As a file's."""
+
+
 class _Planner(DefaultSavePlanner):
-    """Hands over what is stored, read when DCP asks for it."""
+    """Hands over what is stored, read when it is asked for. A thread's next part takes the place of its last one."""
 
     def __init__(self, view: View, order: Order) -> None:
         super().__init__()
         self._view = view
         self._meter = order.meter
+        self._own = threading.local()
 
     def resolve_data(self, write_item: WriteItem) -> Any:
         """See SavePlanner."""
@@ -123,13 +178,20 @@ class _Planner(DefaultSavePlanner):
         if isinstance(seen, Object):
             return self.transform_object(write_item, self._view.made([seen])[0])
         assert data is not None
-        part = torch.empty(data.chunk.sizes, dtype=data.properties.dtype, device="cpu")
-        if part.numel():
-            wanted = Wanted(seen.key, tuple(data.chunk.offsets), tuple(data.chunk.sizes))
-            memory: Any = part.reshape(-1).view(torch.uint8).numpy()
-            self._view.stored.fill([wanted], [memoryview(memory)])
-            self._meter.add(memory.nbytes)
-        return part
+        dtype, sizes = data.properties.dtype, data.chunk.sizes
+        if not sizes.numel():
+            return torch.empty(sizes, dtype=dtype)
+        memory = self._memory(sizes.numel() * dtype.itemsize)
+        wanted = Wanted(seen.key, tuple(data.chunk.offsets), tuple(sizes))
+        self._view.stored.fill([wanted], [memory])
+        self._meter.add(memory.nbytes)
+        return torch.frombuffer(memory, dtype=torch.uint8).view(dtype).reshape(sizes)
+
+    def _memory(self, nbytes: int) -> memoryview:
+        """So much of this thread's."""
+        if len(getattr(self._own, "memory", b"")) < nbytes:
+            self._own.memory = bytearray(nbytes)
+        return memoryview(self._own.memory)[:nbytes]
 
 
 def _items(view: View, most: int) -> Iterator[tuple[int, WriteItem]]:

@@ -231,8 +231,10 @@ class Costs:
                 del self._kept[next(iter(self._kept))]
             over, last = progress.over or 0.0, progress.last
             self._add(written=progress.written or 0.0, committed=over)
-            took = SaveTook(pending.number, progress.began - self._began, progress.stall or over, over)
-            self._recent.append(took if last is None else took._replace(last=last.rank, lag=last.seconds))
+            who = (None, 0.0) if last is None else (last.rank, last.seconds)
+            self._recent.append(
+                SaveTook(pending.number, progress.began - self._began, progress.stall or over, over, *who)
+            )
             self._set(
                 bytes_written=self._now.bytes_written + progress.nbytes,
                 bytes_committed=self._now.bytes_committed + record.nbytes,

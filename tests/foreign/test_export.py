@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 import zipfile
 from collections import Counter, OrderedDict
 from pathlib import Path
@@ -13,9 +14,12 @@ import torch
 from safetensors import safe_open
 
 import distckpt
+from distckpt.foreign import writing_dcp
 from distckpt.storage import open_store
-from tests.support import servers
+from distckpt.testing.observing import MIB
+from tests.support import crashing, servers
 from tests.support.comparing import same
+from tests.support.crashing import Say
 from tests.support.damage import flip, payload_of
 from tests.support.foreign import alike, odd_tensors, refusal, run
 from tests.support.places import Gs, Place
@@ -58,6 +62,25 @@ def test_the_index_has_the_checksums_of_files_and_tensors(tmp_path: Path) -> Non
             content = opened.get_tensor(name).reshape(-1).view(torch.uint8).numpy().tobytes()
             assert told["metadata"]["crc32c"][name] == f"{crc32c.crc32c(content):08x}"
             assert opened.metadata()["distckpt.number"] == "0"
+
+
+def export_large(say: Say, path: str, out: str, kind: str) -> None:
+    """Says how many bytes of memory a large export takes more than a small one."""
+    writing_dcp.PART_BYTES = MIB
+    small = distckpt.Checkpoint(model={"w": torch.ones(MIB)}).write(f"{out}-small")
+    run("export", small, f"{out}-0", "--format", kind)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    run("export", path, out, "--format", kind)
+    say(1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before))
+
+
+@pytest.mark.parametrize("kind", ["dcp", "safetensors", "torch"])
+def test_an_export_does_not_take_memory_for_all_of_it(tmp_path: Path, kind: str) -> None:
+    tensors = {f"w{number}": torch.zeros(4 * MIB) for number in range(12)}
+    path = distckpt.Checkpoint(model=tensors).write(tmp_path / "saved")
+    more = crashing.run(export_large, path=path, out=str(tmp_path / "out"), kind=kind).said
+    assert len(more) == 1
+    assert more[0] < 96 * MIB, "of 192"
 
 
 def test_an_export_that_fails_leaves_nothing_and_nothing_is_overwritten(tmp_path: Path) -> None:

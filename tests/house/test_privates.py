@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from tests.house.source import modules
 
 OF_OTHERS = {
+    "_StorageInfo": "torch.distributed.checkpoint",
     "_StridedShard": "DTensor",
     "_bit_generator": "NumPy",
     "_buffers": "nn.Module",
