@@ -23,6 +23,7 @@ from typing import Any, TypeVar
 
 import agreeing as agreed
 import coordination
+import exporting
 import gpu
 import planning
 import resizing as resized
@@ -313,6 +314,19 @@ def keeping(folder: Path, repetitions: int) -> list[Figure]:
     ]
 
 
+def exports(folder: Path, repetitions: int) -> list[Figure]:
+    """1.2 GB made into the files of other programs, and the pace of that compared with a durable copy of its own files."""
+    where = str((folder / "exports").resolve())
+    measured = _measured(run_ranks(1, "exporting:exports", folder, folder=where, repetitions=repetitions))
+    seconds = {name: longest(measured, name, "seconds") for name in measured[0]}
+    copied = seconds["copy"]
+    return [
+        plain("a copy, synced", "s", copied),
+        *(plain(kind, "s", seconds[kind]) for kind in exporting.KINDS),
+        *(ratio(f"pace of {kind}", copied, seconds[kind], 0.8, "at least") for kind in exporting.KINDS),
+    ]
+
+
 def agreeing(folder: Path, repetitions: int) -> list[Figure]:
     """What a training step pays for a CheckpointSaverHook in which no save is due; the slower rank of each round."""
     figures = []
@@ -384,6 +398,7 @@ PARTS: dict[str, Callable[[Path, int], list[Figure]]] = {
     "starts": starts,
     "keeping": keeping,
     "resizing": resizing,
+    "exports": exports,
     "watching": watching,
     "agreeing": agreeing,
     "links": links,
