@@ -314,6 +314,19 @@ def keeping(folder: Path, repetitions: int) -> list[Figure]:
     ]
 
 
+def bases(folder: Path, repetitions: int) -> list[Figure]:
+    """1 % of a billion parameters trained by Adam, the rest in a base that was saved once: a save of that and of all."""
+    where = str((folder / "bases").resolve())
+    measured = _measured(run_ranks(1, "basing:saves", folder, folder=where, repetitions=repetitions))
+    figures = []
+    for what, unit in (("bytes", "GB"), ("stall", "s"), ("committed", "s")):
+        found = {name: longest(measured, name, what) for name in measured[0]}
+        scale = 1e9 if unit == "GB" else 1.0
+        figures += [plain(f"{what}, {name}", unit, [each / scale for each in of]) for name, of in found.items()]
+        figures.append(ratio(f"{what}: of what is trained, compared with all", found["trained"], found["all"], 0.03))
+    return figures
+
+
 def exports(folder: Path, repetitions: int) -> list[Figure]:
     """1.2 GB made into the files of other programs, and the pace of that compared with a durable copy of its own files."""
     where = str((folder / "exports").resolve())
@@ -398,6 +411,7 @@ PARTS: dict[str, Callable[[Path, int], list[Figure]]] = {
     "starts": starts,
     "keeping": keeping,
     "resizing": resizing,
+    "bases": bases,
     "exports": exports,
     "watching": watching,
     "agreeing": agreeing,
