@@ -120,10 +120,14 @@ def joined(path: Path, at: int, before: Path) -> Path:
 
 
 def _moved(path: Path, key: str) -> Path:
-    """A path for the new key: the steps that it still begins and ends with, and one step for what is between."""
+    """A path for the new key: the steps that it still begins and ends with, and one step for what is between.
+
+    What it begins with is the name of an object, a step of its own, whatever was a step before.
+    """
     head = max(_counts(path, lambda part: is_below(key, part)), default=0)
     rest = key[len(key_of(path[:head])) :].lstrip(".")
-    ends = [at for at in range(max(head, 1), len(path) + 1) if _ends_with(rest, key_of(path[at:]))]
+    tails = {at: key_of(path[at:]) for at in range(max(head, 1), len(path) + 1)}
+    ends = [at for at, tail in tails.items() if _ends_with(rest, tail) and (head or tail != rest)]
     tail = path[min(ends) :] if ends else ()
     middle = rest[: len(rest) - len(key_of(tail))].rstrip(".")
     between: list[DictStep] = []

@@ -11,12 +11,15 @@ from typing import Any
 
 import msgspec
 import pytest
+import torch
 
 import distckpt
+from distckpt.directory.picture import picture_of
 from distckpt.evaluation.watched import WatchedCheckpoint
 from distckpt.storage import open_store
 from tests.support.actors import end_watcher
 from tests.support.checkpoints import append_state, commit_bare
+from tests.support.snippets import play
 
 pytestmark = [pytest.mark.usefixtures("connected"), pytest.mark.timeout(150)]
 
@@ -48,6 +51,21 @@ def test_each_checkpoint_is_evaluated_by_one_worker_until_the_run_is_over(run: P
     assert {each.delivery for each in found.acknowledged} == {1}
     assert found.set_aside == ()
     assert evaluate(number_of, run).acknowledged == ()
+
+
+def test_a_pool_evaluates_as_the_page_says(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = torch.nn.Linear(2, 2)
+    with distckpt.CheckpointManager(distckpt.Checkpoint(model=model), tmp_path / "run-7") as manager:
+        manager.save(1).result()
+    append_state(open_store(tmp_path / "run-7"), lambda state: msgspec.structs.replace(state, ended=True), kind="end")
+    names = {"model": torch.nn.Linear(2, 2), "held_out_loss": lambda model: model.weight.sum().item()}
+    play(
+        "docs/integrations.md", 5, names, tmp_path, {"num_workers=4": "num_workers=1", '"num_gpus": 1': '"num_cpus": 0'}
+    )
+    assert "run-7/ckpt-1" in capsys.readouterr().out
+    weight = model.weight.sum().item()
+    assert picture_of(open_store(tmp_path / "run-7")).metrics == {"loss": [(1, pytest.approx(weight))]}
+    end_watcher(str(tmp_path / "run-7"))
 
 
 def refuse_three(checkpoint: WatchedCheckpoint) -> int:

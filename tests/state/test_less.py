@@ -23,6 +23,7 @@ from distckpt.state.objects import NamedObjects
 from distckpt.state.stored import Committed
 from tests.support.comparing import same
 from tests.support.damage import flip, payload_of
+from tests.support.snippets import play
 
 
 def network() -> nn.Sequential:
@@ -423,11 +424,18 @@ def test_an_adapter_is_saved_by_the_names_that_peft_knows(tmp_path: Path) -> Non
         return peft.get_peft_model(base, peft.LoraConfig(r=2, target_modules=["0", "2"], init_lora_weights=False))
 
     model = adapted(1)
-    path = saved(tmp_path, distckpt.Checkpoint(model=model, only_trainable=True))
-    state = {name.replace(".default.", "."): value for name, value in distckpt.load(path, "model").items()}
-    assert same(state, dict(peft.get_peft_model_state_dict(model)))
+    names = {"distckpt": distckpt, "get_peft_model": lambda base, config: model, "base": None, "LoraConfig": dict}
+    names |= {"optimizer": {"lr": 1.0}, "ema": {"a": 1.0}, "loader": {"cursor": 1, "cache": {"a": 2}}}
+    program = play("docs/saving.md", 0, names, None, {"...": ""})
+    path = saved(tmp_path, program["checkpoint"])
+    other = adapted(2)
+    names = {"distckpt": distckpt, "path": path, "model": other}
+    program = play("docs/saving.md", 2, {**names, "set_peft_model_state_dict": peft.set_peft_model_state_dict})
+    assert same(program["state"], dict(peft.get_peft_model_state_dict(model)))
+    assert same(dict(other.state_dict()), dict(model.state_dict()))
+    path = saved(tmp_path / "alone", distckpt.Checkpoint(model=model, only_trainable=True))
     other = adapted(2)
     distckpt.Checkpoint(model=other, only_trainable=True).restore(path).assert_consumed()
     assert same(dict(other.state_dict()), dict(model.state_dict()))
     nbytes = sum(file.stat().st_size for file in Path(path).rglob("*") if file.is_file())
-    assert nbytes < sum(value.nbytes for value in state.values()) + 16_000
+    assert nbytes < sum(value.nbytes for value in program["state"].values()) + 16_000

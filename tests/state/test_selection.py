@@ -73,6 +73,20 @@ def test_keys_are_renamed_and_prefixed(other_run: tuple[str, dict[str, Any]], re
     assert alike(encoder["first"], saved["model"][0])
 
 
+def test_a_part_of_an_object_becomes_an_object(tmp_path: Path) -> None:
+    """Also where all of its new name was the end of the old one."""
+    parts = nn.ModuleDict({"encoder": nn.Linear(4, 3), "scale": nn.ParameterDict({"all": torch.ones(2)})})
+    tree = {"rates": {"low": {"first": 1, "second": torch.full((2,), 2.0)}}, "step": 5}
+    path = distckpt.Checkpoint(model=parts, tree=tree).write(tmp_path)
+    encoder, all_ = nn.Linear(4, 3), nn.ParameterDict({"all": torch.zeros(2)})
+    checkpoint = distckpt.Checkpoint(encoder=encoder, scale=all_, low={"first": 0, "second": torch.zeros(2)}, step=0)
+    rename = {"model.encoder": "encoder", "model.scale": "scale", "tree.rates.low": "low", "tree.step": "step"}
+    checkpoint.restore(path, select=list(rename), rename=rename).assert_consumed()
+    assert alike(encoder, parts["encoder"])
+    assert torch.equal(all_["all"], torch.ones(2))
+    assert (checkpoint.low["first"], checkpoint.low["second"].tolist(), checkpoint.step) == (1, [2.0, 2.0], 5)
+
+
 def test_an_optimizer_follows_a_renamed_module(other_run: tuple[str, dict[str, Any]]) -> None:
     path, saved = other_run
     net = nn.ModuleDict({"inner": network()})

@@ -13,6 +13,7 @@ import pytest
 import distckpt
 from distckpt.errors import EncodeError, MismatchError
 from distckpt.integrations.jax import JaxState
+from tests.support.snippets import play
 
 
 class Pair(NamedTuple):
@@ -99,3 +100,14 @@ def test_what_cannot_be_stored_is_refused_by_key(tmp_path: Path) -> None:
         pytest.raises(EncodeError, match=r"train\.a: tensors of torch\.int4 cannot be stored"),
     ):
         manager.save(1)
+
+
+def test_a_training_saves_as_the_page_says(tmp_path: Path) -> None:
+    def train_step(state: dict[str, Any]) -> dict[str, Any]:
+        return {**state, "params": jax.tree.map(lambda leaf: leaf + 1, state["params"]), "step": state["step"] + 1}
+
+    names = {"params": {"w": jnp.zeros(3)}, "opt_state": (), "key": jax.random.key(1), "steps": 3}
+    play("docs/integrations.md", 4, {**names, "train_step": train_step}, tmp_path)
+    found = play("docs/integrations.md", 4, {**names, "train_step": None}, tmp_path)
+    assert found["state"].value["step"] == 3
+    assert found["state"].value["params"]["w"].tolist() == [3.0, 3.0, 3.0]
