@@ -87,6 +87,16 @@ def test_a_part_of_an_object_becomes_an_object(tmp_path: Path) -> None:
     assert (checkpoint.low["first"], checkpoint.low["second"].tolist(), checkpoint.step) == (1, [2.0, 2.0], 5)
 
 
+def test_a_dict_in_a_dict_is_told_from_a_name_with_a_dot(tmp_path: Path) -> None:
+    path = distckpt.Checkpoint(a={"encoder": {"w": torch.ones(3)}}).write(tmp_path)
+    module = nn.ModuleDict({"encoder": nn.ParameterDict({"w": torch.zeros(3)})})
+    with pytest.raises(MismatchError) as caught:
+        distckpt.Checkpoint(a=module).restore(path)
+    said = "on both sides, but a dict in a dict on one and a name with a dot on the other: a.encoder.w"
+    assert str(caught.value).endswith(f": {said}")
+    assert caught.value.missing == caught.value.unexpected == ("a.encoder.w",)
+
+
 def test_an_optimizer_follows_a_renamed_module(other_run: tuple[str, dict[str, Any]]) -> None:
     path, saved = other_run
     net = nn.ModuleDict({"inner": network()})
