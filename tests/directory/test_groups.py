@@ -319,15 +319,19 @@ class OnGroups:
 @pytest.mark.parametrize("faulty", [False, True], ids=["a sound store", "a faulty store"])
 def test_of_many_workers_each_checkpoint_is_acknowledged_by_one(faulty: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("distckpt.directory.groups.PAUSES", (0.0,) * 9)
-    store, counts = MemoryStore(), []
+    store, counts, unknown = MemoryStore(), [], []
     log = committed(store, 12)
 
     def work(name: str) -> None:
         group = Group(FaultyStore(store, OnGroups(int(name[-1]))) if faulty else store, "eval", name)
         group.join(ALL, log)
-        count = 0
-        while acknowledge_one(group, log):
-            count += 1
+        count, goes_on = 0, True
+        while goes_on:
+            try:
+                goes_on = acknowledge_one(group, log)
+                count += goes_on
+            except StoreOutcomeUnknownError as error:  # an answer was lost, and others had gone far ahead meanwhile
+                unknown.append(error)
         counts.append(count)
 
     workers = [threading.Thread(target=work, args=(f"worker-{each}",)) for each in range(4)]
@@ -336,7 +340,10 @@ def test_of_many_workers_each_checkpoint_is_acknowledged_by_one(faulty: bool, mo
     for worker in workers:
         worker.join()
     state = read_groups(store)["eval"]
-    assert (sum(counts), state.acknowledged, state.claims, len(counts)) == (12, 12, (), 4)
+    assert (state.acknowledged + len(state.claims), len(counts)) == (12, 4)
+    assert len(state.claims) <= len(unknown)
+    assert sum(counts) <= state.acknowledged <= sum(counts) + len(unknown)
+    assert faulty or not unknown
     assert waiting(state, log) == ()
 
 
