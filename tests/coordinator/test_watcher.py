@@ -198,12 +198,20 @@ def another_node(address: str) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
     known = {node["NodeID"] for node in ray.nodes()}
     command = [sys.executable, "-m", "ray.scripts.scripts", "start", f"--address={address}", "--block", "--num-cpus=1"]
     command += ["--object-store-memory=104857600", "--include-log-monitor=false", "--dashboard-agent-listen-port=0"]
-    node = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    quietly = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "start_new_session": True}
+    nodes = [subprocess.Popen(command, **quietly)]  # type: ignore[call-overload]
+
+    def is_there() -> bool:
+        if not _new(known) and nodes[-1].poll() is not None:  # Ray gives a node 30 s, which a busy machine may need
+            nodes.append(subprocess.Popen(command, **quietly))  # type: ignore[call-overload]
+        return bool(_new(known))
+
     try:
-        assert until(lambda: _new(known), 120)
-        yield _new(known)[0], node
+        assert until(is_there, 120)
+        yield _new(known)[0], nodes[-1]
     finally:
-        _end(node)
+        for node in nodes:
+            _end(node)
 
 
 def _new(known: set[str]) -> list[str]:

@@ -85,10 +85,17 @@ def _session(process: psutil.Process) -> int:
 
 @contextlib.contextmanager
 def job(folder: Path) -> Iterator[Job]:
-    """A job that has saved once."""
+    """A job that has saved once. Ray gives its own node 30 s to start, which a busy machine may need: then it is another."""
     running = Job(folder)
     try:
-        running.await_save()
+        try:
+            running.await_save()
+        except AssertionError as error:
+            if "The current node timed out during startup" not in str(error):
+                raise
+            running.end()
+            running = Job(folder)
+            running.await_save()
         yield running
     finally:
         running.end()
