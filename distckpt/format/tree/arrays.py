@@ -59,8 +59,17 @@ def _bytes_of(value: Any, order: Any) -> bytes:
         return bytes(value.tobytes(order))
     # What lies between fields is whatever was in memory: it would differ from rank to rank.
     clean = np.zeros(value.shape, value.dtype, order)
-    clean[...] = value
+    _copy_fields(clean, value)
     return clean.tobytes(order)
+
+
+def _copy_fields(into: Any, value: Any) -> None:
+    """Field by field: from NumPy 2.5 on the assignment of all of a structured array takes what lies between them, too."""
+    if value.dtype.names is None:
+        into[...] = value
+        return
+    for name in value.dtype.names:
+        _copy_fields(into[name], value[name])
 
 
 def read_array(content: Any, read: Read) -> Any:
