@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Mapping
 
 import numpy as np
 import torch
@@ -16,14 +17,16 @@ from distckpt.errors import MismatchError
 from distckpt.format.json.left_out import LeftOut
 from distckpt.format.tree.tree import DictStep, Path, RankStep, decode_path
 from distckpt.state.base import Completed, Part, base_of, check_base
+from distckpt.state.kind import Kind
 from distckpt.state.kinds import kinds_of
 from distckpt.state.leaving import frozen_parameters, leaving_of
 from distckpt.state.match import Match, Saved, Values
 from distckpt.state.objects import SAVE_COUNTER, NamedObjects, is_stateful, note_of_base, note_trained, wrapped_in
 from distckpt.state.optimizer import STATE, OptimizerState
-from distckpt.state.selection import EVERYTHING, Selection, joined
+from distckpt.state.selection import EVERYTHING, Selection, as_there, joined
 from distckpt.state.status import LoadStatus
 from distckpt.state.stored import Stored
+from distckpt.state.tree import TreeState
 from distckpt.terminal.bar import bar
 from distckpt.terminal.sizes import human_bytes
 from distckpt.transfer.reader import ReadStats
@@ -61,9 +64,11 @@ class Filler:
         kinds = kinds_of(checkpoint, rank, world_size)
         self._checkpoint, self._leaving = checkpoint, leaving_of(checkpoint, kinds)
         here, origins = selection.apply(paths, texts, stored.path, self._leaving, self.left_out)
-        for key, origin in origins.items():
-            if key != origin:
-                here[key] = _with_whole_names(checkpoint, here[key], paths[origin])
+        moved = [key for key, origin in origins.items() if key != origin]
+        leaves = _leaves_of(kinds) if moved else {}
+        for key in moved:
+            path = _with_whole_names(checkpoint, here[key], paths[origins[key]])
+            here[key] = as_there(path, leaves.get(key, path))
         for kind in kinds.values():
             if isinstance(kind, OptimizerState):
                 here, origins = kind.by_name(here, origins)
@@ -213,6 +218,12 @@ def start_from_base(checkpoint: NamedObjects, rank: int, world_size: int) -> Non
         filler = Filler(checkpoint, Part(base.stored, frozenset()), rank, world_size)
         filler.read()
         filler.finish()
+
+
+def _leaves_of(kinds: Mapping[str, Kind]) -> dict[str, Path]:
+    """The paths of all that containers of the objects have, by key."""
+    trees = (kind for kind in kinds.values() if isinstance(kind, TreeState))
+    return {key: path for tree in trees for key, path in tree.paths().items()}
 
 
 def _with_whole_names(checkpoint: NamedObjects, path: Path, before: Path) -> Path:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from distckpt.format.json.left_out import LeftOut
 from distckpt.format.tree.keys import beginnings, is_among, is_below
 from distckpt.format.tree.select import select_paths
-from distckpt.format.tree.tree import DictStep, Path, key_of
+from distckpt.format.tree.tree import ArrayStep, DictStep, Path, TypedStep, key_of
 from distckpt.state.leaving import Leaving
 
 Rename = Mapping[str, str | None] | Callable[[str], str | None]
@@ -117,6 +117,23 @@ def joined(path: Path, at: int, before: Path) -> Path:
     end = at + 1 + len(path) - len(before)
     inner = path[at:end]
     return (*path[:at], DictStep(key_of(inner)), *path[end:]) if end > at + 1 else path
+
+
+def as_there(path: Path, there: Path) -> Path:
+    """A renamed path; or, if the leaf of that key that is ``there`` goes by other steps, those.
+
+    A key does not tell a level from a dot, nor a place in a list or a number from a text. What kind of container or of
+    array it was stays as it was saved.
+    """
+    if _bare(path) == _bare(there):
+        return path
+    of_array = tuple(step for step in path if isinstance(step, ArrayStep))
+    return (*(step for step in there if not isinstance(step, ArrayStep)), *of_array)
+
+
+def _bare(path: Path) -> Path:
+    steps = (step.step if isinstance(step, TypedStep) else step for step in path)
+    return tuple(step for step in steps if not isinstance(step, ArrayStep))
 
 
 def _moved(path: Path, key: str) -> Path:

@@ -35,6 +35,10 @@ class TreeState:
         """None that anybody could tell from other tensors."""
         return ()
 
+    def paths(self) -> dict[str, Path]:
+        """Of each leaf that it has, by its key."""
+        return {leaf.key: leaf.path for leaf in flatten(self._place.get(), is_array, self._place.prefix)}
+
     def match(self, match: Match, saved: Saved) -> None:
         """Arrays that are here must be there, with their shape; plain values and containers take what was saved."""
         leaves = flatten(self._place.get(), is_array, self._place.prefix)

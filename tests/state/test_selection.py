@@ -5,12 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 import distckpt
 from distckpt.errors import MismatchError
+from tests.support.comparing import same
 
 
 def network(width: int = 3) -> nn.Sequential:
@@ -87,13 +89,57 @@ def test_a_part_of_an_object_becomes_an_object(tmp_path: Path) -> None:
     assert (checkpoint.low["first"], checkpoint.low["second"].tolist(), checkpoint.step) == (1, [2.0, 2.0], 5)
 
 
+@pytest.mark.parametrize(
+    ("saved", "rename", "expected"),
+    [
+        ({"c": {"a": 1}}, {"c": "x.y.c"}, {"x": {"y": {"c": {"a": 1}}}}),
+        ({"c": {"opt": {"a": 1, "b": 3}}}, {"c.opt": "c.new.deep"}, {"c": {"new": {"deep": {"a": 1, "b": 3}}}}),
+        (
+            {"d": {"p": {"q": {"w": 1}}, "r": {"s": {"v": 2}}}},
+            {"d.p.q": "d.r.s"},
+            {"d": {"r": {"s": {"v": 2, "w": 1}}}},
+        ),
+        ({"d": {1: {"a": 1}, 2: {"a": 2}}}, {"d.1": "d.2", "d.2": "d.1"}, {"d": {1: {"a": 2}, 2: {"a": 1}}}),
+        ({"d": {"a": {".x": 1}}}, {"d.a": "d"}, {"d": {".x": 1}}),
+        ({"w": {"enc.weight": 1, "b": 2}}, {"w.enc": "w.dec.inner"}, {"w": {"dec.inner.weight": 1, "b": 2}}),
+        ({"w": {"a": {"b": 1}}}, {"w.a": "w.b"}, {"w": {"b": {"b": 1}}}),
+    ],
+)
+@pytest.mark.parametrize(
+    "of", [float, lambda number: torch.full((2,), float(number)), lambda number: np.full(2, number)]
+)
+def test_what_is_renamed_has_the_structure_that_is_there(
+    tmp_path: Path, saved: Any, rename: dict[str, str], expected: Any, of: Any
+) -> None:
+    path = distckpt.Checkpoint(**filled(saved, of)).write(tmp_path)
+    checkpoint = distckpt.Checkpoint(**filled(expected, lambda _: of(0)))
+    checkpoint.restore(path, rename=rename).assert_consumed()
+    found = {name: checkpoint.objects[name] for name in expected}
+    assert same(filled(found, lambda value: value), filled(expected, of))
+
+
+@pytest.mark.parametrize("of", [lambda number: torch.full((2,), float(number)), lambda number: np.full(2, number)])
+def test_entries_of_a_list_are_renamed(tmp_path: Path, of: Any) -> None:
+    path = distckpt.Checkpoint(parts=[{"a": of(1)}, {"a": of(2)}]).write(tmp_path)
+    checkpoint = distckpt.Checkpoint(parts=[{"a": of(0)}, {"a": of(0)}])
+    checkpoint.restore(path, rename={"parts.0": "parts.1", "parts.1": "parts.0"}).assert_consumed()
+    assert same(checkpoint.parts, [{"a": of(2)}, {"a": of(1)}])
+
+
+def filled(tree: Any, make: Any) -> Any:
+    """The same dicts in order of their keys, of what is made of each number."""
+    if isinstance(tree, dict):
+        return {key: filled(tree[key], make) for key in sorted(tree)}
+    return make(tree)
+
+
 def test_a_dict_in_a_dict_is_told_from_a_name_with_a_dot(tmp_path: Path) -> None:
     path = distckpt.Checkpoint(a={"encoder": {"w": torch.ones(3)}}).write(tmp_path)
     module = nn.ModuleDict({"encoder": nn.ParameterDict({"w": torch.zeros(3)})})
     with pytest.raises(MismatchError) as caught:
         distckpt.Checkpoint(a=module).restore(path)
-    said = "on both sides, but a dict in a dict on one and a name with a dot on the other: a.encoder.w"
-    assert str(caught.value).endswith(f": {said}")
+    said = "told twice, as one side has a container in a container there, and the other a name with a dot: a.encoder.w"
+    assert str(caught.value).endswith(f"; {said}")
     assert caught.value.missing == caught.value.unexpected == ("a.encoder.w",)
 
 
