@@ -85,14 +85,13 @@ class MismatchError(RestoreError):
         note: str = "",
     ) -> None:
         parts = []
-        alike = {*missing} & {*unexpected}
-        if absent := [key for key in missing if key not in alike]:
-            parts.append(f"not in the checkpoint: {some(absent, missing_count)}")
-        if left := [key for key in unexpected if key not in alike]:
-            parts.append(f"in the checkpoint, but in no object: {some(left)}")
-        if alike:
-            told = some(sorted(alike))
-            parts.append(f"on both sides, but a dict in a dict on one and a name with a dot on the other: {told}")
+        if missing:
+            parts.append(f"not in the checkpoint: {some(missing, missing_count)}")
+        if unexpected:
+            parts.append(f"in the checkpoint, but in no object: {some(unexpected)}")
+        if alike := sorted({*missing} & {*unexpected}):
+            why = "one side has a container in a container there, and the other a name with a dot"
+            parts.append(f"told twice, as {why}: {some(alike)}")
         if misshaped:
             texts = some([f"{key} ({text})" for key, text in misshaped.items()], misshaped_count)
             parts.append(f"on both sides, but not fitting: {texts}")
