@@ -52,9 +52,9 @@ def write_dcp(order: Order, store: Store) -> list[Written]:
             "files of torch.distributed.checkpoint are made in a local folder: give one, and copy it from there"
         )
     view = view_of(_Chosen(order))
-    planner = _Planner(view, order)
-    writer = _Writer(store.url, overwrite=False)
     items = list(_items(view, min(PART_BYTES, order.max_bytes)))
+    planner = _Planner(view, order, max((nbytes for nbytes, _ in items), default=0))
+    writer = _Writer(store.url, overwrite=False)
     each = max(LEAST_BYTES, -(-sum(nbytes for nbytes, _ in items) // WRITERS))
     shares = list(_shares(items, min(order.max_bytes, each)))
     plans, metadata = planner.create_global_plan([SavePlan(items, planner_data=dict(view.places)) for items in shares])
@@ -166,10 +166,11 @@ class _Summed:
 class _Planner(DefaultSavePlanner):
     """Hands over what is stored, read when it is asked for. A thread's next part takes the place of its last one."""
 
-    def __init__(self, view: View, order: Order) -> None:
+    def __init__(self, view: View, order: Order, largest: int) -> None:
         super().__init__()
         self._view = view
         self._meter = order.meter
+        self._largest = largest
         self._own = threading.local()
 
     def resolve_data(self, write_item: WriteItem) -> Any:
@@ -181,17 +182,18 @@ class _Planner(DefaultSavePlanner):
         dtype, sizes = data.properties.dtype, data.chunk.sizes
         if not sizes.numel():
             return torch.empty(sizes, dtype=dtype)
-        memory = self._memory(sizes.numel() * dtype.itemsize)
+        memory = self._memory()[: sizes.numel() * dtype.itemsize]
         wanted = Wanted(seen.key, tuple(data.chunk.offsets), tuple(sizes))
         self._view.stored.fill([wanted], [memory])
         self._meter.add(memory.nbytes)
         return torch.frombuffer(memory, dtype=torch.uint8).view(dtype).reshape(sizes)
 
-    def _memory(self, nbytes: int) -> memoryview:
-        """So much of this thread's."""
-        if len(getattr(self._own, "memory", b"")) < nbytes:
-            self._own.memory = bytearray(nbytes)
-        return memoryview(self._own.memory)[:nbytes]
+    def _memory(self) -> memoryview:
+        """This thread's, in which the largest part has room."""
+        if not hasattr(self._own, "memory"):
+            self._own.memory = memoryview(bytearray(self._largest))
+        memory: memoryview = self._own.memory
+        return memory
 
 
 def _items(view: View, most: int) -> Iterator[tuple[int, WriteItem]]:
