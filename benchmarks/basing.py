@@ -59,7 +59,7 @@ class Saves:
         return {"committed": (begin, now()), "stall": (begin, returned), "bytes": (0.0, float(pending.nbytes or 0))}
 
     def clean(self, number: int) -> None:
-        """What it has left, once others have room again."""
+        """Retention does, and here it is waited for."""
         self.manager.wait()
 
 

@@ -198,7 +198,7 @@ def _costs(history: History) -> Iterator[tuple[str, Durations]]:
 def _laggards(found: Laggards) -> Table:
     """The first of them."""
     head = f"landed last in run {found.run}"
-    table = Table([head, "of", "mean lag", "longest"], right=["of", "mean lag", "longest"])
+    table = Table([head, "times", "mean lag", "longest"], right=["times", "mean lag", "longest"])
     for one in found.ranks[:MOST_LAGGARDS]:
         share = f"{one.lag.times:,} of {found.saves:,}"
         table.add_row(f"rank {one.rank}", share, _span(one.lag.mean), _span(one.lag.longest))

@@ -18,22 +18,25 @@ class Laggard:
 
 @dataclass(frozen=True, slots=True)
 class Laggards:
-    """Those of one ``run``, who cost most first, and how many of its ``saves`` they are of."""
+    """Those of one ``run``, who cost most first."""
 
     run: int
-    saves: int
     ranks: tuple[Laggard, ...]
+
+    @property
+    def saves(self) -> int:
+        """How many saves of the run they are of."""
+        return sum(one.lag.times for one in self.ranks)
 
 
 def laggards_of(runs: Sequence[RunStats]) -> Laggards | None:
     """Of the newest run of several ranks that has told of any; None if there is none."""
     for run in reversed(runs):
         lags: dict[int, Durations] = {}
-        told = [took for took in run.recent if took.last is not None]
-        for took in told:
-            assert took.last is not None
-            lags[took.last] = lags.get(took.last, Durations()).with_one(took.lag)
+        for took in run.recent:
+            if took.last is not None:
+                lags[took.last] = lags.get(took.last, Durations()).with_one(took.lag)
         if lags and run.world_size > 1:
             ranks = sorted((Laggard(rank, lag) for rank, lag in lags.items()), key=lambda one: -one.lag.total)
-            return Laggards(run.run, len(told), tuple(ranks))
+            return Laggards(run.run, tuple(ranks))
     return None

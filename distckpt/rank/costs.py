@@ -232,9 +232,7 @@ class Costs:
             over, last = progress.over or 0.0, progress.last
             self._add(written=progress.written or 0.0, committed=over)
             who = (None, 0.0) if last is None else (last.rank, last.seconds)
-            self._recent.append(
-                SaveTook(pending.number, progress.began - self._began, progress.stall or over, over, *who)
-            )
+            self._recent.append(SaveTook(pending.number, progress.began - self._began, progress.stall, over, *who))
             self._set(
                 bytes_written=self._now.bytes_written + progress.nbytes,
                 bytes_committed=self._now.bytes_committed + record.nbytes,

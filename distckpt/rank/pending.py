@@ -68,7 +68,7 @@ class Progress:
             if self.waiting is not None:
                 self.waiting(time.monotonic() - began)
 
-    def commit(self, record: CheckpointRecord, last: Landing | None = None) -> None:
+    def commit(self, record: CheckpointRecord, last: Landing | None) -> None:
         """It is committed; ``last`` as in Committed."""
         self.last = last
         self.over = self.seconds()

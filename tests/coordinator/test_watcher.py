@@ -198,12 +198,15 @@ def another_node(address: str) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
     known = {node["NodeID"] for node in ray.nodes()}
     command = [sys.executable, "-m", "ray.scripts.scripts", "start", f"--address={address}", "--block", "--num-cpus=1"]
     command += ["--object-store-memory=104857600", "--include-log-monitor=false", "--dashboard-agent-listen-port=0"]
-    quietly = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "start_new_session": True}
-    nodes = [subprocess.Popen(command, **quietly)]  # type: ignore[call-overload]
+
+    def start() -> subprocess.Popen[bytes]:
+        return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+
+    nodes = [start()]
 
     def is_there() -> bool:
         if not _new(known) and nodes[-1].poll() is not None:  # Ray gives a node 30 s, which a busy machine may need
-            nodes.append(subprocess.Popen(command, **quietly))  # type: ignore[call-overload]
+            nodes.append(start())
         return bool(_new(known))
 
     try:

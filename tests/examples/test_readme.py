@@ -13,11 +13,10 @@ import pytest
 
 import distckpt
 from tests.support import servers
+from tests.support.snippets import snippets
 from tests.support.warm import ROOT, run_script
 
-TRAINING, EVALUATION, *_ = re.findall(
-    r"^```python\n(.*?)^```$", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL
-)
+TRAINING, EVALUATION, *_ = snippets("README.md")
 
 BEFORE = """
 import torch

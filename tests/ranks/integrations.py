@@ -73,6 +73,11 @@ def digest(model: torch.nn.Module) -> str:
     return hashlib.sha256(b"".join(each.numpy().tobytes() for each in whole)).hexdigest()
 
 
+def is_sharded(model: torch.nn.Module) -> bool:
+    """Whether FSDP2 has it."""
+    return any(isinstance(each, DTensor) for each in model.parameters())
+
+
 @contextmanager
 def taken_for_accelerators() -> Iterator[None]:
     """Accelerate, which shards on accelerators alone, takes these processes and their group by gloo for such."""
@@ -167,7 +172,7 @@ def transformers(
         "losses": {entry["step"]: entry["loss"] for entry in state.log_history if "loss" in entry},
         "seen": seen,
         "error": error,
-        "sharded": any(isinstance(each, DTensor) for each in model.parameters()),
+        "sharded": is_sharded(model),
     }
 
 
@@ -202,8 +207,7 @@ def accelerate(directory: str, steps: int) -> dict[str, Any]:
             checkpoint.progress["step"] = at + 1
             if at % 2:
                 manager.save(at + 1)
-    sharded = any(isinstance(each, DTensor) for each in model.parameters())
-    return {"losses": losses, "weights": digest(model), "sharded": sharded}
+    return {"losses": losses, "weights": digest(model), "sharded": is_sharded(model)}
 
 
 # ---- Lightning ------------------------------------------------------------------------------------------------------

@@ -187,7 +187,8 @@ def _save_charts(overview: Overview) -> Charts:
 
 
 def _later_saves(run: RunStats) -> Sequence[SaveTook]:
-    return run.recent[1:] if len(run.recent) == run.committed.times else run.recent
+    has_first = len(run.recent) == run.committed.times and not run.failed
+    return run.recent[1:] if has_first else run.recent
 
 
 def _run_charts(overview: Overview) -> Charts:
