@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from distckpt.directory.goodput import Failures, History, daly, suggested, young
+from distckpt.directory.goodput import MANY, Failures, History, daly, suggested, young
 from distckpt.format.json.stats import FORMAT, Durations, RunStats
 
 seconds = st.floats(0, 1e9)
@@ -89,6 +89,14 @@ def test_the_bounds_of_the_failure_rate_are_the_exact_ones() -> None:
         assert 1000 / high == pytest.approx(least, rel=2e-3)
     low, high = Failures(0, 1000.0).bounds
     assert (1000 / low, high) == (pytest.approx(3.0, rel=2e-3), math.inf)
+
+
+def test_bounds_for_many_failures_go_on_from_the_exact_ones_and_take_no_time() -> None:
+    (low, high), (next_low, next_high) = (Failures(count, 1000.0 * count).bounds for count in (MANY, MANY + 1))
+    assert next_low == pytest.approx(low, rel=2e-3)
+    assert next_high == pytest.approx(high, rel=2e-3)
+    assert low < next_low < 1000.0 < next_high < high
+    assert Failures(10**15, 1e15).bounds == (pytest.approx(1.0), pytest.approx(1.0))
 
 
 # ---- goodput ------------------------------------------------------------------------------------------------------

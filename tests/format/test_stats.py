@@ -42,6 +42,7 @@ def test_as_many_saves_as_are_kept_fit() -> None:
         {"stall": Durations(-1, 0.0, 0.0)},
         {"committed": Durations(1, 0.0, float("inf"))},
         {"began": float("inf")},
+        {"began": -1e300},
         {"end": "somehow"},
         {"recent": (SAVE._replace(stall=-1.0),)},
         {"recent": (SAVE._replace(at=float("nan")),)},

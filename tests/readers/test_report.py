@@ -17,8 +17,10 @@ from click.testing import CliRunner, Result
 
 import distckpt
 from distckpt.cli.app import main
-from tests.support.checkpoints import commit_bare
+from distckpt.format.json.stats import SaveTook
+from tests.support.checkpoints import commit_bare, write_checkpoint
 from tests.support.small_runs import followed_run
+from tests.support.told import tell
 from tests.support.warm import ROOT
 
 HOSTILE = "<script>alert(1)</script>&\"'"
@@ -78,6 +80,18 @@ def test_what_others_have_written_is_words_and_nothing_else(tmp_path: Path) -> N
     assert HOSTILE in page.words
     assert "script" not in page.tags
     assert page.awry == []
+
+
+@pytest.mark.parametrize("values", [(-1.7e308, 1.7e308), (2.0**60,) * 2, (5e-324, 0.0), (-1.7e308,)])
+def test_whatever_was_measured_has_its_place_on_the_page(tmp_path: Path, values: tuple[float, ...]) -> None:
+    for number, value in enumerate(values, 1):
+        with distckpt.open(write_checkpoint(tmp_path, number, {"step": number})) as checkpoint:
+            checkpoint.report({"loss": value})
+    tell(tmp_path, 1, began=2.0**37, seconds=1e-9, recent=(SaveTook(1, 1.0, 1.0, 1.0, 0, 0.0),) * 2)
+    assert report(tmp_path, tmp_path / "page.html").exit_code == 0
+    source = (tmp_path / "page.html").read_text()
+    assert "loss, by number" in Page(source).words
+    assert re.findall(r'="(?:-?inf|nan)', source) == []
 
 
 def test_what_is_wrong_is_named_and_is_the_exit_status(tmp_path: Path) -> None:

@@ -100,16 +100,21 @@ class _Scale:
     @staticmethod
     def of(values: Sequence[float], begin: float, end: float) -> _Scale:
         low, high = min(values, default=0.0), max(values, default=0.0)
-        return _Scale(low, high if high > low else low + 1.0, begin, end)
+        return _Scale(low, high if high / 2 > low / 2 else low + max(1.0, abs(low) * 1e-9), begin, end)
 
     def to(self, value: float) -> float:
-        return self.begin + (value - self.low) / (self.high - self.low) * (self.end - self.begin)
+        """Halves, for the difference of two floats may be more than a float holds."""
+        return self.begin + (value / 2 - self.low / 2) / (self.high / 2 - self.low / 2) * (self.end - self.begin)
+
+    def at(self, share: float) -> float:
+        """The value at a part of the way, from 0 to 1."""
+        return (1 - share) * self.low + share * self.high
 
 
 def _axes(across: _Scale, up: _Scale, x_words: Callable[[float], str], y_words: Callable[[float], str]) -> str:
     drawn = []
     for share in (0.0, 0.5, 1.0):
-        value = up.low + share * (up.high - up.low)
+        value = up.at(share)
         y = up.to(value)
         drawn.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
         drawn.append(

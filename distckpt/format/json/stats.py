@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from typing import ClassVar, Literal, NamedTuple
 
@@ -14,6 +13,9 @@ MAX_STATS_BYTES = 64 << 10
 MAX_TEXT_LENGTH = 256
 MAX_SECONDS = 1e10
 """Three hundred years."""
+
+MAX_TIME = 253402300799.0
+"""The last second of the year 9999."""
 
 MOST_RECENT = 256
 """Committed saves of a run that it has each for itself, the newest."""
@@ -116,5 +118,5 @@ class RunStats(Sealed, frozen=True, forbid_unknown_fields=True, omit_defaults=Tr
             yield "a count in it is out of bounds"
         if not all(0 <= number <= MAX_SECONDS for number in numbers if isinstance(number, float)):
             yield "a duration in it is out of bounds"
-        if not math.isfinite(self.began):
+        if not abs(self.began) <= MAX_TIME:
             yield "its beginning is not a time"
