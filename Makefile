@@ -21,7 +21,7 @@ QUICK := $(addprefix tests/,format storage sharding transfer directory threads r
 SECONDS ?= 600
 STORE ?= local
 
-.PHONY: help install demo test test-floors test-pythons explore soak check docs bench clean
+.PHONY: help install demo test test-wide test-floors test-pythons explore soak check docs bench clean
 
 help:           ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/'
@@ -40,7 +40,7 @@ install: $(READY) $(SERVERS_READY) ## a virtual environment with everything in i
 demo: $(READY) $(if $(filter-out local,$(STORE)),$(SERVERS_READY)) ## the main job: train on two ranks, kill one, resume on three; STORE=gs or s3
 	PYTHONPATH=. $(BIN)/python demo/demo.py --store $(STORE)
 
-test: $(READY) $(SERVERS_READY) ## the whole test suite, three files at a time
+test: $(READY) $(SERVERS_READY) ## the test suite, three files at a time
 	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 $(FLOORS_READY): $(READY) pyproject.toml constraints.txt tests/floors.py
@@ -48,6 +48,9 @@ $(FLOORS_READY): $(READY) pyproject.toml constraints.txt tests/floors.py
 	$(BIN)/python tests/floors.py > $(FLOORS)/floors.txt
 	$(FLOORS)/bin/python -m pip install --quiet --disable-pip-version-check -c $(FLOORS)/floors.txt -e '.[test]'
 	touch $(FLOORS_READY)
+
+test-wide: $(READY) $(SERVERS_READY) ## the whole test suite with every case and the long proofs: an hour on two cores
+	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder --wide
 
 test-floors: $(FLOORS_READY) $(SERVERS_READY) ## the quick tests with the lowest versions that pyproject.toml allows, on the oldest Python from 3.10 on
 	$(FLOORS)/bin/python --version

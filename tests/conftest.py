@@ -34,8 +34,9 @@ LONG = ("training", "state", "soak", "storage", "telemetry")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """The tests that are wide play a part of their cases, the same every time, but with ``--wide``."""
-    parser.addoption("--wide", action="store_true", help="play every case of the tests that are marked wide")
+    """The tests that are wide play a part of their cases, the same every time, but with ``--wide``; the long ones none."""
+    parser.addoption("--long", action="store_true", help="play the tests that are marked long, too")
+    parser.addoption("--wide", action="store_true", help="play them, and every case of the tests that are marked wide")
 
 
 def _seed_of(config: pytest.Config) -> int:
@@ -69,9 +70,12 @@ def pytest_collection() -> Generator[None, object, object]:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """What depends on the seed can be chosen, and what needs Ray can be left out; of what is wide a part is played.
 
-    What takes long begins first.
+    The folders that take long begin first.
     """
-    left_out = _beyond(Part(_seed_of(config), config.getoption("--wide")), items)
+    whole = config.getoption("--wide")
+    left_out = _beyond(Part(_seed_of(config), whole), items)
+    if not (whole or config.getoption("--long")):
+        left_out |= {item for item in items if item.get_closest_marker("long") is not None}
     if left_out:
         config.hook.pytest_deselected(items=left_out)
         items[:] = [item for item in items if item not in left_out]

@@ -16,7 +16,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 DEPENDS_ON_SEED = ("from hypothesis import", "seed: int", "part: Part", ".wide(")
-PYTEST = ["-m", "pytest", "-q", "-m", "hypothesis or seeded or wide", "--hypothesis-profile=explore", "--timeout=600"]
+HOW = ["--long", "--hypothesis-profile=explore"]
+PYTEST = ["-m", "pytest", "-q", "-m", "hypothesis or seeded or wide", "--timeout=600", *HOW]
 NOTHING_CHOSEN = 5  # pytest's exit status
 
 
@@ -31,7 +32,7 @@ class Found:
     @property
     def replay(self) -> str:
         """The command that does the same again."""
-        return f"python -m pytest {self.file} --hypothesis-profile=explore --hypothesis-seed={self.seed}"
+        return f"python -m pytest {self.file} {' '.join(HOW)} --hypothesis-seed={self.seed}"
 
 
 def seeded_files() -> list[str]:

@@ -237,6 +237,7 @@ def runs(pid: int) -> bool:
         return False
 
 
+@pytest.mark.long
 @pytest.mark.timeout(300)
 def test_workers_go_on_when_the_node_where_the_watcher_lives_is_gone(
     ray_address: str, store: Store, elsewhere: ThreadPoolExecutor

@@ -101,6 +101,7 @@ def job(folder: Path) -> Iterator[Job]:
         running.end()
 
 
+@pytest.mark.long
 def test_a_sigterm_saves_the_last_step_and_a_job_that_ends_in_peace_or_is_killed_leaves_nothing(tmp_path: Path) -> None:
     with job(tmp_path) as running:
         rays = assert_small_and_private(running)

@@ -811,6 +811,7 @@ def test_a_task_whose_process_dies_is_repeated(gang2: Gang, tmp_path: Path) -> N
 # ---- without Ray: a child process -------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 @pytest.mark.timeout(150)
 def test_the_example_serves_what_it_exported(tmp_path: Path) -> None:
     done = run_script(ROOT / "examples" / "export.py", "--directory", tmp_path / "run", timeout=140)
@@ -822,6 +823,7 @@ def test_the_example_serves_what_it_exported(tmp_path: Path) -> None:
 # ---- a crash between checkpoint and export ------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 @pytest.mark.timeout(150)
 def test_a_process_killed_while_it_exports_leaves_nothing_that_counts(tmp_path: Path) -> None:
     run, died, blocked = tmp_path / "run", tmp_path / "died", tmp_path / "blocked"

@@ -49,6 +49,7 @@ def test_of_ranks_that_torchrun_starts_and_that_start_ray(tmp_path: Path) -> Non
         assert reader.manifest.world_size == 2
 
 
+@pytest.mark.long
 @pytest.mark.timeout(150)
 def test_of_ranks_that_are_spawned(tmp_path: Path, ray_address: str) -> None:
     command = [sys.executable, str(PROGRAM), "spawn", str(tmp_path / "run"), str(tmp_path / "meeting")]

@@ -15,6 +15,7 @@ def gangs(gang2: Gang, gang3: Gang, gang4: Gang) -> dict[int, Gang]:
     return {2: gang2, 3: gang3, 4: gang4}
 
 
+@pytest.mark.wide(3)
 @pytest.mark.timeout(180)
 @pytest.mark.parametrize(
     ("saved", "restored"),
@@ -67,6 +68,7 @@ def test_replicated_tensors_are_written_once_and_spread(gang3: Gang, tmp_path: P
     assert report.damages == ()
 
 
+@pytest.mark.wide(3)
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("options", [{}, {"buffers": 2}, {"on_busy": "skip"}])
 def test_saves_overlap_with_training(gang2: Gang, tmp_path: Path, options: dict[str, object]) -> None:

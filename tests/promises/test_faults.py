@@ -46,6 +46,7 @@ def test_a_coordinator_that_every_rank_has_left_ends_and_the_next_run_starts_ano
     gang2.run("ranks.saves:release")
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("connected")
 def test_coordinator_killed_again_and_again_during_saves(gang2: Gang, tmp_path: Path) -> None:
     gang2.run("ranks.saves:hold", directory=str(tmp_path), save_timeout=40, max_to_keep=None)
@@ -121,6 +122,7 @@ def test_a_process_that_leaves_its_ray_cluster_is_told_so_and_may_come_back(gang
     gang2.run("ranks.saves:release")
 
 
+@pytest.mark.wide(3)
 @pytest.mark.parametrize("moment", ["staging", "writing", "written"])
 def test_a_rank_killed_during_a_save(ray_address: str, tmp_path: Path, moment: str) -> None:
     with Gang(2, {"RAY_ADDRESS": ray_address}) as gang:

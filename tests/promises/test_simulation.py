@@ -36,9 +36,15 @@ from distckpt.testing.simulator import UNSAFE, Simulation, simulate
 pytestmark = pytest.mark.timeout(240)
 
 STORIES = 90
-SEARCH = range(120)
-RARE = {"ignore_group_newest": range(290, 410), "news_is_nobodys": range(150, 270)}
-"""What needs many things to come together is looked for where they do."""
+SEARCH = 120
+RARE = {
+    "ignore_newest": 22,
+    "look_before_lease": 19,
+    "leases_before_retiring": 57,
+    "ignore_group_newest": 313,
+    "news_is_nobodys": 255,
+}
+"""What needs many things to come together is looked for where they do: the seed at which to begin."""
 
 
 @pytest.fixture(scope="module")
@@ -150,12 +156,13 @@ def test_the_same_seed_gives_the_same_story():
 def test_breaking_a_rule_breaks_promises(rule, promises):
     assert rule in UNSAFE
     found: dict[str, str] = {}
-    for seed in RARE.get(rule, SEARCH):
+    first = RARE.get(rule, 0)
+    for seed in range(first, first + SEARCH):
         for breach in broken_promises(simulate(seed, [rule])):
             found.setdefault(breach.split()[0], breach)
         if promises <= set(found):
             break
-    assert promises <= set(found), f"{rule} was not noticed within {len(SEARCH)} seeds: {found}"
+    assert promises <= set(found), f"{rule} was not noticed within {SEARCH} seeds: {found}"
     assert all("(seed " in breach for breach in found.values())
 
 

@@ -11,6 +11,7 @@ from tests.support.gang import Gang
 from tests.support.small_runs import numbers
 
 
+@pytest.mark.wide(2)
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize(("who", "buffers", "following"), [(0, 1, [3, 4]), (1, 2, [2, 3])])
 def test_after_one_rank_saved_alone_joint_saves_work(
@@ -53,6 +54,7 @@ def test_an_encode_error_on_one_rank_leaves_all_in_step(gang2: Gang, tmp_path: P
     assert second[1] == "EncodeError"
 
 
+@pytest.mark.wide(2)
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("who", [0, 1])
 def test_a_manager_that_not_all_ranks_make_fails_soon_and_names_them(gang2: Gang, tmp_path: Path, who: int) -> None:
@@ -92,6 +94,7 @@ def test_a_rank_that_is_interrupted_in_a_restore_tells_the_others(gang2: Gang, t
     assert second["outcomes"][2] == f"{tmp_path}/ckpt-1"
 
 
+@pytest.mark.wide(2)
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize(("who", "run_id"), [(0, None), (1, "first")], ids=["by themselves", "at the coordinator"])
 def test_after_one_rank_restored_alone_joint_restores_work(
@@ -105,6 +108,7 @@ def test_after_one_rank_restored_alone_joint_restores_work(
     assert f"for rank {1 - who} (" in results[who]["alone"]
 
 
+@pytest.mark.wide(2)
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize(
     ("what", "told"),

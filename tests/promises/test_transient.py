@@ -203,6 +203,7 @@ class MisreadSource:
         self.inner.close()
 
 
+@pytest.mark.wide(2)
 @pytest.mark.parametrize("short", [False, True], ids=["flipped", "short"])
 @pytest.mark.parametrize("reader", READERS)
 def test_whatever_is_misread_once_the_newest_is_read(template: Path, tmp_path: Path, reader: str, short: bool) -> None:

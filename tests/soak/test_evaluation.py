@@ -16,7 +16,7 @@ from tests.support.small_runs import mount, mounting
 pytestmark = pytest.mark.timeout(300)
 
 
-@pytest.mark.wide(2)
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("protocol", "on_lag", "commits"),
     [("", "hold", 60), ("", "block", 24), ("memory", "skip", 100), ("moto", "hold", 12)],

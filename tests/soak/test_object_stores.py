@@ -32,6 +32,7 @@ def besiege(siege: Siege, cases: list[str]) -> Outcome:
     return outcome
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("protocol", ["gs", "s3"])
 def test_whatever_becomes_of_any_request_of_a_run_nothing_is_lost(
     protocol: str, tmp_path: Path, seed: int, part: Part
@@ -48,6 +49,7 @@ def test_whatever_becomes_of_any_request_of_a_run_nothing_is_lost(
     assert outcome.tried.total() >= 0.9 * sum(case.count("+") + 1 for case in played)
 
 
+@pytest.mark.long
 def test_whatever_call_of_a_store_goes_wrong_nothing_is_lost_on_any_kind(tmp_path: Path, seed: int, part: Part) -> None:
     attack = Stores()
     siege = Siege(attack, tmp_path / "soak")
@@ -58,6 +60,7 @@ def test_whatever_call_of_a_store_goes_wrong_nothing_is_lost_on_any_kind(tmp_pat
     assert {tried.partition(", ")[0] for tried in outcome.tried} == set(attack.kinds)
 
 
+@pytest.mark.wide(2)
 @pytest.mark.parametrize("protocol", ["gs", "moto"])
 def test_a_process_that_is_killed_while_it_saves_to_a_bucket_loses_nothing(protocol: str, tmp_path: Path) -> None:
     attack = Kills(protocol, lives=2)

@@ -53,6 +53,7 @@ def told(outcome: Outcome) -> str:
 # ---- the attacks ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_a_process_that_is_killed_at_any_moment_loses_nothing(tmp_path: Path) -> None:
     outcome = besiege(Kills(lives=5), tmp_path / "soak", 2)
     assert not outcome.broken, told(outcome)

@@ -81,7 +81,7 @@ def test_training_draws_its_own_random_numbers_while_the_first_manager_opens(ray
         assert gang.run("ranks.zoo:drawn_meanwhile", directory=str(tmp_path)) == [True, True]
 
 
-@pytest.mark.wide(8)
+@pytest.mark.wide(16)
 @pytest.mark.parametrize("name", ALIKE)
 def test_two_ranks_that_hold_the_same_get_it_back(
     gang2: Gang, batches: Batches, folder: Path, played: Played, name: str
@@ -108,7 +108,7 @@ def gangs(gang1: Gang, gang2: Gang, gang3: Gang) -> dict[int, Gang]:
     return {1: gang1, 2: gang2, 3: gang3}
 
 
-@pytest.mark.wide(2)
+@pytest.mark.wide(4)
 @pytest.mark.parametrize("worlds", ELASTIC, ids=lambda worlds: f"{worlds[0]}-to-{worlds[1]}")
 @pytest.mark.parametrize("name", SHARDED)
 def test_another_number_of_ranks_goes_on_as_if_it_had_never_stopped(

@@ -246,8 +246,9 @@ def test_transformers_with_nothing_that_says_when_to_save_is_refused(hugging: Hu
         hugging.run("plainly", by="trainer", save_strategy="epoch", plainly=True)
 
 
+@pytest.mark.wide(2)
 @pytest.mark.timeout(120)
-@pytest.mark.parametrize("shard", [False, True], ids=["ddp", "fsdp2"])
+@pytest.mark.parametrize("shard", [True, False], ids=["fsdp2", "ddp"])
 def test_transformers_over_ranks_stops_together_and_resumes(hugging: Hugging, gang2: Gang, shard: bool) -> None:
     def train(name: str, **arguments: Any) -> list[dict[str, Any]]:
         directory, scratch = str(hugging.folder / name), str(hugging.folder / "unused")
@@ -299,6 +300,7 @@ OF_LIGHTNING = [
 lightning = pytest.mark.filterwarnings(*OF_LIGHTNING)
 
 
+@pytest.mark.wide(4)
 @lightning
 @pytest.mark.parametrize("stops", [[2], [5, 7], [8, 11, 12]], ids=lambda stops: "-".join(map(str, stops)))
 @pytest.mark.parametrize(
@@ -381,9 +383,10 @@ def test_lightning_saves_as_the_page_says(tmp_path: Path) -> None:
     assert numbers(tmp_path / "run-7")[-1] == 12
 
 
+@pytest.mark.wide(2)
 @lightning
 @pytest.mark.timeout(120)
-@pytest.mark.parametrize("shard", [False, True], ids=["ddp", "sharded"])
+@pytest.mark.parametrize("shard", [True, False], ids=["sharded", "ddp"])
 def test_lightning_over_ranks_stops_together_and_resumes(tmp_path: Path, gang2: Gang, shard: bool) -> None:
     def train(name: str, **arguments: Any) -> list[dict[str, Any]]:
         directory = str(tmp_path / name)
@@ -469,6 +472,7 @@ def test_lightning_callback_refuses_what_makes_no_sense(wrong: dict[str, Any], w
 # ---- Ray Train ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 @pytest.mark.timeout(180)
 def test_ray_train_goes_on_after_a_worker_was_killed(tmp_path: Path, ray_address: str) -> None:
     directory, notes = tmp_path / "run", tmp_path / "notes"

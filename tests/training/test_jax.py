@@ -44,6 +44,7 @@ def train(directory: Path, steps: int, devices: int) -> list[float]:
     return [float.fromhex(line) for line in done.stdout.split()]
 
 
+@pytest.mark.long
 @pytest.mark.timeout(400)
 def test_training_goes_on_on_as_many_devices_as_there_are(tmp_path: Path) -> None:
     whole = train(tmp_path / "run", 6, 2)
