@@ -245,7 +245,7 @@ class CheckpointManager:
 
         Raises EncodeError for what cannot be stored, and the failure of an earlier save that nobody has collected. The
         latter comes out after this save has begun, so that the ranks stay in step; ``wait`` waits for it. CoordinatorError
-        inside another call of the same thread, from a signal handler or a hook.
+        inside another call of the same thread, from a signal handler or a hook, and while another thread saves or restores.
         """
         with self._alone("save"):
             self._check_open()

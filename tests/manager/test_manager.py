@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 import random
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -521,18 +522,29 @@ def test_an_interrupt_during_the_copy_leaves_a_manager_that_can_be_closed(tmp_pa
     assert numbers(tmp_path) == [1, 3]
 
 
-@pytest.mark.parametrize("what", ["prepare", "save", "restore", "wait", "close"])
-def test_what_is_called_inside_a_save_of_the_same_thread_is_refused_at_once(tmp_path: Path, what: str) -> None:
-    """A signal handler, say, that comes while the state is being copied."""
+@pytest.mark.parametrize(
+    ("what", "where"),
+    [
+        *((what, "the same thread") for what in ("prepare", "save", "restore", "wait", "close")),
+        *((what, "another thread") for what in ("prepare", "save", "restore")),
+    ],
+)
+def test_what_is_called_while_a_thread_saves_is_refused_at_once(tmp_path: Path, what: str, where: str) -> None:
+    """By a signal handler, say, that comes while the state is being copied."""
     heard = []
+
+    def call() -> CoordinatorError:
+        said = f"{what} was called while save was running in {where}"
+        with pytest.raises(CoordinatorError, match=said) as caught:
+            getattr(manager, what)(*([9] if what == "save" else []))
+        return caught.value
 
     class Handler(torch.Tensor):
         @classmethod
         def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             if "copy" in func.__name__ and not heard:
-                with pytest.raises(CoordinatorError, match=f"{what} was called while save was running") as caught:
-                    getattr(manager, what)(*([9] if what == "save" else []))
-                heard.append(caught.value)
+                with ThreadPoolExecutor(1) as other:
+                    heard.append(call() if where == "the same thread" else other.submit(call).result(30))
             return super().__torch_function__(func, types, args, kwargs or {})
 
     state = {"weight": torch.ones(4).as_subclass(Handler)}
@@ -541,6 +553,15 @@ def test_what_is_called_inside_a_save_of_the_same_thread_is_refused_at_once(tmp_
         manager.save(2).result(30)
     assert heard
     assert numbers(tmp_path) == [1, 2]
+
+
+def test_threads_that_save_one_after_the_other_may_be_several(tmp_path: Path) -> None:
+    value = torch.tensor(0)
+    with distckpt.CheckpointManager(distckpt.Checkpoint(v=value), tmp_path) as manager:
+        for number in (1, 2, 3):
+            with ThreadPoolExecutor(1) as other:
+                other.submit(manager.save, number).result(30).result(30)
+    assert numbers(tmp_path) == [1, 2, 3]
 
 
 def steps_of(directory: Path) -> dict[int, list[int]]:
