@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from distckpt.format.json.left_out import LeftOut
 from distckpt.format.tree.keys import beginnings, is_among, is_below
 from distckpt.format.tree.select import select_paths
-from distckpt.format.tree.tree import ArrayStep, DictStep, Path, TypedStep, key_of
+from distckpt.format.tree.tree import ArrayStep, DictStep, KeyStep, Path, Step, TypedStep, key_of
 from distckpt.state.leaving import Leaving
 
 Rename = Mapping[str, str | None] | Callable[[str], str | None]
@@ -62,7 +62,7 @@ class Selection:
                 continue
             if new in moved:
                 raise ValueError(f"rename makes {new!r} of both {origins[new]!r} and {key!r}")
-            moved[new] = paths[key] if new == key else _moved(paths[key], new)
+            moved[new] = paths[key] if new == key else self._moved(paths[key], key, new)
             origins[new] = key
         if self.select and excluded is not None and not moved:
             raise ValueError(
@@ -77,11 +77,24 @@ class Selection:
             return key
         if not isinstance(self.rename, Mapping):
             return self.rename(key)
-        begins = next((text for text in beginnings(key) if text in self.rename), None)
+        begins = self._begins(key)
         if begins is None:
             return key
         here = self.rename[begins]
         return None if here is None else f"{here}{key[len(begins) :]}"
+
+    def _begins(self, key: str) -> str | None:
+        """What the key begins with of all that is renamed by its beginning; the longest."""
+        renamed = self.rename if isinstance(self.rename, Mapping) else {}
+        return next((text for text in beginnings(key) if text in renamed), None)
+
+    def _moved(self, path: Path, key: str, new: str) -> Path:
+        """A path for the ``new`` key. What follows a renamed beginning stays as it is, if it is steps of its own."""
+        begins = self._begins(key)
+        if begins is not None:
+            for at in _counts(path, lambda part: part == begins):
+                return (*_moved(path[:at], new.removesuffix(key[len(begins) :])), *path[at:])
+        return _moved(path, new)
 
     def askers(self, leaving: Leaving) -> tuple[Callable[[str], bool], Callable[[str], bool]]:
         """Tells of an object's key whether it is to be restored at all; and whether all that is at and below it is."""
@@ -139,7 +152,8 @@ def _bare(path: Path) -> Path:
 def _moved(path: Path, key: str) -> Path:
     """A path for the new key: the steps that it still begins and ends with, and one step for what is between.
 
-    What it begins with is the name of an object, a step of its own, whatever was a step before.
+    What it begins with is the name of an object, a step of its own, whatever was a step before. What is renamed within a
+    container stays in one of its kind.
     """
     head = max(_counts(path, lambda part: is_below(key, part)), default=0)
     rest = key[len(key_of(path[:head])) :].lstrip(".")
@@ -147,12 +161,16 @@ def _moved(path: Path, key: str) -> Path:
     ends = [at for at, tail in tails.items() if _ends_with(rest, tail) and (head or tail != rest)]
     tail = path[min(ends) :] if ends else ()
     middle = rest[: len(rest) - len(key_of(tail))].rstrip(".")
-    between: list[DictStep] = []
+    between: list[Step] = []
     if middle and head == 0:
         name, _, middle = middle.partition(".")
         between.append(DictStep(name))
     if middle:
-        between.append(DictStep(middle))
+        match path[head:]:
+            case (TypedStep(kind, DictStep() | KeyStep()), *_) if head:
+                between.append(TypedStep(kind, DictStep(middle)))
+            case _:
+                between.append(DictStep(middle))
     return (*path[:head], *between, *tail)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +104,7 @@ def test_a_part_of_an_object_becomes_an_object(tmp_path: Path) -> None:
         ({"d": {"a": {".x": 1}}}, {"d.a": "d"}, {"d": {".x": 1}}),
         ({"w": {"enc.weight": 1, "b": 2}}, {"w.enc": "w.dec.inner"}, {"w": {"dec.inner.weight": 1, "b": 2}}),
         ({"w": {"a": {"b": 1}}}, {"w.a": "w.b"}, {"w": {"b": {"b": 1}}}),
+        ({"w": {"a": {"a": 1, "b": 2}}}, {"w.a": "w"}, {"w": {"a": 1, "b": 2}}),
     ],
 )
 @pytest.mark.parametrize(
@@ -111,7 +113,33 @@ def test_a_part_of_an_object_becomes_an_object(tmp_path: Path) -> None:
 def test_what_is_renamed_has_the_structure_that_is_there(
     tmp_path: Path, saved: Any, rename: dict[str, str], expected: Any, of: Any
 ) -> None:
-    path = distckpt.Checkpoint(**filled(saved, of)).write(tmp_path)
+    check_rename(tmp_path, saved, rename, expected, of)
+
+
+@pytest.mark.parametrize(
+    ("saved", "rename", "expected"),
+    [
+        ({"o": OrderedDict(a=1, b=2)}, {"o.a": "o.z"}, {"o": OrderedDict(z=1, b=2)}),
+        ({"o": OrderedDict(a=1, b=2)}, {"o.a": "o.z", "o.b": "o.y"}, {"o": OrderedDict(z=1, y=2)}),
+        (
+            {"w": {"o": OrderedDict(a=1, b={"c": 2})}},
+            {"w.o.b": "w.o.d.e"},
+            {"w": {"o": OrderedDict(a=1, d={"e": {"c": 2}})}},
+        ),
+        ({"w": {"o": OrderedDict(a=1, b=2)}}, {"w.o.a": "w.p"}, {"w": {"o": OrderedDict(b=2), "p": 1}}),
+        ({"w": {"o": OrderedDict(a=1, b=2)}}, {"w.o": "w.q.o"}, {"w": {"q": {"o": OrderedDict(a=1, b=2)}}}),
+    ],
+)
+@pytest.mark.parametrize("of", [lambda number: torch.full((2,), float(number)), lambda number: np.full(2, number)])
+def test_what_is_renamed_within_a_container_stays_in_one_of_its_kind(
+    tmp_path: Path, saved: Any, rename: dict[str, str], expected: Any, of: Any
+) -> None:
+    check_rename(tmp_path, saved, rename, expected, of)
+
+
+def check_rename(directory: Path, saved: Any, rename: dict[str, str], expected: Any, of: Any) -> None:
+    """What is saved is restored in the place of what is expected, of which every leaf is ``of`` a number."""
+    path = distckpt.Checkpoint(**filled(saved, of)).write(directory)
     checkpoint = distckpt.Checkpoint(**filled(expected, lambda _: of(0)))
     checkpoint.restore(path, rename=rename).assert_consumed()
     found = {name: checkpoint.objects[name] for name in expected}
@@ -128,6 +156,8 @@ def test_entries_of_a_list_are_renamed(tmp_path: Path, of: Any) -> None:
 
 def filled(tree: Any, make: Any) -> Any:
     """The same dicts in order of their keys, of what is made of each number."""
+    if isinstance(tree, OrderedDict):
+        return OrderedDict((key, filled(item, make)) for key, item in tree.items())
     if isinstance(tree, dict):
         return {key: filled(tree[key], make) for key in sorted(tree)}
     return make(tree)
@@ -155,6 +185,23 @@ def test_an_optimizer_follows_a_renamed_module(other_run: tuple[str, dict[str, A
     assert optimizer.param_groups[0]["lr"] == 0.1
     for mine, theirs in zip(net.parameters(), saved["model"].parameters(), strict=True):
         assert torch.equal(optimizer.state[mine]["exp_avg"], saved["optimizer"].state[theirs]["exp_avg"])
+
+
+@pytest.mark.parametrize("name", ["scale", "exp_avg", "step"])
+def test_an_optimizer_follows_a_parameter_that_is_called_like_what_it_keeps(tmp_path: Path, name: str) -> None:
+    def adam(of: nn.Module) -> torch.optim.Optimizer:
+        return torch.optim.Adam(of.parameters())
+
+    saved = nn.ModuleDict({"head": nn.ParameterDict({name: torch.ones(2)})})
+    optimizer = adam(saved)
+    saved["head"][name].grad = torch.ones(2)
+    optimizer.step()
+    path = distckpt.Checkpoint(model=saved, opt=optimizer).write(tmp_path)
+    model = nn.ParameterDict({"head": torch.zeros(2)})
+    restored = adam(model)
+    rename = {f"model.head.{name}": "model.head", f"opt.state.head.{name}": "opt.state.head"}
+    distckpt.Checkpoint(model=model, opt=restored).restore(path, rename=rename).assert_consumed()
+    assert same(restored.state_dict()["state"], optimizer.state_dict()["state"])
 
 
 def test_a_key_that_is_renamed_to_nothing_is_left_out(other_run: tuple[str, dict[str, Any]]) -> None:
