@@ -28,7 +28,8 @@ from distckpt.format.tree.path import DictStep, encode_path
 from distckpt.sharding.chunks import dtype_from_name
 from distckpt.sharding.match import Wanted
 from distckpt.state.stored import Targets
-from distckpt.storage import Store
+from distckpt.storage import Store, join
+from distckpt.storage.oserrors import writing
 from distckpt.transfer.progress import Progress
 from distckpt.transfer.reader import ReadStats
 
@@ -58,12 +59,14 @@ def write_dcp(order: Order, store: Store) -> list[Written]:
     each = max(LEAST_BYTES, -(-sum(nbytes for nbytes, _ in items) // WRITERS))
     shares = list(_shares(items, min(order.max_bytes, each)))
     plans, metadata = planner.create_global_plan([SavePlan(items, planner_data=dict(view.places)) for items in shares])
-    writer.set_up_storage_writer(True)
-    writer.prepare_local_plan(plans[0])
+    with writing(store.url):
+        writer.set_up_storage_writer(True)
+        writer.prepare_local_plan(plans[0])
     plans = writer.prepare_global_plan(plans)
     with ThreadPoolExecutor(WRITERS, thread_name_prefix="distckpt-export") as pool:
         results = list(pool.map(lambda plan: writer.write_data(plan, planner).wait(), plans))
-    writer.finish(metadata, results)
+    with writing(join(store.url, ".metadata")):
+        writer.finish(metadata, results)
     written = sorted(writer.written, key=lambda file: file.name)
     sums = {file.name: {"size": file.size, "crc32c": f"{file.crc32c:08x}"} for file in written}
     text = json.dumps({"files": sums, **order.about}, indent=2).encode() + b"\n"
@@ -124,13 +127,13 @@ class _Writer(filesystem.FileSystemWriter):
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         """See StorageWriter."""
         name = f"{plan.storage_data.prefix}0{filesystem.DEFAULT_SUFFIX}"
-        results = []
-        with self.fs.create_stream(self.fs.concat_path(self.path, name), "wb") as stream:
+        path, results = self.fs.concat_path(self.path, name), []
+        with writing(str(path)), self.fs.create_stream(path, "wb") as stream:
             file: Any = _Summed(stream)
             for item in plan.items:
                 begin, data = file.size, planner.resolve_data(item)
                 if isinstance(data, torch.Tensor):
-                    torch.save(data, file)
+                    _save(data, file)
                 else:
                     file.write(data.getbuffer())
                 place = filesystem._StorageInfo(name, begin, file.size - begin)
@@ -144,23 +147,36 @@ class _Writer(filesystem.FileSystemWriter):
 
 
 class _Summed:
-    """A file to be written from its beginning to its end, and the CRC32C of that."""
+    """A file to be written from its beginning to its end, and the CRC32C of that. What failed it is its ``failure``."""
 
     def __init__(self, stream: Any) -> None:
         self._stream = stream
         self.size = 0
         self.crc32c = 0
+        self.failure: OSError | None = None
 
     def write(self, data: Any) -> int:
         """As a file's."""
         view = memoryview(data).cast("B")
         self.crc32c = crc32c.crc32c(view, self.crc32c)
         self.size += view.nbytes
-        self._stream.write(view)
+        try:
+            self._stream.write(view)
+        except OSError as error:
+            self.failure = error
+            raise
         return view.nbytes
 
     def flush(self) -> None:
         """As a file's."""
+
+
+def _save(tensor: torch.Tensor, file: Any) -> None:
+    """As torch.save, which makes a RuntimeError of what fails a file, and says nothing of it."""
+    try:
+        torch.save(tensor, file)
+    except RuntimeError as error:
+        raise file.failure or error from None
 
 
 class _Planner(DefaultSavePlanner):

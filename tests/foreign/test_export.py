@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import resource
+import signal
 import zipfile
 from collections import Counter, OrderedDict
 from pathlib import Path
@@ -94,6 +96,24 @@ def test_an_export_that_fails_leaves_nothing_and_nothing_is_overwritten(tmp_path
         assert "model.w" in refusal("export", path, tmp_path / "out", "--format", kind, status=1)
         run("export", path, tmp_path / kind, "--format", kind, "--leave-out", "model.w")
     assert sorted(each.name for each in tmp_path.iterdir()) == ["safetensors", "saved", "there", "torch"]
+
+
+def export_into_little_room(say: Say, path: str, out: str, kind: str) -> None:
+    """Says how exports end where no file can be larger than so much."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    for room in range(0, 60 << 10, 5000):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (room, resource.RLIM_INFINITY))
+        say(refusal("export", path, out, "--format", kind))
+
+
+@pytest.mark.parametrize("kind", ["dcp", "safetensors", "torch"])
+def test_an_export_that_finds_no_room_says_so_and_leaves_nothing(tmp_path: Path, kind: str) -> None:
+    tensors = {f"w{number}": torch.randn(1 << 12) for number in range(4)}
+    path = distckpt.Checkpoint(model=tensors).write(tmp_path / "saved")
+    said = crashing.run(export_into_little_room, path=path, out=str(tmp_path / "out"), kind=kind).said
+    assert len(said) == 13
+    assert all(re.search(r"\.tmp/[\w.]+: could not be written: File too large", each) for each in said), said
+    assert [each.name for each in tmp_path.iterdir()] == ["saved"]
 
 
 @pytest.mark.timeout(100)
