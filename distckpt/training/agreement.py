@@ -63,7 +63,9 @@ class Agreement:
             )
         with self._naming_the_absent("make an Agreement, or begin a session", f"making/{next(_made)}"):
             self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=self._timeout))
-        self._values = torch.zeros(_SLOTS, dtype=torch.int64, device="cpu")
+            self._values = torch.zeros(_SLOTS, dtype=torch.int64, device="cpu")
+            # A rank that closed it at once, by an error, would fail others that are still being connected.
+            dist.all_reduce(self._values, dist.ReduceOp.BOR, group=self._group)
 
     def any(self, *wishes: bool, place: int = 0) -> tuple[bool, ...]:
         """For each wish: does any rank have it. One all-reduce of 40 bytes; nothing at all in a world of one.

@@ -17,7 +17,7 @@ import pytest
 import distckpt
 from tests.support.gang import Gang
 
-pytestmark = pytest.mark.timeout(240)
+pytestmark = [pytest.mark.long, pytest.mark.timeout(240)]
 
 NAMES = ("host-a", "host-b")
 ADDRESSES = ("10.77.0.1", "10.77.0.2")
@@ -104,7 +104,6 @@ def ranks(folder: Path) -> Iterator[Gang]:
         yield gang
 
 
-@pytest.mark.long
 def test_two_hosts_save_and_resume_through_a_ray_cluster_that_they_start(ranks: Gang, folder: Path) -> None:
     before = ranks.run("ranks.saves:save", directory=str(folder / "run"), kind="fsdp")
     assert [result["path"] for result in before] == [f"{folder}/run/ckpt-1"] * 2
