@@ -39,6 +39,16 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--wide", action="store_true", help="play them, and every case of the tests that are marked wide")
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """For several processes at once, by files."""
+    if config.getoption("dist") != "loadfile":
+        return None
+    from tests.support.spread import Spread
+
+    return Spread(config, log)
+
+
 def _seed_of(config: pytest.Config) -> int:
     given = config.getoption("--hypothesis-seed")
     return 0 if given is None else int(given)

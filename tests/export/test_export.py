@@ -746,6 +746,7 @@ def test_without_modules_it_is_a_plain_manager(tmp_path: Path) -> None:
 # ---- Transformers -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 @pytest.mark.timeout(120)
 @pytest.mark.usefixtures("on_ray")
 @pytest.mark.filterwarnings("ignore")

@@ -13,6 +13,7 @@ OF_OTHERS = {
     "_bit_generator": "NumPy",
     "_buffers": "nn.Module",
     "_checkpoint_connector": "Lightning",
+    "_current_frames": "sys",
     "_data_fetcher": "Lightning",
     "_exit": "os",
     "_foreach_copy_": "torch",

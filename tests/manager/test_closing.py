@@ -75,6 +75,7 @@ def test_closing_a_store_that_answers_leaves_no_thread(tmp_path: Path) -> None:
     assert {thread.name for thread in threading.enumerate()} <= before
 
 
+@pytest.mark.wide(2)
 @pytest.mark.parametrize(("operation", "path"), [("put_unique", "ckpt-2"), ("put_if_absent", "_log")])
 def test_a_program_ends_although_its_store_hangs(tmp_path: Path, operation: str, path: str) -> None:
     script = str(ROOT / "tests" / "ranks" / "programs" / "hangs.py")

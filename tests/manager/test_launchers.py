@@ -19,6 +19,7 @@ import distckpt
 from tests.support.gang import ROOT, Gang, RankError
 
 
+@pytest.mark.long
 @pytest.mark.timeout(150)
 def test_torchrun_without_torch_distributed_and_with_a_ray_cluster(ray_address: str, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]

@@ -46,6 +46,7 @@ def test_a_trainer_that_does_not_look_at_leases_is_noticed(tmp_path: Path, monke
     assert "missing" in "\n".join(found)
 
 
+@pytest.mark.long
 def test_what_is_lost_or_counts_twice_in_a_group_is_noticed(tmp_path: Path) -> None:
     folder = tmp_path / "here"
     folder.mkdir()

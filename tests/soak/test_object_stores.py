@@ -60,7 +60,7 @@ def test_whatever_call_of_a_store_goes_wrong_nothing_is_lost_on_any_kind(tmp_pat
     assert {tried.partition(", ")[0] for tried in outcome.tried} == set(attack.kinds)
 
 
-@pytest.mark.wide(2)
+@pytest.mark.long
 @pytest.mark.parametrize("protocol", ["gs", "moto"])
 def test_a_process_that_is_killed_while_it_saves_to_a_bucket_loses_nothing(protocol: str, tmp_path: Path) -> None:
     attack = Kills(protocol, lives=2)

@@ -60,6 +60,7 @@ def test_a_process_that_is_killed_at_any_moment_loses_nothing(tmp_path: Path) ->
     assert outcome.tried["killed"] == 10
 
 
+@pytest.mark.long
 def test_a_run_whose_calls_fail_refuses_or_succeeds(tmp_path: Path) -> None:
     outcome = besiege(Calls(), tmp_path / "soak", 16)  # each kind of call once, and a disk that stays full
     assert not outcome.broken, told(outcome)

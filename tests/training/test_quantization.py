@@ -258,6 +258,7 @@ def test_a_trained_module_can_be_exported() -> None:
 # ---- ranks and checkpoints ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.wide(2)
 @pytest.mark.timeout(180)
 @KINDS
 def test_ranges_come_back_exactly_on_any_number_of_ranks(gang2: Gang, gang3: Gang, tmp_path: Path, kind: str) -> None:

@@ -89,6 +89,7 @@ def restored(run: Run) -> bool:
     return is_content(distckpt.load(run.path, "state", storage_options=run.options))
 
 
+@pytest.mark.wide(2)
 @pytest.mark.parametrize("run", ["fake_gcs", "moto"], indirect=True)
 def test_eight_processes_that_restore_download_each_byte_once(run: Run) -> None:
     children = [forked(lambda: restored(run)) for _ in range(PROCESSES)]

@@ -150,6 +150,7 @@ def test_a_bucket_that_is_missing_is_no_empty_directory(proxy: Proxy) -> None:
         assert type(caught.value) is StorageError
 
 
+@pytest.mark.wide(2)
 @pytest.mark.wide(3)
 @pytest.mark.parametrize("fault", FAULTS, ids=named)
 def test_a_large_object_is_whole_and_alone_whichever_request_fails(

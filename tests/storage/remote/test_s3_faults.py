@@ -120,6 +120,7 @@ def test_a_refusal_for_good_is_told_at_once_with_the_servers_words(store: S3Stor
         proxy.mend()
 
 
+@pytest.mark.wide(3)
 @pytest.mark.parametrize("number", range(IN_PARTS))
 @pytest.mark.parametrize("fault", [Reset(), Reset(applied=True), Reset(early=True), Answer(503)], ids=named)
 def test_a_large_object_arrives_whatever_goes_wrong_on_the_way(

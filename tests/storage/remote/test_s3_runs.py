@@ -25,6 +25,7 @@ def assert_loads(path: str, number: int, options: Options) -> None:
         assert holds(reader.load("state"), number), path
 
 
+@pytest.mark.wide(2)
 @pytest.mark.parametrize("server", ["moto", "seaweedfs"])
 def test_a_run_is_saved_kept_and_resumed(server: str, bucket: str, request: pytest.FixtureRequest) -> None:
     found: Server = request.getfixturevalue(server)
