@@ -60,7 +60,7 @@ def test_a_pool_evaluates_as_the_page_says(tmp_path: Path, capsys: pytest.Captur
     append_state(open_store(tmp_path / "run-7"), lambda state: msgspec.structs.replace(state, ended=True), kind="end")
     names = {"model": torch.nn.Linear(2, 2), "held_out_loss": lambda model: model.weight.sum().item()}
     play(
-        "docs/integrations.md", 5, names, tmp_path, {"num_workers=4": "num_workers=1", '"num_gpus": 1': '"num_cpus": 0'}
+        "docs/integrations.md", 0, names, tmp_path, {"num_workers=4": "num_workers=1", '"num_gpus": 1': '"num_cpus": 0'}
     )
     assert "run-7/ckpt-1" in capsys.readouterr().out
     weight = model.weight.sum().item()

@@ -32,7 +32,7 @@ REPORT = "with checkpoint:\n        checkpoint.report({'loss': 2.0})"
 
 def test_every_snippet_is_played_by_some_test() -> None:
     texts = "".join(path.read_text() for path in (ROOT / "tests").rglob("*.py"))
-    played = {(document, int(number)) for document, number in re.findall(r'play\(\s*"([^"]+)", (\d+)', texts)}
+    played = {(document, int(number)) for document, number in re.findall(r'play[(,]\s*"([^"]+)", (\d+)', texts)}
     there = {(document, number) for document in DOCUMENTS for number in range(len(snippets(document)))}
     by_test_readme = {("README.md", 0), ("README.md", 1)}
     assert played | by_test_readme == there

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,6 +16,12 @@ import distckpt
 from distckpt.errors import EncodeError, MismatchError
 from distckpt.integrations.jax import JaxState
 from tests.support.snippets import play
+
+PAGE = (partial(play, "docs/coming-from-orbax.md", 0), partial(play, "docs/coming-from-orbax.md", 1))
+
+
+class Stopped(Exception):
+    """Training was made to fail."""
 
 
 class Pair(NamedTuple):
@@ -102,12 +110,37 @@ def test_what_cannot_be_stored_is_refused_by_key(tmp_path: Path) -> None:
         manager.save(1)
 
 
-def test_a_training_saves_as_the_page_says(tmp_path: Path) -> None:
-    def train_step(state: dict[str, Any]) -> dict[str, Any]:
-        return {**state, "params": jax.tree.map(lambda leaf: leaf + 1, state["params"]), "step": state["step"] + 1}
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of Orbax, and of what it is made of
+def test_both_programs_of_the_page_go_on_where_they_failed_with_the_same_losses(tmp_path: Path) -> None:
+    def loss_of(params: dict[str, Any], step: int) -> Any:
+        return jnp.square(params["w"] @ jnp.full(4, 0.1 * step)).mean()
 
-    names = {"params": {"w": jnp.zeros(3)}, "opt_state": (), "key": jax.random.key(1), "steps": 3}
-    play("docs/integrations.md", 4, {**names, "train_step": train_step}, tmp_path)
-    found = play("docs/integrations.md", 4, {**names, "train_step": None}, tmp_path)
-    assert found["state"].value["step"] == 3
-    assert found["state"].value["params"]["w"].tolist() == [3.0, 3.0, 3.0]
+    def play_both(folder: str, stop: int | None) -> list[dict[int, float]]:
+        said: list[dict[int, float]] = []
+
+        def train_step(state: dict[str, Any]) -> dict[str, Any]:
+            step = int(state["step"])
+            if step == stop:
+                raise Stopped
+            loss, slope = jax.value_and_grad(loss_of)(state["params"], step)
+            said[-1][step] = float(loss)
+            moved = jax.tree.map(lambda old, by: 0.9 * old + by, state["opt_state"], slope)
+            params = jax.tree.map(lambda old, by: old - 0.01 * by, state["params"], moved)
+            return {"params": params, "opt_state": moved, "step": step + 1}
+
+        params = {"w": jnp.arange(12.0).reshape(3, 4)}
+        names = {"params": params, "opt_state": jax.tree.map(jnp.zeros_like, params), "steps": 25}
+        names["train_step"] = train_step
+        for number, page in enumerate(PAGE):
+            said.append({})
+            with contextlib.suppress(Stopped):
+                page(names, tmp_path / folder / str(number))
+        return said
+
+    whole = play_both("whole", None)
+    assert whole[0] == whole[1]
+    assert [*whole[0]] == [*range(25)]
+    first, then = play_both("parts", 17), play_both("parts", None)
+    for before, after in zip(first, then, strict=True):
+        assert [*after] == [*range(10, 25)]
+        assert {**before, **after} == whole[0]

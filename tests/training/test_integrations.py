@@ -21,8 +21,6 @@ import torch
 
 import distckpt
 from tests.ranks import integrations as scenarios
-from tests.support import crashing
-from tests.support.crashing import Say
 from tests.support.gang import ROOT, Gang
 from tests.support.small_runs import until
 from tests.support.snippets import play
@@ -222,21 +220,9 @@ def test_transformers_loads_the_export_that_was_made_beside_its_training(hugging
     pushed: list[str] = []
     names = {"AutoModelForCausalLM": AutoModelForCausalLM, "distckpt": distckpt, "pushed": pushed}
     told = {"model.push_to_hub": "pushed.append"}
-    again = play("docs/integrations.md", 1, names, hugging.folder / "exported", told)["model"]
+    again = play("docs/coming-from-transformers.md", 2, names, hugging.folder / "exported", told)["model"]
     assert result["weights"] == scenarios.digest(again)
     assert pushed == ["me/run-7"]
-
-
-def test_transformers_saves_as_the_page_says(tmp_path: Path) -> None:
-    from transformers import Trainer, TrainingArguments
-
-    names = {"Trainer": Trainer, "TrainingArguments": TrainingArguments, "model": scenarios.language_model(0.0)}
-    names |= {"data": scenarios.Texts(22), "held_out": scenarios.Texts(5)}
-    settings = f"output_dir={str(tmp_path / 'unused')!r}, eval_steps=2, max_steps=6, report_to=[], use_cpu=True"
-    told = {"    ...,": f"    {settings},", "save_steps=100": "save_steps=2"}
-    found = play("docs/integrations.md", 0, names, tmp_path, told)
-    assert numbers(tmp_path / "run-7") == [2, 4, 6]
-    assert found["trainer"].state.best_model_checkpoint.startswith(f"{tmp_path}/run-7/ckpt-")
 
 
 def test_transformers_with_nothing_that_says_when_to_save_is_refused(hugging: Hugging) -> None:
@@ -350,37 +336,6 @@ def test_lightning_trains_on_within_an_epoch_that_the_number_of_steps_ended(tmp_
     then = scenarios.lightning(str(tmp_path / "parts"), max_steps=10)
     assert first["seen"] + then["seen"] == whole["seen"]
     assert digests(tmp_path / "parts/ckpt-10", *FINAL) == digests(tmp_path / "whole/ckpt-10", *FINAL)
-
-
-@lightning
-def test_lightning_saves_as_the_page_says(tmp_path: Path) -> None:
-    from lightning.pytorch import LightningModule, Trainer
-
-    class Module(LightningModule):
-        def __init__(self) -> None:
-            super().__init__()
-            self.net = torch.nn.Linear(3, 1)
-
-        def training_step(self, batch: torch.Tensor, batch_idx: int) -> torch.Tensor:
-            return self.net(batch).square().mean()  # type: ignore[no-any-return]
-
-        def validation_step(self, batch: torch.Tensor, batch_idx: int) -> None:
-            self.log("val_loss", self.training_step(batch, batch_idx))
-
-        test_step = validation_step
-
-        def val_dataloader(self) -> Any:
-            return loader
-
-        def configure_optimizers(self) -> torch.optim.Optimizer:
-            return torch.optim.SGD(self.parameters(), lr=0.1)
-
-    loader = torch.utils.data.DataLoader(torch.ones(8, 3), 2)
-    quiet = "max_epochs=3, accelerator='cpu', logger=False, enable_progress_bar=False, enable_model_summary=False"
-    told = {"max_epochs=3": quiet, "every_n_train_steps=100": "every_n_train_steps=2"}
-    names = {"Trainer": Trainer, "module": Module(), "loader": loader, "held_out": loader}
-    play("docs/integrations.md", 2, names, tmp_path, told)
-    assert numbers(tmp_path / "run-7")[-1] == 12
 
 
 @pytest.mark.wide(2)
@@ -518,37 +473,6 @@ def test_ray_train_goes_on_after_a_worker_was_killed(tmp_path: Path, ray_address
         saved = distckpt.load(folder, "model")
     assert saved.keys() == module.state_dict().keys()
     assert all(torch.equal(saved[key], tensor) for key, tensor in module.state_dict().items())
-
-
-def train_as_the_page_says(say: Say, folder: str) -> None:
-    """A job of Ray Train, with one worker."""
-    import ray
-    from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchTrainer
-
-    names = {"CheckpointConfig": CheckpointConfig, "FailureConfig": FailureConfig, "RunConfig": RunConfig}
-    names |= {"TorchTrainer": TorchTrainer, "ScalingConfig": ScalingConfig, "distckpt": distckpt, "torch": torch}
-    make = "model, step = torch.nn.Linear(4, 4), lambda: 1.0\n    optimizer = torch.optim.SGD(model.parameters())\n"
-    told = {
-        "    ...\n": f"    {make}",
-        "save_steps=100": "save_steps=2",
-        "% 10": "% 2",
-        "train, ..., ": "train, train_loop_config={'steps': 4}, scaling_config=ScalingConfig(num_workers=1), ",
-        "RunConfig(": f"RunConfig(storage_path={folder + '/results'!r}, ",
-        "\npath_of(": "\nfound = path_of(",
-    }
-    ray.init(log_to_driver=False)
-    say(play("docs/integrations.md", 3, names, Path(folder), told)["found"])
-
-
-@pytest.mark.timeout(120)
-def test_ray_train_saves_as_the_page_says(tmp_path: Path, ray_address: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("RAY_ADDRESS", ray_address)
-    assert crashing.run(train_as_the_page_says, folder=str(tmp_path)).said == [f"{tmp_path}/run-7/ckpt-4"]
-    assert numbers(tmp_path / "run-7") == [2, 4]
-
-
-# ---- the libraries are not there, or were not asked rightly -------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
