@@ -130,9 +130,17 @@ class Warm:
             return int(self._socket.recv(64))
 
 
-@functools.cache
 def warm(preload: str = "") -> Warm:
     """The one that all tests of this process share, for each library to preload. It ends with this process."""
+    with _warming:  # of two threads that are the first to ask, each would get one, and one of these would be lost
+        return _warm(preload)
+
+
+_warming = threading.Lock()
+
+
+@functools.cache
+def _warm(preload: str) -> Warm:
     return Warm(preloading(preload) if preload else {})
 
 
