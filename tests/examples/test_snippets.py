@@ -32,7 +32,7 @@ REPORT = "with checkpoint:\n        checkpoint.report({'loss': 2.0})"
 
 def test_every_snippet_is_played_by_some_test() -> None:
     texts = "".join(path.read_text() for path in (ROOT / "tests").rglob("*.py"))
-    played = {(document, int(number)) for document, number in re.findall(r'play[(,]\s*"([^"]+)", (\d+)', texts)}
+    played = {(document, int(number)) for document, number in re.findall(r'play[(,]\s*"([^"]+)",\s*(\d+)', texts)}
     there = {(document, number) for document in DOCUMENTS for number in range(len(snippets(document)))}
     by_test_readme = {("README.md", 0), ("README.md", 1)}
     assert played | by_test_readme == there
@@ -204,6 +204,24 @@ def test_of_experts(job: Job) -> None:
     names = {"rank": 1, "experts": 8, "world_size": 4, "self": module, "nn": nn, "Expert": lambda: nn.Linear(2, 2)}
     play("docs/what-is-saved.md", 0, names)
     assert [*module.experts] == ["2", "3"]  # type: ignore[arg-type]
+
+
+def test_of_tensorflow(job: Job) -> None:
+    def train_step() -> None:
+        job.model.weight.data += 1
+
+    seen = []
+    names = job.names(steps=20, train_step=train_step, evaluate=lambda model: seen.append(model.weight[0, 0].item()))
+    play(
+        "docs/coming-from-tensorflow.md",
+        0,
+        names,
+        job.folder,
+        {'run-7")': f'run-7"{ONCE}'},
+    )
+    assert seen == [21.0]
+    kept = [distckpt.load(path, "progress.step") for path in (f"{job.directory}/ckpt-10", f"{job.directory}/ckpt-20")]
+    assert kept == [10, 20]
 
 
 # ---- loops, exports, quantization -----------------------------------------------------------------------------------
