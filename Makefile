@@ -49,7 +49,7 @@ $(FLOORS_READY): $(READY) pyproject.toml constraints.txt tests/floors.py
 	$(FLOORS)/bin/python -m pip install --quiet --disable-pip-version-check -c $(FLOORS)/floors.txt -e '.[test]'
 	touch $(FLOORS_READY)
 
-test-wide: $(READY) $(SERVERS_READY) ## the whole test suite with every case and the long proofs: an hour on two cores
+test-wide: $(READY) $(SERVERS_READY) ## the whole test suite, with every case and the long proofs
 	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder --wide
 
 test-floors: $(FLOORS_READY) $(SERVERS_READY) ## the quick tests with the lowest versions that pyproject.toml allows, on the oldest Python from 3.10 on
