@@ -114,6 +114,7 @@ def seaweedfs() -> Iterator[Server]:
     port, filer = taken["s3.port"], taken["filer.port"]
     command = [str(environment() / "bin/weed"), "-logtostderr", "mini", "-dir=.", "-ip=127.0.0.1", "-ip.bind=127.0.0.1"]
     command += ["-master.telemetry=false", "-webdav=false", "-admin.ui=false", "-s3.port.iceberg=0", "-s3.port.lance=0"]
+    command += ["-volume.max=4000"]  # each bucket takes some; by itself there are fewer the fuller the disk is
     command += [f"-{option}={number}" for option, number in taken.items()]
     env = {"AWS_ACCESS_KEY_ID": KEY, "AWS_SECRET_ACCESS_KEY": SECRET}
 
