@@ -29,7 +29,7 @@ hypothesis.settings.register_profile("explore", deadline=None, print_blob=True)
 hypothesis.settings.load_profile("same")
 
 
-LONG = ("training", "state", "soak", "storage", "telemetry")
+FIRST = ("training", "state", "soak", "storage", "telemetry")
 """Folders that begin first: a file is played by one process, and others would wait for a long one that begins last."""
 
 
@@ -90,7 +90,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         config.hook.pytest_deselected(items=left_out)
         items[:] = [item for item in items if item not in left_out]
     tests = Path(__file__).parent
-    items.sort(key=lambda item: item.path.relative_to(tests).parts[0] not in LONG)
+    items.sort(key=lambda item: item.path.relative_to(tests).parts[0] not in FIRST)
     for item in items:
         used = getattr(item, "fixturenames", ())
         if "seed" in used:  # which ``part`` follows too

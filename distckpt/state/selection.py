@@ -62,7 +62,7 @@ class Selection:
                 continue
             if new in moved:
                 raise ValueError(f"rename makes {new!r} of both {origins[new]!r} and {key!r}")
-            moved[new] = paths[key] if new == key else self._moved(paths[key], key, new)
+            moved[new] = paths[key] if new == key else self._path_here(paths[key], key, new)
             origins[new] = key
         if self.select and excluded is not None and not moved:
             raise ValueError(
@@ -88,8 +88,8 @@ class Selection:
         renamed = self.rename if isinstance(self.rename, Mapping) else {}
         return next((text for text in beginnings(key) if text in renamed), None)
 
-    def _moved(self, path: Path, key: str, new: str) -> Path:
-        """A path for the ``new`` key. What follows a renamed beginning stays as it is, if it is steps of its own."""
+    def _path_here(self, path: Path, key: str, new: str) -> Path:
+        """The path of a key that is called ``new`` here. What follows a renamed beginning stays, if it is steps of its own."""
         begins = self._begins(key)
         if begins is not None:
             for at in _counts(path, lambda part: part == begins):
