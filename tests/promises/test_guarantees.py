@@ -198,10 +198,43 @@ def test_G4_no_shard_index_manifest_or_log_entry_is_ever_overwritten(tmp_path: P
     replaced = {call.path for call in history if call.operation == "replace"}
     assert {path for path in replaced if names.stats_run(path) is None} == {names.STATE_FILE}
     (tmp_path / names.STATE_FILE).unlink(missing_ok=True)
-    newest = numbers(tmp_path)[-1]
-    assert holds(distckpt.load(tmp_path)["state"], newest)
+    assert holds(distckpt.load(tmp_path)["state"], numbers(tmp_path)[-1])
     with Trainer(tmp_path) as trainer:
-        assert trainer.manager.restore_or_initialize() == f"{tmp_path}/ckpt-{newest}"
+        restored = trainer.manager.restore_or_initialize()
+        newest = numbers(tmp_path)[-1]  # the coordinator may have found one whole that lacked its entry
+        assert restored == f"{tmp_path}/ckpt-{newest}"
+
+
+@dataclass
+class ManifestUnknown:
+    """Of a save's last file nobody hears whether it was written, and afterwards nothing is written or deleted any more."""
+
+    kind: Fault
+    struck: bool = False
+
+    def fault(self, call: Call) -> Fault | None:
+        """See above."""
+        if call.operation not in ("put_if_absent", "delete"):
+            return None
+        if self.struck:
+            return Fault.BEFORE
+        self.struck = call.path.startswith("ckpt-2") and call.path.endswith(names.MANIFEST)
+        return self.kind if self.struck else None
+
+
+@pytest.mark.parametrize(("kind", "later"), [(Fault.LATE, 2), (Fault.NO_ANSWER, 1)])
+def test_of_a_save_whose_last_file_may_be_there_it_is_said(tmp_path: Path, kind: Fault, later: int) -> None:
+    store = FaultyStore(LocalStore(tmp_path), ManifestUnknown(kind))
+    with Trainer(mount(store)) as trainer:
+        trainer.saved(1)
+        assert re.search(
+            "not known.*the next coordinator finds the checkpoint whole", str(trainer.save(2).exception(60))
+        )
+        assert numbers(tmp_path) == [1]
+    store.heal()
+    with Trainer(tmp_path) as trainer:
+        assert trainer.manager.restore_or_initialize() == f"{tmp_path}/ckpt-{later}"
+        assert holds(trainer.checkpoint.state, later)
 
 
 @dataclass

@@ -23,6 +23,7 @@ from distckpt.errors import (
     NotSharedError,
     RankFailedError,
     SaveError,
+    StoreOutcomeUnknownError,
     UnreadableError,
 )
 from distckpt.format import names
@@ -53,7 +54,11 @@ def seal_checkpoint(store: Store, action: Seal, plan_table: pa.Table) -> Sealed:
     except ValueError as error:
         raise UnreadableError(action.number, f"{error}. Save fewer tensors or values, or from fewer ranks") from error
     _put(store, action, f"{folder}/{names.INDEX}", index)
-    _put(store, action, f"{folder}/{names.MANIFEST}", manifest)
+    try:
+        _put(store, action, f"{folder}/{names.MANIFEST}", manifest)
+    except StoreOutcomeUnknownError as error:
+        when = "If it was, and is not collected before, the next coordinator finds the checkpoint whole and commits it"
+        raise SaveError(action.number, f"{error}. Whether it was written is not known. {when}") from error
     nbytes = sum(shard.size for _, shard in _shards(action.receipts))
     return Sealed(action.attempt, len(manifest), crc32c.crc32c(manifest), nbytes)
 
