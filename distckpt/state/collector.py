@@ -28,7 +28,7 @@ from distckpt.sharding.description import Description, Row, build_description
 from distckpt.sharding.omission import Omission
 from distckpt.state.base import base_of
 from distckpt.state.kind import Kind, Section, Sign
-from distckpt.state.kinds import kinds_of, makeup_of
+from distckpt.state.kinds import kinds_of, makeup_of, surroundings_of
 from distckpt.state.leaving import (
     Leaving,
     check_no_holes,
@@ -38,6 +38,7 @@ from distckpt.state.leaving import (
     leaving_of,
 )
 from distckpt.state.memory import is_freed, writable
+from distckpt.state.named_modules import NamedModules
 from distckpt.state.objects import SAVE_COUNTER, NamedObjects, PerRank, is_array, note_trained, of_base, wrapped_in
 from distckpt.state.unchanged import Snapshot, snapshot_of
 
@@ -132,6 +133,7 @@ class Collector:
         self._collected = 0
         self._last: list[_Read] | None = None
         self._objects: tuple[Any, ...] = ()
+        self._modules = NamedModules({})
         self._sections: list[tuple[Section, bool]] = []
         self._holding: Holding | None = None
         self._leaving = Leaving()
@@ -141,18 +143,26 @@ class Collector:
         """What the rank holds now. EncodeError names the key of what cannot be stored without pickle."""
         if self._last is None or self._holding is None or not self._are_the_same_objects():
             return self._collect_afresh()
+        with self._modules.at_rest():
+            reads = self._read_again(self._last)
+        if reads is None:
+            return self._collect_afresh()
+        return self._joined(reads, self._holding.description, self._holding.omission)
+
+    def _read_again(self, before: list[_Read]) -> list[_Read] | None:
+        """What is to be read at every save; None if not all is where it was before."""
         reads = []
-        for (section, shared), last in zip(self._sections, self._last, strict=True):
+        for (section, shared), last in zip(self._sections, before, strict=True):
             if last.seen and section.witness is not None and _identify(section.witness()) == last.seen:
                 reads.append(last)
             elif last.seen:
-                return self._collect_afresh()
+                return None
             else:
                 reads.append(_read(section, shared, self._most(section, shared), self._leaving, last.taken))
-        for new, old in zip(reads, self._last, strict=True):
-            if not _same_rows(new.rows, old.rows) or new.frozen != old.frozen:
-                return self._collect_afresh()
-        return self._joined(reads, self._holding.description, self._holding.omission)
+        is_same = all(
+            _same_rows(new.rows, old.rows) and new.frozen == old.frozen for new, old in zip(reads, before, strict=True)
+        )
+        return reads if is_same else None
 
     def _are_the_same_objects(self) -> bool:
         now = _identities(self._checkpoint)
@@ -161,7 +171,12 @@ class Collector:
         )
 
     def _collect_afresh(self) -> Holding:
-        kinds = kinds_of(self._checkpoint, self._rank, self._world_size)
+        around = surroundings_of(self._checkpoint, self._rank, self._world_size)
+        self._modules = around.modules
+        with self._modules.at_rest():
+            return self._collect_all(kinds_of(self._checkpoint, around))
+
+    def _collect_all(self, kinds: Mapping[str, Kind]) -> Holding:
         self._leaving = leaving = leaving_of(self._checkpoint, kinds)
         check_something_is_trained(self._checkpoint, kinds, leaving)
         note_trained(self._checkpoint, leaving.trained)

@@ -15,10 +15,10 @@ import torch
 
 from distckpt.errors import MismatchError
 from distckpt.format.json.left_out import LeftOut
-from distckpt.format.tree.tree import DictStep, Path, RankStep, decode_path
+from distckpt.format.tree.tree import DictStep, Path, RankStep, decode_path, key_of
 from distckpt.state.base import Completed, Part, base_of, check_base
 from distckpt.state.kind import Kind
-from distckpt.state.kinds import kinds_of
+from distckpt.state.kinds import kinds_of, surroundings_of
 from distckpt.state.leaving import frozen_parameters, leaving_of
 from distckpt.state.match import Match, Saved, Values
 from distckpt.state.objects import SAVE_COUNTER, NamedObjects, is_stateful, note_of_base, note_trained, wrapped_in
@@ -61,17 +61,24 @@ class Filler:
         self._stored = stored
         texts = stored.texts
         paths = {key: decode_path(text, stored.path) for key, text in texts.items()}
-        kinds = kinds_of(checkpoint, rank, world_size)
+        around = surroundings_of(checkpoint, rank, world_size)
+        kinds = kinds_of(checkpoint, around)
+        self._rank, self._modules = rank, around.modules
         self._checkpoint, self._leaving = checkpoint, leaving_of(checkpoint, kinds)
+        self._paths = paths
+        with self._modules.at_rest():
+            self._values = self._match_with(kinds, partial, selection)
+
+    def _match_with(self, kinds: Mapping[str, Kind], partial: bool, selection: Selection) -> Values:
+        """Find out how the objects match; the values that tell."""
+        checkpoint, stored, paths, texts = self._checkpoint, self._stored, self._paths, self._stored.texts
         here, origins = selection.apply(paths, texts, stored.path, self._leaving, self.left_out)
         moved = [key for key, origin in origins.items() if key != origin]
         leaves = _leaves_of(kinds) if moved else {}
         for key in moved:
             path = _with_whole_names(checkpoint, here[key], paths[origins[key]])
             here[key] = as_there(path, leaves.get(key, path))
-        for kind in kinds.values():
-            if isinstance(kind, OptimizerState):
-                here, origins = kind.by_name(here, origins)
+        here, origins = _by_name(kinds, here, origins)
         self._frozen = frozen_parameters(checkpoint, kinds, self._leaving) if selection == EVERYTHING else frozenset()
         self._borrowed: frozenset[str] = frozenset()
         base = base_of(checkpoint) if self._frozen else None
@@ -91,11 +98,10 @@ class Filler:
         if SAVE_COUNTER in saved:
             match.value(saved, SAVE_COUNTER)
             match.afterwards(lambda values: setattr(checkpoint, SAVE_COUNTER, int(values[SAVE_COUNTER])))
-        self._values: Values = match.look()
+        values = match.look()
         self._touched = self._leaving.frozen_with(match.claimed - self._borrowed)
-        self._paths = paths
         self._names = {origin: key for key, origin in origins.items()}
-        self._rank = rank
+        return values
 
     @property
     def path(self) -> str:
@@ -163,7 +169,8 @@ class Filler:
 
     def finish(self) -> LoadStatus:
         """Hand the objects what was read and is not in its place yet."""
-        self._match.finish(self._values)
+        with self._modules.at_rest():
+            self._match.finish(self._values)
         note_of_base(self._checkpoint, self._borrowed & self._match.claimed - self._match.misfits.keys())
         if self._checkpoint.frozen_from is None and self.left_out is not None and self.left_out.base is not None:
             level = logging.WARNING if self._rank == 0 else logging.DEBUG
@@ -218,6 +225,22 @@ def start_from_base(checkpoint: NamedObjects, rank: int, world_size: int) -> Non
         filler = Filler(checkpoint, Part(base.stored, frozenset()), rank, world_size)
         filler.read()
         filler.finish()
+
+
+def _by_name(
+    kinds: Mapping[str, Kind], paths: Mapping[str, Path], origins: Mapping[str, str]
+) -> tuple[dict[str, Path], dict[str, str]]:
+    """Paths by the keys here, and of each its key where it was saved, with the state of parameters by their names here."""
+    parts: dict[str, dict[str, Path]] = {}
+    for key, path in paths.items():
+        parts.setdefault(str(path[0]), {})[key] = path
+    moved: dict[str, Path] = {}
+    for name, part in parts.items():
+        kind = kinds.get(name)
+        if isinstance(kind, OptimizerState):
+            moved |= kind.by_name(part)
+    now = {key: key_of(moved[key]) if key in moved else key for key in paths}
+    return {now[key]: moved.get(key, path) for key, path in paths.items()}, {now[key]: origins[key] for key in paths}
 
 
 def _leaves_of(kinds: Mapping[str, Kind]) -> dict[str, Path]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -10,6 +10,7 @@ import torch
 
 from distckpt.format.tree.tree import Path
 from distckpt.state.match import Match, Saved
+from distckpt.state.named_modules import NamedModules
 
 Sign = tuple[Any, Any]
 """A name, and the tensor or other object that goes by it: of an object its identity counts, of a tensor its memory too."""
@@ -47,7 +48,7 @@ class Surroundings:
 
     rank: int
     world_size: int
-    modules: Mapping[str, torch.nn.Module]
+    modules: NamedModules
 
 
 class Kind(Protocol):

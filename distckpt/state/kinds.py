@@ -10,6 +10,7 @@ from distckpt.format.tree.tree import DictStep, Path, RankStep
 from distckpt.state import optimizer
 from distckpt.state.kind import Kind, Place, Surroundings
 from distckpt.state.module import ModuleState
+from distckpt.state.named_modules import NamedModules
 from distckpt.state.objects import NamedObjects, PerRank, declared_in, is_stateful, wrapped_in
 from distckpt.state.optimizer import OptimizerState
 from distckpt.state.per_rank import PerRankState
@@ -17,12 +18,16 @@ from distckpt.state.stateful import StatefulState
 from distckpt.state.tree import TreeState
 
 
-def kinds_of(checkpoint: NamedObjects, rank: int, world_size: int) -> dict[str, Kind]:
+def surroundings_of(checkpoint: NamedObjects, rank: int, world_size: int) -> Surroundings:
+    """What is around each of the objects."""
+    inside = {name: wrapped_in(obj) for name, obj in checkpoint.objects.items()}
+    modules = {name: obj for name, obj in inside.items() if isinstance(obj, torch.nn.Module)}
+    return Surroundings(rank, world_size, NamedModules(modules))
+
+
+def kinds_of(checkpoint: NamedObjects, around: Surroundings) -> dict[str, Kind]:
     """Every object by its name, as what it is now."""
-    objects = checkpoint.objects
-    modules = {name: inner for name, obj in objects.items() if isinstance(inner := wrapped_in(obj), torch.nn.Module)}
-    around = Surroundings(rank, world_size, modules)
-    return {name: _kind_of(checkpoint, name, obj, around) for name, obj in objects.items()}
+    return {name: _kind_of(checkpoint, name, obj, around) for name, obj in checkpoint.objects.items()}
 
 
 def optimizers_of(checkpoint: NamedObjects) -> list[torch.optim.Optimizer]:

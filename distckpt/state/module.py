@@ -14,6 +14,7 @@ from distckpt.format.tree.tree import DictStep, Path, key_of
 from distckpt.state.kind import Section, Sign
 from distckpt.state.match import Like, Make, Match, Saved
 from distckpt.state.memory import PLAIN, is_same_memory, overlaps, storage_of
+from distckpt.state.module_code import is_of_torch, is_saved_by_torch
 from distckpt.state.module_names import unwrapped, wrapped
 from distckpt.state.objects import is_array
 
@@ -162,19 +163,6 @@ _OWN = ("state_dict", "_save_to_state_dict")
 """Methods of torch that a module may have put something else in place of, for itself alone."""
 
 
-def is_saved_by_torch(module: torch.nn.Module) -> bool:
-    """Whether no code but torch's has a say in its state dict."""
-    return all(map(_is_of_torch, _saving_code(module)))
-
-
-def _saving_code(module: torch.nn.Module) -> Iterator[Any]:
-    """The code that makes the state dict, which may look at anything if it is not torch's."""
-    for part in module.modules():
-        yield from part._state_dict_hooks.values()
-        yield from part._state_dict_pre_hooks.values()
-        yield from (getattr(part, name) for name in ("state_dict", "_save_to_state_dict", "get_extra_state"))
-
-
 class _Coded:
     """Where code of the module's own has a say in what is loaded, and of which names that have none the memory is known.
 
@@ -214,26 +202,10 @@ def _coded_parts(module: torch.nn.Module) -> Iterator[tuple[str, bool]]:
             *(getattr(part, method) for method in ("load_state_dict", "_load_from_state_dict")),
         )
         is_lazy_part = isinstance(part, LazyModuleMixin) and part.has_uninitialized_params()  # type: ignore[misc]  # torch annotates the mixin's self oddly
-        if is_lazy_part or not all(map(_is_of_torch, before)):
+        if is_lazy_part or not all(map(is_of_torch, before)):
             yield name, True
-        elif not all(map(_is_of_torch, part._load_state_dict_post_hooks.values())):
+        elif not all(map(is_of_torch, part._load_state_dict_post_hooks.values())):
             yield name, False
-
-
-def _is_of_torch(code: Any) -> bool:
-    """Whether a hook or method is one of torch's, which only copies what is there into its place.
-
-    The one of weight_norm takes what its older form has saved, and makes other names of it.
-    """
-    inside = getattr(code, "hook", code)  # torch keeps its own pre-hooks in an object around them
-    inside = getattr(inside, "func", inside)
-    home = str(getattr(inside, "__module__", None) or type(inside).__module__)
-    if home == "torch.nn.utils.parametrizations":
-        return False
-    return (
-        home.startswith(("torch.nn.", "torch.distributed.", "torch._dynamo.", "torch.fx."))
-        or home == "torch.optim.swa_utils"
-    )
 
 
 def _held_names(module: torch.nn.Module, live: Mapping[str, Any]) -> Iterator[str]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import ActivationWrapper
 
@@ -45,30 +43,6 @@ def wrapped(module: torch.nn.Module, name: str) -> str:
         found.append(step)
         node = _child(node, step) if node is not None else None
     return ".".join(found)
-
-
-def parameter_names(modules: Mapping[str, torch.nn.Module], wanted: set[int]) -> dict[int, str]:
-    """Names for those of the ``wanted`` parameters (by ``id``) that the modules hold.
-
-    They are the names in the first module that holds all of those; else each begins with its module's name.
-    """
-    names = {
-        title: {
-            id(parameter): unwrapped(module, name)
-            for name, parameter in module.named_parameters()
-            if id(parameter) in wanted
-        }
-        for title, module in modules.items()
-    }
-    owned = {parameter for found in names.values() for parameter in found}
-    alone = next((found for found in names.values() if found and found.keys() == owned), None)
-    if alone is not None:
-        return alone
-    together: dict[int, str] = {}
-    for title, found in names.items():
-        for parameter, name in found.items():
-            together.setdefault(parameter, f"{title}.{name}")
-    return together
 
 
 def _child(module: torch.nn.Module, name: str) -> torch.nn.Module | None:

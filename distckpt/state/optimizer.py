@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -16,8 +17,7 @@ from distckpt.format.tree.tree import Leaf, flatten
 from distckpt.state.kind import Section, Sign
 from distckpt.state.match import Make, Match, Saved, Values, nothing_like
 from distckpt.state.memory import storage_of, writable
-from distckpt.state.module import is_saved_by_torch
-from distckpt.state.module_names import parameter_names
+from distckpt.state.named_modules import NamedModules
 from distckpt.state.objects import is_array
 
 STATE, GROUPS = "state", "param_groups"
@@ -35,7 +35,7 @@ class OptimizerState:
     is saved beside them, and so are optimizers that it keeps inside without giving their state.
     """
 
-    def __init__(self, optimizer: Optimizer, prefix: Path, modules: Mapping[str, torch.nn.Module]) -> None:
+    def __init__(self, optimizer: Optimizer, prefix: Path, modules: NamedModules) -> None:
         self._optimizer = optimizer
         self.prefix = prefix
         self._modules = modules
@@ -107,24 +107,21 @@ class OptimizerState:
                     if isinstance(value, torch.Tensor) and not match.asks(text) and text not in match.claimed:
                         yield parameter, key, value
 
-    def by_name(self, paths: Mapping[str, Path], origins: Mapping[str, str]) -> tuple[dict[str, Path], dict[str, str]]:
-        """Paths by the keys here, and of each its key where it was saved: state that is there by numbers alone, as in torch's
-        own ``state_dict``, under the names that the parameters in these places have here."""
+    def by_name(self, paths: Mapping[str, Path]) -> dict[str, Path]:
+        """Where state that was saved by numbers alone, as in torch's own ``state_dict``, belongs here: of each such key of
+        ``paths`` the path under the name that the parameter in that place has. Nothing if it was saved by names."""
         names, before = self._names(), (*self.prefix, DictStep(STATE))
         depth = len(before)
         owners = {path[depth] for path in paths.values() if path[:depth] == before and len(path) > depth}
         numbers = {step.key for step in owners if isinstance(step, KeyStep) and _is_number(step.key, names)}
         if not owners or len(numbers) < len(owners) or not all(isinstance(names[number], str) for number in numbers):
-            return dict(paths), dict(origins)
-        moved: dict[str, Path] = {}
-        found: dict[str, str] = {}
+            return {}
+        moved = {}
         for key, path in paths.items():
             owner = path[depth] if path[:depth] == before and len(path) > depth else None
             if isinstance(owner, KeyStep):
-                path = (*before, DictStep(str(names[owner.key])), *path[depth + 1 :])
-            here = key if owner is None else key_of(path)
-            moved[here], found[here] = path, origins[key]
-        return moved, found
+                moved[key] = (*before, DictStep(str(names[owner.key])), *path[depth + 1 :])
+        return moved
 
     def put(self, tree: Any) -> None:
         """Load all of it, state under the numbers that ``load_state_dict`` knows the parameters by."""
@@ -154,7 +151,7 @@ class OptimizerState:
         go, and the modules that name the parameters show by their own state when a name changes."""
         entries = self._optimizer.state.values()
         flat = all(isinstance(item, torch.Tensor) for entry in entries for item in getattr(entry, "values", tuple)())
-        return flat and all(map(is_saved_by_torch, self._modules.values()))
+        return flat and self._modules.are_saved_by_torch()
 
     def _witness(self) -> Iterator[Sign]:
         state, seen = self._optimizer.state, 0
@@ -204,7 +201,7 @@ class OptimizerState:
     def _names(self) -> list[Name]:
         """A name for each parameter, in the order of ``state_dict``'s numbers."""
         parameters = self._parameters()
-        named = parameter_names(self._modules, {id(parameter) for parameter in parameters})
+        named = self._modules.names(parameters)
         return [named.get(id(parameter), number) for number, parameter in enumerate(parameters)]
 
     def _inner(self) -> list[OptimizerState]:
@@ -314,12 +311,15 @@ def _name_of(step: Step) -> Any:
 
 def _names_of_parameters(saved: Saved) -> Callable[[Any], bool]:
     """Tells the names of parameters that were saved from what optimizers keep in their state beside them."""
-    titles = {key.partition(".")[0] for key in saved.origins}
+
+    @cache  # most restores never ask
+    def titles() -> set[str]:
+        return {key.partition(".")[0] for key in saved.origins}
 
     def is_parameter(name: Any) -> bool:
         if type(name) is not str:
             return type(name) is int
-        return name in saved.origins or any(f"{title}.{name}" in saved.origins for title in titles)
+        return name in saved.origins or any(f"{title}.{name}" in saved.origins for title in titles())
 
     return is_parameter
 

@@ -13,6 +13,7 @@ import torch
 
 import distckpt
 from distckpt.directory.locate import locate, read_index
+from distckpt.state.collector import Collector
 from distckpt.state.filler import Filler
 from distckpt.state.selection import EVERYTHING, Selection
 from distckpt.state.stored import Committed
@@ -105,3 +106,32 @@ def test_state_of_four_times_as_many_ranks_costs_about_four_times_as_much(tmp_pa
             filler.finish()
         work[ranks] = inside.count
     assert work[32] < 6 * work[8]
+
+
+def an_optimizer_each(count: int) -> distckpt.Checkpoint:
+    """A layer, and for each of its parameters an optimizer that has taken a step."""
+    model = torch.nn.ParameterList(torch.zeros(1) for _ in range(count))
+    optimizers = {f"of_{at}": torch.optim.SGD([parameter], momentum=0.9) for at, parameter in enumerate(model)}
+    for parameter in model:
+        parameter.grad = torch.ones(1)
+    for optimizer in optimizers.values():
+        optimizer.step()
+    return distckpt.Checkpoint(model=model, **optimizers)
+
+
+def test_four_times_as_many_optimizers_of_a_parameter_each_cost_about_four_times_as_much(tmp_path: Path) -> None:
+    to_save, to_restore = {}, {}
+    for count in (20, 80):
+        checkpoint = an_optimizer_each(count)
+        collector = Collector(checkpoint, 0, 1)
+        with Work() as inside:
+            collector.collect()
+        to_save[count] = inside.count
+        where = locate(checkpoint.write(tmp_path / str(count)))
+        with Work() as inside:
+            filler = Filler(an_optimizer_each(count), Committed(where, read_index(where)), 0, 1)
+            filler.read()
+            filler.finish()
+        to_restore[count] = inside.count
+    assert to_save[80] < 6 * to_save[20]
+    assert to_restore[80] < 6 * to_restore[20]
