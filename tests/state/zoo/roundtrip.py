@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -48,57 +48,110 @@ def round_trip(
 
     The save and the restore happen ``within`` a context; managers get the options. Raises what distckpt raises.
     """
-    verdict = Verdict()
-    source = entry.start(seed=0)
-    take_steps(source, 0, entry.steps)
-    before = observe(source)
-    by_torch = None
-    if entry.oracle is not None:
-        by_torch = entry.start_twin(seed=1)
-        with Untouched(by_torch, Verdict()):
-            entry.oracle(source, by_torch)
+    return round_trip_together([entry], directory, number, within, **options)
+
+
+def round_trip_together(
+    entries: Sequence[Entry],
+    directory: str,
+    number: int = 1,
+    within: Callable[[], AbstractContextManager[object]] = nullcontext,
+    **options: Any,
+) -> list[str]:
+    """As ``round_trip``, of all of them in one checkpoint."""
+    trips = [_Trip(entry) for entry in entries]
     seeds = random_states()
-    with distckpt.CheckpointManager(source.checkpoint, directory, **options) as manager:
+    checkpoint = _together([trip.source for trip in trips])
+    with distckpt.CheckpointManager(checkpoint, directory, **options) as manager:
         with within():
             pending = manager.save(number)
         assert pending is not None
         path = pending.result(SAVE_SECONDS)
-    verdict.compare("random numbers after the save", seeds, random_states())
-    verdict.compare("the saved run after the save", before, observe(source))
-    verdict.compare("keys", {}, wrapped_keys(path))
-    saved = observe(source)
-    twin = entry.start_twin(seed=1)
-    assert differences(saved, observe(twin)), "the twin is equal by accident"
-    manager = distckpt.CheckpointManager(twin.checkpoint, directory, **options)
-    with Untouched(twin, verdict), manager, within():
-        manager.restore(number)
-    if by_torch is not None:
-        verdict.compare("restored, against torch's restore", observe(by_torch), observe(twin))
-    if entry.exact:
-        if by_torch is not None:
-            oracle = differences(saved, observe(by_torch))
-            assert not oracle, f"the oracle itself: {oracle[:5]}"
-        verdict.compare("restored, against the saved run", saved, observe(twin))
-    if verdict.found:
-        return verdict.found
-    _go_on(entry, verdict, source, twin, by_torch)
-    return verdict.found
+    of_all = Verdict()
+    of_all.compare("random numbers after the save", seeds, random_states())
+    of_all.compare("keys", {}, wrapped_keys(path))
+    for trip in trips:
+        trip.was_saved()
+    with ExitStack() as stack:
+        for trip in trips:
+            stack.enter_context(Untouched(trip.twin, trip.verdict))
+        together = _together([trip.twin for trip in trips])
+        manager = distckpt.CheckpointManager(together, directory, **options)
+        with manager, within():
+            manager.restore(number)
+        _hand_out(together, [trip.twin for trip in trips])
+    for trip in trips:
+        if trip.was_restored():
+            trip.go_on()
+    found = [f"{trip.entry.name}: {line}" if len(trips) > 1 else line for trip in trips for line in trip.verdict.found]
+    return [*of_all.found, *found]
 
 
-def _go_on(entry: Entry, verdict: Verdict, source: Run, twin: Run, by_torch: Run | None) -> None:
-    ends = {}
-    for name, run in (("saved", source), ("twin", twin), ("torch", by_torch)):
-        if run is not None:
-            facts: Facts = {}
-            describe("losses", take_steps(run, entry.steps, GO_ON), facts)
-            ends[name] = {**facts, **observe(run)}
-    if by_torch is not None:
-        if entry.exact:
-            oracle = differences(ends["saved"], ends["torch"])
-            assert not oracle, f"the oracle itself: {oracle[:5]}"
-        verdict.compare("gone on, against torch's restore", ends["torch"], ends["twin"])
-    if entry.exact:
-        verdict.compare("gone on, against the run that never stopped", ends["saved"], ends["twin"])
+def _together(runs: Sequence[Run]) -> distckpt.Checkpoint:
+    if len(runs) == 1:
+        return runs[0].checkpoint
+    return distckpt.Checkpoint(
+        **{f"of_{at}_{name}": each for at, run in enumerate(runs) for name, each in run.objects.items()}
+    )
+
+
+def _hand_out(checkpoint: distckpt.Checkpoint, runs: Sequence[Run]) -> None:
+    """To each run what the checkpoint of all has now: another object, where it was a value or a tensor by itself."""
+    if len(runs) > 1:
+        for at, run in enumerate(runs):
+            for name in run.objects:
+                setattr(run.checkpoint, name, checkpoint.objects[f"of_{at}_{name}"])
+
+
+class _Trip:
+    """The way of one entry: trained, and torch's twin restored, when it is made."""
+
+    def __init__(self, entry: Entry) -> None:
+        self.entry = entry
+        self.verdict = Verdict()
+        self.source = entry.start(seed=0)
+        take_steps(self.source, 0, entry.steps)
+        self._before = observe(self.source)
+        self._by_torch: Run | None = None
+        if entry.oracle is not None:
+            self._by_torch = entry.start_twin(seed=1)
+            with Untouched(self._by_torch, Verdict()):
+                entry.oracle(self.source, self._by_torch)
+
+    def was_saved(self) -> None:
+        """The save has changed nothing; the twin is made, and another."""
+        self._saved = observe(self.source)
+        self.verdict.compare("the saved run after the save", self._before, self._saved)
+        self.twin = self.entry.start_twin(seed=1)
+        assert differences(self._saved, observe(self.twin)), "the twin is equal by accident"
+
+    def was_restored(self) -> bool:
+        """Whether it is as torch restores it, and as it was saved."""
+        twin = observe(self.twin)
+        if self._by_torch is not None:
+            self.verdict.compare("restored, against torch's restore", observe(self._by_torch), twin)
+        if self.entry.exact:
+            if self._by_torch is not None:
+                oracle = differences(self._saved, observe(self._by_torch))
+                assert not oracle, f"the oracle itself: {oracle[:5]}"
+            self.verdict.compare("restored, against the saved run", self._saved, twin)
+        return not self.verdict.found
+
+    def go_on(self) -> None:
+        """So it is after some more steps."""
+        ends = {}
+        for name, run in (("saved", self.source), ("twin", self.twin), ("torch", self._by_torch)):
+            if run is not None:
+                facts: Facts = {}
+                describe("losses", take_steps(run, self.entry.steps, GO_ON), facts)
+                ends[name] = {**facts, **observe(run)}
+        if self._by_torch is not None:
+            if self.entry.exact:
+                oracle = differences(ends["saved"], ends["torch"])
+                assert not oracle, f"the oracle itself: {oracle[:5]}"
+            self.verdict.compare("gone on, against torch's restore", ends["torch"], ends["twin"])
+        if self.entry.exact:
+            self.verdict.compare("gone on, against the run that never stopped", ends["saved"], ends["twin"])
 
 
 def wrapped_keys(path: str) -> Facts:

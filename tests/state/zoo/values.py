@@ -22,6 +22,7 @@ from tests.state.zoo.entry import Refusal, Run, register
 from tests.state.zoo.tensors import number
 
 SECTION = "values"
+OUTGROWN = "containers that have grown since"
 
 add = partial(register, SECTION)
 
@@ -319,7 +320,7 @@ def _outgrown(saved: Callable[[], Any], grown: Callable[[], Any], name: str, two
     for suffix, wrap in (("", lambda value: value), ("-inside", lambda value: {"metrics": value, "n": number()})):
         add(
             f"{name}{suffix}",
-            "containers that have grown since",
+            OUTGROWN,
             lambda wrap=wrap: Run({"own": wrap(saved()), "other": number()}),
             twin=lambda wrap=wrap: twin(wrap),
             steps=0,
