@@ -43,10 +43,12 @@ demo: $(READY) $(if $(filter-out local,$(STORE)),$(SERVERS_READY)) ## the main j
 test: $(READY) $(SERVERS_READY) ## the test suite, three files at a time
 	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
-$(FLOORS_READY): $(READY) pyproject.toml constraints.txt tests/floors.py
+$(FLOORS_READY): $(READY) pyproject.toml constraints.txt # uv says which versions these are; pip looks for hours
 	oldest=$$($(BIN)/python tests/pythons.py --oldest) && $$oldest -m venv --clear $(FLOORS)
-	$(BIN)/python tests/floors.py > $(FLOORS)/floors.txt
-	$(FLOORS)/bin/python -m pip install --quiet --disable-pip-version-check -c $(FLOORS)/floors.txt -e '.[test]'
+	$(FLOORS)/bin/python -m pip install --quiet --disable-pip-version-check 'uv>=0.9'
+	$(FLOORS)/bin/uv pip compile --quiet --resolution lowest-direct --python $(FLOORS)/bin/python --extra test \
+		-c constraints.txt pyproject.toml -o $(FLOORS)/floors.txt
+	$(FLOORS)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r $(FLOORS)/floors.txt -e .
 	touch $(FLOORS_READY)
 
 test-wide: $(READY) $(SERVERS_READY) ## the whole test suite, with every case and the long proofs

@@ -139,14 +139,14 @@ class DistckptCallback(LightningCheckpoint):
         connector, self._wanted = trainer._checkpoint_connector, None
         resume_start = connector.resume_start
 
-        def resume(checkpoint_path: Any = None, weights_only: bool | None = None) -> None:
+        def resume(checkpoint_path: Any = None, *others: Any, **named: Any) -> None:  # 2.5 has no weights_only
             del connector.resume_start
             if checkpoint_path and _is_ours(checkpoint_path):
                 self._wanted, checkpoint_path = os.fspath(checkpoint_path), None
                 if self._run is not None and self._place is not None:  # some strategies have this after the fit's start
                     self._run.restore_from(self._wanted)
                     self._place.random, self._wanted = RandomState().state_dict(), None
-            resume_start(checkpoint_path, weights_only)
+            resume_start(checkpoint_path, *others, **named)
 
         connector.resume_start = resume
 
