@@ -158,7 +158,7 @@ class Collector:
             elif last.seen:
                 return None
             else:
-                reads.append(_read(section, shared, self._most(section, shared), self._leaving, last.taken))
+                reads.append(self._read(section, shared, last.taken))
         is_same = all(
             _same_rows(new.rows, old.rows) and new.frozen == old.frozen for new, old in zip(reads, before, strict=True)
         )
@@ -185,7 +185,7 @@ class Collector:
         kept = {name: kind for name, kind in kinds.items() if not leaving.excludes(name)}
         self._sections = [(section, of_all[name]) for name, kind in kept.items() for section in kind.sections()]
         self._sections.append((Section((DictStep(SAVE_COUNTER),), lambda: self._checkpoint.save_counter), True))
-        reads = [_read(section, shared, self._most(section, shared), leaving, {}) for section, shared in self._sections]
+        reads = [self._read(section, shared, {}) for section, shared in self._sections]
         rows = [row for read in reads for row in read.rows]
         _check_distinct(rows)
         omission = self._omission(kinds, reads)
@@ -213,6 +213,37 @@ class Collector:
                 "restore_or_initialize() before the first save, which reads it",
             )
         return None if base is None else base.name
+
+    def _read(self, section: Section, shared: bool, before: Mapping[str, _Taken | _Text]) -> _Read:
+        rows: list[Row] = []
+        sources: list[torch.Tensor | None] = []
+        values: list[bytes | None] = []
+        copies: list[bool] = []
+        taken: dict[str, _Taken | _Text] = {}
+        led = frozenset(section.led()) if shared else frozenset[str]()
+        depth = len(section.prefix)
+        leaves, frozen, excluded = _sorted_out(
+            flatten(section.read(), is_array, section.prefix, self._most(section, shared)), self._leaving
+        )
+        for leaf in leaves:
+            if is_array(leaf.value):
+                if isinstance(leaf.value, np.ndarray):
+                    leaf = Leaf((*leaf.path, ArrayStep()), leaf.key, leaf.value)
+                is_led = len(leaf.path) > depth and str(leaf.path[depth]) in led and not isinstance(leaf.value, DTensor)
+                now = taken[leaf.key] = _take(leaf, before.get(leaf.key), is_led, self._world_size)
+                for row, source in now.parts:
+                    rows.append(row)
+                    sources.append(source)
+                    values.append(None)
+                    copies.append(now.is_copied and shared and not is_led)
+            else:
+                text = taken[leaf.key] = _encode(leaf, shared, before.get(leaf.key))
+                rows.append(text.row)
+                sources.append(None)
+                values.append(text.data)
+                copies.append(False)
+        seen, kept = _steadiness(section, sources, values)
+        return _Read(rows, sources, values, copies, seen, kept, taken, frozen, excluded)
 
     def _most(self, section: Section, shared: bool) -> int | None:
         packs = section.packs and (self._world_size == 1 or not shared)
@@ -269,38 +300,6 @@ def _check_dense(tensor: torch.Tensor, key: str) -> None:
         )
 
 
-def _read(
-    section: Section, shared: bool, most: int | None, leaving: Leaving, before: Mapping[str, _Taken | _Text]
-) -> _Read:
-    rows: list[Row] = []
-    sources: list[torch.Tensor | None] = []
-    values: list[bytes | None] = []
-    copies: list[bool] = []
-    taken: dict[str, _Taken | _Text] = {}
-    led = frozenset(section.led()) if shared else frozenset[str]()
-    depth = len(section.prefix)
-    leaves, frozen, excluded = _sorted_out(flatten(section.read(), is_array, section.prefix, most), leaving)
-    for leaf in leaves:
-        if is_array(leaf.value):
-            if isinstance(leaf.value, np.ndarray):
-                leaf = Leaf((*leaf.path, ArrayStep()), leaf.key, leaf.value)
-            is_led = len(leaf.path) > depth and str(leaf.path[depth]) in led and not isinstance(leaf.value, DTensor)
-            now = taken[leaf.key] = _take(leaf, before.get(leaf.key), is_led)
-            for row, source in now.parts:
-                rows.append(row)
-                sources.append(source)
-                values.append(None)
-                copies.append(now.is_copied and shared and not is_led)
-        else:
-            text = taken[leaf.key] = _encode(leaf, shared, before.get(leaf.key))
-            rows.append(text.row)
-            sources.append(None)
-            values.append(text.data)
-            copies.append(False)
-    seen, kept = _steadiness(section, sources, values)
-    return _Read(rows, sources, values, copies, seen, kept, taken, frozen, excluded)
-
-
 def _sorted_out(leaves: list[Leaf], leaving: Leaving) -> tuple[list[Leaf], list[str], list[str]]:
     """The leaves that are saved, and the keys of those that are not: of parameters that are not trained, and excluded."""
     if not leaving:
@@ -331,7 +330,7 @@ def _encode(leaf: Leaf, shared: bool, before: _Taken | _Text | None) -> _Text:
     return _Text(leaf.path, snapshot_of(leaf.value) if worthwhile else None, data, row)
 
 
-def _take(leaf: Leaf, before: _Taken | _Text | None, is_led: bool) -> _Taken:
+def _take(leaf: Leaf, before: _Taken | _Text | None, is_led: bool, world_size: int) -> _Taken:
     """The leaf's rows; those of before if it is the same tensor at the same place, which is much cheaper to see."""
     array = leaf.value
     if (
@@ -344,16 +343,23 @@ def _take(leaf: Leaf, before: _Taken | _Text | None, is_led: bool) -> _Taken:
     tensor = as_tensor(array, leaf.key)
     kept = array if isinstance(array, torch.Tensor) and not (array.is_conj() or array.is_neg()) else tensor
     return _Taken(
-        leaf.path, kept, _memory(kept), tuple(_tensor_rows(tensor, leaf.path, leaf.key, is_led)), _is_copied(tensor)
+        leaf.path,
+        kept,
+        _memory(kept),
+        tuple(_tensor_rows(tensor, leaf.path, leaf.key, is_led)),
+        _is_copied(tensor, world_size),
     )
 
 
-def _is_copied(tensor: torch.Tensor) -> bool:
-    """Whether other ranks may hold the same part of it: a plain tensor is each rank's whole, by itself."""
+def _is_copied(tensor: torch.Tensor, world_size: int) -> bool:
+    """Whether other ranks may hold the same part of it: a plain tensor is each rank's whole, by itself, and so is that of a
+    mesh which is not all ranks, as there may be another such mesh beside it."""
     if not isinstance(tensor, DTensor):
         return True
     sizes = tensor.device_mesh.shape
-    return any(placement.is_replicate() and sizes[dim] > 1 for dim, placement in enumerate(tensor.placements))
+    return tensor.device_mesh.size() < world_size or any(
+        placement.is_replicate() and sizes[dim] > 1 for dim, placement in enumerate(tensor.placements)
+    )
 
 
 def _crc(source: torch.Tensor) -> int:

@@ -63,10 +63,10 @@ class Filler:
         paths = {key: decode_path(text, stored.path) for key, text in texts.items()}
         around = surroundings_of(checkpoint, rank, world_size)
         kinds = kinds_of(checkpoint, around)
-        self._rank, self._modules = rank, around.modules
-        self._checkpoint, self._leaving = checkpoint, leaving_of(checkpoint, kinds)
-        self._paths = paths
+        self._checkpoint, self._rank, self._paths = checkpoint, rank, paths
+        self._modules = around.modules
         with self._modules.at_rest():
+            self._leaving = leaving_of(checkpoint, kinds)
             self._values = self._match_with(kinds, partial, selection)
 
     def _match_with(self, kinds: Mapping[str, Kind], partial: bool, selection: Selection) -> Values:

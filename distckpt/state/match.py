@@ -26,7 +26,7 @@ from distckpt.format.tree.tree import (
     unflatten,
 )
 from distckpt.sharding.chunks import dtype_from_name, global_shape, local_tensor
-from distckpt.state.memory import PLAIN, is_freed, is_same_bits, storage_of, writable
+from distckpt.state.memory import Extents, MemoryPlace, is_freed, is_same_bits, place_of, storage_of, writable
 from distckpt.state.pouring import Poured
 from distckpt.state.stored import Stored
 from distckpt.transfer.progress import Progress
@@ -143,8 +143,8 @@ class Match:
     misfits: dict[str, str] = field(default_factory=dict)
     poured: Poured = field(default_factory=dict)
     _tensors: dict[str, list[torch.Tensor]] = field(default_factory=dict)
-    _places: dict[tuple[int, int], tuple[str, torch.Tensor]] = field(default_factory=dict)
-    _storages: set[int] = field(default_factory=set)
+    _places: dict[MemoryPlace, tuple[str, torch.Tensor]] = field(default_factory=dict)
+    _storages: dict[int, Extents] = field(default_factory=dict)
     _is_aside: bool = False
     _values: dict[str, str] = field(default_factory=dict)
     _checks: list[Callable[[Values], None]] = field(default_factory=list)
@@ -300,15 +300,17 @@ class Match:
                 step(values)
 
     def _read_into(self, origin: str, live: torch.Tensor) -> None:
-        # Tied tensors that were saved with different content: the later one counts, as in load_state_dict.
-        place = (live.data_ptr(), live.numel()) if live.numel() and type(live) in PLAIN else (0, id(live))
+        # Tied tensors that were saved with different content: the later one counts, as in load_state_dict. All are read
+        # at once, so one that shares only a part of its memory with an earlier one is copied there afterwards.
+        place = place_of(live)
         before = self._places.get(place)
+        extents = self._storages.setdefault(storage_of(live), Extents()) if live.numel() else Extents()
         if before is not None:
             self._tensors[before[0]] = [other for other in self._tensors[before[0]] if other is not before[1]]
-        target = self._aside(live) if self._is_aside else live
+        else:
+            extents.add(place)
+        target = self._aside(live) if self._is_aside or extents.overlap else live
         self._places[place] = (origin, target)
-        if live.numel():
-            self._storages.add(storage_of(live))
         self._tensors.setdefault(origin, []).append(target)
 
     def _aside(self, live: torch.Tensor) -> torch.Tensor:

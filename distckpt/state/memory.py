@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,43 @@ from distckpt.sharding.chunks import local_tensor
 
 PLAIN = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
 """Types of tensors that are nothing but memory with a dtype and strides."""
+
+
+MemoryPlace = tuple[int, int, Any]
+"""The addresses where it begins and ends, and what tells it from others there: its strides, if it has gaps. Of a tensor
+without memory of its own both are 0, and it is told by its identity."""
+
+
+class Extents:
+    """Stretches of one storage; ``overlap`` once two of them have had a part in common."""
+
+    def __init__(self) -> None:
+        self.overlap = False
+        self._begins: list[int] = []
+        self._ends: list[int] = []
+
+    def add(self, place: MemoryPlace) -> None:
+        """One more."""
+        begin, end, _ = place
+        if begin == end or self.overlap:
+            return
+        at = bisect_left(self._begins, end)
+        self.overlap = at > 0 and self._ends[at - 1] > begin
+        self._begins.insert(at, begin)
+        self._ends.insert(at, end)
+
+
+def place_of(tensor: torch.Tensor) -> MemoryPlace:
+    """Which memory it is, or this rank's part of it."""
+    try:
+        local = local_tensor(tensor)
+    except ValueError:
+        return 0, 0, id(tensor)
+    begin = local.data_ptr()
+    if not local.numel() or not begin:
+        return 0, 0, id(tensor)
+    reach = _last(local) + 1
+    return begin, begin + reach * local.itemsize, local.stride() if reach > local.numel() else ()
 
 
 def writable(array: torch.Tensor | np.ndarray[Any, Any]) -> bool:
@@ -50,8 +88,12 @@ def is_freed(tensor: torch.Tensor) -> bool:
     """Whether the storage of a plain tensor has been made smaller than the tensor is."""
     if not tensor.numel() or tensor.is_meta:
         return False
-    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    return tensor.untyped_storage().nbytes() < (tensor.storage_offset() + last + 1) * tensor.itemsize
+    return tensor.untyped_storage().nbytes() < (tensor.storage_offset() + _last(tensor) + 1) * tensor.itemsize
+
+
+def _last(tensor: torch.Tensor) -> int:
+    """How many elements after its first one the last one is."""
+    return sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
 
 
 def storage_of(array: torch.Tensor | np.ndarray[Any, Any]) -> int:

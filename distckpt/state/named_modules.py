@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
+from torch.distributed.fsdp import FSDPModule
 
 from distckpt.state.module_code import is_saved_by_torch
 from distckpt.state.module_names import unwrapped
@@ -14,7 +15,8 @@ from distckpt.state.module_names import unwrapped
 class NamedModules:
     """Modules by their names. Every question is answered as they are now; while they are ``at_rest``, from one look.
 
-    There may be an optimizer for every parameter, and each asks.
+    There may be an optimizer for every parameter, and each asks. A look has FSDP2 put its shards back, as ``state_dict``
+    has: after a forward pass without a backward one, modules may hold whole parameters that no optimizer knows.
     """
 
     def __init__(self, modules: Mapping[str, torch.nn.Module]) -> None:
@@ -44,6 +46,10 @@ class NamedModules:
 
 class _Look:
     def __init__(self, modules: Mapping[str, torch.nn.Module]) -> None:
+        for module in modules.values():
+            for part in module.modules():
+                if isinstance(part, FSDPModule):
+                    part.reshard()
         self._modules = modules
         self._found: dict[int, dict[str, str]] | None = None
         self._parameters: list[torch.Tensor] = []
