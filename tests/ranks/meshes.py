@@ -11,7 +11,10 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 import distckpt
+from distckpt.directory.locate import locate, read_index
 from distckpt.errors import SaveError
+from distckpt.state.filler import Filler
+from distckpt.state.stored import Committed
 
 
 def islands(directory: str, differ: bool) -> dict[str, Any]:
@@ -76,3 +79,30 @@ def _train(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
 def _evaluate(model: nn.Module) -> None:
     with torch.no_grad():
         model(torch.ones(2, 4))
+
+
+class Two(nn.Module):
+    """Two layers, which may have one weight."""
+
+    def __init__(self, tied: bool) -> None:
+        super().__init__()
+        self.one, self.other = (nn.Linear(200, 4000, bias=False) for _ in range(2))
+        if tied:
+            self.other.weight = self.one.weight
+
+
+def tied(directory: str) -> dict[str, Any]:
+    """Two weights saved apart, restored where they are one: whether it is the later one, and how much was read for that."""
+    apart, together = Two(tied=False), Two(tied=True)
+    for model in (apart, together):
+        fully_shard(model)
+    with distckpt.CheckpointManager(distckpt.Checkpoint(model=apart), directory) as manager:
+        manager.save(1).result(60)
+    where = locate(f"{directory}/ckpt-1")
+    filler = Filler(
+        distckpt.Checkpoint(model=together), Committed(where, read_index(where)), dist.get_rank(), dist.get_world_size()
+    )
+    filler.read()
+    filler.finish()
+    wanted, found = apart.other.weight.to_local(), together.one.weight.to_local()
+    return {"same": torch.equal(wanted, found), "read": filler.bytes_read / (found.numel() * found.itemsize)}

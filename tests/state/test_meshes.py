@@ -31,3 +31,9 @@ def test_a_model_that_is_whole_for_an_evaluation_is_saved_and_restored_in_its_sh
         names = ("0.bias", "0.weight", "1.bias", "1.weight")
         assert sorted(result["keys"]) == [f"optimizer.state.{name}.exp_avg" for name in names]
         assert result["same"] == [True] * 4
+
+
+def test_of_weights_that_are_one_here_the_later_counts_and_the_other_is_not_read(gang2: Gang, tmp_path: Path) -> None:
+    for result in gang2.run("ranks.meshes:tied", directory=str(tmp_path)):
+        assert result["same"]
+        assert result["read"] < 1.5
