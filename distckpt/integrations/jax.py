@@ -7,6 +7,7 @@ state.value = train_step(state.value, batch)  # and so on; manager.save(...) sav
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Mapping
 from typing import Any
 
@@ -31,7 +32,8 @@ class JaxState:
     Keys are the names on the way to a leaf: ``train.params.dense.kernel``. Arrays are stored whole as tensors, bit for bit,
     bfloat16 and 8-bit floats too, and keys of random numbers by their data; how they lie on devices is not stored. A
     restore puts each array on the devices of the one that ``value`` has in its place, by that one's sharding, and makes a
-    new tree of the same structure: read ``value`` after it. So another number of devices may go on.
+    new tree of the same structure: read ``value`` after it. So another number of devices may go on. Where ``value`` has a
+    number or an array of NumPy's, and an array of JAX's was saved, as a compiled function makes it of them, it is one again.
 
     One process has all of it: arrays that span processes are refused by an EncodeError, as is a dtype that torch does not
     have. A tree of another structure, shapes or dtypes is refused by a MismatchError that names the keys.
@@ -117,7 +119,7 @@ def _misfit(leaf: Any, stored: Any) -> str:
     """Why what is stored cannot take the place of the leaf; empty if it can."""
     data = jax.random.key_data(leaf) if _is_random_key(leaf) else leaf
     if not isinstance(data, jax.Array):
-        return ""
+        return _misfit_of_plain(leaf, stored) if isinstance(stored, torch.Tensor) else ""
     if not isinstance(stored, torch.Tensor):
         return f"it was a {type(stored).__name__}, and is an array here"
     kind = str(stored.dtype).removeprefix("torch.")
@@ -126,13 +128,34 @@ def _misfit(leaf: Any, stored: Any) -> str:
     return ""
 
 
+def _misfit_of_plain(leaf: Any, stored: torch.Tensor) -> str:
+    """As ``_misfit``, of what was an array of JAX's when it was saved, as a compiled function makes one of any number."""
+    if not isinstance(leaf, np.ndarray | np.generic | numbers.Number):
+        return f"it was an array, and is a {type(leaf).__name__} here"
+    shape = leaf.shape if isinstance(leaf, np.ndarray) else ()
+    return "" if stored.shape == shape else f"shape {tuple(stored.shape)} was saved, and {shape} is here"
+
+
+def _plain(leaf: Any, stored: torch.Tensor) -> Any:
+    """A saved array in the place of one of NumPy's, or of a number."""
+    if not isinstance(leaf, np.ndarray | np.generic):
+        return stored.item()
+    dtype: Any = jax.numpy.dtype(str(stored.dtype).removeprefix("torch."))
+    array = _raw(stored, dtype).view(dtype)
+    return array if isinstance(leaf, np.ndarray) else array[()]
+
+
+def _raw(stored: torch.Tensor, dtype: Any) -> Any:
+    raw = stored if dtype.isbuiltin == 1 else stored.view(torch.uint8 if dtype.itemsize == 1 else torch.uint16)
+    return raw.numpy()
+
+
 def _live(leaf: Any, stored: Any) -> Any:
     """What is stored, in the place of the leaf."""
     if _is_random_key(leaf):
         return jax.random.wrap_key_data(_live(jax.random.key_data(leaf), stored), impl=jax.random.key_impl(leaf))
     if not isinstance(leaf, jax.Array):
-        return stored
+        return _plain(leaf, stored) if isinstance(stored, torch.Tensor) else stored
     dtype: Any = np.dtype(leaf.dtype)
-    raw = stored if dtype.isbuiltin == 1 else stored.view(torch.uint8 if dtype.itemsize == 1 else torch.uint16)
     # What JAX may move to where it is used must stay so: else it fits no array that lies elsewhere.
-    return jax.device_put(raw.numpy().view(dtype), leaf.sharding if leaf.committed else None)
+    return jax.device_put(_raw(stored, dtype).view(dtype), leaf.sharding if leaf.committed else None)

@@ -7,6 +7,7 @@ trainer.fit(module, loader)  # again after a restart: goes on where the newest g
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import warnings
@@ -32,14 +33,18 @@ except ImportError as missing:
     raise ImportError("distckpt.integrations.lightning needs Lightning: pip install 'distckpt[lightning]'") from missing
 
 
+logger = logging.getLogger(__name__)
+
+
 class DistckptCallback(LightningCheckpoint):
     """Saves all that a Trainer's ``fit`` is made of while it trains, and resumes there on any number of ranks.
 
     Saved and restored: the module's state, all optimizers and learning rate schedulers, the precision plugin's state
     (gradient scaler), the loops' position, the states of other callbacks and of the datamodule, and the random
     numbers of each rank, if the number of ranks is the same. A callback's state that cannot be stored without pickle
-    is left out, and the log says so. ``on_save_checkpoint`` is not called: keep what it would add in buffers or in
-    ``get_extra_state``. A checkpoint's number is Lightning's ``global_step``.
+    is left out, and the log says so. ``on_save_checkpoint`` is not called, and the log names the classes that have one:
+    keep what it would add in buffers, in ``get_extra_state``, or in a callback's ``state_dict``. A checkpoint's number is
+    Lightning's ``global_step``.
 
     Resumed within an epoch, a loader with ``state_dict`` and ``load_state_dict`` is told where it was; any other is
     read again from the beginning of the epoch, in the same order if the number of ranks is the same, and the batches
@@ -66,7 +71,7 @@ class DistckptCallback(LightningCheckpoint):
         stop_signals: what asks for save-and-stop; () for none. Caught in the main thread only.
 
     Raises:
-        ValueError, TypeError: wrong arguments.
+        ValueError, TypeError: wrong arguments. ValueError in ``fit`` beside another of these callbacks.
     """
 
     def __init__(
@@ -135,7 +140,12 @@ class DistckptCallback(LightningCheckpoint):
     # ---- what Lightning calls ----------------------------------------------------------------------------------
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Paths of our checkpoints are for us to restore, not for Lightning."""
+        """Paths of our checkpoints are for us to restore, not for Lightning. ValueError beside another of this class."""
+        if sum(isinstance(each, DistckptCallback) for each in trainer.callbacks) > 1:
+            raise ValueError(
+                "two DistckptCallbacks in one Trainer: each would resume training from a directory of its own. Give one, and "
+                "say by keep= all that is to be kept, as BestN(...) | EveryNumbers(...)"
+            )
         connector, self._wanted = trainer._checkpoint_connector, None
         resume_start = connector.resume_start
 
@@ -184,6 +194,10 @@ class DistckptCallback(LightningCheckpoint):
         if not trainer.fast_dev_run:
             self._place = place = _Place(trainer, [each for each in trainer.callbacks if each is not self])
             checkpoint = _checkpoint(trainer, pl_module, place)
+            for kind in _with_own_hooks(trainer, pl_module):
+                logger.warning(
+                    "what %s.on_save_checkpoint would add is not saved: keep it in buffers or state_dict", kind
+                )
             wanted, self._wanted = self._wanted, None
             self._run = CarriedRun(
                 self._saving,
@@ -391,6 +405,17 @@ def _resized(values: list[Any], rank: int, world_size: int) -> Any:
     place["loops"]["state_dict"].pop("combined_loader", None)
     place["drawing"]["random"] = None
     return place
+
+
+def _with_own_hooks(trainer: Any, module: Any) -> list[str]:
+    """The classes that would add to a checkpoint of Lightning's by ``on_save_checkpoint``, which is not called."""
+    others = [each for each in trainer.callbacks if not isinstance(each, LightningCheckpoint)]
+    hooks = {type(each): getattr(each, "on_save_checkpoint", None) for each in (module, trainer.datamodule, *others)}
+    return [kind.__name__ for kind, hook in hooks.items() if hook and not hook.__module__.startswith(_IDLE)]
+
+
+_IDLE = ("lightning.pytorch.core.", "lightning.pytorch.callbacks.callback")
+"""Where Lightning has such hooks that do nothing."""
 
 
 def _checkpoint(trainer: Any, module: Any, place: _Place) -> Checkpoint:

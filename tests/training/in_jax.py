@@ -83,9 +83,31 @@ def test_a_single_array_is_a_tree_too(tmp_path: Path) -> None:
     assert other.value.tolist() == [0, 1, 2]
 
 
+def test_what_a_compiled_function_made_arrays_of_is_again_what_the_program_begins_with(tmp_path: Path) -> None:
+    def fresh() -> dict[str, Any]:
+        array = np.ones((3,), np.float32)
+        return {"array": array, "number": np.float32(2), "step": 0, "rate": 0.5, "half": np.ones(2, jnp.bfloat16)}
+
+    @jax.jit
+    def train(value: dict[str, Any]) -> dict[str, Any]:
+        return {name: leaf * 2 + 1 for name, leaf in value.items()}
+
+    saved = JaxState(train(fresh()))
+    distckpt.Checkpoint(train=saved).write(tmp_path / "run")
+    state = JaxState(fresh())
+    distckpt.Checkpoint(train=state).restore(tmp_path / "run")
+    assert {name: type(leaf) for name, leaf in state.value.items()} == {
+        name: type(leaf) for name, leaf in fresh().items()
+    }
+    assert bits(train(state.value)) == bits(train(saved.value))
+
+
 @pytest.mark.parametrize(
     ("here", "words"),
     [
+        ({"a": np.zeros((2, 2)), "b": 1}, r"a \(shape \(2,\) was saved, and \(2, 2\) is here"),
+        ({"a": 1.0, "b": 1}, r"a \(shape \(2,\) was saved, and \(\) is here"),
+        ({"a": "text", "b": 1}, r"a \(it was an array, and is a str here"),
         ({"a": jnp.zeros((2, 2)), "b": 1}, r"a \(float32 of shape \(2,\) was saved"),
         ({"a": jnp.zeros(2, jnp.int32), "b": 1}, r"a \(float32 of shape"),
         ({"a": jnp.zeros(2)}, "b"),

@@ -395,6 +395,54 @@ def test_lightning_takes_paths_of_ours_and_its_own(tmp_path: Path) -> None:
     assert back["seen"] == whole["seen"][6:], "of its own directory, where there are newer ones"
 
 
+def small_lightning(*callbacks: Any) -> tuple[Any, Any, Any]:
+    """A trainer of one epoch, a module that adds to checkpoints of Lightning's, and its data."""
+    from lightning.pytorch import LightningModule, Trainer
+    from torch.utils.data import DataLoader, TensorDataset
+
+    class Adding(LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = torch.nn.Linear(4, 1)
+
+        def training_step(self, batch: Any, at: int) -> torch.Tensor:
+            return self.layer(batch[0]).pow(2).mean()
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.SGD(self.parameters(), 0.1)
+
+        def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+            checkpoint["seen"] = 1
+
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
+    return Trainer(max_epochs=1, callbacks=[*callbacks], **quiet), Adding(), DataLoader(TensorDataset(torch.ones(4, 4)))
+
+
+@lightning
+def test_lightnings_hooks_that_are_not_called_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    from lightning.pytorch.callbacks import EarlyStopping, EMAWeightAveraging
+
+    from distckpt.integrations.lightning import DistckptCallback
+
+    stopping = EarlyStopping("loss", strict=False, check_on_train_epoch_end=False)
+    trainer, module, loader = small_lightning(DistckptCallback(tmp_path), EMAWeightAveraging(), stopping)
+    with caplog.at_level("WARNING", logger="distckpt"):
+        trainer.fit(module, loader)
+    told = [record.getMessage() for record in caplog.records if "on_save_checkpoint" in record.getMessage()]
+    assert [text.split()[1] for text in told] == ["Adding.on_save_checkpoint", "EMAWeightAveraging.on_save_checkpoint"]
+
+
+@lightning
+def test_two_callbacks_of_ours_in_one_lightning_trainer_are_refused(tmp_path: Path) -> None:
+    from distckpt.integrations.lightning import DistckptCallback
+
+    both = [DistckptCallback(tmp_path / "best", monitor="loss"), DistckptCallback(tmp_path / "often", save_steps=1)]
+    trainer, module, loader = small_lightning(*both)
+    with pytest.raises(ValueError, match=r"two DistckptCallbacks in one Trainer.*EveryNumbers"):
+        trainer.fit(module, loader)
+    assert not list(tmp_path.iterdir())
+
+
 @lightning
 def test_lightning_saves_with_each_step_what_was_logged_for_it(tmp_path: Path) -> None:
     options = {"every_n_train_steps": 2, "max_to_keep": None}
