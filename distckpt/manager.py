@@ -87,7 +87,7 @@ class CheckpointManager:
         progress: rank 0 shows on its terminal how far restores and a long first save have come.
 
     Raises:
-        ValueError: wrong arguments.
+        ValueError: wrong arguments, or a directory that is a checkpoint of another.
         StorageError, StoreUnsuitableError: the directory cannot be used.
         LogMissingError: it has checkpoints, but no log.
         DataElsewhereError: the newest checkpoint has its shards in another place than this manager was told.

@@ -14,6 +14,7 @@ from rich.text import Text
 from distckpt.cli import options, text
 from distckpt.cli.tables import Table
 from distckpt.directory.by_hand import check_quiet
+from distckpt.directory.chosen import refuse_checkpoint
 from distckpt.directory.copy import Copied, Copying, chosen, origin
 from distckpt.directory.log import read_tail
 from distckpt.errors import DamagedError
@@ -71,6 +72,7 @@ def copy_checkpoints(
     target = open_store(destination, destination_options)
     if target.url == wanted.store.url:
         raise ValueError(f"{target.url} is source and destination")
+    refuse_checkpoint(target, destination_options)
     tail = read_tail(target)
     if tail.damaged:
         raise DamagedError(join(target.url, tail.damaged[0].path), "the newest entries of the log cannot be read")

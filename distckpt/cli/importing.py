@@ -11,6 +11,7 @@ from rich.text import Text
 
 from distckpt.cli import options, text
 from distckpt.directory.by_hand import check_quiet
+from distckpt.directory.chosen import refuse_checkpoint
 from distckpt.directory.log import read_tail
 from distckpt.errors import DamagedError
 from distckpt.format import names
@@ -59,6 +60,7 @@ def import_files(
     if not names.is_name(name):
         raise click.BadParameter(f"{name!r} cannot be a checkpoint's name")
     store = open_store(directory, destination_options)
+    refuse_checkpoint(store, destination_options)
     tail = read_tail(store)
     if tail.damaged:
         raise DamagedError(join(store.url, tail.damaged[0].path), "the newest entries of the log cannot be read")

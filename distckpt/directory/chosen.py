@@ -6,12 +6,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from distckpt.directory.contents import attempts
 from distckpt.directory.locate import foreign_advice
 from distckpt.directory.log import Tail, read_tail
 from distckpt.directory.newest import newest_there
 from distckpt.directory.pages import known
 from distckpt.directory.tags import tagged
-from distckpt.errors import CheckpointNotFoundError
+from distckpt.errors import CheckpointNotFoundError, StorageError
 from distckpt.format import names
 from distckpt.format.json.log import CheckpointRecord
 from distckpt.storage import Store, join, open_store, split_path
@@ -57,6 +58,23 @@ def refuse_inside(store: Store, storage_options: Mapping[str, Any] | None = None
     above, _, folder = store.url.rpartition("/")
     if above and names.parse_checkpoint(folder) is not None and read_tail(open_store(above, storage_options)).entry:
         raise ValueError(f"{store.url} is a checkpoint of a run. To follow the run, give its directory: {above}")
+
+
+def refuse_checkpoint(store: Store, storage_options: Mapping[str, Any] | None = None) -> None:
+    """ValueError if the store is at a checkpoint of a run: a log there would hide it, and what is read there be another."""
+    above, _, folder = store.url.rpartition("/")
+    if not above or names.parse_checkpoint(folder) is None:
+        return
+    try:
+        is_in_a_run = read_tail(open_store(above, storage_options)).entry is not None
+    except StorageError:  # nobody need be able to read what is around a directory
+        return
+    if is_in_a_run and attempts(store, ""):
+        raise ValueError(
+            f"{store.url} is a checkpoint of a run, which another log there would hide. To go on with the run, give its "
+            f"directory, {above}; to begin another with it, give another directory, and restore it: "
+            f"checkpoint.restore({store.url!r})"
+        )
 
 
 def choose_in(store: Store, folder: str) -> Chosen:

@@ -326,6 +326,22 @@ def test_numbers_that_cannot_be_stored_are_refused(tmp_path: Path, number: int) 
 # ---- a manager's life ---------------------------------------------------------------------------------------------------
 
 
+def test_nothing_begins_inside_of_a_checkpoint_which_it_would_hide(tmp_path: Path) -> None:
+    directory, other = tmp_path / "run-7", tmp_path / "other"
+    run(directory, 1, 2)
+    run(other, 3)
+    with pytest.raises(
+        ValueError, match=r"ckpt-1 is a checkpoint of a run, .* give its directory, .*run-7; to begin another"
+    ):
+        Trainer(directory / "ckpt-1")
+    for command in (["cp", other, directory / "ckpt-1"], ["import", other / "ckpt-3", directory / "ckpt-1"]):
+        told = CliRunner().invoke(main, [str(word) for word in command])
+        assert (told.exit_code, "is a checkpoint of a run" in told.output) == (2, True), told.output
+    assert_loads(directory / "ckpt-1", 1)
+    run(directory / "ckpt-9", 4)  # named like one
+    assert numbers(directory / "ckpt-9") == [4]
+
+
 def test_a_closed_manager_says_so(tmp_path: Path) -> None:
     trainer = Trainer(tmp_path)
     trainer.saved(1)

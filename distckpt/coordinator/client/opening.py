@@ -24,6 +24,7 @@ from distckpt.coordinator.client.line import Line, LocalLine
 from distckpt.coordinator.messages import OpenRun, RunOpened
 from distckpt.coordinator.shell.housekeeping import probe_with_room
 from distckpt.coordinator.shell.shell import Settings, Shell
+from distckpt.directory.chosen import refuse_checkpoint
 from distckpt.directory.garbage import Watch
 from distckpt.directory.strays import read_run
 from distckpt.errors import CoordinatorError, DistckptError
@@ -105,8 +106,9 @@ def client_of(
     A world of one has its coordinator in the process; more ranks meet at a Ray actor, for which rank 0 joins the
     running Ray cluster or starts one on its host. Where the ranks can consult each other, all that happens in another
     thread, and the client's users wait for it; else the run is open on return. What ``check`` raises then keeps the run
-    from being used.
+    from being used. ValueError for a directory that is a checkpoint of another.
     """
+    refuse_checkpoint(store, storage_options)
     opening = dataclasses.replace(opening, token=meeting.token)
 
     def opened(run: RunOpened) -> None:
