@@ -12,10 +12,12 @@ from typing import SupportsFloat, TypeAlias
 
 from distckpt.directory.log import read_tail
 from distckpt.errors import AlreadyExistsError, DamagedError, ObjectNotFoundError, StoreOutcomeUnknownError
+from distckpt.errors.base import some
 from distckpt.format import names
 from distckpt.format.json.report import (
     FORMAT,
     MAX_METRIC_NAME,
+    MAX_METRICS,
     MAX_REPORT_BYTES,
     Report,
     Reported,
@@ -46,10 +48,17 @@ def write_report(store: Store, attempt: str, metrics: Metrics, reporter: str = "
 
     It is of that attempt alone, also if its number is saved again. Of a metric that is reported twice the later report
     counts. ``reporter`` says who reports, for people. Raises TypeError for what is no number, ValueError for one that is
-    not finite, a name of more than 128 or of unprintable characters, and more than 64 metrics; StorageError if it could
-    not be written: then it may or may not be there, and to report again does no harm.
+    not finite, a name of more than 128 or of unprintable characters, and more than 64 metrics, with those that the attempt
+    has already; StorageError if it could not be written: then it may or may not be there, and to report again does no harm.
     """
     report = Report(FORMAT, attempt, numbers_of(metrics), time.time(), reporter)
+    known = reported_metrics(store, attempt, quietly=True)
+    new = report.metrics.keys() - known.keys()
+    if known and new and len(known) + len(new) > MAX_METRICS:
+        raise ValueError(
+            f"the checkpoint has {len(known)} metrics, and {MAX_METRICS} is the most: {some(sorted(new), most=8)} cannot be "
+            "added. Report fewer, or under names that are there"
+        )
     _put(store, names.report_path(attempt, uuid.uuid4().hex), seal(report))
     return report
 
@@ -97,12 +106,17 @@ def _put(store: Store, path: str, data: bytes) -> None:
 
 
 def read_reports(
-    store: Store, attempt: str | None = None, told: set[str] | None = None, most: int = MOST_NAMES
+    store: Store,
+    attempt: str | None = None,
+    told: set[str] | None = None,
+    most: int = MOST_NAMES,
+    quietly: bool = False,
 ) -> Reports:
     """What is reported and not folded into the log yet: the ``most`` oldest.
 
     Who shows them reads the log after them: what is folded meanwhile is in one of the two. ``attempt`` is whose, None for
-    all. One that is damaged, or of a later release, is left out, with a warning; once, if ``told`` is kept by the caller.
+    all. One that is damaged, or of a later release, is left out, with a warning unless ``quietly``; once, if ``told`` is kept
+    by the caller.
     What the store does not answer raises StorageError.
     """
     listed = at_most(MOST_NAMES, store.list(names.REPORTS), f"{store.url}/{names.REPORTS}")
@@ -116,7 +130,8 @@ def read_reports(
             continue  # folded since the listing, or its checkpoint has gone
         except DamagedError as error:
             unclear.add(names.reported_attempt(info.path) or "")
-            _tell(info.path, error, told)
+            if not quietly:
+                _tell(info.path, error, told)
     # What came within one tick of the store's clock: as its reporters say.
     found.sort(key=lambda one: (one[0], one[1].report.time, one[1].path))
     return Reports(tuple(reported for _, reported in found), frozenset(unclear))
@@ -136,9 +151,9 @@ def _tell(path: str, error: DamagedError, told: set[str] | None) -> None:
         told.add(path)
 
 
-def reported_metrics(store: Store, attempt: str) -> dict[str, float]:
+def reported_metrics(store: Store, attempt: str, quietly: bool = False) -> dict[str, float]:
     """All metrics of an attempt, those that are in the log already and those that are not. Empty if there are none."""
-    reports = read_reports(store, attempt).found
+    reports = read_reports(store, attempt, quietly=quietly).found
     record = read_tail(store).having_attempt(attempt).find(attempt)
     known = dict(record.metrics) if record is not None else {}
     return merged_metrics(known, (one.report for one in reports))

@@ -22,6 +22,7 @@ from distckpt.format.json.report import MAX_METRICS, Report
 from distckpt.format.json.sealed import seal
 from distckpt.storage import MemoryStore
 from tests.support.checkpoints import commit, commit_bare, new_attempt, put_manifest, write_checkpoint
+from tests.support.small_runs import Trainer
 
 
 def committed(store: MemoryStore, number: int = 1) -> CheckpointRecord:
@@ -83,6 +84,18 @@ def test_what_no_reader_would_take_is_refused_and_leaves_nothing(metrics: Any, w
     with pytest.raises((TypeError, ValueError), match=words):
         write_report(store, new_attempt(), metrics)
     assert list(store.list(names.REPORTS)) == []
+
+
+def test_what_would_be_one_metric_too_many_is_refused_by_name(tmp_path: Path) -> None:
+    with Trainer(tmp_path) as trainer:
+        trainer.manager.save(1, metrics={f"m{at}": 1.0 for at in range(40)}).result(60)
+    with distckpt.open(tmp_path) as reader:
+        reader.report({f"m{at}": 2.0 for at in range(40, 63)})
+        reader.report({"m0": 3.0, "loss": 0.5})
+        with pytest.raises(ValueError, match="has 64 metrics, and 64 is the most: other cannot be added"):
+            reader.report({"m1": 4.0, "other": 0.1})
+        reader.report({"loss": 0.25})
+        assert (len(reader.metrics), reader.metrics["loss"], reader.metrics["m1"]) == (64, 0.25, 1.0)
 
 
 def test_scalars_of_other_libraries_are_numbers() -> None:
