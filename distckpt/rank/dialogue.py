@@ -128,6 +128,8 @@ class Dialogue:
             if isinstance(reply, Joined):
                 reason = str(error) if isinstance(error, DistckptError) else f"{type(error).__name__}: {error}"
                 self._ask(Fail(reply.attempt, reason.removesuffix(": ")), TELL_SECONDS)
+        except SaveError as problem:
+            logger.debug("the other ranks know already that this save fails: %s", problem)
         except Exception as problem:  # noqa: BLE001 - it must not take the place of what is being raised
             logger.warning("the other ranks could not be told that this save fails: %s", problem)
 

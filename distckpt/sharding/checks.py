@@ -168,8 +168,8 @@ def _check_same_values(number: int | None, merged: Merged, chunks: Chunks, fresh
     same = merged.crc[rows] == merged.crc[rows[0]]
     message = (
         f"{told(merged.ranks_of(rows[~same]))} holds another value than {told(merged.ranks_of(rows[same]))}. "
-        "Make it the same on all ranks, give what differs from rank to rank (experts, say) a name of its own on each, "
-        "or wrap what it belongs to in distckpt.PerRank"
+        "Make it the same on all ranks, give modules that differ from rank to rank (experts, say) names of their own on "
+        "each, or wrap what it belongs to, a dict above all, in distckpt.PerRank"
     )
     raise PlanError(number, merged.key_text(rows[0]), merged.ranks_of(rows), message)
 
