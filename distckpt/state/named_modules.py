@@ -21,35 +21,40 @@ class NamedModules:
 
     def __init__(self, modules: Mapping[str, torch.nn.Module]) -> None:
         self._modules = modules
-        self._look: _Look | None = None
+        self._sharded: list[FSDPModule] | None = None
+        self._rest: _Look | None = None
 
     @contextmanager
     def at_rest(self) -> Iterator[None]:
         """Nothing is renamed, added or removed meanwhile."""
-        self._look = _Look(self._modules)
+        self._rest = self._look()
         try:
             yield
         finally:
-            self._look = None
+            self._rest = None
 
     def names(self, parameters: Sequence[torch.Tensor]) -> dict[int, str]:
         """Names for those of the parameters that the modules hold, by ``id``.
 
         They are the names in the first module that holds all of those; else each begins with its module's name.
         """
-        return (self._look or _Look(self._modules)).names(parameters)
+        return (self._rest or self._look()).names(parameters)
 
     def are_saved_by_torch(self) -> bool:
         """Whether no code but torch's has a say in what any of them saves."""
-        return (self._look or _Look(self._modules)).are_saved_by_torch()
+        return (self._rest or self._look()).are_saved_by_torch()
+
+    def _look(self) -> _Look:
+        if self._sharded is None:
+            parts = (part for module in self._modules.values() for part in module.modules())
+            self._sharded = [part for part in parts if isinstance(part, FSDPModule)]
+        for part in self._sharded:
+            part.reshard()
+        return _Look(self._modules)
 
 
 class _Look:
     def __init__(self, modules: Mapping[str, torch.nn.Module]) -> None:
-        for module in modules.values():
-            for part in module.modules():
-                if isinstance(part, FSDPModule):
-                    part.reshard()
         self._modules = modules
         self._found: dict[int, dict[str, str]] | None = None
         self._parameters: list[torch.Tensor] = []

@@ -148,6 +148,7 @@ class OnAFolder(StoreConformance):
         return Files(root)
 
 
+@pytest.mark.wide(3)
 class TestLocalStoreOnFuse(OnAFolder):
     @pytest.fixture
     def root(self, tmp_path: Path) -> Iterator[Path]:

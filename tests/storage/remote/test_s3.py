@@ -39,6 +39,7 @@ class _OnServer(StoreConformance):
         return Bucket(server, bucket, self.folder)
 
 
+@pytest.mark.wide(2)
 class TestOnMoto(_OnServer):
     @pytest.fixture
     def server(self, moto: Server) -> Server:
