@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from distckpt.errors import DamagedError
+from distckpt.errors import DamagedError, EncodeError
 from distckpt.foreign.files import File
 from distckpt.format.arrow.dtypes import ITEM_SIZES
 from distckpt.format.limits import MAX_DIMENSIONS
@@ -111,6 +111,11 @@ def contents_of(
         tuple(notes),
         number,
     )
+
+
+def why_not_encoded(error: EncodeError) -> str:
+    """The reason alone of an error that speaks of a save, for those who tell of no save."""
+    return str(error).removeprefix(str(EncodeError(error.key, "")))
 
 
 def check_shape(where: str, key: str, shape: Iterable[object]) -> tuple[int, ...]:

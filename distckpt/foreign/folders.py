@@ -18,6 +18,20 @@ def read_weight_map(folder: Folder, index: File) -> tuple[dict[str, File], dict[
 
     DamagedError for an index that names anything but files beside it.
     """
+    weights = _weight_map(index)
+    files = {name: folder.named_in(name, index) for name in sorted(set(weights.values()))}
+    return files, weights
+
+
+def names_only(name: str, index: File) -> bool:
+    """Whether an index speaks of the file of that name alone, as it does where an export has fitted into one file."""
+    try:
+        return set(_weight_map(index).values()) == {name}
+    except DamagedError:
+        return False
+
+
+def _weight_map(index: File) -> dict[str, str]:
     try:
         said: Any = json.loads(index.content(MAX_INDEX_BYTES))
     except (ValueError, RecursionError) as error:
@@ -25,8 +39,7 @@ def read_weight_map(folder: Folder, index: File) -> tuple[dict[str, File], dict[
     weights = said.get("weight_map") if isinstance(said, dict) else None
     if not isinstance(weights, dict) or not all(isinstance(name, str) for name in weights.values()):
         raise DamagedError(index.url, "it has no weight_map from tensors to file names")
-    files = {name: folder.named_in(name, index) for name in sorted(set(weights.values()))}
-    return files, weights
+    return weights
 
 
 def check_weight_map(index: File, weights: Mapping[str, str], found: Mapping[str, str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -9,7 +10,7 @@ from distckpt.errors import DamagedError
 from distckpt.foreign.contents import Contents, Held, contents_of
 from distckpt.foreign.dcp_folder import read_dcp
 from distckpt.foreign.files import File, Found, nothing_known, place
-from distckpt.foreign.folders import check_weight_map, read_weight_map
+from distckpt.foreign.folders import check_weight_map, names_only, read_weight_map
 from distckpt.foreign.lightning import is_lightning, lightning_tree
 from distckpt.foreign.safetensors_file import Header, is_safetensors, read_header
 from distckpt.foreign.torch_file import is_torch_file, read_torch_file
@@ -18,6 +19,8 @@ from distckpt.format import names
 from distckpt.storage import PathLike
 from distckpt.terminal.sizes import counted
 
+logger = logging.getLogger(__name__)
+
 Read = Callable[[Found], Contents | None]
 """Reads what is at a place; None if that is of another format. Nothing of a tensor's bytes is read."""
 
@@ -25,12 +28,25 @@ WEIGHTS = (names.WEIGHTS, "diffusion_pytorch_model.safetensors", "adapter_model.
 TORCH_WEIGHTS = ("pytorch_model.bin", "diffusion_pytorch_model.bin", "adapter_model.bin")
 """Those of Transformers, Diffusers and PEFT; the index of several files has the same name and ``.index.json``."""
 
+_INDEX_FIRST = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
+"""Where one file and the index of several are there, Diffusers loads by the index, the others the one file."""
+
+_BOTH = (
+    "%s has both %s and %s, as two saves into one folder leave them: read is %s, as the library does that has saved it. "
+    "Delete %s if that is right"
+)
+
+_EXTRA_STATE = "_extra_state"
+"""What a module may put into its state dict under this name is anything, so also a dict with tensors."""
+
 
 def read_contents(path: PathLike, storage_options: Mapping[str, Any] | None = None, under: str = "model") -> Contents:
     """What is at ``path``. ``under`` is what a state dict is called that has no name of its own.
 
-    CheckpointNotFoundError if it is nothing that is known here, DamagedError if it is not sound.
+    CheckpointNotFoundError if it is nothing that is known here, DamagedError if it is not sound, ValueError for no name.
     """
+    if not under:
+        raise ValueError(f"under={under!r} is no name. Say what the state dict is to be called, such as 'model'")
     folder, file = place(path, storage_options)
     found = Found(folder, file, under)
     for read in FORMATS:
@@ -57,11 +73,23 @@ def _torch(found: Found) -> Contents | None:
     if is_lightning(tree):
         tree, refused, number = lightning_tree(tree, refused)
         return contents_of("Lightning checkpoint", found.path, tree, refused, number=number)
-    if type(tree) is dict and not any(isinstance(value, Held) for value in tree.values()) and tree.keys() != set():
+    if type(tree) is dict and tree and not _is_state_dict(tree):
         return contents_of("file of torch.save", found.path, tree, refused)
     below = {f"{found.under}.{key}" if key else found.under: why for key, why in refused.items()}
     named = {} if found.under in below else {found.under: tree}
     return contents_of("file of torch.save", found.path, named, below)
+
+
+def _is_state_dict(tree: Mapping[Any, Any]) -> bool:
+    """Whether the tensors of a dict are its own items. Beside dicts of tensors, one is a number: of the best epoch, say."""
+    inside = [value for key, value in tree.items() if str(key).rpartition(".")[2] != _EXTRA_STATE]
+    has_own = any(isinstance(value, Held) for value in inside)
+    return has_own and not any(_holds_tensors(value) for value in inside if not isinstance(value, Held))
+
+
+def _holds_tensors(node: Any) -> bool:
+    items = node.values() if isinstance(node, dict) else node if isinstance(node, list | tuple) else ()
+    return isinstance(node, Held) or any(map(_holds_tensors, items))
 
 
 # ---- folders --------------------------------------------------------------------------------------------------------
@@ -85,14 +113,20 @@ def _folder(found: Found) -> Contents | None:
 
 
 def _weights(found: Found) -> tuple[str, dict[str, Any], dict[str, str]] | None:
-    """What they lie in, their tree and what could not be read; None if there are none."""
+    """What they lie in, their tree and what could not be read; None if there are none.
+
+    ``save_pretrained`` leaves in a folder what it has written there before: read is what ``from_pretrained`` reads.
+    """
     for titles, read in ((WEIGHTS, _read_safetensors), (TORCH_WEIGHTS, _read_torch)):
         for title in titles:
-            index = found.folder.find(f"{title}.index.json")
-            if index is not None:
+            file, index = found.folder.find(title), found.folder.find(f"{title}.index.json")
+            if index is not None and (file is None or title in _INDEX_FIRST):
+                if file is not None and not names_only(title, index):
+                    logger.warning(_BOTH, found.path, title, index.name, index.name, title)
                 return _indexed(found, index, read)
-            file = found.folder.find(title)
             if file is not None:
+                if index is not None and not names_only(title, index):
+                    logger.warning(_BOTH, found.path, title, index.name, title, index.name)
                 return title, *read(file, found.under)
     return None
 

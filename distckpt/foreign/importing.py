@@ -18,8 +18,8 @@ from distckpt.directory.by_hand import Hand, check_nothing_sealed
 from distckpt.directory.garbage import delete_attempt
 from distckpt.directory.locate import read_sealed
 from distckpt.directory.log import Tail, read_tail
-from distckpt.errors import CoordinatorError, StorageError
-from distckpt.foreign.contents import Held, Spread
+from distckpt.errors import CoordinatorError, EncodeError, StorageError
+from distckpt.foreign.contents import Held, Spread, why_not_encoded
 from distckpt.foreign.reader import ForeignReader
 from distckpt.format import names
 from distckpt.format.arrow.dtypes import ITEM_SIZES, VALUE
@@ -44,8 +44,8 @@ MOST_SHARDS = 4096
 class Import:
     """One checkpoint in the making, number ``number`` of the directory ``store``, whose log ``tail`` is.
 
-    ``clock`` gives epoch seconds. ValueError if the log has that number already, and if there is
-    nothing to be written.
+    ``clock`` gives epoch seconds. ValueError if the log has that number already, if there is
+    nothing to be written, and for a value that cannot be stored.
     """
 
     def __init__(
@@ -166,7 +166,7 @@ def _cuts(reader: ForeignReader, most: int) -> Iterator[_Cut]:
     for key, path in reader.texts.items():
         dtype, shape = reader.layout(key)
         if dtype == VALUE:
-            text = encode_value(reader.value(key), key)
+            text = _text(reader, key)
             chunk = Chunk(key, VALUE, (), (), (), capacity_for(len(text)))
             yield _Cut(chunk, Row(key, path, VALUE, (), (), (), 0), text)
             continue
@@ -176,6 +176,15 @@ def _cuts(reader: ForeignReader, most: int) -> Iterator[_Cut]:
             nbytes = math.prod(length) * ITEM_SIZES[dtype]
             box = (dtype, shape, offset, length, nbytes)
             yield _Cut(Chunk(key, *box), Row(key, path, *box))
+
+
+def _text(reader: ForeignReader, key: str) -> bytes:
+    """That of a plain value. ValueError, naming the key, if it cannot be stored."""
+    try:
+        return encode_value(reader.value(key), key)
+    except EncodeError as error:
+        why = why_not_encoded(error)
+        raise ValueError(f"{reader.path}, key {error.key!r}: {why}. Go without it by --leave-out KEY") from error
 
 
 def _groups(held: Held | Spread, most: int) -> Iterator[tuple[int, int]]:

@@ -53,6 +53,8 @@ class _Maker:
             self._called("builtins", "complex", [node.real, node.imag], key)
         elif type(node) is bytes:
             self._called("_codecs", "encode", [node.decode("latin1"), "latin1"], key)
+        elif type(node) is int:
+            self.parts.append(_int(node, key))
         else:
             push = _ATOMS.get(type(node))
             if push is None:
@@ -116,12 +118,15 @@ class _Maker:
         self.parts.append(b"tR")
 
 
-def _int(value: int) -> bytes:
+def _int(value: int, key: str) -> bytes:
     if -_INT32 <= value < _INT32:
         return b"J" + struct.pack("<i", value)
     data = value.to_bytes(value.bit_length() // 8 + 1, "little", signed=True)
     if len(data) > 255:
-        raise ValueError(f"a number of {len(data)} bytes is nothing that torch.load takes with weights_only")
+        raise ValueError(
+            f"{key}: a number of {len(data)} bytes is nothing that torch.load takes with weights_only. Leave it out by "
+            "--leave-out KEY"
+        )
     return b"\x8a" + bytes([len(data)]) + data
 
 
@@ -133,7 +138,6 @@ def _text(value: str) -> bytes:
 _ATOMS: Mapping[type, Callable[[Any], bytes]] = {
     type(None): lambda _: b"N",
     bool: lambda value: b"\x88" if value else b"\x89",
-    int: _int,
     float: lambda value: b"G" + struct.pack(">d", value),
     str: _text,
 }

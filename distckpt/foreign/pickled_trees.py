@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 from distckpt.errors import DamagedError
-from distckpt.foreign.pickles import Name, Opaque, Storage, View
+from distckpt.foreign.pickles import Name, Opaque, Storage
 
 MAX_NODES = 20_000_000
 """So many leaves and containers a tree may have, what is in several places counted as often. Pickles can promise more."""
@@ -23,19 +22,6 @@ def without_opaque(tree: Any, key: str, where: str) -> tuple[Any, dict[str, str]
     _check_size(tree, where)
     kept = _cleaned(tree, key, refused)
     return kept, refused
-
-
-def storages_in(tree: Any) -> Iterator[Storage]:
-    """Those of all tensors in a tree of plain containers."""
-    seen: set[int] = set()
-    left = [tree]
-    while left:
-        node = left.pop()
-        if isinstance(node, View):
-            yield node.storage
-        elif isinstance(node, dict | list | tuple) and id(node) not in seen:
-            seen.add(id(node))
-            left += node.values() if isinstance(node, dict) else node
 
 
 def _cleaned(node: Any, key: str, refused: dict[str, str]) -> Any:

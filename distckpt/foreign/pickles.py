@@ -86,17 +86,21 @@ STORAGES: Mapping[str, str] = {
 }
 """The classes that torch has for the memory of tensors, and what their elements are."""
 
+_QUANTIZED: Mapping[str, int] = {"torch.QInt8Storage": 1, "torch.QUInt8Storage": 1, "torch.QInt32Storage": 4}
+"""The bytes of an element of storages that cannot be read, but passed, where others follow them."""
+
 _PLAIN_TENSORS = {"torch.Tensor", "torch._tensor.Tensor", "torch.nn.parameter.Parameter", "torch.nn.parameter.Buffer"}
 
 _MARK = Opaque("a mark")
 
 
-def read_pickle(data: bytes | IO[bytes], where: str) -> Any:
+def read_pickle(data: bytes | IO[bytes], where: str, item_sizes: dict[str, int] | None = None) -> Any:
     """The tree that the pickle describes, with View for tensors and Opaque for what is not made here.
 
-    Of a stream one pickle is read. DamagedError, naming ``where``, for what is no pickle.
+    Of a stream one pickle is read. ``item_sizes`` gets, by their keys, the bytes of an element of all storages that it
+    speaks of, also inside of what is not made. DamagedError, naming ``where``, for what is no pickle.
     """
-    machine = _Machine(where)
+    machine = _Machine(where, {} if item_sizes is None else item_sizes)
     try:
         for opcode, argument, _ in pickletools.genops(data):
             if opcode.name == "STOP":
@@ -114,9 +118,10 @@ def read_pickle(data: bytes | IO[bytes], where: str) -> Any:
 
 @dataclass(slots=True)
 class _Machine:
-    """The stack and the memo of a pickle."""
+    """The stack and the memo of a pickle, and the sizes of elements of the storages that it speaks of."""
 
     where: str
+    item_sizes: dict[str, int]
     stack: list[Any] = field(default_factory=list)
     memo: dict[int, Any] = field(default_factory=dict)
 
@@ -177,6 +182,9 @@ class _Machine:
         if kind != "storage" or not isinstance(storage, Name) or type(key) is not str or type(numel) is not int:
             raise DamagedError(self.where, "a pickle that refers to something that is no storage")
         dtype = STORAGES.get(storage.text)
+        size = _QUANTIZED.get(storage.text) if dtype is None else ITEM_SIZES[dtype]
+        if size is not None:
+            self.item_sizes[key] = size
         self.stack.append(Opaque(f"a tensor in a {storage.text}") if dtype is None else Storage(key, dtype, numel))
 
 
@@ -220,7 +228,9 @@ def _opaque(kind: Any, arguments: Any = ()) -> Opaque:
 
 
 def _global(machine: _Machine, argument: Any) -> None:
-    machine.stack.append(_named(".".join(str(argument).split(" ", 1))))
+    module, _, name = str(argument).partition(" ")
+    # Up to protocol 2 Python writes the name that it had in Python 2.
+    machine.stack.append(_named(f"{'builtins' if module == '__builtin__' else module}.{name}"))
 
 
 def _stack_global(machine: _Machine, _: Any) -> None:
@@ -349,7 +359,12 @@ def _of_type(function: Any, kind: Any, arguments: Any, state: Any) -> Any:
 
 
 def _bytes(text: Any = "", encoding: Any = "latin1") -> bytes | None:
-    return text.encode("latin1") if type(text) is str and encoding == "latin1" else None
+    return text.encode("latin1") if type(text) is str and encoding in ("latin1", "latin-1") else None
+
+
+def _bytearray(data: Any = b"", *encoding: Any) -> bytearray | None:
+    content = _bytes(data, *encoding) if encoding else data
+    return bytearray(content) if isinstance(content, bytes) else None
 
 
 def _device(*where: Any) -> torch.device | None:
@@ -375,10 +390,9 @@ _MADE: Mapping[str, Callable[..., Any]] = {
     "builtins.set": lambda items=(): set(items),
     "builtins.frozenset": lambda items=(): frozenset(items),
     "builtins.complex": lambda real=0, imag=0: complex(real, imag),
-    "builtins.bytearray": lambda data=b"", *encoding: bytearray(_bytes(data, *encoding) or b"" if encoding else data),
+    "builtins.bytearray": _bytearray,
     "builtins.bytes": lambda data=b"": bytes(data) if isinstance(data, (bytes, list, tuple)) else None,
     "_codecs.encode": _bytes,
     "torch.Size": lambda sizes=(): torch.Size(sizes),
     "torch.device": _device,
-    "__builtin__.set": lambda items=(): set(items),
 }

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from distckpt.checkpoint import fill_from
+from distckpt.errors import EncodeError, UnsupportedFormatError
 from distckpt.foreign.choosing import without
-from distckpt.foreign.contents import Contents, Held, Spread
+from distckpt.foreign.contents import Contents, Held, Spread, why_not_encoded
 from distckpt.foreign.formats import read_contents
 from distckpt.foreign.shelves import Shelved, shelved
 from distckpt.format.arrow.dtypes import VALUE
@@ -48,11 +49,15 @@ def read_foreign(
     there, the one state dict of such a file: its keys are ``model.layers.0.weight`` and so on. What holds objects that only
     unpickling could make is refused by its key, unless it is below one of ``leave_out``.
 
-    Raises CheckpointNotFoundError if nothing at the path is known here, ForeignError for what must be left out, and
-    DamagedError for files that are not sound.
+    Raises CheckpointNotFoundError if nothing at the path is known here, ForeignError for what must be left out,
+    DamagedError for files that are not sound, UnsupportedFormatError for names that a checkpoint cannot have, and
+    ValueError if ``under`` is empty.
     """
     chosen = (leave_out,) if isinstance(leave_out, str) else tuple(leave_out)
-    return ForeignReader(without(read_contents(path, storage_options, under), chosen))
+    try:
+        return ForeignReader(without(read_contents(path, storage_options, under), chosen))
+    except EncodeError as error:
+        raise UnsupportedFormatError(str(path), why_not_encoded(error), error.key) from error
 
 
 class ForeignReader:

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from distckpt.errors import DamagedError, UnsupportedFormatError
 from distckpt.foreign.contents import Held, check_shape
 from distckpt.foreign.files import File, read
-from distckpt.foreign.pickled_trees import storages_in, without_opaque
+from distckpt.foreign.pickled_trees import without_opaque
 from distckpt.foreign.pickles import Opaque, Storage, View, read_pickle
 from distckpt.format.arrow.dtypes import ITEM_SIZES
 from distckpt.storage import Source
@@ -130,9 +130,10 @@ class _Old:
         self.file = file
         self._source = source
         stream = io.BufferedReader(_Stream(source, file.url, MAX_PICKLE_BYTES))
-        _, version, _, self._tree, self._keys = (read_pickle(stream, file.url) for _ in range(5))
+        self._item_sizes: dict[str, int] = {}
+        _, version, _, self._tree, self._keys = (read_pickle(stream, file.url, self._item_sizes) for _ in range(5))
         self._end = stream.tell()
-        if version != 1001 or not isinstance(self._keys, list):
+        if version != 1001 or not isinstance(self._keys, list) or not all(type(key) is str for key in self._keys):
             raise DamagedError(file.url, "not as torch has written files")
         self._places: dict[str, tuple[int, int]] = {}
 
@@ -141,9 +142,9 @@ class _Old:
         return self._tree
 
     def position(self, storage: Storage) -> int:
-        """See _Memory. Where one begins is known when those before it have been passed, whose sizes the tree says."""
+        """See _Memory. Where one begins is known when those before it have been passed, whose types the pickle says."""
         if not self._places:
-            sizes = {each.key: each.item_size for each in storages_in(self._tree)}
+            sizes = self._item_sizes
             at = self._end
             for key in self._keys:
                 if key not in sizes or at + 8 > self.file.size:

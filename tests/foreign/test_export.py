@@ -51,6 +51,15 @@ def test_torch_loads_what_is_exported_for_it(tmp_path: Path) -> None:
     assert same(found, {"tree": tree, "save_counter": 0})
 
 
+def test_a_number_that_torch_does_not_load_is_refused_by_its_key(tmp_path: Path) -> None:
+    path = distckpt.Checkpoint(tree={"ok": 2**2000, "numbers": [1, -(2**3000)]}).write(tmp_path / "saved")
+    said = refusal("export", path, tmp_path / "out", "--format", "torch", "--select", "")
+    assert "tree.numbers.1: a number of 376 bytes" in said.replace("\n", " ")
+    run("export", path, tmp_path / "out", "--format", "torch", "--select", "", "--leave-out", "tree.numbers")
+    found = torch.load(tmp_path / "out" / "checkpoint.pt", weights_only=True)
+    assert same(found, {"tree": {"ok": 2**2000}, "save_counter": 0})
+
+
 def test_the_index_has_the_checksums_of_files_and_tensors(tmp_path: Path) -> None:
     path = distckpt.Checkpoint(model=odd_tensors()).write(tmp_path / "saved")
     run("export", path, tmp_path / "out", "--max-shard-size", "100KB")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import distckpt
-from distckpt.errors import DamagedError, ForeignError, MismatchError
+from distckpt.errors import DamagedError, ForeignError, MismatchError, UnsupportedFormatError
 from distckpt.foreign.contents import Spread, contents_of
 from distckpt.foreign.files import Folder
 from distckpt.foreign.reader import ForeignReader
@@ -58,6 +59,7 @@ def test_what_torch_has_saved_is_read_as_torch_reads_it(tmp_path: Path) -> None:
     nested = {
         "model": torch.nn.Linear(2, 2).state_dict(),
         "plain": {"a": {1, 2}, "b": (1, 2.5, None, True, "x", b"y"), "n": 10**30, 7: ["z"], "dtype": torch.float16},
+        "rare": {"a": 1 - 2j, "b": frozenset({1}), "c": bytearray(b"\x00\xff"), "d": bytearray(), "e": b""},
         "milestones": Counter({3: 1}),
     }
     for protocol, is_new in ((2, True), (4, True), (2, False)):
@@ -72,6 +74,66 @@ def test_what_torch_has_saved_is_read_as_torch_reads_it(tmp_path: Path) -> None:
             assert same(foreign.load(), {**found, "model": dict(found["model"])})
     run("import", tmp_path / "pytorch_model.bin", tmp_path / "run")
     assert same(distckpt.load(tmp_path / "run", "model"), {key: value.detach() for key, value in state.items()})
+
+
+def test_a_file_with_a_tensor_beside_its_state_dicts_has_its_own_keys(tmp_path: Path) -> None:
+    """As that of the ImageNet example of PyTorch: the best accuracy is a tensor there."""
+    file, best = tmp_path / "x.pt", torch.tensor(9.5)
+    for tree in (
+        {
+            "epoch": 3,
+            "state_dict": {"w": torch.ones(2)},
+            "best": best,
+            "optimizer": {"state": {0: {"m": torch.ones(2)}}},
+        },
+        {"models": [{"w": torch.ones(2)}], "best": best},
+    ):
+        torch.save(tree, file)
+        with distckpt.read_foreign(file) as foreign:
+            assert same(foreign.load(), tree)
+    weights = {"w": torch.ones(2), "number": 3, "sizes": [1, 2], "block._extra_state": {"amax": torch.ones(3)}}
+    torch.save(weights, file)
+    with distckpt.read_foreign(file, under="net") as foreign:
+        assert same(foreign.load(), {"net": weights})
+    with pytest.raises(ValueError, match="under='' is no name"):
+        distckpt.read_foreign(file, under="")
+    assert "under='' is no name" in refusal("import", file, tmp_path / "run", "--under", "")
+
+
+class Configuration:
+    """What only unpickling could make, with a tensor in it."""
+
+    def __init__(self, weight: torch.Tensor) -> None:
+        self._weight = weight
+
+
+@pytest.mark.filterwarnings("ignore:.*quantized tensor creation")
+def test_in_an_old_file_tensors_lie_behind_those_of_what_is_left_out(tmp_path: Path) -> None:
+    """Their order is that of addresses as texts."""
+
+    def address(tensor: torch.Tensor) -> str:
+        return str(tensor.untyped_storage()._cdata)
+
+    pairs = [(torch.quantize_per_tensor(torch.ones(5), 0.1, 0, torch.qint32), torch.ones(5)) for _ in range(8)]
+    quantized = min((pair[0] for pair in pairs), key=address)
+    first, *rest = sorted((pair[1] for pair in pairs), key=address)
+    last = rest[-1]
+    assert address(quantized) < address(last)
+    for left_out in (Configuration(first), quantized):
+        torch.save({"cfg": left_out, "w": [last]}, tmp_path / "x.pt", _use_new_zipfile_serialization=False)
+        with distckpt.read_foreign(tmp_path / "x.pt", leave_out="cfg") as foreign:
+            assert same(foreign.load(), {"w": [last]})
+
+
+def test_what_no_checkpoint_can_have_is_told_with_its_file_and_not_as_of_a_save(tmp_path: Path) -> None:
+    file = tmp_path / "x.pt"
+    torch.save({"a.b": 1, "a": {"b": 2}}, file)
+    with pytest.raises(UnsupportedFormatError, match=rf"^{file}, key 'a\.b': two leaves have this key"):
+        distckpt.read_foreign(file)
+    torch.save({"a": {"b": "\ud800"}}, file)
+    said = refusal("import", file, tmp_path / "run")
+    assert re.search(r"x\.pt, key 'a\.b': a str with half a surrogate .*--leave-out KEY", said.replace("\n", " "))
+    assert "save was" not in said
 
 
 class Planted:
@@ -182,6 +244,44 @@ def test_a_folder_of_several_files_is_read_by_its_index_and_by_nothing_outside_o
             with pytest.raises(DamagedError, match="it says that"):
                 distckpt.read_foreign(written(changes))
         written({})
+
+
+@pytest.mark.parametrize(
+    ("title", "is_one_read"),
+    [
+        ("model.safetensors", True),
+        ("adapter_model.safetensors", True),
+        ("pytorch_model.bin", True),
+        ("diffusion_pytorch_model.safetensors", False),
+        ("diffusion_pytorch_model.bin", False),
+    ],
+)
+@pytest.mark.parametrize("index", ["whole", "of missing files", "no JSON"])
+def test_of_one_file_and_an_index_is_read_what_its_own_library_reads(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, title: str, is_one_read: bool, index: str
+) -> None:
+    save = save_file if title.endswith(".safetensors") else torch.save
+    save({"w": torch.ones(1)}, tmp_path / title)
+    save({"w": torch.zeros(1)}, tmp_path / "part-1")
+    text = json.dumps({"weight_map": {"w": "part-1" if index == "whole" else "part-2"}})
+    (tmp_path / f"{title}.index.json").write_text("{" if index == "no JSON" else text)
+    if index == "whole" or is_one_read:
+        with distckpt.read_foreign(tmp_path) as foreign:
+            assert foreign.tensor("model.w").item() == is_one_read
+    else:
+        with pytest.raises(DamagedError, match=r"index\.json"):
+            distckpt.read_foreign(tmp_path)
+    read = title if is_one_read else f"{title}.index.json"
+    assert f"read is {read}, as the library does" in caplog.text
+
+
+def test_an_index_that_speaks_of_one_file_is_not_told_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """As an export has it."""
+    path = distckpt.Checkpoint(model={"w": torch.ones(1)}).write(tmp_path / "saved")
+    for kind in ("safetensors", "torch"):
+        run("export", path, tmp_path / kind, "--format", kind)
+        distckpt.read_foreign(tmp_path / kind)
+    assert "as two saves" not in caplog.text
 
 
 def test_a_cache_of_links_is_read(tmp_path: Path) -> None:

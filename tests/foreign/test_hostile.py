@@ -16,7 +16,7 @@ import torch
 import distckpt
 from distckpt.errors import DamagedError, DistckptError, ForeignError
 from distckpt.foreign.pickled_trees import without_opaque
-from distckpt.foreign.pickles import read_pickle
+from distckpt.foreign.pickles import Opaque, read_pickle
 from tests.support.foreign import entry, safetensors
 
 WORST = {
@@ -152,6 +152,20 @@ def test_a_pickle_that_grows_without_bounds_or_holds_itself_is_refused() -> None
         read = read_pickle(pickle.dumps(tree, 2), "x")
         with pytest.raises(DamagedError, match="x: a tree"):
             without_opaque(read, "", "x")
+
+
+def test_an_array_of_bytes_of_a_length_alone_is_not_made() -> None:
+    """It would take all memory."""
+    huge = b"\x80\x02c__builtin__\nbytearray\n\x8a\x08" + (1 << 60).to_bytes(8, "little") + b"\x85R."
+    assert isinstance(read_pickle(huge, "x"), Opaque)
+
+
+def test_an_old_file_whose_storages_have_no_names_is_refused(tmp_path: Path) -> None:
+    whole = saved(is_new=False)
+    keys = next(at for at in range(len(whole)) if whole[at:].startswith(b"\x80\x02]q\x00(X"))
+    (tmp_path / "x.pt").write_bytes(whole[:keys] + pickle.dumps([["0"], ["1"]], 2) + whole[keys:])
+    with pytest.raises(DamagedError, match="not as torch has written files"):
+        distckpt.read_foreign(tmp_path / "x.pt")
 
 
 @pytest.mark.parametrize(

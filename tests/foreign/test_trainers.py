@@ -57,6 +57,25 @@ def test_a_training_that_lightning_has_saved_goes_on_here(tmp_path: Path) -> Non
 
 
 @pytest.mark.timeout(120)
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("sizes", [("10KB", "1GB"), ("1GB", "10KB")])
+def test_a_folder_that_transformers_has_written_into_twice_is_read_as_it_reads_it(
+    tmp_path: Path, sizes: tuple[str, str]
+) -> None:
+    from transformers import GPT2Config, GPT2Model
+
+    model = GPT2Model(GPT2Config(n_layer=1, n_embd=32, n_head=2, vocab_size=100, n_positions=16))
+    for size in sizes:
+        with torch.no_grad():
+            model.wte.weight.add_(1)
+        model.save_pretrained(tmp_path, max_shard_size=size)
+    assert {"model.safetensors", "model.safetensors.index.json"} <= {file.name for file in tmp_path.iterdir()}
+    found = GPT2Model.from_pretrained(tmp_path).state_dict()
+    with distckpt.read_foreign(tmp_path) as foreign:
+        assert torch.equal(foreign.tensor("model.wte.weight"), found["wte.weight"])
+
+
+@pytest.mark.timeout(120)
 @pytest.mark.parametrize("safe", [True, False])
 def test_a_state_that_accelerate_has_saved_goes_on_here(tmp_path: Path, safe: bool) -> None:
     with warnings.catch_warnings():
