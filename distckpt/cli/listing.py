@@ -17,7 +17,6 @@ from distckpt.cli.tables import Table
 from distckpt.directory.exports import read_export
 from distckpt.directory.leases import readers_of
 from distckpt.directory.newest import has_manifest
-from distckpt.directory.pages import Lost
 from distckpt.directory.pins import pins
 from distckpt.directory.reports import read_reports
 from distckpt.directory.strays import read_run
@@ -27,7 +26,7 @@ from distckpt.format import names
 from distckpt.format.json.lease import Lease
 from distckpt.format.json.log import CheckpointRecord, State
 from distckpt.format.json.report import with_reports
-from distckpt.storage import Store, open_store
+from distckpt.storage import Store, join, open_store
 from distckpt.terminal.sizes import counted, human_bytes
 
 READERS = 8
@@ -81,39 +80,45 @@ def list_checkpoints(
     """
     store = open_store(directory, storage_options)
     reports = [one.report for one in read_reports(store).found]  # before the log, into which they go
-    state, missing, lost = _settled(store)
+    state, missing, unreadable = _settled(store)
     state = with_reports(state, reports)
     beside = Beside(
         pins(store), readers_of(store), in_words(store), _exports(store, state, missing), tags_by_attempt(store)
     )
     listed = in_order(state, missing, beside.pins.keys(), beside.readers.keys())
-    if not listed and not lost:
+    if not listed and not unreadable:
         raise CheckpointNotFoundError(store.url, "no checkpoint has been committed here")
     left = _leftovers(store) if everything else None
     if as_json:
         checkpoints = [_as_json(one, beside) for one in listed]
         shown = {"directory": store.url, "ended": state.ended, "checkpoints": checkpoints}
         shown |= {"totals": _totals(listed, beside)} | ({} if left is None else {"leftovers": left})
-        text.print_json({**shown, "unreadable": [str(one.error) for one in lost]} if lost else shown)
+        text.print_json({**shown, "unreadable": unreadable} if unreadable else shown)
     else:
         _print(listed, beside)
         if left is not None:
             _print_leftovers(left)
-        for one in lost:
-            text.console().print(Text(f"not listed: {one.error}", style="bold red"), overflow="fold")
-    if lost:
+        for one in unreadable:
+            text.console().print(Text(f"not listed: {one}", style="bold red"), overflow="fold")
+    if unreadable:
         ctx.exit(1)
 
 
-def _settled(store: Store) -> tuple[State, frozenset[str], tuple[Lost, ...]]:
-    """The state of the log, which attempts are missing that it says may be opened, and what of the log cannot be read."""
-    state, lost = read_run(store).readable()
+def _settled(store: Store) -> tuple[State, frozenset[str], list[str]]:
+    """The state of the log, which attempts are missing that it says may be opened, and what of the log cannot be read.
+
+    That is its newest entries, which may say what no older one does, and pages.
+    """
+    tail = read_run(store)
+    state, lost = tail.readable()
     while missing := frozenset(record.attempt for record in state.newest_first() if not has_manifest(store, record)):
-        again, lost = read_run(store).readable()
+        tail = read_run(store)
+        again, lost = tail.readable()
         if missing <= again.alive().keys():
             break
         state = again  # some have been retired since the log was read
-    return state, missing, lost
+    entries = [f"{join(store.url, error.path)}: {error.reason}" for error in tail.damaged]
+    return state, missing, [*entries, *(str(one.error) for one in lost)]
 
 
 def in_order(

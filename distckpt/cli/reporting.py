@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import http.server
+import os
 import time
 from collections.abc import Mapping
 from http import HTTPStatus
@@ -15,7 +16,7 @@ from distckpt.cli import options, text
 from distckpt.cli.overview.gather import gather
 from distckpt.cli.overview.page import page
 from distckpt.errors import DistckptError
-from distckpt.storage import Store, open_store
+from distckpt.storage import LocalStore, Store, open_store
 
 REFRESH_SECONDS = 30
 
@@ -29,15 +30,45 @@ def write_report(ctx: click.Context, directory: str, output: str, storage_option
     """Write a page that shows the run of a directory: one HTML file, which needs no server and no network.
 
     Checkpoints, sizes and metrics over time, where runs failed, what saves cost, groups, leases, and what is damaged, from
-    storage alone. A FILE that is there is replaced. Exit status 1 if something is wrong, which the page names.
+    storage alone. A FILE that is there is replaced; a pipe or a device is written to. Exit status 1 if something is wrong,
+    which the page names.
     """
     found = gather(open_store(directory, storage_options), time.time())
-    with click.open_file(output, "w", encoding="utf-8", atomic=output != "-") as file:
-        file.write(page(found))
+    _put(page(found), output)
     for one in found.wrong:
         click.echo(one, err=True)
     if found.wrong:
         ctx.exit(1)
+
+
+def _put(content: str, output: str) -> None:
+    if output == "-":
+        click.echo(content, nl=False)
+        return
+    folder, name = os.path.split(os.path.realpath(output))
+    if not os.path.isdir(folder):
+        raise ValueError(f"{output}: there is no folder {folder}")
+    # A pipe or a device is not replaced: what reads it wants the page. And a store takes no name that begins with a dot.
+    directly = name.startswith(".") or (os.path.exists(output) and not os.path.isfile(output))
+    try:
+        if not directly:
+            _replace(content, folder, name)
+            return
+        with open(output, "w", encoding="utf-8") as file:
+            file.write(content)
+    except OSError as error:
+        raise ValueError(f"{output}: {error.strerror or error}") from error
+
+
+def _replace(content: str, folder: str, name: str) -> None:
+    """Whole or not at all: where there is no room for it, the page that was there stays. It keeps its mode."""
+    output, mode = os.path.join(folder, name), None
+    if os.path.exists(output):
+        with open(output, "rb") as before:
+            mode = os.fstat(before.fileno()).st_mode & 0o7777
+    LocalStore(folder).replace(name, content.encode())
+    if mode is not None:
+        os.chmod(output, mode)
 
 
 @click.command("serve")
@@ -51,11 +82,19 @@ def serve_page(directory: str, host: str, port: int, storage_options: Mapping[st
     """Show the page that `report` writes to browsers, read anew each time they ask, until Ctrl-C."""
     store = open_store(directory, storage_options)
     gather(store, time.time())  # what is wrong with the directory is said before anybody looks
-    with http.server.ThreadingHTTPServer((host, port), _handler(store)) as server:
+    with _listening(host, port, store) as server:
         address = f"[{host}]" if ":" in host else host
         text.console().print(f"http://{address}:{server.server_address[1]}/ shows {store.url}", soft_wrap=True)
         with contextlib.suppress(KeyboardInterrupt):
             server.serve_forever()
+
+
+def _listening(host: str, port: int, store: Store) -> http.server.HTTPServer:
+    try:
+        return http.server.ThreadingHTTPServer((host, port), _handler(store))
+    except OSError as error:
+        reason = f"{host} port {port}: cannot listen there: {error.strerror or error}"
+        raise ValueError(f"{reason}. Give another --port, 0 for any that is free, or another --host") from error
 
 
 def _handler(store: Store) -> type[http.server.BaseHTTPRequestHandler]:

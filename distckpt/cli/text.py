@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import sys
@@ -56,11 +57,17 @@ def number_ranges(numbers: Iterable[int]) -> str:
     return ",".join(f"{first}" if first == last else f"{first}-{last}" for first, last in runs)
 
 
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        """Leave it to the command line how that ends: rich would exit with 1, which is for damage."""
+        raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
+
+
 def console() -> Console:
     """Where tables go: stdout, as wide as the terminal or COLUMNS says, or as they are. Colours only on a terminal."""
     columns = os.environ.get("COLUMNS", "")
     wide = None if sys.stdout.isatty() or columns.isdigit() else PIPED_COLUMNS
-    return Console(file=sys.stdout, width=wide, highlight=False, emoji=False, markup=False)
+    return _Console(file=sys.stdout, width=wide, highlight=False, emoji=False, markup=False)
 
 
 def print_json(value: Any) -> None:

@@ -13,10 +13,12 @@ import click
 
 from distckpt.cli import options
 from distckpt.directory.lease import LEASE_SECONDS
+from distckpt.directory.strays import read_run
 from distckpt.evaluation.command import CommandRunner, as_it_is, exported_within
 from distckpt.evaluation.watch import BACKOFF, watch
 from distckpt.evaluation.watched import WatchedCheckpoint
 from distckpt.format.json.group import MODES, ON_LAGS, STARTS
+from distckpt.storage import Store, open_store
 
 STOPPING = (signal.SIGINT, signal.SIGTERM)
 
@@ -86,9 +88,16 @@ def watch_directory(
 
     prepare = exported_within(export) if export is not None else weights if safetensors is not None else as_it_is
     runner = CommandRunner(watching, command, prepare, _tell)
-    stopped = _run_until_signalled(runner, lambda: _tell("waiting for checkpoints"))
+    waiting = _waiting(open_store(directory, storage_options))
+    stopped = _run_until_signalled(runner, lambda: _tell(waiting))
     if stopped:
         click.get_current_context().exit(128 + stopped)
+
+
+def _waiting(store: Store) -> str:
+    """What it waits for, and where; who has mistyped the path sees that there is nothing."""
+    nothing = ": nothing has been saved there yet" if read_run(store).entry is None else ""
+    return f"waiting for checkpoints in {store.url}{nothing}"
 
 
 def _run_until_signalled(runner: CommandRunner, began: Callable[[], object]) -> int:

@@ -18,7 +18,7 @@ from distckpt.errors import (
 )
 from distckpt.format import names
 from distckpt.format.json.sealed import Sealed, unseal
-from distckpt.storage import MOST_NAMES, Store, at_most, twice
+from distckpt.storage import MOST_NAMES, Store, at_most, join, twice
 
 logger = logging.getLogger(__name__)
 
@@ -124,8 +124,18 @@ class Chain(Generic[T]):
             except ObjectNotFoundError:
                 return None  # pruned since the listing: list again
         if damaged:
-            raise damaged[0]
+            raise self._unreadable(damaged)
         return Newest(0, None)
+
+    def _unreadable(self, damaged: list[DamagedError]) -> DamagedError:
+        """What is wrong with all entries that there are, and what to do."""
+        folder, first = join(self.store.url, self.folder), damaged[0]
+        count = "The only entry" if len(damaged) == 1 else f"None of the {len(damaged)} entries"
+        then = "whatever used it begins anew"
+        if self.folder == names.LOG:
+            then = f"run `distckpt adopt {self.store.url}`, which checks all checkpoints and writes a log for the whole ones"
+        advice = f"{count} there can{'not' * (len(damaged) == 1)} be read. Stop the job, move {folder} away, and {then}"
+        return DamagedError(join(self.store.url, first.path), f"{first.reason}. {advice}", first.key)
 
     def append(self, entry: T, seal: Callable[[T], bytes]) -> Appended[T]:
         """Put the entry at its number if absent, then look which number is the highest. Never overwrites.

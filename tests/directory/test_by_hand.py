@@ -127,6 +127,34 @@ def test_a_directory_whose_log_was_deleted_is_refused_by_all_and_left_as_it_is(l
     assert_refused(lost, "ckpt-1", "ckpt-2", "ckpt-10")
 
 
+def test_a_log_of_which_no_entry_can_be_read_is_refused_and_what_the_error_says_helps(tmp_path: Path) -> None:
+    run(tmp_path / "run", 1, 2)
+    log = tmp_path / "run" / names.LOG
+    entries = sorted(log.iterdir())
+    for entry in entries:
+        entry.write_bytes(b"garbage!")
+    with pytest.raises(DamagedError) as caught:
+        distckpt.open(tmp_path / "run")
+    told = str(caught.value)
+    assert told.startswith(f"{entries[-1]}: its 8 bytes do not end with a checksum")
+    assert f"None of the {len(entries)} entries there can be read. Stop the job, move {log} away, and run" in told
+    assert f"`distckpt adopt {tmp_path}/run`" in told
+    log.rename(tmp_path / "away")
+    assert cli("adopt", tmp_path / "run").exit_code == 0
+    assert_loads(tmp_path / "run", 2)
+
+
+def test_a_group_of_which_no_entry_can_be_read_is_named_with_what_to_do(tmp_path: Path) -> None:
+    commit_bare(tmp_path, 1)
+    distckpt.watch(tmp_path, group="eval", timeout=0).close()
+    [entry] = (tmp_path / names.group_folder("eval")).iterdir()
+    entry.write_bytes(b"garbage!")
+    result = cli("groups", tmp_path)
+    assert result.exit_code == 1
+    assert f"The only entry there cannot be read. Stop the job, move {entry.parent} away, and whatever" in result.stderr
+    assert "adopt" not in result.stderr
+
+
 def test_many_ranks_are_refused_as_one_is(lost: Path) -> None:
     before = files(lost)
     with Gang(2) as gang:

@@ -151,7 +151,7 @@ time.sleep(60)
         if at_work:
             assert worker.stdout.readline() == "begun\n"
         else:
-            assert worker.stderr.readline() == "waiting for checkpoints\n"
+            assert worker.stderr.readline().startswith(f"waiting for checkpoints in {tmp_path}")
         worker.send_signal(number)
         out, err = worker.communicate(timeout=40)
     assert worker.returncode == 128 + number
@@ -159,6 +159,13 @@ time.sleep(60)
         assert (out, f"released, since this worker was stopped by signal {number.value}" in err) == ("told\n", True)
         [back] = state_of(tmp_path).returned
         assert (back.number, back.failures, back.deliveries) == (1, 0, 1)
+
+
+def test_who_has_mistyped_the_path_is_told_that_there_is_nothing(tmp_path: Path) -> None:
+    commit_bare(tmp_path / "run", 1)
+    said = watch(tmp_path / "rum", "true").stderr.splitlines()
+    assert said[0] == f"waiting for checkpoints in {tmp_path}/rum: nothing has been saved there yet"
+    assert watch(tmp_path / "run", "true").stderr.splitlines()[0] == f"waiting for checkpoints in {tmp_path}/run"
 
 
 def test_groups_are_shown_to_people_and_programs(tmp_path: Path) -> None:

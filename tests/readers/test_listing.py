@@ -82,6 +82,31 @@ def test_it_shows_exports_and_says_which_cannot_be_read(directory: Path) -> None
     assert lines[-1][-4:] == ["exports", "of", "1", "B"]
 
 
+def test_the_newest_log_entry_is_named_if_it_cannot_be_read_and_is_the_exit_status(directory: Path) -> None:
+    entry = directory / names.entry_path(read_tail(open_store(directory)).seq)
+    entry.write_bytes(b"{}")
+    result = run("ls", directory)
+    assert result.exit_code == 1
+    assert f"not listed: {entry}: " in result.stdout
+    assert "ckpt-4" in result.stdout
+    as_json = run("ls", directory, "--json")
+    assert as_json.exit_code == 1
+    [told] = json.loads(as_json.stdout)["unreadable"]
+    assert told.startswith(f"{entry}: ")
+
+
+@pytest.mark.parametrize("command", ["ls", "ls --all", "show", "diff", "verify"])
+def test_a_log_entry_that_cannot_be_read_is_warned_of_once(
+    directory: Path, caplog: pytest.LogCaptureFixture, command: str
+) -> None:
+    entry = names.entry_path(read_tail(open_store(directory)).seq)
+    (directory / entry).write_bytes(b"{}")
+    for _ in range(2):  # two commands: each tells its user
+        caplog.clear()
+        run(*command.split(), *[directory] * (2 if command == "diff" else 1))
+        assert [entry in record.getMessage() for record in caplog.records] == [True]
+
+
 def test_leftovers_are_listed_if_asked_for_and_nothing_is_deleted(directory: Path) -> None:
     left = f"ckpt-9/{new_attempt(0)}"
     (directory / left).mkdir(parents=True)

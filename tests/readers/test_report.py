@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import urllib.error
@@ -121,6 +122,18 @@ def test_a_browser_gets_the_page_as_it_is_now(tmp_path: Path) -> None:
             get(f"{address}../etc/passwd")
         serving.send_signal(signal.SIGINT)
     assert serving.returncode == 0
+
+
+@pytest.mark.parametrize(("host", "reason"), [("127.0.0.1", "in use"), ("203.0.113.7", "Cannot assign")])
+def test_a_place_where_it_cannot_listen_is_one_sentence_and_status_2(tmp_path: Path, host: str, reason: str) -> None:
+    commit_bare(tmp_path, 1)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        result = CliRunner().invoke(main, ["serve", str(tmp_path), "--host", host, "--port", port])
+    assert (result.exit_code, len(result.stderr.splitlines())) == (2, 1)
+    assert result.stderr.startswith(f"Error: {host} port {port}: cannot listen there: ")
+    assert reason in result.stderr
+    assert "--port" in result.stderr
 
 
 def get(address: str) -> str:
