@@ -43,7 +43,7 @@ demo: $(READY) $(if $(filter-out local,$(STORE)),$(SERVERS_READY)) ## the main j
 test: $(READY) $(SERVERS_READY) ## the test suite, three files at a time
 	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
-$(FLOORS_READY): $(READY) pyproject.toml constraints.txt # uv says which versions these are; pip looks for hours
+$(FLOORS_READY): $(READY) pyproject.toml constraints.txt # uv says which versions these are: pip does not come to an end in minutes
 	oldest=$$($(BIN)/python tests/pythons.py --oldest) && $$oldest -m venv --clear $(FLOORS)
 	$(FLOORS)/bin/python -m pip install --quiet --disable-pip-version-check 'uv>=0.9'
 	$(FLOORS)/bin/uv pip compile --quiet --resolution lowest-direct --python $(FLOORS)/bin/python --extra test \

@@ -255,8 +255,8 @@ class CheckpointReader:
 
         It belongs to what was read, also if the number is saved again meanwhile. Of a metric that is reported twice the
         later report counts. Raises TypeError for what is no number, ValueError for one that is not finite, names of more
-        than 128 or of unprintable characters, and more than 64 metrics; StorageError if it could not be written, after
-        which it can be repeated.
+        than 128 or of unprintable characters, and more than 64 metrics, with those that are there; StorageError if it
+        could not be written, after which it can be repeated.
         """
         write_report(self._where.store, self.manifest.attempt, metrics, reporter)
 

@@ -116,8 +116,7 @@ def read_reports(
 
     Who shows them reads the log after them: what is folded meanwhile is in one of the two. ``attempt`` is whose, None for
     all. One that is damaged, or of a later release, is left out, with a warning unless ``quietly``; once, if ``told`` is kept
-    by the caller.
-    What the store does not answer raises StorageError.
+    by the caller. What the store does not answer raises StorageError.
     """
     listed = at_most(MOST_NAMES, store.list(names.REPORTS), f"{store.url}/{names.REPORTS}")
     ours = [info for info in listed if (named := names.reported_attempt(info.path)) and attempt in (None, named)]

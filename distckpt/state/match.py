@@ -26,7 +26,7 @@ from distckpt.format.tree.tree import (
     unflatten,
 )
 from distckpt.sharding.chunks import dtype_from_name, global_shape, local_tensor
-from distckpt.state.memory import Extents, MemoryPlace, is_freed, is_same_bits, place_of, storage_of, writable
+from distckpt.state.memory import Stretch, Stretches, is_freed, is_same_bits, storage_of, stretch_of, writable
 from distckpt.state.pouring import Poured
 from distckpt.state.stored import Stored
 from distckpt.transfer.progress import Progress
@@ -143,8 +143,8 @@ class Match:
     misfits: dict[str, str] = field(default_factory=dict)
     poured: Poured = field(default_factory=dict)
     _tensors: dict[str, list[torch.Tensor]] = field(default_factory=dict)
-    _places: dict[MemoryPlace, tuple[str, torch.Tensor]] = field(default_factory=dict)
-    _storages: dict[int, Extents] = field(default_factory=dict)
+    _stretches: dict[Stretch, tuple[str, torch.Tensor]] = field(default_factory=dict)
+    _storages: dict[int, Stretches] = field(default_factory=dict)
     _is_aside: bool = False
     _values: dict[str, str] = field(default_factory=dict)
     _checks: list[Callable[[Values], None]] = field(default_factory=list)
@@ -302,15 +302,15 @@ class Match:
     def _read_into(self, origin: str, live: torch.Tensor) -> None:
         # Tied tensors that were saved with different content: the later one counts, as in load_state_dict. All are read
         # at once, so one that shares only a part of its memory with an earlier one is copied there afterwards.
-        place = place_of(live)
-        before = self._places.get(place)
-        extents = self._storages.setdefault(storage_of(live), Extents()) if live.numel() else Extents()
+        stretch = stretch_of(live)
+        before = self._stretches.get(stretch)
+        others = self._storages.setdefault(storage_of(live), Stretches()) if live.numel() else Stretches()
         if before is not None:
             self._tensors[before[0]] = [other for other in self._tensors[before[0]] if other is not before[1]]
         else:
-            extents.add(place)
-        target = self._aside(live) if self._is_aside or extents.overlap else live
-        self._places[place] = (origin, target)
+            others.add(stretch)
+        target = self._aside(live) if self._is_aside or others.overlap else live
+        self._stretches[stretch] = (origin, target)
         self._tensors.setdefault(origin, []).append(target)
 
     def _aside(self, live: torch.Tensor) -> torch.Tensor:

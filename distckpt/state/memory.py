@@ -16,12 +16,12 @@ PLAIN = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
 """Types of tensors that are nothing but memory with a dtype and strides."""
 
 
-MemoryPlace = tuple[int, int, Any]
+Stretch = tuple[int, int, Any]
 """The addresses where it begins and ends, and what tells it from others there: its strides, if it has gaps. Of a tensor
 without memory of its own both are 0, and it is told by its identity."""
 
 
-class Extents:
+class Stretches:
     """Stretches of one storage; ``overlap`` once two of them have had a part in common."""
 
     def __init__(self) -> None:
@@ -29,9 +29,9 @@ class Extents:
         self._begins: list[int] = []
         self._ends: list[int] = []
 
-    def add(self, place: MemoryPlace) -> None:
+    def add(self, stretch: Stretch) -> None:
         """One more."""
-        begin, end, _ = place
+        begin, end, _ = stretch
         if begin == end or self.overlap:
             return
         at = bisect_left(self._begins, end)
@@ -40,8 +40,8 @@ class Extents:
         self._ends.insert(at, end)
 
 
-def place_of(tensor: torch.Tensor) -> MemoryPlace:
-    """Which memory it is, or this rank's part of it."""
+def stretch_of(tensor: torch.Tensor) -> Stretch:
+    """The memory of a tensor, or of this rank's part of it."""
     try:
         local = local_tensor(tensor)
     except ValueError:
