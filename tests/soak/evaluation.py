@@ -69,7 +69,7 @@ class Evaluation:
     """
 
     protocol: str = ""
-    commits: int = 400
+    commits: int = 1000
     at_once: int = 1
     _port: int = 0
 
@@ -339,7 +339,7 @@ def _dawdle(role: str, dice: random.Random) -> None:
     if dice.random() < (0.005 if role == EACH else 0.05):
         time.sleep(2 * LEASE_SECONDS)
     else:
-        time.sleep(dice.expovariate(200.0 if role == EACH else 20.0))
+        time.sleep(dice.expovariate(200.0 if role == EACH else 4.0))
 
 
 def _check(loaded: Mapping[str, Any], number: int) -> None:
