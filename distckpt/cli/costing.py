@@ -15,6 +15,7 @@ from distckpt.cli.tables import Table
 from distckpt.directory.goodput import CONFIDENCE, Failures, Goodput, History, Interval
 from distckpt.directory.laggards import Laggards, laggards_of
 from distckpt.directory.stats import Told, read_stats
+from distckpt.directory.strays import read_run
 from distckpt.errors import CheckpointNotFoundError
 from distckpt.format.json.stats import Durations, RunStats, SaveTook
 from distckpt.storage import open_store
@@ -42,6 +43,7 @@ def show_stats(directory: str, as_json: bool, storage_options: Mapping[str, Any]
     store = open_store(directory, storage_options)
     told = read_stats(store)
     if not told.history.runs:
+        read_run(store)
         raise CheckpointNotFoundError(store.url, _nothing(told))
     if as_json:
         text.print_json({"directory": store.url, **_as_json(told)})

@@ -14,8 +14,8 @@ import msgspec
 from distckpt.cli import options, text
 from distckpt.directory.by_hand import Hand, check_nothing_sealed, check_quiet
 from distckpt.directory.chosen import Chosen, choose
-from distckpt.directory.log import read_tail
 from distckpt.directory.pins import pin, unpin
+from distckpt.directory.strays import read_run
 from distckpt.directory.tags import tag, untag
 from distckpt.errors import CheckpointNotFoundError
 from distckpt.format.json.log import CheckpointRecord, State
@@ -101,7 +101,7 @@ def untag_checkpoint(path: str, as_json: bool, storage_options: Mapping[str, Any
     directory, name = split_path(path)
     store = open_store(directory, storage_options)
     was_there = untag(store, name)
-    if not was_there and read_tail(store).entry is None:
+    if not was_there and read_run(store).entry is None:
         raise CheckpointNotFoundError(join(store.url, name), "no run has saved there")
     if as_json:
         text.print_json({"directory": store.url, "tag": name, "was_tagged": was_there})

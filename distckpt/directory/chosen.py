@@ -11,6 +11,7 @@ from distckpt.directory.locate import foreign_advice
 from distckpt.directory.log import Tail, read_tail
 from distckpt.directory.newest import newest_there
 from distckpt.directory.pages import known
+from distckpt.directory.strays import read_run
 from distckpt.directory.tags import tagged
 from distckpt.errors import CheckpointNotFoundError, StorageError
 from distckpt.format import names
@@ -41,9 +42,10 @@ def choose(path: str, storage_options: Mapping[str, Any] | None = None) -> Chose
     """The committed checkpoint at ``path``, or the newest of the directory at ``path``.
 
     CheckpointNotFoundError if there is none in a log: a folder that was copied alone is nobody's to keep or to delete.
+    LogMissingError if the log of its directory is gone.
     """
     store = open_store(path, storage_options)
-    tail = read_tail(store)
+    tail = read_run(store)
     if tail.entry is not None:
         newest = newest_there(store, tail) or tail.newest()
         if newest is None:
@@ -84,7 +86,7 @@ def _run_around(store: Store, storage_options: Mapping[str, Any] | None) -> str:
 
 def choose_in(store: Store, folder: str) -> Chosen:
     """The committed checkpoint of that name, or that tag, in a directory. Raises as ``choose``."""
-    tail = read_tail(store)
+    tail = read_run(store)
     record = tagged(store, folder) if tail.entry is not None else None
     if record is not None:
         return Chosen(store, tail, (record,))

@@ -100,6 +100,19 @@ READERS: dict[str, Callable[[Path], Any]] = {
 }
 
 
+COMMANDS = (
+    *(("ls", "{0}"), ("show", "{0}"), ("verify", "{0}"), ("du", "{0}"), ("stats", "{0}"), ("groups", "{0}")),
+    *(
+        ("plot", "{0}", "-o", "{0}/../run.png"),
+        ("report", "{0}", "-o", "{0}/../run.html"),
+        ("cp", "{0}", "{0}/../copy"),
+    ),
+    *(("pin", "{0}"), ("pin", "{0}/{1}"), ("unpin", "{0}/{1}"), ("rm", "{0}/{1}"), ("tag", "{0}/{1}", "good")),
+    ("untag", "{0}/good"),
+)
+"""What people say of a directory, {0}, and of a checkpoint in it."""
+
+
 def assert_refused(directory: Path, *folders: str) -> None:
     """Whoever wants the newest, or to save here, is told which checkpoints there are and what to do; all is as it was."""
     before = files(directory)
@@ -110,10 +123,10 @@ def assert_refused(directory: Path, *folders: str) -> None:
         assert all(folder in told for folder in folders), name
         assert f"`distckpt adopt {directory}`" in told, name
         assert caught.value.folders == folders
-    for command in ("ls", "show", "verify"):
-        result = cli(command, directory)
+    for command, *more in COMMANDS:
+        result = cli(command, *(str(word).format(directory, folders[0]) for word in more))
         assert result.exit_code == 1, command
-        assert "distckpt adopt" in result.stderr
+        assert f"`distckpt adopt {directory}`" in result.stderr, command
     assert files(directory) == before
 
 
