@@ -162,6 +162,20 @@ def test_a_model_still_on_meta_is_materialized_or_refused_by_name(tmp_path: Path
     assert torch.equal(empty(batch(0)), model(batch(0)))
 
 
+def test_what_has_its_place_stays_a_parameter_and_what_has_none_comes_back_plain(tmp_path: Path) -> None:
+    one = saved(tmp_path, own={"weight": nn.Parameter(torch.ones(2)), "learned": torch.ones(2, requires_grad=True)})
+    here = {"weight": nn.Parameter(torch.zeros(2)), "learned": torch.zeros(2, requires_grad=True)}
+    anew: dict[str, torch.Tensor] = {}
+    for own in (here, anew):
+        distckpt.Checkpoint(own=own).restore(one)
+        assert [tensor.tolist() for tensor in own.values()] == [[1, 1]] * 2
+    assert [(type(tensor), tensor.requires_grad) for tensor in here.values()] == [
+        (nn.Parameter, True),
+        (torch.Tensor, True),
+    ]
+    assert [(type(tensor), tensor.requires_grad) for tensor in anew.values()] == [(torch.Tensor, False)] * 2
+
+
 def test_hooks_of_the_program_are_run_by_steps_only(tmp_path: Path) -> None:
     ran: list[str] = []
 
