@@ -11,6 +11,7 @@ import numpy.typing as npt
 from distckpt.errors import PlanError
 from distckpt.format.arrays import Ints
 from distckpt.format.arrow.dtypes import ITEM_SIZES, VALUE
+from distckpt.format.tree.path import RankStep, decode_path
 from distckpt.sharding.coverage import Boxes, find_hole, find_overlap
 from distckpt.sharding.merged import Codes, Merged, Tuples
 
@@ -215,12 +216,18 @@ def _check_full(number: int | None, merged: Merged, rows: Ints, boxes: Boxes) ->
     mine = np.flatnonzero(boxes.group == boxes.group[lacking[0]])
     shape = merged.shapes[int(merged.shape[rows[mine[0]]])]
     offset, length = find_hole(shape, boxes.take(mine))
-    holders = merged.ranks_of(np.flatnonzero(merged.key == merged.key[rows[mine[0]]]))
+    row = rows[mine[0]]
+    holders = merged.ranks_of(np.flatnonzero(merged.key == merged.key[row]))
     message = (
         f"no rank holds the part at offset {list(offset)} of length {list(length)} of its shape {list(shape)}; "
         f"{told(holders)} together hold {held[boxes.group[mine[0]]]} elements"
     )
-    raise PlanError(number, merged.key_text(rows[mine[0]]), holders, message)
+    path = decode_path(str(merged.paths[int(merged.path[row])].as_py()), merged.key_text(row))
+    if any(isinstance(step, RankStep) for step in path):
+        message += (
+            ". It is in a PerRank, which each rank has by itself: give what is sharded over ranks without PerRank"
+        )
+    raise PlanError(number, merged.key_text(row), holders, message)
 
 
 def _volumes(tuples: Tuples) -> Ints:

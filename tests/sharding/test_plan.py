@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from benchmarks.planning import LAYOUTS, describe, model
 from distckpt.errors import PlanError
+from distckpt.format.tree.path import DictStep, RankStep, encode_path
 from distckpt.sharding.balance import spread
 from distckpt.sharding.coverage import Boxes, find_hole, find_overlap
 from distckpt.sharding.description import Row, build_description, decode_description
@@ -318,6 +319,8 @@ def test_a_hole_is_named_with_its_place() -> None:
     refused(
         {0: [part("w", (4, 4), (0, 0), (2, 2)), part("w", (4, 4), (2, 0), (2, 4))]}, "at offset [0, 2] of length [2, 2]"
     )
+    of_one = Row("w@0", encode_path((DictStep("w"), RankStep(0))), "float32", (8,), (0,), (4,), 16)
+    refused({0: [of_one]}, "rank 0 together hold 4 elements. It is in a PerRank, which each rank has by itself")
 
 
 def test_overlaps_are_refused() -> None:
