@@ -52,7 +52,7 @@ class Checkpoint(NamedObjects):
     read frozen parameters from there, if the checkpoint lacks them, every byte checked; so does ``restore_or_initialize``
     where there is nothing to restore yet. Checkpoints name it, with the SHA-256 of what its tensors are, and a restore
     beside another one is refused by a RestoreError. A save of frozen parameters that were not read from there is refused.
-    ``select`` and ``rename`` read nothing from there. It is not retired by this run, nor kept from its own: pin it.
+    ``select`` and ``rename`` read nothing from there. Saves tag it, so that no retention takes it.
 
     A checkpoint says what was left out of it. All ranks leave out the same.
     """

@@ -255,6 +255,48 @@ def test_a_base_that_has_just_been_retired_fails_the_save_that_would_refer_to_it
     assert distckpt.latest_checkpoint(tmp_path / "run") is None
 
 
+def test_a_base_that_could_not_be_tagged_at_first_is_tagged_later(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = Tuned(None, 7).model
+    with distckpt.CheckpointManager(distckpt.Checkpoint(model=model), tmp_path / "bases", max_to_keep=1) as bases:
+        tuned = Tuned(bases.save(1).result(30), seed=1)
+        leases = tmp_path / "bases" / "_leases"
+        in_the_way = not leases.exists()
+        aside = leases.rename(tmp_path / "aside") if not in_the_way else None
+        leases.write_text("no folder")
+        with distckpt.CheckpointManager(tuned.checkpoint, tmp_path / "run") as manager:
+            manager.restore_or_initialize()
+            with caplog.at_level(logging.WARNING, "distckpt"):
+                manager.save(1).result(30)
+            assert "Later saves try again" in caplog.text
+            leases.unlink()
+            if aside is not None:
+                aside.rename(leases)
+            manager.save(2).result(30)
+        for number in (2, 3):
+            bases.save(number).result(30)
+    assert Tuned(f"{tmp_path}/bases/ckpt-1", seed=2).checkpoint.restore(tmp_path / "run").is_complete
+
+
+@pytest.mark.parametrize("lone", [False, True])
+def test_a_base_that_is_gone_fails_the_save_that_would_refer_to_it(base: str, lone: bool, tmp_path: Path) -> None:
+    if lone:
+        shutil.copytree(base, tmp_path / "lone")
+        base = str(tmp_path / "lone")
+    tuned = Tuned(base, seed=1)
+    with distckpt.CheckpointManager(tuned.checkpoint, tmp_path / "run") as manager:
+        manager.restore_or_initialize()
+        folder = Path(base)
+        folder.rename(tmp_path / "away")
+        for number in (1, 2):
+            with pytest.raises(CheckpointNotFoundError, match="none of them could be restored: put it back"):
+                manager.save(number)
+        (tmp_path / "away").rename(folder)
+        manager.save(3).result(30)
+    assert Tuned(base, seed=2).checkpoint.restore(tmp_path / "run").is_complete
+
+
 def test_a_base_that_cannot_be_written_to_is_read_all_the_same_and_that_is_told(
     base: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
