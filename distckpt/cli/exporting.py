@@ -10,11 +10,13 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import click
+import msgspec
 
 from distckpt.cli import options, text
 from distckpt.directory.lease import hold
 from distckpt.directory.locate import Located, locate, read_index
 from distckpt.errors import StorageError
+from distckpt.format.json.left_out import LeftOut
 from distckpt.storage import canonical
 from distckpt.terminal.bar import bar
 from distckpt.terminal.sizes import counted, human_bytes
@@ -82,6 +84,7 @@ def export_files(
     where = locate(path, storage_options)
     stored = Committed(where, read_index(where))
     about = {"distckpt.attempt": where.manifest.attempt, "distckpt.number": str(where.manifest.number)}
+    lacking = _lacking(where, select)
     began = time.monotonic()
     with options.told_in_words(), _held(where, destination), bar(f"exporting {where.path}") as update:
         choice = Choice(select, leave_out)
@@ -91,7 +94,14 @@ def export_files(
     if as_json:
         files = [{"name": file.name, "size": file.size, "crc32c": f"{file.crc32c:08x}"} for file in written]
         text.print_json(
-            {"source": where.path, "destination": target, "format": kind, "seconds": seconds, "files": files}
+            {
+                "source": where.path,
+                "destination": target,
+                "format": kind,
+                "seconds": seconds,
+                "files": files,
+                "left_out": msgspec.to_builtins(lacking),
+            }
         )
         return
     rate = f", {human_bytes(round(nbytes / seconds))}/s" if seconds >= 0.01 else ""
@@ -99,3 +109,16 @@ def export_files(
         f"{target}: {counted(len(written), 'file')} of {where.path}, {human_bytes(nbytes)} in {text.duration(seconds)}{rate}",
         soft_wrap=True,
     )
+
+
+def _lacking(where: Located, select: str) -> LeftOut | None:
+    """What was left out of the checkpoint, and so is not in what is exported either; it is warned of."""
+    left_out = where.manifest.left_out
+    if left_out is None or not (select == "" or left_out.covers(select)):
+        return None
+    base = where.manifest.base_path
+    of_base = f"; {base} has the frozen parameters" if base else ""
+    logger.warning(
+        "%s has not all of it: some was left out when it was saved, with %s%s", where.path, left_out, of_base
+    )
+    return left_out

@@ -26,7 +26,7 @@ def contents(
     """
     how = recipe.how
     weights = Weights(reader, how.key, how.dtype)
-    module = _module(recipe, weights)
+    module = _module(recipe, weights, reader)
     tied = recipe.tied or (tied_names(module) if module is not None else {})
     kept = without_tied(weights, tied)
     if module is not None and how.example_inputs is not None:
@@ -41,13 +41,25 @@ def contents(
         yield names.CONFIG, functools.partial(_write_json, config)
 
 
-def _module(recipe: Recipe, weights: Weights) -> nn.Module | None:
-    """The module with its values if it is to be traced, else without, if it can be built at all without."""
+def _module(recipe: Recipe, weights: Weights, reader: CheckpointReader) -> nn.Module | None:
+    """The module with its values if it is to be traced, else without, if it can be built at all without.
+
+    ValueError if the checkpoint lacks some of them, since they were left out of it.
+    """
     if recipe.how.build is None:
         return None
     if recipe.how.example_inputs is None:
         return built_on_meta(recipe.how.build)
-    return filled(recipe.how.build, weights.state())
+    try:
+        return filled(recipe.how.build, weights.state())
+    except RuntimeError as error:
+        left_out = reader.manifest.left_out
+        if left_out is None or not left_out.covers(recipe.how.key):
+            raise
+        raise ValueError(
+            f"{reader.path} does not have all of {recipe.how.key!r}: some was left out when it was saved, with {left_out}. "
+            f"Save all of it, or give this Export no example_inputs: then it has the weights that there are ({error})"
+        ) from error
 
 
 def _config(recipe: Recipe, module: nn.Module | None) -> dict[str, Any] | None:

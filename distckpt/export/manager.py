@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import logging
 import os
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -15,11 +16,13 @@ from distckpt.export.exporter import Exporter
 from distckpt.export.listing import Exports, export_number
 from distckpt.export.packing import pack
 from distckpt.export.places import find_place
-from distckpt.export.recipes import Export, Recipe, recipes_of
+from distckpt.export.recipes import Export, Recipe, lacks_something, recipes_of
 from distckpt.manager import CheckpointManager
 from distckpt.rank.pending import PendingSave, progress_of
 from distckpt.rank.saved_steps import StepCounter
 from distckpt.storage import PathLike, placed_among
+
+logger = logging.getLogger(__name__)
 
 
 class ExportCheckpointManager(CheckpointManager):
@@ -79,6 +82,11 @@ class ExportCheckpointManager(CheckpointManager):
             raise ImportError("exporting needs safetensors: pip install 'distckpt[export]'")
         if recipes:
             pack(recipes)  # what cannot be sent is refused now and not after the first save
+        for recipe in recipes:
+            if lacks_something(checkpoint, recipe.how.key):
+                logger.warning(
+                    "the export %r will not have what checkpoints leave out of %r", recipe.name, recipe.how.key
+                )
         self._exporter: Exporter | None = None
         super().__init__(
             checkpoint,

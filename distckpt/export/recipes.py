@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_map_only
 
 from distckpt.checkpoint import Checkpoint
 from distckpt.format import names
+from distckpt.format.tree.keys import is_below
 
 WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 """What torch.compile, FSDP and activation checkpointing put into the names of parameters, and no checkpoint keeps."""
@@ -82,6 +83,16 @@ def recipes_of(checkpoint: Checkpoint, modules: Mapping[str, nn.Module | Export]
         if not names.is_name(name):
             raise ValueError(f"{name!r} cannot name an exported module: letters, digits, '.', '_' and '-' only")
     return tuple(_recipe(checkpoint, name, how) for name, how in modules.items())
+
+
+def lacks_something(checkpoint: Checkpoint, key: str) -> bool:
+    """Whether some of what the objects have below ``key`` is left out of checkpoints, as they are now."""
+    name = key.partition(".")[0]
+    module, chosen = checkpoint.objects[name], checkpoint.only_trainable
+    is_chosen = chosen if isinstance(chosen, bool) else name in chosen
+    if is_chosen and isinstance(module, nn.Module) and any(not one.requires_grad for one in module.parameters()):
+        return True
+    return any(is_below(key, text) or is_below(text, key) for text in checkpoint.exclude)
 
 
 def _recipe(checkpoint: Checkpoint, name: str, how: nn.Module | Export) -> Recipe:

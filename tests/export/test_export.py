@@ -320,6 +320,30 @@ def test_a_module_of_other_keys_is_refused() -> None:
         filled(functools.partial(nn.Linear, 6, 6), tower(0).state_dict())
 
 
+def frozen_below() -> nn.Module:
+    return nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 2)).requires_grad_(False)
+
+
+@pytest.mark.parametrize("less", [{"only_trainable": True}, {"only_trainable": "model"}, {"exclude": "model.0"}])
+def test_what_checkpoints_leave_out_is_in_no_export_and_that_is_told(
+    less: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    live = frozen_below()
+    live[1].requires_grad_(True)
+    checkpoint = distckpt.Checkpoint(model=live, other=nn.Linear(2, 2), **less)
+    how = {name: distckpt.Export(frozen_below, name) for name in ("model", "model.1", "other")}
+    with distckpt.ExportCheckpointManager(checkpoint, tmp_path / "run", modules_to_export=how):
+        told = [record.getMessage() for record in caplog.records if "leave out" in record.getMessage()]
+        assert told[0] == "the export 'model' will not have what checkpoints leave out of 'model'"
+        assert not any("'other'" in one for one in told)
+    path = checkpoint.write(tmp_path / "alone")
+    traced_too = distckpt.Export(frozen_below, example_inputs=(torch.ones(1, 2),))
+    with distckpt.open(path) as reader:
+        assert written(reader, distckpt.Export(frozen_below), tmp_path / "weights") == ["model.safetensors"]
+        with pytest.raises(ValueError, match=r"some was left out when it was saved, with .*Save all of it"):
+            written(reader, traced_too, tmp_path / "program")
+
+
 def stored_weights(tmp_path: Path, state: Mapping[str, Any]) -> distckpt.CheckpointReader:
     return distckpt.open(write_checkpoint(tmp_path / "run", 1, {"model": dict(state)}, ranks=2))
 

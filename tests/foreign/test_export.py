@@ -51,6 +51,26 @@ def test_torch_loads_what_is_exported_for_it(tmp_path: Path) -> None:
     assert same(found, {"tree": tree, "save_counter": 0})
 
 
+def test_what_was_left_out_of_the_checkpoint_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.Linear(3, 2))
+    model[0].requires_grad_(False)
+    whole = distckpt.Checkpoint(model=model).write(tmp_path / "base")
+    tuned = distckpt.Checkpoint(model=model, step=3, only_trainable="model", frozen_from=whole)
+    tuned.restore(whole)
+    path = tuned.write(tmp_path / "tuned")
+    told = run("export", path, tmp_path / "half")
+    assert told["left_out"]["only_trainable"] is True
+    assert told["left_out"]["base"]["path"] == whole
+    assert f"left out when it was saved, with only_trainable; {whole} has the frozen parameters" in caplog.text
+    caplog.clear()
+    assert run("export", path, tmp_path / "all", "--format", "torch", "--select", "")["left_out"] is not None
+    assert "left out" in caplog.text
+    caplog.clear()
+    assert run("export", path, tmp_path / "step", "--format", "torch", "--select", "step")["left_out"] is None
+    assert run("export", whole, tmp_path / "whole")["left_out"] is None
+    assert "left out" not in caplog.text
+
+
 def test_a_number_that_torch_does_not_load_is_refused_by_its_key(tmp_path: Path) -> None:
     path = distckpt.Checkpoint(tree={"ok": 2**2000, "numbers": [1, -(2**3000)]}).write(tmp_path / "saved")
     said = refusal("export", path, tmp_path / "out", "--format", "torch", "--select", "")

@@ -59,6 +59,12 @@ class Manifest(Sealed, frozen=True, forbid_unknown_fields=True, omit_defaults=Tr
     data: str = ""
     left_out: LeftOut | None = None
 
+    @property
+    def base_path(self) -> str:
+        """Where the frozen parameters were when it was saved; '' if it names no such checkpoint."""
+        base = self.left_out.base if self.left_out is not None else None
+        return base.path if base is not None else ""
+
     def problems(self) -> Iterator[str]:
         """See Sealed."""
         if self.format != FORMAT:
