@@ -104,6 +104,7 @@ def _as_json(one: Copied) -> dict[str, Any]:
         "nbytes": one.nbytes,
         "found": one.found,
         "by_server": one.by_server,
+        "base": one.base,
     }
 
 
@@ -127,4 +128,7 @@ def _print(copied: Sequence[Copied], url: str, seconds: float) -> None:
     number = counted(sum(one.fate == "copied" for one in copied), "checkpoint")
     console.print(
         f"{number} copied to {url}: {human_bytes(moved)} in {text.duration(seconds)}{rate}{how}", soft_wrap=True
+    )
+    text.print_bases(
+        (one.base for one in copied), "is not copied with them: copy it too, and give the copy as frozen_from"
     )

@@ -70,6 +70,12 @@ def console() -> Console:
     return _Console(file=sys.stdout, width=wide, highlight=False, emoji=False, markup=False)
 
 
+def print_bases(bases: Iterable[str], what: str) -> None:
+    """Say of each base once that frozen parameters come from there, and ``what`` of it is not done here."""
+    for base in sorted({*bases} - {""}):
+        console().print(f"Frozen parameters come from {base}, which {what}", soft_wrap=True)
+
+
 def print_json(value: Any) -> None:
     """One JSON document on stdout."""
     click.echo(json.dumps(value, indent=2))

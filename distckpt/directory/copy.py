@@ -68,7 +68,8 @@ class Copied:
     """What came of a checkpoint. ``fate`` is "copied", "there already", "passed over", "vanished" or "damaged".
 
     ``reason`` says why for the last three. ``nbytes`` are the bytes of its objects; of these ``found`` were at the
-    destination already, and ``by_server`` did not come through here.
+    destination already, and ``by_server`` did not come through here. ``base`` is the path of the checkpoint that its frozen
+    parameters come from, which is not copied with it; '' for none.
     """
 
     record: CheckpointRecord
@@ -77,6 +78,7 @@ class Copied:
     nbytes: int = 0
     found: int = 0
     by_server: int = 0
+    base: str = ""
 
 
 def origin(path: PathLike, storage_options: Mapping[str, Any] | None = None) -> Origin:
@@ -185,6 +187,7 @@ class Copying:
     def _copy(self, wanted: Wanted) -> Copied:
         record = wanted.record
         where = wanted.alone or located(self._origin.store, record)
+        base = where.manifest.base_path
         is_there = record.attempt in self._state.alive()
         freights = [] if is_there else list(_freights(where, _folder(record)))
         exported = list(self._exported(where, record))
@@ -194,11 +197,11 @@ class Copying:
         if exported:
             self._put_small(where, record, names.EXPORT, MAX_EXPORT_BYTES)
         if is_there:
-            return Copied(record, "there already", "", nbytes, ways[Way.THERE], ways[Way.SERVER])
+            return Copied(record, "there already", "", nbytes, ways[Way.THERE], ways[Way.SERVER], base)
         self._put_small(where, record, names.MANIFEST, MAX_MANIFEST_BYTES)
         self._check_landed(record, freights)
         self._commit(wanted)
-        return Copied(record, "copied", "", nbytes, ways[Way.THERE], ways[Way.SERVER])
+        return Copied(record, "copied", "", nbytes, ways[Way.THERE], ways[Way.SERVER], base)
 
     def _exported(self, where: Located, record: CheckpointRecord) -> Iterator[Freight]:
         """The files of the export, if there is one that the target has not."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 import shutil
@@ -93,10 +94,28 @@ def test_nothing_of_the_base_is_written_and_the_checkpoint_names_it(base: str, t
 
 def test_a_copy_of_the_base_is_the_base(base: str, tmp_path: Path) -> None:
     before = run(tmp_path / "run", base, 1, seed=1)
-    assert CliRunner().invoke(main, ["cp", base, str(tmp_path / "copy")], catch_exceptions=False).exit_code == 0
+    assert "Frozen parameters" not in output_of("cp", base, tmp_path / "copy")
     again = Tuned(str(tmp_path / "copy"), seed=2)
     again.checkpoint.restore(tmp_path / "run")
     assert same(again.state(), before)
+
+
+def output_of(*arguments: object) -> str:
+    done = CliRunner().invoke(main, [*map(str, arguments)], catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    return done.stdout
+
+
+def test_who_copies_or_checks_what_refers_to_a_base_is_told_of_it_once(base: str, tmp_path: Path) -> None:
+    told = f"{base}/saved-1"
+    for number in (1, 2):
+        run(tmp_path / "run", base, number, seed=number)
+    said = output_of("cp", tmp_path / "run", tmp_path / "copy")
+    assert said.count(f"Frozen parameters come from {told}, which is not copied with them: copy it too") == 1
+    again = json.loads(output_of("cp", tmp_path / "run", tmp_path / "again", "--json"))
+    assert {one["base"] for one in again["checkpoints"]} == {told}
+    assert output_of("verify", tmp_path / "copy").count(f"come from {told}, which is not looked at here") == 1
+    assert {one["base"] for one in json.loads(output_of("verify", tmp_path / "copy", "--json"))} == {told}
 
 
 def test_another_base_is_refused_before_anything_is_changed(base: str, tmp_path: Path) -> None:
