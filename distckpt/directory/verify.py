@@ -14,7 +14,7 @@ import numpy as np
 from distckpt.directory.elsewhere import require_shards
 from distckpt.directory.exports import file_problem, read_export
 from distckpt.directory.locate import Located, read_index, read_manifest
-from distckpt.errors import DamagedError, StorageError
+from distckpt.errors import AccessDeniedError, DamagedError, StorageError
 from distckpt.format import names
 from distckpt.format.arrow.index import Index
 from distckpt.format.arrow.shard_rows import Payload, compare_rows, sparse_image
@@ -39,13 +39,17 @@ class Damage:
 
 @dataclass(frozen=True, slots=True)
 class VerifyReport:
-    """What a verification found in the checkpoint at ``path``; ``nbytes`` were to be read, in ``shards`` and index."""
+    """What a verification found in the checkpoint at ``path``; ``nbytes`` were to be read, in ``shards`` and index.
+
+    ``base`` is the path of the checkpoint that its frozen parameters come from, which is one by itself; '' for none.
+    """
 
     path: str
     keys: int
     shards: int
     nbytes: int
     damages: tuple[Damage, ...]
+    base: str = ""
 
     @property
     def good(self) -> bool:
@@ -59,7 +63,8 @@ def verify(where: Located, index: Index, progress: Progress | None = None) -> Ve
 
     ``index`` is the checkpoint's, as it was read before. ``progress`` is called now and then, from any thread but one
     at a time, with the bytes done and the bytes there are. Nothing is raised for what cannot be read: it is damage;
-    but DataElsewhereError if shards lie where ``where.store`` does not look for them.
+    but AccessDeniedError for what may not be read, and DataElsewhereError if shards lie where ``where.store`` does not
+    look for them.
     """
     require_shards(where)
     shards = where.manifest.shards
@@ -70,10 +75,14 @@ def verify(where: Located, index: Index, progress: Progress | None = None) -> Ve
         for found in pool.map(lambda record: list(_shard_damage(where, index, record, meter)), shards):
             damages.extend(found)
     damages.extend(_export_damage(where))
-    return VerifyReport(where.path, len(index.names), len(shards), meter.total, tuple(damages))
+    base = where.manifest.base_path
+    return VerifyReport(where.path, len(index.names), len(shards), meter.total, tuple(damages), base)
 
 
 def _reason(error: DamagedError | StorageError) -> str:
+    """What is wrong, without the path. What may not be read is raised: it may be whole."""
+    if isinstance(error, AccessDeniedError):
+        raise error
     return error.reason if isinstance(error, DamagedError) else str(error).removeprefix(f"{error.path}: ")
 
 

@@ -4,6 +4,7 @@
   - StorageError                  a store refused or failed an operation on one object
     - AlreadyExistsError          put-if-absent lost: the name is taken
     - BlockedError                a link, a pipe or a folder in a file's place, or a file in a folder's: in the way of a write
+      - AccessDeniedError         this process lacks the right to do that, or nobody has it
     - ObjectNotFoundError         also a FileNotFoundError
     - StorageFullError            no space left, or a quota
     - StoreOutcomeUnknownError    the store answered neither yes nor no; the write may have happened
@@ -95,6 +96,7 @@ from distckpt.errors.saving import (
     UnreadableError,
 )
 from distckpt.errors.storage import (
+    AccessDeniedError,
     AlreadyExistsError,
     BlockedError,
     CheckpointNotFoundError,
@@ -112,6 +114,7 @@ from distckpt.errors.storage import (
 
 __all__ = [
     "AbsentRanksError",
+    "AccessDeniedError",
     "AgreementError",
     "AlreadyExistsError",
     "BlockedError",

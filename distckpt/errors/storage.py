@@ -26,6 +26,10 @@ class BlockedError(StorageError):
     """What no store puts there is in the way of ``path``: a link, a pipe, a folder. Nothing was written, nor will be."""
 
 
+class AccessDeniedError(BlockedError):
+    """The store does not let this process do that to ``path``: it lacks the right, or nobody has it. Nothing was done."""
+
+
 class ObjectNotFoundError(StorageError, FileNotFoundError):
     """There is no object at ``path``."""
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import errno
+import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from types import TracebackType
 
 from distckpt.errors import (
+    AccessDeniedError,
     AlreadyExistsError,
     BlockedError,
     DamagedError,
@@ -21,6 +23,7 @@ _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _MISSING = {errno.ENOENT, errno.ENOTDIR}
 _NOT_OURS = {errno.ELOOP, errno.ENXIO, errno.ENODEV}
 _BLOCKED = {errno.ELOOP, errno.ENOTDIR, errno.EISDIR}
+_DENIED = {errno.EACCES, errno.EPERM, errno.EROFS}
 _UNSURE = {
     errno.EIO,
     errno.EREMOTEIO,
@@ -94,7 +97,8 @@ def _reading(path: str, error: BaseException) -> None:
         raise ObjectNotFoundError(path) from error
     if error.errno in _NOT_OURS:
         raise DamagedError(path, f"cannot be read: {_why(error)}") from error
-    raise StorageError(path, f"could not be read: {_why(error)}") from error
+    kind = AccessDeniedError if error.errno in _DENIED else StorageError
+    raise kind(path, f"could not be read: {_why(error)}") from error
 
 
 def _deleting(path: str, error: BaseException) -> None:
@@ -102,8 +106,7 @@ def _deleting(path: str, error: BaseException) -> None:
         return
     if error.errno in _MISSING:
         raise ObjectNotFoundError(path) from error
-    kind = BlockedError if error.errno in _BLOCKED else StorageError
-    raise kind(path, f"could not be deleted: {_why(error)}") from error
+    raise _kind(error)(path, f"could not be deleted: {_why(error)}") from error
 
 
 def _writing(path: str, error: BaseException) -> None:
@@ -129,6 +132,8 @@ def _published(path: str, error: BaseException) -> None:
 def _kind(error: OSError) -> type[StorageError]:
     if error.errno in _FULL:
         return StorageFullError
+    if error.errno in _DENIED:
+        return AccessDeniedError
     return BlockedError if error.errno in _BLOCKED else StorageError
 
 
@@ -150,8 +155,14 @@ def _why(error: OSError) -> str:
         )
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return (
-            f"{error.strerror}. Make room: `distckpt gc` deletes what dead attempts have left, and a smaller max_to_keep "
-            "leaves less"
+            f"{error.strerror}. Make room: `distckpt gc` deletes what dead attempts have left, `distckpt rm` a checkpoint, "
+            "and a smaller max_to_keep leaves less. All of them need some 64 KiB: where there is nothing at all, delete "
+            "something else first"
+        )
+    if error.errno in (errno.EACCES, errno.EPERM):
+        return (
+            f"{error.strerror} to user {os.geteuid()}. Who saves must be allowed to write to all of the directory; who only "
+            "reads, with Checkpoint.restore and distckpt.load, to read it"
         )
     if error.errno == errno.EISDIR:
         return "a folder is where a file should be. Move it away"

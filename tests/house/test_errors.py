@@ -16,6 +16,7 @@ EXAMPLES: list[errors.DistckptError] = [
     errors.DistckptError("something"),
     errors.StorageError("gs://b/x", "failed"),
     errors.AlreadyExistsError("gs://b/x"),
+    errors.AccessDeniedError("/x/_log", "could not be written: Permission denied to user 1000"),
     errors.BlockedError("/x/_log", "a pipe is there"),
     errors.ObjectNotFoundError("gs://b/x"),
     errors.StorageFullError("/x", "no space"),

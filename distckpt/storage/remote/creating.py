@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from distckpt.errors import AlreadyExistsError, StorageError, StoreOutcomeUnknownError
-from distckpt.storage.remote.http import Answer, Endpoint, NoAnswer, Outcome, Pauses, Request, retry_after
+from distckpt.errors import AccessDeniedError, AlreadyExistsError, StorageError, StoreOutcomeUnknownError
+from distckpt.storage.remote.http import DENIED, Answer, Endpoint, NoAnswer, Outcome, Pauses, Request, retry_after
 
 _TAKEN = 412
 
@@ -33,7 +33,8 @@ def create(endpoint: Endpoint, request: Request, look: Callable[[], bool | None]
             if answer.outcome is Outcome.DONE:
                 return answer
             if answer.outcome is Outcome.REFUSED and answer.status != _TAKEN:
-                raise StorageError(where, f"the store refuses to create it: {answer.said}")
+                kind = AccessDeniedError if answer.status in DENIED else StorageError
+                raise kind(where, f"the store refuses to create it: {answer.said}")
             reason, asked_for = answer.said, retry_after(answer)
         try:
             ours = look()

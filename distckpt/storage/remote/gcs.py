@@ -11,7 +11,14 @@ from typing import Any
 
 import crc32c
 
-from distckpt.errors import AlreadyExistsError, DamagedError, ObjectNotFoundError, StorageError, StoreUnsuitableError
+from distckpt.errors import (
+    AccessDeniedError,
+    AlreadyExistsError,
+    DamagedError,
+    ObjectNotFoundError,
+    StorageError,
+    StoreUnsuitableError,
+)
 from distckpt.storage.interface import ObjectInfo, Source, Store
 from distckpt.storage.paths import folder_parts, is_part, object_parts
 from distckpt.storage.remote.budget import Budget
@@ -26,7 +33,7 @@ from distckpt.storage.remote.gcs_requests import (
     info_of,
     uploads,
 )
-from distckpt.storage.remote.http import MOST, Answer, Endpoint, NoAnswer, Outcome, Request
+from distckpt.storage.remote.http import DENIED, MOST, Answer, Endpoint, NoAnswer, Outcome, Request
 from distckpt.storage.remote.parts import Part, parts_of, send_all
 from distckpt.storage.remote.ranges import RemoteSource
 from distckpt.storage.sections import checked
@@ -329,7 +336,8 @@ class GcsStore:
         if answer.outcome is Outcome.DONE:
             return answer
         advice = _ADVICE.get(answer.status, "")
-        raise StorageError(self._full(path), f"the store says {answer.said}{advice}")
+        kind = AccessDeniedError if answer.status in DENIED else StorageError
+        raise kind(self._full(path), f"the store says {answer.said}{advice}")
 
     def _says(self, answer: Answer, crc: int) -> bool:
         """Whether the server says that it holds bytes of that CRC32C, or says nothing of it."""

@@ -23,6 +23,7 @@ from fsspec.asyn import AsyncFileSystem
 from fsspec.spec import AbstractBufferedFile, AbstractFileSystem
 
 from distckpt.errors import (
+    AccessDeniedError,
     AlreadyExistsError,
     DamagedError,
     ObjectNotFoundError,
@@ -216,6 +217,8 @@ class FsspecStore:
             raise
         except (FileNotFoundError, NotADirectoryError) as error:
             raise ObjectNotFoundError(self._full(path)) from error
+        except PermissionError as error:
+            raise AccessDeniedError(self._full(path), f"could not be {done}: {_said(error)}") from error
         except Exception as error:
             raise StorageError(self._full(path), f"could not be {done}: {_said(error)}") from error
 
@@ -242,7 +245,8 @@ class FsspecStore:
                 if found is not None:
                     raise AlreadyExistsError(self._full(path)) from refusal
                 if isinstance(refusal, _FINAL):
-                    raise StorageError(self._full(path), f"could not be created: {_said(refusal)}") from refusal
+                    kind = AccessDeniedError if isinstance(refusal, PermissionError) else StorageError
+                    raise kind(self._full(path), f"could not be created: {_said(refusal)}") from refusal
             if time.monotonic() + pause > deadline:
                 message = f"no answer in {self._patience:g} s says whether it was created: {_said(refusal)}"
                 raise StoreOutcomeUnknownError(self._full(path), message) from refusal

@@ -51,6 +51,10 @@ _TOO_MANY = {429, 503}
 _DAMAGE = re.compile(r"BadDigest|ChecksumMismatch|(CRC32C|MD5).*doesn't match", re.IGNORECASE | re.DOTALL)
 
 
+DENIED = {401, 403}
+"""Who asks may not have that: it is not known, or lacks the right."""
+
+
 class Outcome(enum.Enum):
     """What a status says about the request that it answers."""
 

@@ -10,13 +10,13 @@ from urllib.parse import quote
 
 import crc32c
 
-from distckpt.errors import AlreadyExistsError, DamagedError, ObjectNotFoundError, StorageError
+from distckpt.errors import AccessDeniedError, AlreadyExistsError, DamagedError, ObjectNotFoundError, StorageError
 from distckpt.storage.interface import ObjectInfo, Source, Store
 from distckpt.storage.paths import folder_parts, object_parts
 from distckpt.storage.remote import s3_answers as answers
 from distckpt.storage.remote.budget import budget_of
 from distckpt.storage.remote.creating import create, require_ours
-from distckpt.storage.remote.http import MOST, Answer, Endpoint, NoAnswer, Outcome, Request
+from distckpt.storage.remote.http import DENIED, MOST, Answer, Endpoint, NoAnswer, Outcome, Request
 from distckpt.storage.remote.parts import Part
 from distckpt.storage.remote.ranges import RemoteSource
 from distckpt.storage.remote.s3_bucket import S3Bucket
@@ -328,7 +328,8 @@ class S3Store:
     def _done(self, answer: Answer, path: str) -> Answer:
         if answer.outcome is Outcome.DONE:
             return answer
-        raise StorageError(self._full(path), f"the store says {answer.said}{_ADVICE.get(answer.status, '')}")
+        kind = AccessDeniedError if answer.status in DENIED else StorageError
+        raise kind(self._full(path), f"the store says {answer.said}{_ADVICE.get(answer.status, '')}")
 
     @contextlib.contextmanager
     def _understanding(self, path: str) -> Iterator[None]:
