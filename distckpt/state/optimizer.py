@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from typing import Any
 
@@ -78,6 +78,7 @@ class OptimizerState:
         if parts and STATE in own and not match.asks_all(key_of((*self.prefix, DictStep(STATE)))):
             parts.setdefault(DictStep(STATE), saved.nothing(DictStep(STATE)))  # nothing of it was saved, and some stays
         match.lacks(key_of((*self.prefix, DictStep(name))) for name in own if DictStep(name) not in parts)
+        parts = self._taken(match, parts, own)
         if not parts:
             return
         makers = {str(step): self._match_part(match, str(step), part) for step, part in parts.items()}
@@ -213,6 +214,20 @@ class OptimizerState:
 
     # ---- what is taken back --------------------------------------------------------------------------------------
 
+    def _taken(self, match: Match, parts: dict[Step, Saved], own: Collection[str]) -> dict[Step, Saved]:
+        """Those parts that loading takes, or that the optimizer gives itself. Torch's own loading would drop others: they
+        are left, and told as unexpected."""
+        if not _is_loaded_by_torch(self._optimizer):
+            return parts
+        taken = {step: part for step, part in parts.items() if str(step) in (STATE, GROUPS, *own)}
+        if any(str(step).startswith((f"{STATE}.", f"{GROUPS}.")) for step in parts.keys() - taken.keys()):
+            match.misfit(
+                key_of(self.prefix),
+                "it was saved flat, as by StateDictOptions(flatten_optimizer_state_dict=True): save it without that option, "
+                "or load it by dcp.load with distckpt.dcp.Reader, into a state dict made with that option",
+            )
+        return taken
+
     def _match_part(self, match: Match, name: str, saved: Saved) -> Make:
         return self._match_state(match, saved) if name == STATE else match.tree(saved, {}, nothing_like)
 
@@ -294,6 +309,13 @@ def _is_plain(optimizer: Optimizer) -> bool:
     if type(optimizer).state_dict is not Optimizer.state_dict or "state_dict" in vars(optimizer):
         return False
     return not (optimizer._optimizer_state_dict_pre_hooks or optimizer._optimizer_state_dict_post_hooks)
+
+
+def _is_loaded_by_torch(optimizer: Optimizer) -> bool:
+    """Whether nothing but torch's own ``load_state_dict`` sees what is loaded; hooks that come after it do not."""
+    if type(optimizer).load_state_dict is not Optimizer.load_state_dict or "load_state_dict" in vars(optimizer):
+        return False
+    return not optimizer._optimizer_load_state_dict_pre_hooks
 
 
 def _without_who(groups: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -24,6 +24,7 @@ OF_OTHERS = {
     "_local_tensor": "DTensor",
     "_modules": "nn.Module",
     "_non_persistent_buffers_set": "nn.Module",
+    "_optimizer_load_state_dict_pre_hooks": "torch.optim",
     "_optimizer_state_dict_post_hooks": "torch.optim",
     "_optimizer_state_dict_pre_hooks": "torch.optim",
     "_orig_mod": "torch.compile",
