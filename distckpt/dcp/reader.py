@@ -6,7 +6,8 @@ import dataclasses
 import io
 import itertools
 import os
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -45,7 +46,8 @@ class Reader(StorageReader):
     Each rank reads what DCP's planner wants of it, and every byte is checked before it counts. Keys are what DCP makes of
     the nested state; ``params`` of an optimizer's groups, which a manager does not save, stay as the state dict has them.
     State of single ranks comes as a list. What is no tensor was saved as typed values, and is put where torch's planner
-    would put it; a planner with a ``load_bytes`` of its own gets plain values as bytes that are made in memory.
+    would put it, but under a number where the state dict has that as key, as an optimizer's own does, and torch would put
+    it beside that under a text; a planner with a ``load_bytes`` of its own gets plain values as bytes that are made in memory.
 
     What is wrong comes as CheckpointException on every rank, with our own errors in its ``failures``: those of
     ``distckpt.open``, DamagedError naming shard and key; and DCP's own for missing keys and sizes that differ. Tensors hold
@@ -162,8 +164,9 @@ class Reader(StorageReader):
     def _read_objects(self, view: View, wanted: Sequence[ReadItem], planner: LoadPlanner) -> None:
         seen = [(item, view.items.get(item.storage_index.fqn)) for item in wanted]  # none of what is not saved
         found = [(item, one) for item, one in seen if isinstance(one, Object)]
+        places = _Places()
         for (item, _), value in zip(found, view.made(one for _, one in found), strict=True):
-            _hand_over(planner, item, value)
+            _hand_over(planner, item, value, places)
 
 
 class _Known(dict[str, STORAGE_TYPES]):
@@ -195,24 +198,52 @@ def _told(index: Index, item: Tensor | Object) -> TensorStorageMetadata | BytesS
     return TensorStorageMetadata(TensorProperties(dtype=dtype_from_name(dtype)), torch.Size(shape), chunks)
 
 
-def _hand_over(planner: LoadPlanner, item: ReadItem, value: Any) -> None:
+def _hand_over(planner: LoadPlanner, item: ReadItem, value: Any, places: _Places) -> None:
     """Put a value where torch's planner would put it, or give another one the bytes that it asks for."""
     key = item.dest_index.fqn
     if not isinstance(planner, DefaultLoadPlanner) or type(planner).load_bytes is not DefaultLoadPlanner.load_bytes:
         planner.load_bytes(item, _bytes(value, key))
     elif planner.flatten_state_dict:
-        _put(planner.original_state_dict, planner.mappings[key], value)
+        places.put(planner.original_state_dict, planner.mappings[key], value)
     else:
         planner.state_dict[key] = value
 
 
-def _put(root: Any, place: Sequence[str | int], value: Any) -> None:
-    for step, following in itertools.pairwise(place):
-        if isinstance(root, MutableMapping):
-            root = root.setdefault(step, {} if isinstance(following, str) else [])
-        else:
-            root = root[step]
-    root[place[-1]] = value
+class _Places:
+    """Where in the state dict of one load the values belong, which DCP knows by texts and list indices alone."""
+
+    def __init__(self) -> None:
+        self._keys: dict[int, dict[str, Any]] = {}
+
+    def put(self, root: Any, place: Sequence[str | int], value: Any) -> None:
+        """Put it there, through containers that are made where there are none, as torch makes them."""
+        for step, following in itertools.pairwise(place):
+            key = self._key(root, step)
+            made: Any = {} if isinstance(following, str) else []
+            if isinstance(root, MutableMapping):
+                root = root.setdefault(key, made)
+            else:
+                if root[key] is None:
+                    root[key] = made
+                root = root[key]
+        root[self._key(root, place[-1])] = value
+
+    def _key(self, container: Any, step: str | int) -> Any:
+        """What ``step`` is called in the container: a key that is no text goes by its text, if no other key does. A list
+        is as long as it takes afterwards."""
+        if isinstance(container, list) and isinstance(step, int):
+            container.extend([None] * (step + 1 - len(container)))
+        if not isinstance(container, MutableMapping) or step in container:
+            return step
+        if id(container) not in self._keys:  # once each: an optimizer may number thousands of parameters
+            self._keys[id(container)] = _by_text(container)
+        return self._keys[id(container)].get(str(step), step)
+
+
+def _by_text(keys: Iterable[Any]) -> dict[str, Any]:
+    """The keys by their texts, but for those that share one."""
+    counts = Counter(map(str, keys))
+    return {str(key): key for key in keys if counts[str(key)] == 1}
 
 
 def _bytes(value: Any, key: str) -> io.BytesIO:

@@ -317,6 +317,39 @@ def test_all_kinds_of_containers_are_seen_as_dcp_would_flatten_them(tmp_path: Pa
     assert same(found["lists"], [[one, {"k": 1}], [2, 3]])
 
 
+def test_what_goes_by_a_number_in_the_state_dict_comes_back_under_that(tmp_path: Path) -> None:
+    """As in an optimizer's own state dict. DCP itself would put what is no tensor beside it, under a text."""
+
+    def state(number: int) -> dict[str, Any]:
+        tensor = torch.full((2,), float(number))
+        own = {0: {"al": [None, number, tensor], "n": number}, 1: [{2: number}, tensor], 3: number, "3x": number}
+        return {"s": own, "text": {"0": {"n": number}}}
+
+    assert same(loaded(saved(tmp_path / "minimal", state(5)), state(0)), state(5))
+    both = {"s": {1: {"a": [torch.ones(1)]}, "1": {"b": 5}, 2.5: {"c": 6}}}
+    assert same(
+        loaded(saved(tmp_path / "both", both), {"s": {1: {"a": [torch.zeros(1)]}, "1": {"b": 0}, 2.5: {"c": 0}}}), both
+    )
+
+    def trained(steps: int) -> optim.Optimizer:
+        parameter = nn.Parameter(torch.ones(3))
+        optimizer = optim.LBFGS([parameter], max_iter=3)
+
+        def loss() -> torch.Tensor:
+            optimizer.zero_grad()
+            found = (parameter**2).sum() + parameter[0] ** 4
+            found.backward()
+            return found
+
+        for _ in range(steps):
+            optimizer.step(loss)  # type: ignore[arg-type]  # torch annotates a closure that gives a number
+        return optimizer
+
+    wanted, there = trained(2).state_dict(), trained(2).state_dict()
+    there["state"][0] |= {"n_iter": 0, "func_evals": 0}
+    assert same(loaded(saved(tmp_path / "lbfgs", {"o": wanted}), {"o": there}), {"o": wanted})
+
+
 def test_whoever_claims_the_directory_later_turns_the_other_away_by_name(tmp_path: Path) -> None:
     saved(tmp_path, {"state": {"a": 1}}, 1)
     with distckpt.CheckpointManager(distckpt.Checkpoint(state={"a": 0}), tmp_path) as manager:
