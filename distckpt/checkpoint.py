@@ -16,7 +16,7 @@ from distckpt.state.objects import NamedObjects, PerRank, RandomState
 from distckpt.state.selection import Rename, Selection
 from distckpt.state.status import LoadStatus, describe
 from distckpt.state.stored import Committed, Stored
-from distckpt.storage import open_store, placed
+from distckpt.storage import above, canonical, open_store, placed
 from distckpt.world import find_rank
 
 __all__ = ["Checkpoint", "LoadStatus", "PerRank", "RandomState"]
@@ -111,7 +111,13 @@ class Checkpoint(NamedObjects):
         again has a CheckpointManager, whose ``save`` does not wait, and which makes room.
         """
         number = self.save_counter + 1
-        return self._commit(f"{os.fspath(file_prefix)}-{number}", number, storage_options)
+        prefix = os.fspath(file_prefix)
+        if prefix.endswith(("/", os.sep)) or above(canonical(prefix)) is None:
+            raise ValueError(
+                f"file_prefix {prefix!r} is a place and no beginning of a name in one, to which -{number} would be added: give "
+                f"{prefix.rstrip('/')}/ckpt, say"
+            )
+        return self._commit(f"{prefix}-{number}", number, storage_options)
 
     def write(
         self,
@@ -185,10 +191,10 @@ def fill_from(
 def _check_ours(directory: str, storage_options: Mapping[str, Any] | None) -> None:
     """ValueError if a run saves to this directory, or it is inside of one: there a manager has its say."""
     store = open_store(directory, storage_options)
-    above, _, name = store.url.rpartition("/")
+    directory_above, name = above(store.url) or ("", "")
     head = read_tail(store).head
     others = head.pages or [record for record in head.newest_first() if record.name != ONE_OFF]
-    inside = names.parse_checkpoint(name) and above and read_tail(open_store(above, storage_options)).entry is not None
+    inside = names.parse_checkpoint(name) and read_tail(open_store(directory_above, storage_options)).entry is not None
     if others or inside:
         raise ValueError(
             f"{store.url} {'has checkpoints of a run' if others else 'is inside of the directory of a run'}, whose "

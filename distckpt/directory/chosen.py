@@ -16,7 +16,7 @@ from distckpt.directory.tags import tagged
 from distckpt.errors import CheckpointNotFoundError, StorageError
 from distckpt.format import names
 from distckpt.format.json.log import CheckpointRecord
-from distckpt.storage import Store, join, open_store, split_path
+from distckpt.storage import Store, above, join, open_store, split_path
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,31 +57,31 @@ def choose(path: str, storage_options: Mapping[str, Any] | None = None) -> Chose
 
 def refuse_inside(store: Store, storage_options: Mapping[str, Any] | None = None) -> None:
     """ValueError if the store is at a checkpoint of a run, whose directory is the one above: nothing will ever come there."""
-    above = _run_around(store, storage_options)
-    if above:
-        raise ValueError(f"{store.url} is a checkpoint of a run. To follow the run, give its directory: {above}")
+    around = _run_around(store, storage_options)
+    if around:
+        raise ValueError(f"{store.url} is a checkpoint of a run. To follow the run, give its directory: {around}")
 
 
 def refuse_checkpoint(store: Store, storage_options: Mapping[str, Any] | None = None) -> None:
     """ValueError if the store is at a checkpoint of a run: a log there would hide it, and what is read there be another."""
     try:
-        above = _run_around(store, storage_options)
+        around = _run_around(store, storage_options)
     except StorageError:  # nobody need be able to read what is around a directory
         return
-    if above and attempts(store, ""):
+    if around and attempts(store, ""):
         raise ValueError(
             f"{store.url} is a checkpoint of a run, which another log there would hide. To go on with the run, give its "
-            f"directory, {above}; to begin another with it, give another directory, and restore it: "
+            f"directory, {around}; to begin another with it, give another directory, and restore it: "
             f"checkpoint.restore({store.url!r})"
         )
 
 
 def _run_around(store: Store, storage_options: Mapping[str, Any] | None) -> str:
     """The directory above, if that is a run's and the store is at a name that a checkpoint may have; else ''."""
-    above, _, folder = store.url.rpartition("/")
-    if not above or names.parse_checkpoint(folder) is None:
+    directory, folder = above(store.url) or ("", "")
+    if names.parse_checkpoint(folder) is None:
         return ""
-    return above if read_tail(open_store(above, storage_options)).entry is not None else ""
+    return directory if read_tail(open_store(directory, storage_options)).entry is not None else ""
 
 
 def choose_in(store: Store, folder: str) -> Chosen:

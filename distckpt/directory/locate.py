@@ -21,7 +21,7 @@ from distckpt.format.arrow.index import Index, decode_index
 from distckpt.format.json.log import CheckpointRecord
 from distckpt.format.json.manifest import MAX_MANIFEST_BYTES, Manifest
 from distckpt.format.json.sealed import unseal
-from distckpt.storage import PathLike, Store, cool, open_store, parts_of, twice
+from distckpt.storage import PathLike, Store, above, cool, open_store, parts_of, twice
 from distckpt.transfer.checksums import stored_size_and_crc
 
 LARGE_INDEX = 64 << 20
@@ -76,9 +76,9 @@ def locate(path: PathLike, storage_options: Mapping[str, Any] | None = None) -> 
 
 def _in_directory(store: Store, storage_options: Mapping[str, Any] | None) -> Located | None:
     """The checkpoint whose folder is the root of ``store``, by the log beside it; None if there is no such log."""
-    directory, _, folder = store.url.rpartition("/")
+    directory, folder = above(store.url) or ("", "")
     checkpoint = names.parse_checkpoint(folder)
-    if checkpoint is None or not directory:
+    if checkpoint is None:
         return None
     parent = open_store(directory, storage_options)
     tail = read_tail(parent)
@@ -194,8 +194,8 @@ def _own_manifest(store: Store, attempt: str) -> Manifest:
 
 def _by_tag(store: Store, storage_options: Mapping[str, Any] | None) -> Located | None:
     """The checkpoint whose tag is the last part of the path, in the directory above; None if there is no such tag."""
-    directory, _, name = store.url.rpartition("/")
-    if not names.is_tag(name) or not directory or directory.endswith(":/"):
+    directory, name = above(store.url) or ("", "")
+    if not names.is_tag(name):
         return None
     parent = open_store(directory, storage_options)
     try:

@@ -12,7 +12,16 @@ from distckpt.storage.interface import (
     SupportsSweep,
 )
 from distckpt.storage.local import LocalStore
-from distckpt.storage.location import canonical, join, open_store, placed, placed_among, split_path, with_patience
+from distckpt.storage.location import (
+    above,
+    canonical,
+    join,
+    open_store,
+    placed,
+    placed_among,
+    split_path,
+    with_patience,
+)
 from distckpt.storage.memory import MemoryStore
 from distckpt.storage.paths import PathLike
 from distckpt.storage.patience import PatientStore, twice
@@ -38,6 +47,7 @@ __all__ = [
     "SupportsCopying",
     "SupportsHidden",
     "SupportsSweep",
+    "above",
     "at_most",
     "canonical",
     "cool",

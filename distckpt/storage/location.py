@@ -108,10 +108,16 @@ def split_path(path: PathLike) -> tuple[str, str]:
     The directory is canonical. ValueError if nothing is above the last part.
     """
     location = canonical(path)
-    directory, _, folder = location.rpartition("/")
-    if not folder or directory.endswith(":/"):
+    found = above(location)
+    if found is None:
         raise ValueError(f"{location!r} has no directory above it")
-    return directory or "/", folder
+    return found
+
+
+def above(location: str) -> tuple[str, str] | None:
+    """As ``split_path``, of what is canonical; None if nothing is above it, as above a bucket, whatever that is called."""
+    directory, _, folder = location.rpartition("/")
+    return (directory or "/", folder) if folder and not directory.endswith(":/") else None
 
 
 def placed(
@@ -206,7 +212,9 @@ def _open_local(location: str, options: Mapping[str, Any]) -> Store:
         raise ValueError(f"local directories have no storage option {', '.join(unknown)}; they have direct_io")
     warn_of_late_views(location)
     direct_io = options.get("direct_io")
-    return LocalStore(location, direct_io=None if direct_io is None else bool(direct_io))
+    if direct_io is not None and not isinstance(direct_io, bool):
+        raise ValueError(f"storage_options: direct_io is True, False or None, not {direct_io!r}")
+    return LocalStore(location, direct_io=direct_io)
 
 
 def _open_memory(location: str, options: Mapping[str, Any]) -> Store:

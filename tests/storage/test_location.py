@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
-from distckpt.errors import StoreUnsuitableError
-from distckpt.storage import MemoryStore, canonical, join, open_store, split_path
+import distckpt
+from distckpt.cli.app import main
+from distckpt.errors import CheckpointNotFoundError, StoreUnsuitableError
+from distckpt.storage import MemoryStore, above, canonical, join, open_store, split_path
 
 
 def test_a_relative_path_is_made_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -147,3 +151,52 @@ def test_join_takes_any_number_of_parts() -> None:
     assert join("/") == "/"
     assert join("/", "a", "b") == "/a/b"
     assert join("gs://bucket/run", "ckpt-1", "e1-0") == "gs://bucket/run/ckpt-1/e1-0"
+
+
+@pytest.mark.parametrize(
+    ("location", "found"),
+    [
+        ("/data/run-7", ("/data", "run-7")),
+        ("/run-7", ("/", "run-7")),
+        ("/", None),
+        ("s3://runs-2024", None),
+        ("gs://runs-2024", None),
+        ("s3://runs-2024/ckpt-1", ("s3://runs-2024", "ckpt-1")),
+    ],
+)
+def test_above_a_bucket_is_nothing_whatever_it_is_called(location: str, found: tuple[str, str] | None) -> None:
+    assert above(location) == found
+
+
+def test_a_root_that_is_called_like_a_checkpoint_is_a_directory(tmp_path: Path) -> None:
+    root = MemoryStore.named(f"runs-{random.randrange(1 << 40)}").url
+    for number in (1, 2):
+        with distckpt.CheckpointManager(distckpt.Checkpoint(step=number), root) as manager:
+            manager.restore_or_initialize()
+            manager.save(number).result(30)
+    assert distckpt.load(root)["step"] == 1
+    assert distckpt.Checkpoint(step=0).restore(f"{root}/ckpt-2").is_complete
+    with distckpt.watch(root, timeout=0) as watch:
+        assert [checkpoint.number for checkpoint in watch] == [2]
+    assert distckpt.Checkpoint(step=3).write(f"{root}/best") == f"{root}/best"
+    for command in (
+        ("show", root),
+        ("verify", root),
+        ("du", root),
+        ("cp", root, str(tmp_path / "copy")),
+        ("pin", root),
+    ):
+        assert CliRunner().invoke(main, command, catch_exceptions=False).exit_code == 0, command
+    empty = MemoryStore.named(f"runs-{random.randrange(1 << 40)}").url
+    with pytest.raises(CheckpointNotFoundError):
+        distckpt.load(empty)
+    assert CliRunner().invoke(main, ["show", empty]).exit_code == 2
+
+
+@pytest.mark.parametrize("prefix", ["s3://mine", "gs://mine/", "s3://mine/best/", "memory://mine", "best/"])
+def test_a_prefix_that_is_a_place_is_refused_by_save(prefix: str) -> None:
+    """A number after it would make another bucket of it, or a name that is nothing but a number."""
+    with pytest.raises(
+        ValueError, match=rf"is a place and no beginning of a name.*give {prefix.rstrip('/')}/ckpt, say"
+    ):
+        distckpt.Checkpoint(step=1).save(prefix)
