@@ -18,7 +18,8 @@ class FencedError(CoordinatorError):
     def __init__(self, directory: str, epoch: int, newer: int) -> None:
         super().__init__(
             f"{directory}: the coordinator of epoch {epoch} was replaced by epoch {newer}. "
-            "Another manager saves to this directory now; this one must stop"
+            "Another manager saves to this directory now, or a command such as `distckpt rm --force` has changed its log; "
+            "this one must stop"
         )
         self.directory, self.epoch, self.newer = directory, epoch, newer
 

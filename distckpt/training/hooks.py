@@ -44,7 +44,7 @@ class Session(Protocol):
 
     @property
     def interrupted(self) -> bool:
-        """Whether it stops before the training has come to its end, to be gone on with later. The same on all ranks."""
+        """Whether it stops before the training has come to its end, to be gone on with later. All ranks agree in ``end``."""
 
     def any(self, *wishes: bool) -> tuple[bool, ...]:
         """For each wish: does any rank have it. Collective."""

@@ -32,6 +32,7 @@ from distckpt.errors import (
     MismatchError,
     NotSharedError,
     RankFailedError,
+    RestoreError,
     SaveError,
     StaleRunError,
     StorageError,
@@ -219,6 +220,22 @@ def test_a_file_in_the_way_of_one_checkpoint(tmp_path: Path) -> None:
     assert numbers(tmp_path) == [1, 3]
     run(tmp_path, 4)
     assert (tmp_path / "ckpt-2").read_text() == "precious"
+
+
+def test_a_restore_in_a_directory_that_has_vanished_says_so_soon_and_goes_on_once_it_is_back(tmp_path: Path) -> None:
+    checkpoint = distckpt.Checkpoint(step=1)
+    with distckpt.CheckpointManager(checkpoint, tmp_path / "run", save_timeout=600) as manager:
+        manager.save(1).result(30)
+        (tmp_path / "run").rename(tmp_path / "away")
+        for _ in range(2):
+            with pytest.raises(RestoreError, match=r"was deleted, unmounted or moved.*restore again once it is back"):
+                manager.restore()
+        assert not (tmp_path / "run").exists()
+        (tmp_path / "away").rename(tmp_path / "run")
+        checkpoint.step = 5
+        assert manager.restore() == f"{tmp_path}/run/ckpt-1"
+        assert checkpoint.step == 1
+        manager.save(2).result(30)
 
 
 def test_a_directory_that_vanishes_is_not_made_again(tmp_path: Path) -> None:

@@ -32,6 +32,8 @@ from distckpt.format.names import LOG
 
 FIRST_RETRY = 0.5
 LAST_RETRY = 10.0
+EMPTY_LOOKS = 3
+"""Looks that find no entry, one after the other, until the log counts as lost."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +80,7 @@ class Ledger:
         self._confirming: Confirm | None = None
         self._retry_at: float | None = None
         self._backoff = FIRST_RETRY
+        self._empty_looks = 0
         self._recover_at: float | None = None
         self._reports: tuple[Reported, ...] = ()
 
@@ -126,6 +129,11 @@ class Ledger:
         """When to append, or to look, again after an unknown outcome."""
         return self._retry_at
 
+    @property
+    def is_lost(self) -> bool:
+        """Whether looks have found no entry at all, several times over, where there must be one."""
+        return self._empty_looks >= EMPTY_LOOKS
+
     def start(self) -> None:
         """Begin to claim."""
         self._desk.emit(ReadTail())
@@ -156,6 +164,9 @@ class Ledger:
     def confirm(self, what: Confirm) -> None:
         """Make sure, after the entries that wait, that the log has nothing newer than what this machine knows."""
         self._wanted.append(what)
+        self._empty_looks = 0
+        if self._confirming is not None and self._retry_at is not None:
+            self._retry_at, self._backoff = self._desk.mono, FIRST_RETRY
         self._append_next()
 
     def withdraw(self, attempt: str) -> None:
@@ -228,6 +239,7 @@ class Ledger:
         if confirming is None or entry is None or self.ended is not None:
             return
         if event.newest is None or event.newest < entry.seq:
+            self._empty_looks += event.newest == 0
             lost = f"a listing shows no entry after {event.newest}, and {entry.seq} was written"
             self._look_again(event.reason or lost)
         elif event.newest > entry.seq:
@@ -283,7 +295,7 @@ class Ledger:
 
     def _ground(self) -> None:
         self._flight = self._confirming = None
-        self.tries, self.doubt = 0, ""
+        self.tries, self.doubt, self._empty_looks = 0, "", 0
         self._retry_at = None
         self._backoff = FIRST_RETRY
 

@@ -123,9 +123,16 @@ class Restores:
             self._end(round, round.verdict)
 
     def tick(self) -> None:
-        """Give up a round whose missing ranks have been silent for too long."""
-        if self._open is not None and self._open.deadline <= self._desk.mono:
-            self._expire(self._open)
+        """Give up a round whose missing ranks have been silent for too long, or which rests on a log that is lost."""
+        round = self._open
+        if round is not None and round.verdict is not None and self._ledger.is_lost:
+            reason = (
+                "the log has no entry any more. The directory was deleted, unmounted or moved, or another is in its place. "
+                "Nothing was written there. The objects may hold part of a checkpoint: restore again once it is back"
+            )
+            self._end(round, Refused(RestoreError(f"{self._desk.directory}: {reason}")))
+        elif round is not None and round.deadline <= self._desk.mono:
+            self._expire(round)
 
     @property
     def _current(self) -> Run:
