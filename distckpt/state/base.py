@@ -33,6 +33,10 @@ class Opened:
         """As manifests name it."""
         return Base(self.stored.path, self.digest)
 
+    def is_same(self, stored: Stored) -> bool:
+        """Whether ``stored`` is this very checkpoint, or a copy of it."""
+        return isinstance(stored, Committed) and stored.where.manifest.attempt == self.stored.where.manifest.attempt
+
 
 def base_of(checkpoint: NamedObjects) -> Opened | None:
     """What ``frozen_from`` of the objects names, opened once; None if it names nothing. Raises what ``locate`` raises."""

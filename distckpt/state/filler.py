@@ -83,7 +83,7 @@ class Filler:
         self._borrowed: frozenset[str] = frozenset()
         base = base_of(checkpoint) if self._frozen else None
         if base is not None:
-            self._borrowed = self._frozen - texts.keys()
+            self._borrowed = self._frozen if base.is_same(stored) else self._frozen - texts.keys()
             check_base(stored, base, self._borrowed)
             part = Part(base.stored, self._borrowed)
             here, origins = {**here, **part.paths()}, {**origins, **{key: key for key in self._borrowed}}
@@ -126,7 +126,8 @@ class Filler:
     @property
     def matched(self) -> int:
         """How many keys of the checkpoint some object takes."""
-        return len(self._match.claimed - {SAVE_COUNTER} - self._match.misfits.keys() - self._borrowed)
+        lent = self._borrowed - self._paths.keys()
+        return len(self._match.claimed - {SAVE_COUNTER} - self._match.misfits.keys() - lent)
 
     @property
     def bytes_read(self) -> int:

@@ -131,6 +131,21 @@ def test_another_base_is_refused_before_anything_is_changed(base: str, tmp_path:
     assert same(other.state(), before)
 
 
+def test_who_restores_the_base_itself_has_its_frozen_parameters_from_there(base: str, tmp_path: Path) -> None:
+    """As whoever begins without a manager does; nothing of it is taken for what nobody else has."""
+    tuned, there = Tuned(base, seed=1), f"{base}/saved-1"
+    status = tuned.checkpoint.restore(base)
+    assert not status.unexpected
+    assert status.matched == 4
+    path = tuned.checkpoint.write(tmp_path / "tuned")
+    with distckpt.open(path) as reader:
+        assert reader.manifest.base_path == there
+        assert not [key for key in reader.keys() if key.startswith("model.0.")]  # noqa: SIM118 - it is no dict
+    again = Tuned(base, seed=2)
+    assert again.checkpoint.restore(path).is_complete
+    assert same(again.state(), tuned.state())
+
+
 def test_without_a_base_what_is_frozen_stays_and_that_is_told(
     base: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
