@@ -93,8 +93,6 @@ def import_files(
     console = text.console()
     for key, reason in contents.refused.items():
         console.print(Text(f"left out: {key}: {reason}", style="yellow"), overflow="fold")
-    for note in contents.notes:
-        console.print(Text(note), overflow="fold")
     tensors, values = len(contents.tensors), len(contents.values)
     console.print(
         f"{path}: {counted(tensors, 'tensor')}, {human_bytes(contents.nbytes)}, and {counted(values, 'plain value')} of the "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import itertools
 import logging
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -130,6 +131,12 @@ _IMPORTS = {
     "a file that torch.save wrote, in its old format",
     "a Lightning checkpoint",
 }
+_WEIGHTS = re.compile(
+    r"((diffusion_pytorch_|adapter_)?model\.safetensors|(pytorch_model|diffusion_pytorch_model|adapter_model)\.bin)(\.index\.json)?"
+    r"|pytorch_model_fsdp\.bin(\.index\.json)?|pytorch_model_fsdp_0"
+)
+"""What a folder has one of that an import takes."""
+
 _IMPORTED = ", which `distckpt import` makes one of"
 
 
@@ -145,7 +152,8 @@ def _folder(store: Store) -> str:
         return f"no run has saved here, but below it: {shown}{', ...' if len(runs) > 3 else ''}"
     for is_it, what in _FOLDERS:
         if is_it(files):
-            return f"it is {what}, and none of distckpt{_IMPORTED if what in _IMPORTS else ''}"
+            is_read = what in _IMPORTS and any(map(_WEIGHTS.fullmatch, (*files, *folders)))
+            return f"it is {what}, and none of distckpt{_IMPORTED if is_read else ''}"
     return "no run has saved in this folder" if files or folders else ""
 
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from distckpt.errors import DamagedError, EncodeError
 from distckpt.foreign.files import File
 from distckpt.format.arrow.dtypes import ITEM_SIZES
 from distckpt.format.limits import MAX_DIMENSIONS
-from distckpt.format.tree.tree import Path, flatten
+from distckpt.format.tree.tree import DictStep, Path, flatten, key_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +100,7 @@ def contents_of(
 ) -> Contents:
     """The contents that a tree of plain containers, with Held and Spread for tensors, stands for. EncodeError for what is no
     tree."""
-    leaves = flatten(dict(tree), lambda value: type(value) in (Held, Spread))
+    leaves = flatten(dict(tree), lambda value: type(value) in (Held, Spread)) if tree else []
     return Contents(
         kind,
         path,
@@ -110,6 +110,32 @@ def contents_of(
         dict(refused or {}),
         tuple(notes),
         number,
+    )
+
+
+def beside(contents: Contents, others: Sequence[Contents]) -> Contents:
+    """The same contents, and with them all keys of the others, which must be others."""
+    every = (contents, *others)
+    return replace(
+        contents,
+        paths={key: path for one in every for key, path in one.paths.items()},
+        tensors={key: held for one in every for key, held in one.tensors.items()},
+        values={key: value for one in every for key, value in one.values.items()},
+        refused={key: why for one in every for key, why in one.refused.items()},
+    )
+
+
+def below(contents: Contents, own: str, name: str) -> Contents:
+    """The same contents with every key below ``name``: instead of below ``own``, if all of them are there."""
+    is_own = all(path[0] == DictStep(own) for path in contents.paths.values())
+    is_own = is_own and all(key == own or key.startswith(f"{own}.") for key in contents.refused)
+    moved = {key: (DictStep(name), *path[is_own:]) for key, path in contents.paths.items()}
+    return replace(
+        contents,
+        paths={key_of(path): path for path in moved.values()},
+        tensors={key_of(moved[key]): held for key, held in contents.tensors.items()},
+        values={key_of(moved[key]): value for key, value in contents.values.items()},
+        refused={f"{name}{key[len(own) :] if is_own else f'.{key}'}": why for key, why in contents.refused.items()},
     )
 
 

@@ -104,6 +104,18 @@ class Folder:
         self.url = url
         self._options = storage_options
         self._stores: dict[str, Store] = {}
+        self._names: frozenset[str] | None = None
+
+    def inside(self, name: str) -> Folder:
+        """The folder of that name in this one, whether or not it is there."""
+        return Folder(join(self.url, name), self._options)
+
+    def names(self) -> frozenset[str]:
+        """What is in it, files and folders, as it was when this was asked first. Links and hidden files are not among it."""
+        if self._names is None:
+            store = self._store(self.url)
+            self._names = frozenset((*(info.path for info in store.list("")), *store.folders("")))
+        return self._names
 
     def find(self, name: str) -> File | None:
         """The file of that name; None if there is none. ValueError for a name that is a path."""
@@ -111,11 +123,14 @@ class Folder:
             raise ValueError(f"{shown(name)} is no plain file name")
         where = join(self.url, name)
         root, path = (self.url, name) if "://" in self.url else split_path(where)
-        if root not in self._stores:
-            self._stores[root] = open_store(root, self._options)
-        store = self._stores[root]
+        store = self._store(root)
         info = store.stat(path)
         return None if info is None else File(store, path, name, info.size)
+
+    def _store(self, root: str) -> Store:
+        if root not in self._stores:
+            self._stores[root] = open_store(root, self._options)
+        return self._stores[root]
 
     def hidden(self, name: str, most: int) -> bytes | None:
         """What is in a file whose name begins with a dot, which stores keep for themselves; None if there is none.
@@ -168,6 +183,6 @@ def nothing_known(url: str) -> CheckpointNotFoundError:
     return CheckpointNotFoundError(
         url,
         "no file that can be read here: a safetensors file, one of torch.save or of Lightning, or a folder with "
-        "model.safetensors, pytorch_model.bin, the index of several of them, or .metadata of torch.distributed.checkpoint. Give "
-        "a file of another name by its own path",
+        "model.safetensors, pytorch_model.bin, the index of several of them, pytorch_model_fsdp.bin or pytorch_model_fsdp_0 of "
+        "Accelerate, or .metadata of torch.distributed.checkpoint. Give a file of another name by its own path",
     )

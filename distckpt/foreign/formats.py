@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from distckpt.errors import DamagedError
-from distckpt.foreign.contents import Contents, Held, contents_of
+from distckpt.foreign.contents import Contents, Held, beside, contents_of
 from distckpt.foreign.dcp_folder import read_dcp
 from distckpt.foreign.files import File, Found, nothing_known, place
 from distckpt.foreign.folders import check_weight_map, names_only, read_weight_map
 from distckpt.foreign.lightning import is_lightning, lightning_tree
 from distckpt.foreign.safetensors_file import Header, is_safetensors, read_header
 from distckpt.foreign.torch_file import is_torch_file, read_torch_file
-from distckpt.foreign.training_folders import read_parts
+from distckpt.foreign.training_folders import FSDP, read_parts, read_sharded
 from distckpt.format import names
 from distckpt.storage import PathLike
 from distckpt.terminal.sizes import counted
@@ -25,8 +26,9 @@ Read = Callable[[Found], Contents | None]
 """Reads what is at a place; None if that is of another format. Nothing of a tensor's bytes is read."""
 
 WEIGHTS = (names.WEIGHTS, "diffusion_pytorch_model.safetensors", "adapter_model.safetensors")
-TORCH_WEIGHTS = ("pytorch_model.bin", "diffusion_pytorch_model.bin", "adapter_model.bin")
-"""Those of Transformers, Diffusers and PEFT; the index of several files has the same name and ``.index.json``."""
+TORCH_WEIGHTS = ("pytorch_model.bin", "diffusion_pytorch_model.bin", "adapter_model.bin", f"{FSDP}.bin")
+"""Those of Transformers, Diffusers and PEFT, and of Accelerate with FSDP. The index of several files has the same name and
+``.index.json``."""
 
 _INDEX_FIRST = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
 """Where one file and the index of several are there, Diffusers loads by the index, the others the one file."""
@@ -101,15 +103,29 @@ def _folder(found: Found) -> Contents | None:
         return None
     weights = _weights(found)
     if weights is None:
-        return None
+        return _sharded_folder(found)
     what, tree, refused = weights
-    parts = read_parts(found)
+    parts = read_parts(found, what)
     if parts is None:
         return contents_of(f"folder with {what}", found.path, {found.under: tree}, refused)
     whole = {found.under: tree, **parts.tree}
-    return contents_of(
-        f"{parts.kind} with {what}", found.path, whole, {**refused, **parts.refused}, parts.notes, parts.number
+    refused = {**refused, **parts.refused}
+    return beside(
+        contents_of(f"{parts.kind} with {what}", found.path, whole, refused, parts.notes, parts.number), parts.sharded
     )
+
+
+def _sharded_folder(found: Found) -> Contents | None:
+    """As Accelerate saves what FSDP has sharded: the model is a folder too, which DCP has written."""
+    what = f"{FSDP}_0"
+    model = read_sharded(found, what, "model", found.under)
+    if model is None:
+        return None
+    parts = read_parts(found, what)
+    if parts is None:
+        return replace(model, kind=f"folder with {what}", path=found.path)
+    rest = contents_of(f"{parts.kind} with {what}", found.path, parts.tree, parts.refused, parts.notes, parts.number)
+    return beside(rest, (model, *parts.sharded))
 
 
 def _weights(found: Found) -> tuple[str, dict[str, Any], dict[str, str]] | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -34,6 +35,8 @@ from distckpt.transfer.reader import ReadStats
 if TYPE_CHECKING:
     from typing_extensions import Self
 
+logger = logging.getLogger(__name__)
+
 
 def read_foreign(
     path: PathLike,
@@ -55,9 +58,12 @@ def read_foreign(
     """
     chosen = (leave_out,) if isinstance(leave_out, str) else tuple(leave_out)
     try:
-        return ForeignReader(without(read_contents(path, storage_options, under), chosen))
+        contents = without(read_contents(path, storage_options, under), chosen)
     except EncodeError as error:
         raise UnsupportedFormatError(str(path), why_not_encoded(error), error.key) from error
+    if contents.notes:
+        logger.warning("%s: %s", contents.path, "; ".join(contents.notes))
+    return ForeignReader(contents)
 
 
 class ForeignReader:
