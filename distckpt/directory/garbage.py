@@ -193,8 +193,8 @@ def dead(folder: str, bounds: Bounds, min_age: float, watch: Watch) -> Leftover 
     store, began = watch.store, watch.predecessors.began(attempt)
     where = store if began else parts_of(store)[0]
     objects, unseen = list(objects_of_attempt(where, folder)), list(hidden(where, folder))
-    if not objects and where is not store:
-        return None
+    if not objects and (where is not store or ("://" in store.url and not unseen)):
+        return None  # servers may list a folder for a while, or for ever, of which nothing is left
     if any(info.path == f"{folder}/{names.MANIFEST}" for info in objects):
         if watch.predecessors.left(attempt):
             return leftover(where, folder, objects)

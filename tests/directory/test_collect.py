@@ -8,7 +8,7 @@ import shutil
 import threading
 import time
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from distckpt.format import names
 from distckpt.format.json.lease import Lease
 from distckpt.format.json.log import CheckpointRecord, State
 from distckpt.format.json.sealed import seal
-from distckpt.storage import LocalStore
+from distckpt.storage import LocalStore, MemoryStore
 from tests.support.checkpoints import append_state
 from tests.support.clock import Clock
 from tests.support.small_runs import (
@@ -36,6 +36,8 @@ from tests.support.small_runs import (
     files,
     lease_on,
     leftovers,
+    mount,
+    mounting,
     numbers,
     on_disk,
     run,
@@ -277,3 +279,31 @@ def test_nothing_is_left_of_what_was_garbage(directory: Path) -> None:
     found(directory, "--force", "--older-than", "0")
     kept = {path for path in leftovers(directory) if not path.startswith(("ckpt-7/", "ckpt-9/", names.LEASES))}
     assert kept == set()
+
+
+class Remembering(MemoryStore):
+    """Goes on to list folders of which nothing is left, as SeaweedFS does, and versioned buckets of moto."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gone: set[str] = set()
+
+    def delete(self, path: str) -> None:
+        self.gone.add(path)
+        super().delete(path)
+
+    def folders(self, folder: str) -> Iterator[str]:
+        above = f"{folder}/" if folder else ""
+        gone = {path.removeprefix(above) for path in self.gone if path.startswith(above)}
+        return iter(sorted({*super().folders(folder), *(path.partition("/")[0] for path in gone if "/" in path)}))
+
+
+def test_a_folder_that_a_server_lists_and_that_has_nothing_is_no_leftover() -> None:
+    store = Remembering()
+    with mounting():
+        url = mount(store)
+        run(url, 1, 2, 3, max_to_keep=1)
+        assert {"ckpt-1", "ckpt-2", "ckpt-3"} <= set(store.folders(""))
+        told = found(url, "--force")
+        assert (told["garbage"], told["later"], told["unsure"]) == ([], [], [])
+        assert "unfinished" not in call("ls", "--all", url).stdout
