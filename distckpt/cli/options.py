@@ -132,6 +132,9 @@ def _parsed(ctx: click.Context, parameter: click.Parameter, pairs: tuple[str, ..
 
 
 def _value(text: str) -> Any:
+    """JSON, or True and False as Python has them, or else the text."""
+    if text in ("True", "False"):
+        return text == "True"
     try:
         return json.loads(text)
     except ValueError:

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from typing import TypeVar
 
-from distckpt.errors import DamagedError, ObjectNotFoundError, StorageError
+from distckpt.errors import AccessDeniedError, DamagedError, ObjectNotFoundError, StorageError
 from distckpt.storage.around import StoreAround
 from distckpt.storage.interface import ObjectInfo, Source, Store
 
@@ -16,6 +16,8 @@ logger = logging.getLogger(__name__)
 
 PAUSES = (0.0, 0.1, 0.5, 2.0)
 """Seconds between one try and the next."""
+
+_ANSWERS = (ObjectNotFoundError, DamagedError, AccessDeniedError)
 
 _Answer = TypeVar("_Answer")
 
@@ -108,12 +110,12 @@ class _Patience:
         self._is_lost = False
 
     def answer(self, ask: Callable[[], _Answer]) -> _Answer:
-        """What ``ask`` returns; that there is no such object, or that it is damaged, is an answer too."""
+        """What ``ask`` returns. That there is no such object, that it is damaged, or not for us, is an answer too."""
         pauses = iter(() if self._is_lost else PAUSES)
         while True:
             try:
                 found = ask()
-            except (ObjectNotFoundError, DamagedError):
+            except _ANSWERS:
                 self._is_lost = False
                 raise
             except StorageError as error:
@@ -132,6 +134,9 @@ class _Patience:
                     if name(one) not in given:
                         given.add(name(one))
                         yield one
+            except AccessDeniedError:
+                self._is_lost = False
+                raise
             except StorageError as error:
                 self._wait(pauses, error)
             else:

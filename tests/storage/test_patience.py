@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from distckpt.errors import DamagedError, ObjectNotFoundError, StorageError
+from distckpt.errors import AccessDeniedError, DamagedError, ObjectNotFoundError, StorageError
 from distckpt.storage import LocalStore, MemoryStore, ObjectInfo, PatientStore, Store, patience, twice
 from distckpt.testing.faulty import Call, Fault, FaultyStore, Operation
 
@@ -97,6 +97,27 @@ def test_that_there_is_no_such_object_is_an_answer(pauses: list[float]) -> None:
         store.open("nothing")
     assert store.stat("nothing") is None
     assert pauses == []
+
+
+class Closed(MemoryStore):
+    """Nobody may see anything."""
+
+    def stat(self, path: str) -> ObjectInfo | None:
+        """No."""
+        raise AccessDeniedError(path, "not you")
+
+    def list(self, folder: str) -> Iterator[ObjectInfo]:
+        """No."""
+        raise AccessDeniedError(folder, "not you")
+
+
+def test_that_one_has_no_right_is_an_answer(pauses: list[float], caplog: pytest.LogCaptureFixture) -> None:
+    store = PatientStore(Closed())
+    for ask in (lambda: store.stat("a"), lambda: list(store.list(""))):
+        with pytest.raises(AccessDeniedError, match="not you"):
+            ask()
+    assert pauses == []
+    assert caplog.text == ""
 
 
 def test_writes_are_not_repeated(pauses: list[float]) -> None:

@@ -16,6 +16,8 @@ from urllib3.util import make_headers, parse_url
 from urllib3.util.ssl_ import create_urllib3_context
 from urllib3.util.url import Url
 
+from distckpt.storage.remote.options import endpoint_url, without_password
+
 IDLE_SECONDS = 20.0
 """A connection that nobody used for so long may be dead without a word: a fresh one is cheaper than to find that out."""
 
@@ -37,7 +39,7 @@ class Connections:
     def __init__(
         self, url: str, *, verify: bool | str = True, client_cert: str | tuple[str, str] | None = None
     ) -> None:
-        parsed = _http_url(url, "an endpoint")
+        parsed = _http_url(endpoint_url(url) or "", "an endpoint")
         self._secure = parsed.scheme == "https"
         self._host = (parsed.host or "").strip("[]")
         self._port = parsed.port or (443 if self._secure else 80)
@@ -119,7 +121,7 @@ def _close_all(idle: deque[tuple[float, Connection]]) -> None:
 def _http_url(url: str, what: str) -> Url:
     parsed = parse_url(url)
     if parsed.scheme not in ("http", "https") or not parsed.host:
-        raise ValueError(f"{url!r} is not {what}: an http or https URL is wanted")
+        raise ValueError(f"{without_password(url)!r} is not {what}: an http or https URL is wanted")
     return parsed
 
 

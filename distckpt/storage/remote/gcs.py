@@ -361,7 +361,9 @@ class GcsStore:
         try:
             found = json.loads(answer.body)
         except ValueError as error:
-            raise StorageError(self._full(path), f"the store's answer is no JSON: {error}") from error
+            what = "an HTML page and no JSON" if answer.body.lstrip()[:1] == b"<" else f"no JSON: {error}"
+            reason = f"the answer from {self._endpoint.url} is {what}: it is no Google Cloud Storage, or not all of it"
+            raise StorageError(self._full(path), reason) from error
         if not isinstance(found, dict):
             raise StorageError(self._full(path), "the store's answer is no JSON object")
         return found

@@ -10,17 +10,26 @@ from typing import Any
 
 from distckpt.errors import StorageError
 from distckpt.storage.remote.http import Anonymous, Answer, Authority, NoAnswer, Request
+from distckpt.storage.remote.options import in_header, without
 
 GOOGLE = "googleapis.com"
 _JUST_NOW = 10.0
+_WORDS = {"google_default", "cloud", "cache", "browser"}
+_OF_SERVICE = {"client_email", "token_uri", "private_key"}
+_OF_USER = {"client_id", "client_secret", "refresh_token"}
+_IN_JSON = f"{', '.join(sorted(_OF_SERVICE))} of a service account, or {', '.join(sorted(_OF_USER))} of a user"
 
 
 def authority(endpoint_url: str, project: str | None, access: str, token: Any) -> Authority:
     """Who ``token`` stands for, as gcsfs has it: None (search), "google_default", "cloud", "cache", "anon", a file, a
     dict, a raw token, or google-auth's Credentials. Nothing is asked of anybody before the first request.
 
-    None is nobody where the endpoint is not Google's.
+    None is nobody where the endpoint is not Google's. ValueError for a token that cannot be one, which is not shown.
     """
+    if not (isinstance(token, str) and os.path.exists(token)):
+        in_header(token, "token")
+    if isinstance(token, Mapping) and not any(fields <= token.keys() for fields in (_OF_SERVICE, _OF_USER)):
+        raise ValueError(f"storage_options: token is a dict, which has to have {_IN_JSON}")
     if token == "anon" or (token is None and GOOGLE not in endpoint_url):
         return Anonymous()
     return GoogleAuthority(endpoint_url, project, access, token)
@@ -94,6 +103,20 @@ class GoogleAuthority:
         try:
             return GoogleCredentials(self._project, self._access, self._token)
         except (GoogleAuthError, OSError, ValueError, KeyError) as error:
-            kind = self._token if isinstance(self._token, str) and len(self._token) < 32 else type(self._token).__name__
-            message = f"no credentials from token={kind!r}, as gcsfs understands it: {error}"
-            raise StorageError(self._endpoint_url, message) from error
+            # None of the errors below it is shown: they may have the token in the URL at which it was looked up.
+            raise StorageError(self._endpoint_url, self._without_any(error)) from None
+
+    def _without_any(self, error: Exception) -> str:
+        """What to say of a token that gave no credentials, without a word of what may be secret in it."""
+        token = self._token
+        is_name = isinstance(token, str) and (token in _WORDS or token.endswith(".json") or os.path.exists(token))
+        if token is None or is_name:
+            said, reason = f"token={token!r}", str(error)
+        elif isinstance(token, str):
+            said = "the text in token, which is no word of gcsfs's and no file that is there"
+            reason = without(str(error), token)
+        else:
+            said, reason = f"the {type(token).__name__} in token", str(error)
+        if isinstance(error, KeyError):
+            reason = f"it has to have {_IN_JSON}, and lacks some or has a private_key that cannot be read"
+        return f"no credentials from {said}, as gcsfs understands it: {reason}"

@@ -34,6 +34,8 @@ from distckpt.errors import (
 from distckpt.storage.bounds import require_within
 from distckpt.storage.interface import ObjectInfo, Source
 from distckpt.storage.paths import folder_parts, is_part, object_parts
+from distckpt.storage.remote.http import DENIED, Outcome, outcome
+from distckpt.storage.remote.options import password_of, positive, without, without_password
 from distckpt.storage.sections import checked
 
 logger = logging.getLogger(__name__)
@@ -60,7 +62,8 @@ def open_fsspec(location: str, options: Mapping[str, Any]) -> FsspecStore:
             location, f"write {_OTHER_NAMES[scheme]}:// for {scheme}://, so that it has one name"
         )
     passed_on = dict(options)
-    patience = float(passed_on.pop("patience", PATIENCE))
+    patience = positive(passed_on, "patience", PATIENCE)
+    passed_on.pop("patience", None)
     if scheme not in {*fsspec.available_protocols(), *fsspec.registry}:
         raise StoreUnsuitableError(location, f"there is no store for {scheme}://, neither here nor in fsspec")
     return FsspecStore(location, passed_on, patience=patience)
@@ -76,6 +79,8 @@ class FsspecStore:
 
     def __init__(self, location: str, options: Mapping[str, Any], *, patience: float = PATIENCE) -> None:
         self._url = location
+        self._shown = without_password(location)
+        self._password = password_of(location)
         self._options = dict(options)
         self._patience = patience
         self._lock = threading.Lock()
@@ -186,7 +191,16 @@ class FsspecStore:
             fs.rm_file(key)
 
     def _full(self, path: str) -> str:
-        return f"{self._url}/{path}" if path else self._url
+        """The name of an object or folder in what is said of it, which has no password in it."""
+        return f"{self._shown}/{path}" if path else self._shown
+
+    def _said(self, error: BaseException) -> str:
+        text = without(" ".join(str(error).split()), self._password)[:300]
+        return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+    def _cause(self, error: BaseException) -> BaseException | None:
+        """The error, unless a traceback that shows it would show a password."""
+        return None if self._password else error
 
     def _open_fs(self) -> tuple[AbstractFileSystem, str]:
         """The file system and the root's name in it. A forked child gets one of its own."""
@@ -196,9 +210,11 @@ class FsspecStore:
                     # Not one that others use too, whose listings may be cached as they like.
                     fs, root = fsspec.core.url_to_fs(self._url, skip_instance_cache=True, **self._options)
                 except ImportError as error:
-                    raise StoreUnsuitableError(self._url, f"{_said(error)}. Install that, and try again") from error
-                except Exception as error:
-                    raise StorageError(self._url, f"could not be opened: {_said(error)}") from error
+                    raise StoreUnsuitableError(
+                        self._shown, f"{self._said(error)}. Install that, and try again"
+                    ) from error
+                except Exception as error:  # noqa: BLE001  it becomes one of ours
+                    raise StorageError(self._shown, f"could not be opened: {self._said(error)}") from self._cause(error)
                 if hasattr(fs.dircache, "use_listings_cache"):
                     fs.dircache.use_listings_cache = False
                     fs.dircache.clear()
@@ -217,15 +233,13 @@ class FsspecStore:
             raise
         except (FileNotFoundError, NotADirectoryError) as error:
             raise ObjectNotFoundError(self._full(path)) from error
-        except PermissionError as error:
-            raise AccessDeniedError(self._full(path), f"could not be {done}: {_said(error)}") from error
-        except Exception as error:
-            raise StorageError(self._full(path), f"could not be {done}: {_said(error)}") from error
+        except Exception as error:  # noqa: BLE001  it becomes one of ours
+            raise _kind(error)(self._full(path), f"could not be {done}: {self._said(error)}") from self._cause(error)
 
     def _create(self, path: str, data: bytes) -> None:
         fs, key = self._find(path)
         create = _way(fs)[1] or self._create_by_opening
-        deadline, pause = time.monotonic() + self._patience, 0.1
+        deadline, pause, is_told = time.monotonic() + self._patience, 0.1, False
         while True:
             try:
                 _in_folder(fs, key, lambda: create(fs, key, data))
@@ -244,13 +258,15 @@ class FsspecStore:
                     return
                 if found is not None:
                     raise AlreadyExistsError(self._full(path)) from refusal
-                if isinstance(refusal, _FINAL):
-                    kind = AccessDeniedError if isinstance(refusal, PermissionError) else StorageError
-                    raise kind(self._full(path), f"could not be created: {_said(refusal)}") from refusal
+                if _is_final(refusal):
+                    message = f"could not be created: {self._said(refusal)}"
+                    raise _kind(refusal)(self._full(path), message) from self._cause(refusal)
             if time.monotonic() + pause > deadline:
-                message = f"no answer in {self._patience:g} s says whether it was created: {_said(refusal)}"
-                raise StoreOutcomeUnknownError(self._full(path), message) from refusal
-            logger.info("%s is created once more: %s", self._full(path), _said(refusal))
+                message = f"no answer in {self._patience:g} s says whether it was created: {self._said(refusal)}"
+                raise StoreOutcomeUnknownError(self._full(path), message) from self._cause(refusal)
+            level = logging.INFO if is_told else logging.WARNING
+            logger.log(level, "%s is created once more: %s", self._full(path), self._said(refusal))
+            is_told = True
             time.sleep(random.uniform(pause / 2, pause))
             pause = min(2 * pause, _LONGEST_PAUSE)
 
@@ -265,7 +281,7 @@ class FsspecStore:
         if shows:
             fs.rm_file(key)
             raise StoreUnsuitableError(
-                self._url,
+                self._shown,
                 "what is opened with mode 'xb' is seen before it is written, so a writer that is killed would leave a part of "
                 f"an object in the way of all others. {self.explain()}",
             )
@@ -393,6 +409,17 @@ def _modified(entry: Mapping[str, Any]) -> float:
     return 0.0
 
 
-def _said(error: BaseException) -> str:
-    text = " ".join(str(error).split())[:300]
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+def _status(error: BaseException) -> int:
+    """What the server answered, as aiohttp's errors have it, and those of requests; 0 if none says so."""
+    status = getattr(error, "status", None) or getattr(getattr(error, "response", None), "status_code", None)
+    return status if isinstance(status, int) else 0
+
+
+def _is_final(error: BaseException) -> bool:
+    """Whether the same would be refused the next time, too."""
+    status = _status(error)
+    return isinstance(error, _FINAL) or (status >= 300 and outcome(status) is Outcome.REFUSED)
+
+
+def _kind(error: BaseException) -> type[StorageError]:
+    return AccessDeniedError if isinstance(error, PermissionError) or _status(error) in DENIED else StorageError

@@ -24,6 +24,7 @@ from urllib3.exceptions import HTTPError
 
 from distckpt.storage.remote.budget import bandwidths_of
 from distckpt.storage.remote.connections import Connection, Connections
+from distckpt.storage.remote.heads import head_of
 from distckpt.storage.remote.throttle import Throttle
 from distckpt.storage.remote.usual import Usual
 from distckpt.storage.remote.wire import Piece, Wire
@@ -136,9 +137,9 @@ class Answer:
     @property
     def said(self) -> str:
         """Status, code and the beginning of the message, for people."""
-        code, message = self._complaint()
-        text = " ".join(filter(None, (f"HTTP {self.status}", code)))
-        return f"{text}: {message[:300]}" if message else text
+        code, message = (_printable(text) for text in self._complaint())
+        text = " ".join(filter(None, (f"HTTP {self.status}", code[:100])))
+        return f"{text}: {message[:300].rstrip('. ')}" if message else text
 
     def _complaint(self) -> tuple[str, str]:
         """Code and message of an error as S3 (XML) and Google (JSON) write it, or the text itself."""
@@ -152,6 +153,11 @@ class Answer:
             return str(reasons[0] if reasons else ""), str(error["message"])
         except (ValueError, LookupError, TypeError, AttributeError):
             return "", " ".join(text.split())
+
+
+def _printable(text: str) -> str:
+    """What may go to a terminal, on one line."""
+    return "".join(character for character in " ".join(text.split()) if character.isprintable())
 
 
 class Authority(Protocol):
@@ -283,9 +289,6 @@ class Endpoint:
             raise NoAnswer(str(error)) from error
 
     def _head(self, request: Request, headers: Mapping[str, str]) -> bytes:
-        lines = [
-            f"{request.method} {self._connections.forwarded}{self._connections.base_path}{request.target} HTTP/1.1"
-        ]
         fields = {
             "Host": self.host_header,
             "Accept-Encoding": "identity",
@@ -294,10 +297,8 @@ class Endpoint:
         }
         if request.body or request.method in ("PUT", "POST"):
             fields["Content-Length"] = str(request.nbytes)
-        lines += [f"{name}: {value}" for name, value in fields.items()]
-        if any(character in line for line in lines for character in "\r\n\0") or " " in request.target:
-            raise ValueError(f"not a request that can be sent: {request.method} {request.target!r}")
-        return "\r\n".join((*lines, "", "")).encode("latin-1")
+        base = f"{self._connections.forwarded}{self._connections.base_path}"
+        return head_of(request.method, request.target, base, fields)
 
     def _exchange(
         self,

@@ -21,6 +21,7 @@ from distckpt.storage.remote.parts import Part
 from distckpt.storage.remote.ranges import RemoteSource
 from distckpt.storage.remote.s3_bucket import S3Bucket
 from distckpt.storage.remote.s3_options import S3Options, s3_options
+from distckpt.storage.remote.s3_signing import SKEWED, STALE
 from distckpt.storage.remote.s3_upload import S3Upload
 from distckpt.storage.sections import checked
 
@@ -329,20 +330,26 @@ class S3Store:
         if answer.outcome is Outcome.DONE:
             return answer
         kind = AccessDeniedError if answer.status in DENIED else StorageError
-        raise kind(self._full(path), f"the store says {answer.said}{_ADVICE.get(answer.status, '')}")
+        raise kind(self._full(path), f"the store says {answer.said}{_advice(answer)}")
 
     @contextlib.contextmanager
     def _understanding(self, path: str) -> Iterator[None]:
         try:
             yield
         except (answers.NotUnderstood, ValueError, TypeError) as error:
-            raise StorageError(self._full(path), f"the store gave {error}") from error
+            raise StorageError(self._full(path), f"the store at {self._endpoint.url} gave {error}") from error
 
 
-_ADVICE = {
-    403: ". Look at the options key, secret and profile, or at what botocore finds in the environment. Who writes "
-    "needs s3:PutObject, GetObject, DeleteObject, ListBucket and AbortMultipartUpload",
-}
+_KEYS = ". Look at the options key, secret and profile, or at what botocore finds in the environment"
+_RIGHTS = ". Who writes needs s3:PutObject, GetObject, DeleteObject, ListBucket and AbortMultipartUpload"
+
+
+def _advice(answer: Answer) -> str:
+    if answer.code in STALE:
+        return ". These credentials have expired: get new ones, as by 'aws sso login' or the option token"
+    if answer.code == SKEWED:
+        return ". The clock of this host differs from the server's by too much: set it"
+    return f"{_KEYS}{_RIGHTS}" if answer.status in DENIED else ""
 
 
 def _target_of(upload: answers.Upload) -> str:

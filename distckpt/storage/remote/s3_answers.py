@@ -170,6 +170,8 @@ def _parse(body: bytes, root: str) -> ElementTree.Element:
     """The tree, without name spaces."""
     try:
         text = body.decode()
+        if text.lstrip()[:14].lower().startswith(("<!doctype html", "<html")):
+            raise NotUnderstood(f"an HTML page instead of a {root}: it is no S3, or something before it answers")
         if "<!" in text:  # no S3 declares anything, and what can be declared can be made to grow
             raise NotUnderstood("an answer with declarations in it")
         tree = ElementTree.fromstring(text.strip())

@@ -8,6 +8,7 @@ from typing import Any
 
 from distckpt.storage.remote.budget import CONNECTIONS
 from distckpt.storage.remote.http import PATIENCE, TIMEOUT
+from distckpt.storage.remote.options import endpoint_url, flag, in_header, mapping, positive, whole
 
 MIB = 1 << 20
 PART_BYTES = 16 * MIB
@@ -35,6 +36,8 @@ _OF_CLIENT = (
     *("aws_access_key_id", "aws_secret_access_key", "aws_session_token"),
 )
 _OF_CONFIG = ("region_name", "signature_version", "s3", "use_dualstack_endpoint", "use_fips_endpoint")
+_FLAGS_OF_S3 = ("payload_signing_enabled", "use_accelerate_endpoint", "use_dualstack_endpoint")
+_OF_S3 = ("addressing_style", "us_east_1_regional_endpoint", *_FLAGS_OF_S3)
 _WRITE_HEADERS = {
     "ACL": "x-amz-acl",
     "BucketKeyEnabled": "x-amz-server-side-encryption-bucket-key-enabled",
@@ -85,36 +88,36 @@ def s3_options(given: Mapping[str, Any]) -> S3Options:
     ``bandwidth`` (of a node; the latter in bytes a second, each way) and ``part_size`` (bytes).
     """
     _refuse_unknown("storage_options", given, KNOWN)
-    client, config = dict(given.get("client_kwargs") or {}), dict(given.get("config_kwargs") or {})
+    client, config = mapping(given, "client_kwargs"), mapping(given, "config_kwargs")
     _refuse_unknown("client_kwargs", client, _OF_CLIENT)
-    _refuse_unknown("config_kwargs", config, _OF_CONFIG)
-    anon = bool(given.get("anon"))
+    _check_config(config)
+    anon = flag(given, "anon")
     signature = config.pop("signature_version", None)
     if signature not in (None, "s3v4", "v4"):
         raise ValueError(f"config_kwargs: only signature_version s3v4 is spoken here, not {signature!r}")
     region = config.pop("region_name", None)
-    key = given.get("key") or given.get("username") or client.get("aws_access_key_id")
-    secret = given.get("secret") or given.get("password") or client.get("aws_secret_access_key")
+    key = in_header(given.get("key") or given.get("username") or client.get("aws_access_key_id"), "key")
+    secret = in_header(given.get("secret") or given.get("password") or client.get("aws_secret_access_key"), "secret")
     if not anon and bool(key) != bool(secret):
         raise ValueError("storage_options: key and secret go together, and one of them is missing")
     return S3Options(
         anon=anon,
         key=key,
         secret=secret,
-        token=given.get("token") or client.get("aws_session_token"),
+        token=in_header(given.get("token") or client.get("aws_session_token"), "token"),
         profile=given.get("profile"),
-        endpoint_url=given.get("endpoint_url") or client.get("endpoint_url"),
+        endpoint_url=endpoint_url(given.get("endpoint_url") or client.get("endpoint_url")),
         region=client.get("region_name") or region,
-        use_ssl=bool(given.get("use_ssl", client.get("use_ssl", True))),
+        use_ssl=flag(given, "use_ssl", default=flag(client, "use_ssl", default=True, where="client_kwargs")),
         verify=client.get("verify"),
         config=config,
-        requester_pays=bool(given.get("requester_pays")),
-        write_headers=_write_headers(given.get("s3_additional_kwargs") or {}),
-        timeout=_positive(given, "timeout", TIMEOUT),
-        patience=_positive(given, "patience", PATIENCE),
-        connections=int(_positive(given, "connections", CONNECTIONS)),
+        requester_pays=flag(given, "requester_pays"),
+        write_headers=_write_headers(mapping(given, "s3_additional_kwargs")),
+        timeout=positive(given, "timeout", TIMEOUT),
+        patience=positive(given, "patience", PATIENCE),
+        connections=whole(given, "connections", CONNECTIONS),
         bandwidth=given.get("bandwidth"),
-        part_bytes=_part_bytes(_positive(given, "part_size", PART_BYTES)),
+        part_bytes=_part_bytes(positive(given, "part_size", PART_BYTES)),
     )
 
 
@@ -124,19 +127,29 @@ def _refuse_unknown(where: str, given: Mapping[str, Any], known: Iterable[str]) 
         raise ValueError(f"s3:// would ignore {', '.join(unknown)} in {where}; what it takes is {', '.join(known)}")
 
 
+def _check_config(config: Mapping[str, Any]) -> None:
+    _refuse_unknown("config_kwargs", config, _OF_CONFIG)
+    for name in ("use_dualstack_endpoint", "use_fips_endpoint"):
+        flag(config, name, where="config_kwargs")
+    where = "config_kwargs['s3']"
+    s3 = mapping(config, "s3", where="config_kwargs")
+    _refuse_unknown(where, s3, _OF_S3)
+    for name in _FLAGS_OF_S3:
+        flag(s3, name, where=where)
+    regional = s3.get("us_east_1_regional_endpoint")
+    if regional not in (None, "legacy", "regional"):
+        raise ValueError(f"{where}: us_east_1_regional_endpoint is legacy or regional, not {regional!r}")
+
+
 def _write_headers(given: Mapping[str, Any]) -> dict[str, str]:
-    _refuse_unknown("s3_additional_kwargs", given, sorted(_WRITE_HEADERS))
+    where = "s3_additional_kwargs"
+    _refuse_unknown(where, given, sorted(_WRITE_HEADERS))
     return {
-        _WRITE_HEADERS[name]: str(value).lower() if isinstance(value, bool) else str(value)
+        _WRITE_HEADERS[name]: str(value).lower()
+        if isinstance(value, bool)
+        else in_header(str(value), name, where=where)
         for name, value in given.items()
     }
-
-
-def _positive(given: Mapping[str, Any], name: str, default: float) -> float:
-    value = given.get(name, default)
-    if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
-        raise ValueError(f"storage_options: {name} is a number above 0, not {value!r}")
-    return float(value)
 
 
 def _part_bytes(size: float) -> int:

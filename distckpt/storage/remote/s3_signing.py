@@ -37,8 +37,8 @@ from distckpt.storage.remote.http import Answer, NoAnswer, Request
 from distckpt.storage.remote.s3_options import S3Options
 
 UNSIGNED_PAYLOAD = "UNSIGNED-PAYLOAD"
-_STALE = {"ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired", "InvalidToken", "RequestExpired"}
-_SKEWED = "RequestTimeTooSkewed"
+STALE = {"ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired", "InvalidToken", "RequestExpired"}
+SKEWED = "RequestTimeTooSkewed"
 _TOLERATED = 240.0
 _JUST_NOW = 10.0
 _FOR_GOOD = (ConfigNotFound, ConfigParseError, NoCredentialsError, PartialCredentialsError, ProfileNotFound)
@@ -185,12 +185,12 @@ class S3Authority:
         """
         if self._options.anon:
             return False
-        if answer.code == _SKEWED or not answer.code:
+        if answer.code == SKEWED or not answer.code:
             ahead = _server_ahead(answer)
             if abs(ahead - self._ahead) > _TOLERATED:
                 self._ahead = ahead
                 return True
-        return (answer.code in _STALE or not answer.code) and self._look_anew(sure=bool(answer.code))
+        return (answer.code in STALE or not answer.code) and self._look_anew(sure=bool(answer.code))
 
     def _begin(self) -> None:
         self._pid = os.getpid()

@@ -392,8 +392,10 @@ def test_an_option_that_would_be_ignored_is_refused(options: dict[str, object], 
 
 
 def test_credentials_that_are_none_are_told_as_such(proxy: Proxy, bucket: str) -> None:
-    store = open_gcs(f"gs://{bucket}/run", {"endpoint_url": proxy.url, "token": {"nonsense": 1}})
-    with pytest.raises(StorageError, match="no credentials from token='dict'"):
+    with pytest.raises(ValueError, match="token is a dict, which has to have"):
+        open_gcs(f"gs://{bucket}/run", {"endpoint_url": proxy.url, "token": {"nonsense": 1}})
+    store = open_gcs(f"gs://{bucket}/run", {"endpoint_url": proxy.url, "token": 17})
+    with pytest.raises(StorageError, match="no credentials from the int in token"):
         store.read("a", MOST)
 
 

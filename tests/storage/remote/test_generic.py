@@ -9,8 +9,10 @@ import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import aiohttp
 import fsspec
 import pyarrow.fs
 import pytest
@@ -19,7 +21,13 @@ from fsspec.spec import AbstractBufferedFile, AbstractFileSystem
 
 from distckpt.directory.lease import LEASE_SECONDS, HeldLease
 from distckpt.directory.leases import Leases
-from distckpt.errors import AlreadyExistsError, StorageError, StoreOutcomeUnknownError, StoreUnsuitableError
+from distckpt.errors import (
+    AccessDeniedError,
+    AlreadyExistsError,
+    StorageError,
+    StoreOutcomeUnknownError,
+    StoreUnsuitableError,
+)
 from distckpt.storage import Store, open_store, probe
 from distckpt.storage.remote.generic import FsspecStore
 from distckpt.testing.conformance import MIB, StoreConformance
@@ -295,6 +303,49 @@ def test_a_refusal_for_good_is_not_tried_again(tmp_path: Path) -> None:
     with pytest.raises(StorageError, match="PermissionError: no"):
         losing(tmp_path, failures).put_if_absent("a", b"ours")
     assert failures == [""]
+
+
+class OverHttp(Honest):
+    """Refuses as a web server does, in the words of aiohttp."""
+
+    protocol = "overhttp"
+
+    def __init__(self, base: str, statuses: list[int], **options: Any) -> None:
+        super().__init__(base, **options)
+        self.statuses = statuses
+
+    def pipe_file(self, path: str, value: bytes, mode: str = "overwrite", **kwargs: Any) -> None:
+        if self.statuses:
+            asked: Any = SimpleNamespace(real_url=path)
+            raise aiohttp.ClientResponseError(asked, (), status=self.statuses.pop(0), message="no")
+        self.publish(path, value, mode == "create")
+
+
+@pytest.mark.parametrize(
+    ("status", "kind"),
+    [*((status, StorageError) for status in (400, 405, 501, 505)), (401, AccessDeniedError), (403, AccessDeniedError)],
+)
+def test_a_web_server_that_takes_nothing_is_believed_at_once(
+    status: int, kind: type[StorageError], tmp_path: Path
+) -> None:
+    fsspec.register_implementation("overhttp", OverHttp, clobber=True)
+    statuses = [status, 500]
+    store = FsspecStore("overhttp://bucket", {"base": str(tmp_path), "statuses": statuses})
+    with pytest.raises(StorageError, match=f"could not be created: .*{status}") as caught:
+        store.put_if_absent("a", b"ours")
+    assert type(caught.value) is kind
+    assert statuses == [500]
+
+
+def test_who_waits_for_a_server_is_told_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    fsspec.register_implementation("overhttp", OverHttp, clobber=True)
+    store = FsspecStore("overhttp://bucket", {"base": str(tmp_path), "statuses": [500, 429, 408]})
+    (tmp_path / "bucket").mkdir()
+    with caplog.at_level("INFO"):
+        store.put_if_absent("a", b"ours")
+    assert (tmp_path / "bucket/a").read_bytes() == b"ours"
+    levels = [record.levelname for record in caplog.records if "created once more" in record.message]
+    assert levels == ["WARNING", "INFO", "INFO"]
 
 
 class Shortens(Honest):

@@ -242,7 +242,14 @@ def test_the_servers_own_words_are_found_in_both_languages() -> None:
     assert Answer(502, {}, b"<html>Bad\n gateway").said == "HTTP 502"
     assert Answer(502, {}, b"Bad\n gateway").said == "HTTP 502: Bad gateway"
     assert Answer(503, {}, b'{"error": "text"}').said == 'HTTP 503: {"error": "text"}'
+    assert Answer(403, {}, xml.replace(b"not you", b"Access Denied.")).said == "HTTP 403 AccessDenied: Access Denied"
     assert [retry_after(Answer(503, {"retry-after": text})) for text in ("7", "soon", "-1")] == [7.0, 0.0, 0.0]
+
+
+def test_what_a_server_says_moves_nothing_on_a_terminal() -> None:
+    assert Answer(418, {}, b"\x1b[31mtea\x07\npot\x1b]0;title\x08\x7f").said == "HTTP 418: [31mtea pot]0;title"
+    xml = b"<Error><Code>No\x1b[2J</Code><Message>\xc2\x9bgone</Message></Error>"
+    assert Answer(403, {}, xml).said == "HTTP 403 No[2J: gone"
 
 
 @pytest.mark.parametrize(
@@ -251,6 +258,17 @@ def test_the_servers_own_words_are_found_in_both_languages() -> None:
 def test_nothing_is_smuggled_into_a_head(request_: Request) -> None:
     with Scripted(ok()) as server, pytest.raises(ValueError, match="not a request"):
         endpoint(server).once(request_)
+
+
+@pytest.mark.parametrize("value", ["secret\n", "секрет"])
+def test_a_header_that_cannot_be_sent_is_named_and_not_shown(value: str) -> None:
+    request = Request("PUT", "/a", {"authorization": value})
+    with (
+        Scripted(ok()) as server,
+        pytest.raises(ValueError, match=r"header 'authorization'.*look at the key") as caught,
+    ):
+        endpoint(server).once(request)
+    assert value.strip() not in str(caught.value)
 
 
 @pytest.mark.parametrize("url", ["gs://bucket", "example.org:80", "ftp://example.org", ""])

@@ -66,6 +66,12 @@ def test_a_page_that_is_damaged_does_not_hide_anything(sound: bytes, damaged: by
         answers.page_of(PAGE.replace(sound, damaged), "run/", "run/a/")
 
 
+@pytest.mark.parametrize("page", [b"<!DOCTYPE html><html><p>Log in", b"\n<HTML><body>Log in</body></HTML>"])
+def test_a_page_for_people_is_told_as_one(page: bytes) -> None:
+    with pytest.raises(NotUnderstood, match="an HTML page instead of a ListBucketResult"):
+        answers.page_of(page, "", "")
+
+
 def test_the_error_in_an_answer_of_200_is_told() -> None:
     with pytest.raises(NotUnderstood, match="InternalError: try again"):
         answers.completed_crc_of(b"\n\n <Error><Code>InternalError</Code><Message>try again</Message></Error>")

@@ -205,6 +205,22 @@ def test_a_server_whose_clock_is_another_is_followed(store: S3Store, proxy: Prox
     assert outside.read("log/1") == b"ours"
 
 
+@pytest.mark.parametrize(
+    ("answer", "advice"),
+    [
+        (Answer(400, error("ExpiredToken")), r"no such right\. These credentials have expired"),
+        (Answer(403, error("RequestTimeTooSkewed")), r"no such right\. The clock of this host differs"),
+        (Answer(403, error("AccessDenied")), r"no such right\. Look at the options key.*needs s3:PutObject"),
+        (Answer(200, b"<!DOCTYPE html>"), r"the store at http://127\.0\.0\.1:\d+/.* gave an HTML page"),
+    ],
+    ids=named,
+)
+def test_the_advice_is_for_what_is_wrong(store: S3Store, proxy: Proxy, answer: Answer, advice: str) -> None:
+    proxy.fail(answer, times=2)
+    with pytest.raises(StorageError, match=advice):
+        list(store.list(""))
+
+
 def test_credentials_that_have_expired_are_looked_for_anew(
     proxy: Proxy, outside: Bucket, monkeypatch: pytest.MonkeyPatch
 ) -> None:
