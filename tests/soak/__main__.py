@@ -21,6 +21,7 @@ from tests.soak.attack import Attack, Attacked, Broken, Siege
 from tests.soak.calls import Calls
 from tests.soak.evaluation import Evaluation
 from tests.soak.flips import Flips
+from tests.soak.histories import Histories
 from tests.soak.kills import Kills
 from tests.soak.power import Power
 from tests.soak.ranks import Ranks
@@ -30,7 +31,7 @@ from tests.soak.stores import Stores
 ATTACKS: tuple[Attack, ...] = (
     *(Kills(), Calls(), Power(), Flips(), Ranks(), Stores()),
     *(Requests("gs"), Requests("s3"), Requests("moto"), Kills("gs"), Kills("moto")),
-    *(Evaluation(), Evaluation("memory"), Evaluation("moto", commits=60)),
+    *(Evaluation(), Evaluation("memory"), Evaluation("moto", commits=60), Histories()),
 )
 
 console = Console(highlight=False, soft_wrap=True)

@@ -17,6 +17,7 @@ from tests.soak.__main__ import ATTACKS, main, table
 from tests.soak.attack import Attack, Attacked, Broken, Outcome, Siege
 from tests.soak.calls import Calls, Life
 from tests.soak.flips import Flips
+from tests.soak.histories import Histories
 from tests.soak.kills import Kills
 from tests.soak.power import Power
 from tests.soak.subject import Subject, complaints
@@ -207,6 +208,16 @@ def test_the_command_plays_a_case_and_cleans_up(tmp_path: Path, capsys: pytest.C
     assert not folder.exists()
 
 
+def test_histories_are_played_by_seed_and_a_broken_rule_is_noticed(tmp_path: Path) -> None:
+    outcome = Siege(Histories(), tmp_path / "sound").play("41 12")
+    assert not outcome.broken, told(outcome)
+    assert outcome.tried["a history"] == 12
+    assert outcome.seen["Logged"] > 100
+    broken = Siege(Histories(without="ignore_newest"), tmp_path / "unsound").play("22 1").broken
+    assert broken
+    assert {one.replay for one in broken} == {"python -m tests.soak --only histories --play '22 1'"}
+
+
 def test_the_table_counts_what_broke() -> None:
     outcome = Outcome()
     outcome.tried.update(killed=1234, frightened=5)
@@ -222,4 +233,4 @@ def test_the_table_counts_what_broke() -> None:
 
 
 def test_every_attack_has_a_name_of_its_own() -> None:
-    assert len({attack.name for attack in ATTACKS}) == len(ATTACKS) == 14
+    assert len({attack.name for attack in ATTACKS}) == len(ATTACKS) == 15
