@@ -76,8 +76,9 @@ class PublishedState:
         with contextlib.suppress(AlreadyExistsError):  # the very same, found here before
             self._store.put_if_absent(name, found)
         logger.warning(
-            "%s says what the log never said, so it is TensorFlow's, or a person's: it is kept as %s, where TensorFlow "
-            "finds it with latest_filename=%r, and makes room for the state of this directory's checkpoints",
+            "%s says what no entry of the log here says: it is TensorFlow's, a person's, or of a log that is gone. It is kept "
+            "as %s, where TensorFlow finds it with latest_filename=%r, and makes room for the state of this directory's "
+            "checkpoints",
             join(self._store.url, names.STATE_FILE),
             join(self._store.url, name),
             name,

@@ -430,5 +430,5 @@ class Shell:
 
     def _refuse_all(self, life: _Life, error: Exception) -> None:
         """Without the log nothing can be served: tell everyone who waits, and read it again when asked again."""
-        logger.error("the log of %s cannot be read: %s", self._store.url, error)
+        logger.error("%s cannot be served: %s", self._store.url, error)
         self._end(life, error if isinstance(error, DistckptError) else CoordinatorError(f"{self._store.url}: {error}"))
