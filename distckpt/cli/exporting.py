@@ -56,7 +56,7 @@ def _held(where: Located, destination: str) -> Iterator[None]:
 @click.option("--max-shard-size", default="5GB", metavar="SIZE", callback=_size, help="Of one file.", show_default=True)
 @options.as_json
 @options.storage_options
-@options.destination_options
+@options.target_options
 def export_files(
     path: str,
     destination: str,

@@ -31,7 +31,7 @@ from distckpt.terminal.sizes import counted, human_bytes
 @click.option("--leave-out", multiple=True, metavar="KEY", help="Go without what is below KEY; may be repeated.")
 @click.option("--force", is_flag=True, help="Also where a job may be saving to DIR: it is stopped with a FencedError.")
 @options.as_json
-@options.storage_options
+@options.source_options
 @options.destination_options
 def import_files(
     source: str,

@@ -16,6 +16,8 @@ from distckpt.storage import canonical
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
+_WHERE_SHARDS_ARE = "Where the shards are, if the manager was given data=URL."
+
 _SECONDS = {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 
 
@@ -41,16 +43,18 @@ def optional_seconds(ctx: click.Context, parameter: click.Parameter, value: str 
 
 def storage_options(command: _Command) -> _Command:
     """``-o key=value``, any number of them, for the store; and ``--data URL``, which is one of them."""
-    where = "Where the shards are, if the manager was given data=URL."
-    with_options = _options_of(_explaining(command), "-o", "storage_options", "the store")
-    return _with_data(with_options, "--data", "storage_options", where)
+    return _with_data(source_options(command), "--data", "storage_options", _WHERE_SHARDS_ARE)
+
+
+def source_options(command: _Command) -> _Command:
+    """``-o key=value`` alone, for a store that never has shards in another place."""
+    return _options_of(_explaining(command), "-o", "storage_options", "the store")
 
 
 def storage_options_in_full(command: _Command) -> _Command:
     """The same as ``--option key=value``, for a command whose ``-o`` is the output."""
-    where = "Where the shards are, if the manager was given data=URL."
     with_options = _options_of(_explaining(command), "--option", "storage_options", "the store")
-    return _with_data(with_options, "--data", "storage_options", where)
+    return _with_data(with_options, "--data", "storage_options", _WHERE_SHARDS_ARE)
 
 
 def _explaining(command: _Command) -> _Command:
@@ -61,6 +65,8 @@ def _explaining(command: _Command) -> _Command:
         try:
             return command(*args, **arguments)
         except CheckpointNotFoundError as error:
+            if "`distckpt adopt " in error.message:  # then that is said already
+                raise
             from distckpt.directory.recognize import what_is  # only who is lost waits for its imports
 
             what = what_is(error.path, arguments.get("storage_options")) if error.path in _paths(arguments) else ""
@@ -97,8 +103,13 @@ def told_in_words() -> Iterator[None]:
 
 def destination_options(command: _Command) -> _Command:
     """``--to-option key=value`` and ``--to-data URL``, where ``-o`` and ``--data`` are for the source."""
-    with_options = _options_of(command, "--to-option", "destination_options", "the store of the destination")
-    return _with_data(with_options, "--to-data", "destination_options", "Where to put the shards, if not in DST.")
+    where = "Where to put the shards, if not in DST."
+    return _with_data(target_options(command), "--to-data", "destination_options", where)
+
+
+def target_options(command: _Command) -> _Command:
+    """``--to-option key=value`` alone, for a destination that has no shards."""
+    return _options_of(command, "--to-option", "destination_options", "the store of the destination")
 
 
 def _options_of(command: _Command, flag: str, name: str, whose: str) -> _Command:

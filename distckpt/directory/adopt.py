@@ -4,27 +4,29 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import msgspec
 
 from distckpt.directory.by_hand import Hand, in_save_order
+from distckpt.directory.contents import checkpoint_folders, is_there
 from distckpt.directory.locate import Located, read_sealed
 from distckpt.directory.log import Tail, read_tail
 from distckpt.directory.pages import known
-from distckpt.directory.strays import Stray, strays
+from distckpt.directory.strays import Stray, strays_in
 from distckpt.directory.verify import Damage, VerifyReport
 from distckpt.errors import (
     CheckpointNotFoundError,
     DamagedError,
+    DataElsewhereError,
     ObjectNotFoundError,
     StorageError,
 )
 from distckpt.format import names
 from distckpt.format.json.log import CheckpointRecord, Entry, State
 from distckpt.state_file import MAX_STATE_BYTES, CheckpointState, parse
-from distckpt.storage import Store, join
+from distckpt.storage import Store, join, parts_of
 
 logger = logging.getLogger(__name__)
 
@@ -65,10 +67,10 @@ class Survey:
 
 
 def survey(store: Store, check: Callable[[Located], VerifyReport]) -> Survey:
-    """Look at every checkpoint that the log does not know, all bytes of it. Writes nothing.
+    """Look at every checkpoint that the log does not know, all bytes of it; and for those that it knows by other names.
 
-    ``check`` verifies one. Raises CheckpointNotFoundError if there is no checkpoint at all, DamagedError if the log's
-    newest entries cannot be read.
+    Writes nothing. ``check`` verifies one. Raises CheckpointNotFoundError if there is no checkpoint at all, DamagedError
+    if the log's newest entries cannot be read.
     """
     tail = read_tail(store)
     if tail.damaged:
@@ -78,7 +80,8 @@ def survey(store: Store, check: Callable[[Located], VerifyReport]) -> Survey:
             "can, then adopt",
         )
     is_fresh = tail.newest() is None
-    found = [_examined(store, stray, check) for stray in strays(store, known(store, tail.head))]
+    homes = _homes(tail)
+    found = [_examined(store, stray, homes, check) for stray in _strays(store, tail, homes)]
     if not found and is_fresh:
         raise CheckpointNotFoundError(store.url, "there is no checkpoint here to adopt")
     whole, rest = _sorted_out(tail, found)
@@ -99,7 +102,34 @@ def adopt(store: Store, what: Survey, now: float) -> Entry:
 # ---- what there is ------------------------------------------------------------------------------------------------
 
 
-def _examined(store: Store, stray: Stray, check: Callable[[Located], VerifyReport]) -> Found:
+class _KnownIn(Container[str]):
+    """The attempts that the log knows to be in one folder, and those that nobody knows better of."""
+
+    def __init__(self, folder: str, homes: Mapping[str, str], known: Container[str]) -> None:
+        self._folder = folder
+        self._homes = homes
+        self._known = known
+
+    def __contains__(self, attempt: object) -> bool:
+        home = self._homes.get(attempt, self._folder) if isinstance(attempt, str) else ""
+        return home == self._folder and attempt in self._known
+
+
+def _homes(tail: Tail) -> dict[str, str]:
+    """The folders in which the log has its attempts."""
+    state, _ = tail.readable()
+    records = (*state.retiring, *state.newest_first())
+    return {record.attempt: names.checkpoint_folder(record.name, record.number) for record in records}
+
+
+def _strays(store: Store, tail: Tail, homes: Mapping[str, str]) -> Iterator[Stray]:
+    """What has a manifest and is not where the log has it: a folder that was renamed is not, though its attempt is known."""
+    there = known(store, tail.head)
+    for folder in sorted(checkpoint_folders(parts_of(store)[0])):
+        yield from strays_in(store, folder, _KnownIn(folder, homes, there))
+
+
+def _examined(store: Store, stray: Stray, homes: Mapping[str, str], check: Callable[[Located], VerifyReport]) -> Found:
     path = join(store.url, stray.path, names.MANIFEST)
     try:
         manifest, record = read_sealed(store, stray.path)
@@ -109,13 +139,22 @@ def _examined(store: Store, stray: Stray, check: Callable[[Located], VerifyRepor
     if manifest.attempt != stray.attempt:
         reason = "it is the manifest of another attempt"
         return Found(stray, record, "damaged", f"{path}: {reason}", (Damage(path, None, reason),))
-    true = names.checkpoint_folder(manifest.name, manifest.number)
+    true = homes.get(stray.attempt) or names.checkpoint_folder(manifest.name, manifest.number)
     if true != stray.folder:
-        return Found(stray, record, "passed over", f"it was saved as {true}: rename the folder {stray.folder} to that")
-    report = check(Located(store, stray.path, join(store.url, stray.folder), manifest))
+        return Found(stray, record, "passed over", _misplaced(store, stray, true))
+    try:
+        report = check(Located(store, stray.path, join(store.url, stray.folder), manifest))
+    except DataElsewhereError as error:
+        return Found(stray, record, "passed over", str(error))
     if not report.good:
         return Found(stray, record, "damaged", str(report.damages[0]), report.damages)
     return Found(stray, record, "active")
+
+
+def _misplaced(store: Store, stray: Stray, true: str) -> str:
+    if is_there(store, f"{true}/{stray.attempt}/{names.MANIFEST}"):
+        return f"it is a copy of {true}, which is here too"
+    return f"it was saved as {true}: rename the folder {stray.folder} to that"
 
 
 def _sorted_out(tail: Tail, found: Sequence[Found]) -> tuple[list[Found], list[Found]]:

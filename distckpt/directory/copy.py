@@ -14,6 +14,7 @@ import msgspec
 
 from distckpt.directory.by_hand import Hand, check_nothing_sealed, in_save_order
 from distckpt.directory.contents import objects_of_attempt
+from distckpt.directory.elsewhere import require_shards
 from distckpt.directory.exports import read_export
 from distckpt.directory.garbage import delete_attempt
 from distckpt.directory.lease import hold
@@ -140,7 +141,8 @@ class Copying:
         """Have one checkpoint at the target, and in its log.
 
         What is damaged at the source, or was retired while it was copied, is left out, and nothing of it stays. Raises
-        StorageError if a store fails: what has landed by then is found by the next try; and what ``Hand.write`` raises.
+        StorageError if a store fails: what has landed by then is found by the next try; DataElsewhereError if its shards are
+        where the source does not look for them; and what ``Hand.write`` raises.
         """
         record = wanted.record
         reason = self._in_the_way(record)
@@ -189,6 +191,8 @@ class Copying:
         where = wanted.alone or located(self._origin.store, record)
         base = where.manifest.base_path
         is_there = record.attempt in self._state.alive()
+        if not is_there:
+            require_shards(where)
         freights = [] if is_there else list(_freights(where, _folder(record)))
         exported = list(self._exported(where, record))
         nbytes = sum(one.size for one in (*freights, *exported))

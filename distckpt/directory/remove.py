@@ -10,8 +10,10 @@ import msgspec
 
 from distckpt.directory.by_hand import Hand, check_nothing_sealed, check_quiet
 from distckpt.directory.chosen import Chosen
+from distckpt.directory.elsewhere import require_shards
 from distckpt.directory.garbage import delete_attempt
 from distckpt.directory.leases import Leases
+from distckpt.directory.locate import located
 from distckpt.directory.log import Tail, read_tail
 from distckpt.directory.pins import pins
 from distckpt.directory.tags import tags_by_attempt
@@ -39,7 +41,8 @@ def plan_removal(
     ``leases`` has watched its leases: whose reader was killed may be removed once that has been seen for long enough.
 
     CoordinatorError if one is pinned or being read, and unless ``force`` if one is the newest, or if a job may be running;
-    DamagedError if the newest entries of the log cannot be read. ``now`` is in epoch seconds.
+    DamagedError if the newest entries of the log cannot be read; DataElsewhereError if the shards of one are where ``store``
+    does not look, and would stay. ``now`` is in epoch seconds.
     """
     chosen = tuple(chosen)
     store = chosen[0].store
@@ -58,6 +61,7 @@ def plan_removal(
                 f"{join(store.url, _folder(newest))} is the newest checkpoint, with which a job would go on. Pass --force"
             )
     check_nothing_sealed(store, tail)
+    _require_shards(store, records)
     return tail, records
 
 
@@ -120,6 +124,17 @@ def _deleted(store: Store, record: CheckpointRecord, failed: str, leased: Collec
     except (StorageError, DamagedError) as error:
         return Removed(record, str(error))
     return Removed(record)
+
+
+def _require_shards(store: Store, records: Collection[CheckpointRecord]) -> None:
+    """DataElsewhereError if what is deleted here would leave shards in another place, with nothing that refers to them."""
+    for record in records:
+        try:
+            where = located(store, record)
+        except (DamagedError, StorageError) as error:  # which is no reason to keep it
+            logger.debug("it cannot be told where the shards of %s are: %s", record.attempt, error)
+            continue
+        require_shards(where)
 
 
 def _check_free(store: Store, records: Collection[CheckpointRecord], leases: Leases) -> None:

@@ -207,6 +207,21 @@ def test_a_folder_under_another_name_is_told_what_it_was(tmp_path: Path) -> None
     assert numbers(tmp_path) == [1]
 
 
+def test_a_folder_that_was_renamed_under_a_log_is_told_what_it_was(tmp_path: Path) -> None:
+    run(tmp_path, 1, 2, 3)
+    (tmp_path / "ckpt-2").rename(tmp_path / "ckpt-9")
+    shutil.copytree(tmp_path / "ckpt-3", tmp_path / "ckpt-10")
+    before = entries(tmp_path)
+    result = cli("adopt", "--force", tmp_path)
+    told = " ".join(result.stdout.split())
+    assert (result.exit_code, entries(tmp_path)) == (0, before)
+    assert "passed over: it was saved as ckpt-2: rename the folder ckpt-9 to that" in told
+    assert "passed over: it is a copy of ckpt-3, which is here too" in told
+    (tmp_path / "ckpt-9").rename(tmp_path / "ckpt-2")
+    assert fates(tmp_path, "--force") == {"ckpt-10": "passed over"}
+    assert_loads(tmp_path / "ckpt-2", 2)
+
+
 def test_nothing_to_adopt(tmp_path: Path) -> None:
     for path in (tmp_path, tmp_path / "nowhere"):
         result = cli("adopt", path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -119,6 +120,52 @@ def test_who_was_not_told_where_shards_are_is_told_that_and_not_that_they_are_da
         result = CliRunner().invoke(main, ["verify", str(home), *order])
         assert (result.exit_code, result.exception) == (0, None), result.output
     assert len(shards(data)) == 2
+
+
+@pytest.mark.parametrize(
+    "command",
+    [("rm", "run/ckpt-1", "-y", "--force"), ("rm", "run/ckpt-1", "--dry-run", "--force"), ("cp", "run", "copy")],
+)
+def test_what_is_not_told_where_shards_are_neither_removes_nor_copies_anything(
+    home: Path, data: Path, monkeypatch: pytest.MonkeyPatch, command: tuple[str, ...]
+) -> None:
+    run(home, 1, 2, data=data)
+    monkeypatch.chdir(home.parent)
+    before = records(home)
+    refused = CliRunner().invoke(main, list(command))
+    assert refused.exit_code == 2
+    assert "its shards are in another place than the directory. Give data=" in refused.stderr
+    assert (records(home), len(shards(data)), (home.parent / "copy").exists()) == (before, 2, False)
+    done = CliRunner().invoke(main, [*command, "--data", str(data)])
+    assert (done.exit_code, done.exception) == (0, None), done.output
+
+
+def test_a_command_takes_no_place_for_shards_where_there_are_none(home: Path) -> None:
+    for command, flag in (("export", "--to-data"), ("import", "--data")):
+        refused = CliRunner().invoke(main, [command, str(home), str(home.parent / "there"), flag, "elsewhere"])
+        assert refused.exit_code == 2
+        assert f"No such option '{flag}'" in refused.stderr or f"No such option: {flag}" in refused.stderr
+
+
+def test_what_lost_its_manifest_is_removed_though_nobody_can_tell_where_its_shards_are(home: Path, data: Path) -> None:
+    run(home, 1, 2, data=data)
+    next((home / "ckpt-1").glob(f"*/{names.MANIFEST}")).unlink()
+    done = CliRunner().invoke(main, ["rm", f"{home}/ckpt-1", "-y", "--force", "--data", str(data)])
+    assert (done.exit_code, numbers(home), len(shards(data))) == (0, [2], 1), done.output
+
+
+def test_a_folder_with_its_shards_elsewhere_keeps_no_other_from_being_adopted(home: Path, data: Path) -> None:
+    run(home, 1)
+    run(home.parent / "other", 2, data=data)
+    (home.parent / "other" / "ckpt-2").rename(home / "ckpt-2")
+    shutil.rmtree(home / names.LOG)
+    done = CliRunner().invoke(main, ["adopt", str(home)])
+    assert (done.exit_code, numbers(home)) == (0, [1]), done.output
+    assert "passed over" in done.stdout
+    assert "--data" in done.stdout
+    done = CliRunner().invoke(main, ["adopt", str(home), "--force", "--data", str(data)])
+    assert (done.exit_code, done.exception) == (0, None), done.output
+    assert holds(distckpt.load(home / "ckpt-2", "state", data=data), 2)
 
 
 def test_shards_that_were_moved_are_found_where_they_are(home: Path, data: Path, tmp_path: Path) -> None:
