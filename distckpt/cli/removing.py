@@ -13,6 +13,7 @@ from rich.text import Text
 from distckpt.cli import options, text
 from distckpt.directory.chosen import choose_in
 from distckpt.directory.leases import Leases
+from distckpt.directory.log import read_tail
 from distckpt.directory.remove import Removed, plan_removal, readers, remove
 from distckpt.errors import CheckpointNotFoundError
 from distckpt.format import names
@@ -78,10 +79,28 @@ def _one_directory(paths: tuple[str, ...], storage_options: Mapping[str, Any]) -
         raise ValueError(f"all checkpoints must be of one directory, not of {', '.join(sorted(directories))}")
     [directory] = directories
     store = open_store(directory, storage_options)
+    is_run = read_tail(store).entry is not None
     for path, (_, folder) in zip(paths, parts, strict=True):
-        if names.parse_checkpoint(folder) is None:
+        is_checkpoint = names.parse_checkpoint(folder) is not None
+        if not (is_run and is_checkpoint):
+            _refuse_directory(path, storage_options)
+        if not is_checkpoint:
             raise CheckpointNotFoundError(path, "not the path of a checkpoint, such as /shared/run-7/ckpt-42")
     return store, list(dict.fromkeys(folder for _, folder in parts))
+
+
+def _refuse_directory(path: str, storage_options: Mapping[str, Any]) -> None:
+    """CheckpointNotFoundError if it is itself a directory with checkpoints, as ``Checkpoint.save`` makes one: v-1/saved-1."""
+    store = open_store(path, storage_options)
+    tail = read_tail(store)
+    if tail.entry is None:
+        return
+    newest = tail.newest()
+    such = ""
+    if newest is not None:
+        such = f" Give the path of one, such as {join(store.url, names.checkpoint_folder(newest.name, newest.number))}."
+    message = f"it is a directory with checkpoints, and none itself.{such} To have all of it gone, delete the folder"
+    raise CheckpointNotFoundError(path, message)
 
 
 def _ask(what: str) -> None:

@@ -13,6 +13,7 @@ from distckpt.directory.contents import attempts
 from distckpt.directory.locate import foreign_advice
 from distckpt.directory.log import Tail, read_tail
 from distckpt.directory.pages import known
+from distckpt.directory.strays import strays_in
 from distckpt.directory.tags import tagged, tags
 from distckpt.errors import CheckpointNotFoundError, DamagedError, StorageError
 from distckpt.format import names
@@ -56,7 +57,7 @@ def _said(path: PathLike, options: Mapping[str, Any] | None) -> str:
         return f"it is {what}, and no checkpoint of distckpt{_IMPORTED if what in _IMPORTS else ''}"
     run = read_tail(parent)
     if run.entry is not None:
-        return _in_run(parent, run, name) or _folder(store) or _nearest_of_run(parent, run, name)
+        return _in_run(parent, run, name) or _inside_run(store, parent, name) or _nearest_of_run(parent, run, name)
     if names.is_attempt(name) and names.parse_checkpoint(above.rpartition("/")[2]):
         return f"it is the inside of a checkpoint: give {above}"
     return _folder(store) or _nearest(store.url, options)
@@ -74,6 +75,15 @@ def _in_run(parent: Store, run: Tail, name: str) -> str:
         if (record.name, record.number) == checkpoint:
             return f"it is a checkpoint of the run {parent.url}, whose directory is wanted here"
     return ""
+
+
+def _inside_run(store: Store, parent: Store, name: str) -> str:
+    """Of what is no checkpoint of the run that is around it."""
+    if names.parse_checkpoint(name) is None or not attempts(store, ""):
+        return _folder(store)
+    if next(strays_in(parent, name, ()), None) is None:
+        return ""  # a save began there, and never came to an end
+    return f"the run {parent.url} does not know it by that name: `distckpt adopt {parent.url}` says what to do"
 
 
 def _nearest_of_run(parent: Store, run: Tail, name: str) -> str:
@@ -123,6 +133,8 @@ _FOLDERS: tuple[tuple[Callable[[Sequence[str]], bool], str], ...] = (
 
 
 _IMPORTS = {
+    "a checkpoint of torch.distributed.checkpoint",
+    "a folder of files as torch.save writes them",
     "a checkpoint of the Transformers Trainer",
     "a state that Accelerate saved",
     "a folder of safetensors, as Transformers and Diffusers save models",
@@ -133,7 +145,7 @@ _IMPORTS = {
 }
 _WEIGHTS = re.compile(
     r"((diffusion_pytorch_|adapter_)?model\.safetensors|(pytorch_model|diffusion_pytorch_model|adapter_model)\.bin)(\.index\.json)?"
-    r"|pytorch_model_fsdp\.bin(\.index\.json)?|pytorch_model_fsdp_0"
+    r"|pytorch_model_fsdp\.bin(\.index\.json)?|pytorch_model_fsdp_0|.+\.distcp"
 )
 """What a folder has one of that an import takes."""
 

@@ -104,9 +104,13 @@ class Background:
     def _tell(self, task: SaveTask, committed: Committed) -> None:
         """What has come of the save, in the log of rank 0."""
         if self._options.rank == 0:
-            logger.info("%s", _summary(self._shown_path(task), task.progress, committed))
-            for folder in committed.retired:
-                logger.info("%s retired, to make room", join(self._store.url, folder))
+            saved = self._shown_path(task)
+            logger.info("%s", _summary(saved, task.progress, committed))
+            for retired in (join(self._store.url, folder) for folder in committed.retired):
+                if retired == saved:
+                    logger.info("the former %s retired", retired)
+                else:
+                    logger.info("%s retired, to make room", retired)
 
     def _shown_path(self, task: SaveTask) -> str:
         return join(self._store.url, names.checkpoint_folder(self._options.name, task.number))

@@ -57,6 +57,11 @@ def _dcp(path: Path) -> None:
         (path / name).write_bytes(b"x")
 
 
+def _weights(path: Path) -> None:
+    path.mkdir()
+    _torch(path / "pytorch_model.bin")
+
+
 def _model(path: Path) -> None:
     path.mkdir()
     (path / "config.json").write_text("{}")
@@ -73,6 +78,8 @@ FOREIGN: dict[str, tuple[Callable[[Path], object], str]] = {
     "nothing": (lambda path: path.write_text(""), "an empty file"),
     "dcp": (_dcp, "a checkpoint of torch.distributed.checkpoint, and none of distckpt"),
     "model": (_model, "a folder of safetensors"),
+    "dcp to import": (_dcp, "none of distckpt, which `distckpt import` makes one of"),
+    "weights": (_weights, "as torch.save writes them, and none of distckpt, which `distckpt import` makes one of"),
     "empty": (Path.mkdir, "the folder is empty"),
 }
 
@@ -114,9 +121,14 @@ def test_the_inside_of_a_checkpoint_and_what_is_above_runs_are_told(directory: P
 def test_a_checkpoint_that_was_copied_here_is_no_typo(directory: Path, tmp_path: Path) -> None:
     commit_bare(tmp_path / "other", 5)
     (tmp_path / "other" / "ckpt-5").rename(directory / "ckpt-5")
-    said = refused("show", directory / "ckpt-5")
-    assert "distckpt adopt" in said
-    assert "nearest" not in said
+    for command in ("show", "verify", "ls", "gc"):
+        said = refused(command, directory / "ckpt-5")
+        assert said.count(f"`distckpt adopt {directory}`") == 1
+        assert "nearest" not in said
+        assert "without its run's directory" not in said
+    (directory / "ckpt-40").rename(directory / "ckpt-41")
+    for command in ("show", "ls"):
+        assert f"does not know it by that name: `distckpt adopt {directory}`" in refused(command, directory / "ckpt-41")
 
 
 def test_where_nobody_can_tell_nothing_is_said_or_raised(tmp_path: Path) -> None:

@@ -90,6 +90,18 @@ def test_the_newest_needs_force_also_when_no_job_can_run(directory: Path) -> Non
         distckpt.open(directory)
 
 
+def test_a_directory_is_told_that_it_is_one_and_which_checkpoint_it_has(tmp_path: Path) -> None:
+    path = Path(distckpt.Checkpoint(state={"a": 1}).save(tmp_path / "v"))
+    result = call("rm", path, "-y", "--force")
+    assert result.exit_code == 2
+    assert (
+        f"a directory with checkpoints, and none itself. Give the path of one, such as {path}/saved-1." in result.stderr
+    )
+    assert "delete the folder" in result.stderr
+    result = call("rm", path / "saved-1", "-y", "--force")
+    assert (result.exit_code, numbers(path)) == (0, []), result.output
+
+
 def test_what_is_pinned_or_read_is_refused_even_with_force(directory: Path) -> None:
     call("pin", directory / "ckpt-1")
     lease_on(directory, 2, seconds=60)

@@ -44,6 +44,19 @@ def test_a_good_run_says_what_it_has_done_and_nothing_that_sounds_like_a_fault(
     assert {record.levelname for record in caplog.records if record.name.startswith("distckpt")} == {"INFO"}
 
 
+def test_a_number_that_is_saved_again_is_not_said_to_be_gone(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "distckpt")
+    with distckpt.CheckpointManager(distckpt.Checkpoint(a=torch.ones(10)), tmp_path) as manager:
+        for number in (1, 2):
+            manager.save(number)
+            manager.wait()
+        manager.restore(1)
+        manager.save(2)
+        manager.wait()
+    retired = [text for text in (record.getMessage() for record in caplog.records) if "retired" in text]
+    assert retired == [f"the former {tmp_path}/ckpt-2 retired"]
+
+
 def test_a_plain_request_to_stop_is_no_news(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "distckpt")
     coordinator = distckpt.Coordinator()
