@@ -14,13 +14,14 @@ import click
 from distckpt.cli import options
 from distckpt.directory.lease import LEASE_SECONDS
 from distckpt.directory.strays import read_run
-from distckpt.evaluation.command import CommandRunner, as_it_is, exported_within
+from distckpt.evaluation.command import CommandRunner, NotStartedError, as_it_is, exported_within
 from distckpt.evaluation.watch import BACKOFF, watch
 from distckpt.evaluation.watched import WatchedCheckpoint
 from distckpt.format.json.group import MODES, ON_LAGS, STARTS
+from distckpt.reader import CheckpointReader
 from distckpt.storage import Store, open_store
 
-STOPPING = (signal.SIGINT, signal.SIGTERM)
+STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 
 
 @click.command("watch", context_settings={"ignore_unknown_options": False})
@@ -69,9 +70,9 @@ def watch_directory(
         distckpt watch /shared/run-7 --group eval --mode all -- python evaluate.py {path}
 
     It is kept from retention while the command runs. Exit status 0 acknowledges it. Any other status gives it back, with
-    the last lines of the error output, to be tried again. SIGINT and SIGTERM go on to the command and give its checkpoint
-    back; a worker that is killed is replaced by another one of the group. Ends when the run has said that it is over and
-    everything is done.
+    the last lines of the error output, to be tried again. SIGINT, SIGTERM, SIGQUIT and SIGHUP (unless
+    it is ignored, as under nohup) go on to the command and give its checkpoint back; a worker that is killed is replaced by
+    another one of the group. Ends when the run has said that it is over and everything is done.
     """
     if safetensors is not None and export is not None:
         raise click.UsageError("{path} is one thing: give --safetensors or --export")
@@ -83,8 +84,11 @@ def watch_directory(
     def weights(checkpoint: WatchedCheckpoint) -> Iterator[str]:
         from distckpt.export.alone import weights_of  # it imports torch
 
-        with checkpoint.open() as reader, weights_of(reader, safetensors or "") as folder:
-            yield folder
+        key = safetensors or ""
+        with checkpoint.open() as reader:
+            _check_key(reader, key)
+            with weights_of(reader, key) as folder:
+                yield folder
 
     prepare = exported_within(export) if export is not None else weights if safetensors is not None else as_it_is
     runner = CommandRunner(watching, command, prepare, _tell)
@@ -92,6 +96,14 @@ def watch_directory(
     stopped = _run_until_signalled(runner, lambda: _tell(waiting))
     if stopped:
         click.get_current_context().exit(128 + stopped)
+
+
+def _check_key(reader: CheckpointReader, key: str) -> None:
+    """NotStartedError if the checkpoint has nothing below it: who has mistyped it is to blame, and no checkpoint."""
+    keys = list(reader.keys())
+    if not any(name.startswith(f"{key}.") for name in keys):
+        known = ", ".join(sorted({name.partition(".")[0] for name in keys})) or "nothing"
+        raise NotStartedError(f"--safetensors {key}: {reader.path} holds nothing below that key; it has: {known:.500}")
 
 
 def _waiting(store: Store) -> str:
@@ -118,7 +130,7 @@ def _run_until_signalled(runner: CommandRunner, began: Callable[[], object]) -> 
         signals.append(number)
         runner.stop(number)
 
-    before = {number: signal.signal(number, stop) for number in STOPPING}
+    before = {number: signal.signal(number, stop) for number in STOPPING if not _is_to_outlive(number)}
     try:
         began()
         running = threading.Thread(target=run, name="distckpt-watch", daemon=True)
@@ -131,6 +143,11 @@ def _run_until_signalled(runner: CommandRunner, began: Callable[[], object]) -> 
     if failed:
         raise failed[0]
     return signals[0] if signals else 0
+
+
+def _is_to_outlive(number: signal.Signals) -> bool:
+    """Whether it is a SIGHUP that whoever has started us, as nohup does, has made us ignore."""
+    return number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN
 
 
 def _tell(said: str) -> None:

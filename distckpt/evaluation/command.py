@@ -6,6 +6,7 @@ import collections
 import contextlib
 import logging
 import os
+import re
 import signal
 import subprocess
 import threading
@@ -17,22 +18,29 @@ from typing import IO
 from distckpt.errors import CheckpointNotFoundError, ClaimLostError, LeaseLostError, StorageError
 from distckpt.evaluation.watch import Watch
 from distckpt.evaluation.watched import WatchedCheckpoint
+from distckpt.format.json.group import MAX_TEXT
 
 logger = logging.getLogger(__name__)
 
 LAST_LINES = 20
 """Lines of the command's error output that a rejection quotes."""
 
+CHUNK_BYTES = 1 << 16
+MOST_OF_A_LINE = 4 * MAX_TEXT
+"""Bytes of a line that has not ended yet which are kept: as many as MAX_TEXT characters can have."""
+
 LOOK_SECONDS = 1.0
 KILL_SECONDS = 10.0
 """For so long a command may take to end, once it was told to because its checkpoint may be gone."""
+
+_PLACES = re.compile(r"\{path\}|\{number\}")
 
 Prepare = Callable[[WatchedCheckpoint], AbstractContextManager[str]]
 """Makes of a checkpoint what stands in the command for ``{path}``, for as long as the command runs."""
 
 
-class _NotStartedError(ValueError):
-    """That is this worker's fault, and would be the same for every checkpoint."""
+class NotStartedError(ValueError):
+    """The command could not be started. That is this worker's fault, and would be the same for every checkpoint."""
 
 
 class CommandRunner:
@@ -82,9 +90,9 @@ class CommandRunner:
                 status, lines = self._finished(process, checkpoint)
                 if status:
                     checkpoint.check()  # what fails because its checkpoint was deleted is not to blame
-        except (LeaseLostError, _NotStartedError) as error:
+        except (LeaseLostError, NotStartedError) as error:
             checkpoint.release()
-            if isinstance(error, _NotStartedError):
+            if isinstance(error, NotStartedError):
                 raise
             return f"released: {error}"
         except Exception as error:
@@ -100,7 +108,7 @@ class CommandRunner:
             checkpoint.ack()
             return "acknowledged"
         ended = f"exit status {status}" if status > 0 else f"ended by signal {-status}"
-        checkpoint.reject("\n".join([ended, *lines]))
+        checkpoint.reject(_fitting(ended, lines))
         return f"rejected: {ended}"
 
     def _started(self, command: list[str]) -> subprocess.Popen[bytes] | None:
@@ -113,7 +121,7 @@ class CommandRunner:
                     command, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True
                 )
             except OSError as error:
-                raise _NotStartedError(f"the command cannot be started: {error}") from error
+                raise NotStartedError(f"the command cannot be started: {error}") from error
             return self._process
 
     def _finished(self, process: subprocess.Popen[bytes], checkpoint: WatchedCheckpoint) -> tuple[int, Sequence[str]]:
@@ -139,12 +147,40 @@ class CommandRunner:
 
 
 def _pump(source: IO[bytes], lines: collections.deque[str]) -> None:
-    """What it writes is passed on at once."""
+    """What it writes is passed on at once, also what has no end of line yet, such as a progress bar."""
+    begun = b""
     with source:
-        for line in source:
-            lines.append(line.decode("utf-8", "replace").rstrip())
+        while chunk := os.read(source.fileno(), CHUNK_BYTES):
             with contextlib.suppress(OSError):
-                os.write(2, line)
+                os.write(2, chunk)
+            *ended, begun = (begun + chunk).split(b"\n")
+            lines.extend(_as_shown(line) for line in ended)
+            begun = _last_written(begun)[-MOST_OF_A_LINE:]
+    if begun:
+        lines.append(_as_shown(begun))
+
+
+def _last_written(line: bytes) -> bytes:
+    """What a terminal shows of it: a carriage return begins it anew, unless it is the last that there is."""
+    return line[line.rstrip(b"\r").rfind(b"\r") + 1 :]
+
+
+def _as_shown(line: bytes) -> str:
+    return _last_written(line).decode("utf-8", "replace").rstrip()
+
+
+def _fitting(ended: str, lines: Sequence[str]) -> str:
+    """How it has ended, and the last lines: as many as a group's record has room for, so that it need cut nothing."""
+    kept: list[str] = []
+    room = MAX_TEXT - len(ended)
+    for line in reversed(lines):
+        room -= len(line) + 1
+        if room < 0:
+            break
+        kept.insert(0, line)
+    if lines and not kept:
+        kept = [lines[-1][len(ended) + 1 - MAX_TEXT :]]
+    return "\n".join([ended, *kept])
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
@@ -162,7 +198,8 @@ def _send(process: subprocess.Popen[bytes], number: int) -> None:
 
 
 def _filled(word: str, path: str, number: int) -> str:
-    return word.replace("{path}", path).replace("{number}", str(number))
+    """In one pass: a path may have ``{number}`` in it."""
+    return _PLACES.sub(lambda place: path if place[0] == "{path}" else str(number), word)
 
 
 def exported_within(seconds: float) -> Prepare:

@@ -79,10 +79,16 @@ def evaluate(
         ray_remote_args: of a worker, as for ``ray.remote``: ``num_gpus``, ``resources``, ``runtime_env`` ...
         watching: as for ``distckpt.watch``.
 
-    Raises what the workers' watch raises at once, and what making an instance of ``fn`` raises; ray.exceptions.RayError if
+    Raises what ``distckpt.watch`` raises at once; TypeError for an ``fn`` that cannot be called, ValueError for
+    ``num_workers`` below 1. ray.exceptions.RayError, with its text, for what making an instance of ``fn`` raises, and if
     workers die again and again. When this process ends the workers do, and what they had is taken over in time.
     """
+    if not _can_be_called(fn):
+        raise TypeError(f"fn must be a function, or a class whose instances can be called, not {fn!r:.200}")
+    if num_workers < 1:
+        raise ValueError(f"num_workers is at least 1, not {num_workers}")
     where = canonical(directory)
+    watch(where, group=group, **watching).close()  # raises here, as itself, what would be the end of each worker
     pool = _Pool(fn, where, {**watching, "group": group}, dict(ray_remote_args or {}))
     try:
         acknowledged = tuple(pool.run(num_workers))
@@ -90,6 +96,13 @@ def evaluate(
         pool.close()
     state = read_groups(open_store(where, placed_among(watching))).get(group)
     return Evaluation(acknowledged, state.set_aside if state is not None else ())
+
+
+def _can_be_called(fn: object) -> bool:
+    """Whether it can, or for a class, its instances: a class itself always can."""
+    if isinstance(fn, type):
+        return any("__call__" in vars(base) for base in fn.__mro__)
+    return callable(fn)
 
 
 class _Worker:
@@ -107,6 +120,7 @@ class _Worker:
         try:
             with checkpoint:
                 result = self._call(checkpoint)
+                _check_sendable(result)  # before it is acknowledged: nobody would get it again
         except ClaimLostError as error:
             return f"{error}"
         except Exception as error:
@@ -114,6 +128,15 @@ class _Worker:
             logger.warning("%s", checkpoint.path, exc_info=True)
             return f"{checkpoint.path}, delivery {checkpoint.delivery}, failed: {type(error).__name__}: {error}"
         return Evaluated(checkpoint.path, checkpoint.number, checkpoint.attempt, checkpoint.delivery, result)
+
+
+def _check_sendable(result: object) -> None:
+    """TypeError if Ray could not send it to who waits for it."""
+    try:  # as Ray does it, without copying what is large
+        ray.cloudpickle.dumps(result, protocol=5, buffer_callback=lambda buffer: None)  # type: ignore[no-untyped-call]
+    except Exception as error:
+        kind = type(result).__name__
+        raise TypeError(f"fn returned a {kind}, which cannot be sent to the caller: {error}") from error
 
 
 class _Pool:

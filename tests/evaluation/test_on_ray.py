@@ -5,16 +5,19 @@ from __future__ import annotations
 import importlib
 import os
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import msgspec
 import pytest
 import torch
 
 import distckpt
+from distckpt.directory.groups import read_groups
 from distckpt.directory.picture import picture_of
+from distckpt.errors import GroupMismatchError
 from distckpt.evaluation.watched import WatchedCheckpoint
 from distckpt.storage import open_store
 from tests.support.actors import end_watcher
@@ -110,6 +113,9 @@ class Hopeless:
     def __init__(self) -> None:
         raise RuntimeError("no model here")
 
+    def __call__(self, checkpoint: WatchedCheckpoint) -> None:
+        """Never comes to it."""
+
 
 def test_a_class_is_made_once_by_each_worker(run: Path) -> None:
     results = [each.result for each in evaluate(Counting, run).acknowledged]
@@ -122,6 +128,46 @@ def test_a_class_that_cannot_be_made_is_an_error_at_once(run: Path) -> None:
 
     with pytest.raises(ray.exceptions.RayActorError, match="no model here"):
         evaluate(Hopeless, run)
+
+
+class Silent:
+    """Its instances cannot be called."""
+
+
+@pytest.mark.parametrize("fn", [5, None, Silent, Silent()])
+def test_what_cannot_be_called_is_refused_and_no_checkpoint_is_blamed(fn: Any, run: Path) -> None:
+    with pytest.raises(TypeError, match="fn must be a function, or a class whose instances can be called, not"):
+        evaluate(fn, run)
+    assert read_groups(open_store(run)) == {}
+
+
+@pytest.mark.parametrize("num_workers", [0, -1])
+def test_without_workers_nothing_could_be_evaluated(num_workers: int, run: Path) -> None:
+    with pytest.raises(ValueError, match=f"num_workers is at least 1, not {num_workers}"):
+        distckpt.ray.evaluate(number_of, run, group="eval", num_workers=num_workers)
+
+
+def test_what_watch_raises_comes_at_once_and_as_itself(run: Path) -> None:
+    distckpt.watch(run, group="eval", mode="latest").close()
+    with pytest.raises(GroupMismatchError, match="mode is 'latest' and not 'all'"):
+        evaluate(number_of, run)
+    for group, options in (("other", {"mode": "banana"}), ("a/b", {}), ("other", {"max_in_flight": 0})):
+        with pytest.raises(ValueError, match=r"banana|a/b|max_in_flight"):
+            distckpt.ray.evaluate(number_of, run, group=group, **cast("dict[str, Any]", options))
+
+
+def lock_of_three(checkpoint: WatchedCheckpoint) -> Any:
+    """What nobody can send."""
+    return threading.Lock() if checkpoint.number == 3 else torch.ones(2)
+
+
+def test_a_result_that_cannot_be_sent_is_refused_and_the_others_come(run: Path) -> None:
+    found = evaluate(lock_of_three, run, max_attempts=1)
+    assert sorted(each.number for each in found.acknowledged) == [1, 2, 4, 5]
+    assert torch.equal(found.acknowledged[0].result, torch.ones(2))
+    [aside] = found.set_aside
+    assert aside.number == 3
+    assert aside.error.startswith("TypeError: fn returned a lock, which cannot be sent to the caller: ")
 
 
 def test_ray_stays_ray() -> None:
