@@ -102,11 +102,13 @@ def retry(directory: str, group: str, numbers: tuple[int, ...], storage_options:
     unknown = sorted(set(numbers) - {item.number for item in found})
     if unknown:
         raise ValueError(f"{store.url}: the group {group!r} has not set aside {', '.join(map(str, unknown))}")
-    gone = [_folder(item) for item in found if item.attempt not in alive]
+    there = [item for item in found if item.attempt in alive]
+    # A number that was saved again may be there twice: what matters is whether one of its attempts is.
+    gone = sorted({_folder(item) for item in found} - {_folder(item) for item in there})
     if gone:
         raise ValueError(f"{store.url}: {', '.join(gone)} cannot be tried again: retention has deleted it")
-    this.change("retry", lambda now: sharing.retried(now, {item.attempt for item in found}))
-    text.console().print(f"{', '.join(map(_folder, found))} will be tried again", soft_wrap=True)
+    this.change("retry", lambda now: sharing.retried(now, {item.attempt for item in there}))
+    text.console().print(f"{', '.join(map(_folder, there))} will be tried again", soft_wrap=True)
 
 
 def standings(store: Store) -> Iterator[Standing]:

@@ -29,7 +29,7 @@ from distckpt.format.json.page import PageRef
 from distckpt.format.names import attempt_age
 
 MAX_DELIVERIES = 20
-"""How often a checkpoint is delivered that nobody rejects: then it kills its workers, and is set aside."""
+"""How many deliveries of a checkpoint nobody settles: then it kills its workers, and is set aside."""
 
 LONGEST_BACKOFF = 300.0
 
@@ -68,8 +68,8 @@ class Offer:
 
     @property
     def is_over(self) -> bool:
-        """Whether nobody is to get it any more: it is stale, or was delivered too often."""
-        return self.is_stale or self.delivery > MAX_DELIVERIES
+        """Whether nobody is to get it any more: it is stale, or too many deliveries of it were not settled."""
+        return self.is_stale or self.delivery - 1 - self.failures >= MAX_DELIVERIES
 
 
 def made(settings: Settings, log: State) -> GroupState:
@@ -187,7 +187,9 @@ def ended(state: GroupState, log: State, offered: Offer, dead: Collection[str], 
     if offered.is_stale:
         return state
     times = offered.delivery - 1
-    error = f"delivered {times} times, and neither acknowledged nor rejected: it seems to end its workers"
+    unsettled = times - offered.failures
+    why = f"{unsettled} times neither acknowledged nor rejected: it seems to end its workers"
+    error = f"delivered {times} times, and {why}"
     return _aside(state, SetAside(*_fields(offered.item), times, offered.failures, error, time))
 
 
@@ -210,7 +212,9 @@ def released(state: GroupState, token: str, backoff: float) -> GroupState | None
     claim = claim_of(state, token)
     if claim is None:
         return None
-    back = Returned(*_fields(claim), claim.delivery, claim.failures, _longer(backoff, claim.delivery))
+    # This delivery ended no worker and failed on none, so it is taken back: but at least one is stored.
+    deliveries = max(1, claim.delivery - 1)
+    back = Returned(*_fields(claim), deliveries, claim.failures, _longer(backoff, claim.delivery))
     return _given_back(_without(state, {claim.attempt}), back)
 
 
@@ -248,11 +252,9 @@ def skipped(state: GroupState, records: Iterable[CheckpointRecord]) -> GroupStat
 
 
 def retried(state: GroupState, attempts: Collection[str]) -> GroupState:
-    """The group after somebody has put back what was set aside: it begins anew."""
+    """The group after somebody has put back what was set aside: it begins anew, as after one delivery."""
     back = tuple(
-        Returned(*_fields(item), item.deliveries, 0, 0.0, item.error)
-        for item in state.set_aside
-        if item.attempt in attempts
+        Returned(*_fields(item), 1, 0, 0.0, item.error) for item in state.set_aside if item.attempt in attempts
     )
     state = _without(state, {item.attempt for item in back})
     return replace(state, returned=(*state.returned, *back))

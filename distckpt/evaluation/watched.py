@@ -41,7 +41,8 @@ class WatchedCheckpoint:
     Reports belong to the attempt, whoever makes them. Without a group there is nothing to say, and nobody to say it to: all
     three let go of the lease.
 
-    ``delivery`` counts from 1 how often the group has given it to a worker.
+    ``delivery`` counts from 1 how often the group has given it to a worker. A release takes that delivery back, all but the
+    first; who puts it back with ``distckpt groups retry`` begins anew at 2.
     """
 
     def __init__(
@@ -80,17 +81,20 @@ class WatchedCheckpoint:
     def check(self) -> None:
         """LeaseLostError if the checkpoint may have been deleted, since its lease could not be renewed in time.
 
-        Reads look by themselves, before and after: what they return was there.
+        ValueError once it is settled, which ends the lease. Reads look by themselves, before and after, also those of what
+        ``open`` gave: what they return was there.
         """
+        if self._settled:
+            raise ValueError(f"{self.path} was {self._settled}, so nothing keeps it from being deleted: read it before")
         self._lease.check()
 
     def open(self) -> CheckpointReader:
-        """It, open for reading. DamagedError if it is not what was written, LeaseLostError as for ``check``."""
+        """It, open for reading until it is settled. DamagedError if it is not what was written; else as ``check``."""
         return CheckpointReader(self._where(), self.check)
 
     def export_path(self) -> str | None:
         """The path of what was exported from it, or None: then nothing has been, or not yet. Raises what ``open`` raises."""
-        self._check_unsettled()
+        self.check()
         folder = names.attempt_folder(self._record.name, self._record.number, self.attempt)
         try:
             export = read_export(self._store, folder)
@@ -183,13 +187,8 @@ class WatchedCheckpoint:
         except DistckptError as settling:
             logger.warning("%s could not be given back, so its claim will run out: %s", self.path, settling)
 
-    def _check_unsettled(self) -> None:
-        if self._settled:
-            raise ValueError(f"{self.path} was {self._settled}, so nothing keeps it from being deleted: read it before")
-        self.check()
-
     def _where(self) -> Located:
-        self._check_unsettled()
+        self.check()
         try:
             return located(self._store, self._record)
         finally:

@@ -80,6 +80,8 @@ def _follow(chain: _Chain, entry: GroupEntry, holding: dict[str, str]) -> list[s
     gone = [claim for claim in chain.claims if claim.token not in left]
     if entry.kind in SETTLING:
         chain.settled.update({claim.token: entry.kind for claim in gone})
+    if entry.kind == "release":  # takes its delivery back, all but the first
+        chain.deliveries.subtract(claim.attempt for claim in gone if claim.delivery > 1)
     if entry.kind == "ack":
         broken += [f"{claim.attempt} was acknowledged before" for claim in gone if claim.attempt in chain.acknowledged]
         chain.acknowledged |= {claim.attempt for claim in gone}

@@ -149,20 +149,71 @@ def test_what_is_released_comes_again_without_blame_and_what_is_rejected_is_set_
     assert (aside.deliveries, aside.failures, aside.error) == (4, 3, "error 4 ?")
     state = settled(sharing.retried(state, {aside.attempt}))
     _, offered = take(state, log, 5)
-    assert (offered.delivery, offered.failures) == (5, 0)
+    assert (offered.delivery, offered.failures) == (2, 0), "it begins anew"
+
+
+def given_up_on(state: GroupState, log: State, first: int = 0) -> GroupState:
+    """After as many workers as it takes have died on what there is, under tokens from ``first`` on."""
+    dead = set[str]()
+    for token in range(first, first + 2 * sharing.MAX_DELIVERIES):
+        offered = sharing.offer(state, log, dead, ())
+        assert offered is not None
+        if offered.is_over:
+            return settled(sharing.ended(state, log, offered, dead, 1.0))
+        state = sharing.claimed(state, log, offered, dead, claim(token))
+        dead = {f"{token:032x}"}
+    pytest.fail("nobody gives up on it")
 
 
 def test_what_ends_its_workers_is_set_aside_too() -> None:
     log = log_of(1)
+    state = given_up_on(sharing.made(ALL, log), log)
+    assert sharing.is_done(state, log)
+    [aside] = state.set_aside
+    assert (aside.deliveries, aside.error[:18]) == (sharing.MAX_DELIVERIES, "delivered 20 times")
+
+
+def test_what_ended_its_workers_can_be_tried_again_as_often_as_anything_else() -> None:
+    log = log_of(1)
+    state = given_up_on(sharing.made(ALL, log), log)
+    state = settled(sharing.retried(state, {log.active[0].attempt}))
+    state, offered = take(state, log, 99)
+    assert not offered.is_over
+    assert settled(sharing.acknowledged(state, f"{99:032x}")).acknowledged == 1
+    state = settled(sharing.rejected(state, f"{99:032x}", "bad", 0.0, 0.0))
+    assert len(given_up_on(state, log, 100).set_aside) == 1
+
+
+def test_what_is_rejected_is_tried_as_often_as_the_group_wants_and_has_its_own_error() -> None:
+    log = log_of(1)
+    state = sharing.made(Settings(mode="all", max_attempts=25), log)
+    for token in range(25):
+        assert state.set_aside == ()
+        state, offered = take(state, log, token)
+        assert not offered.is_over
+        state = settled(sharing.rejected(state, f"{token:032x}", "out of memory", 0.0, 0.0))
+    [aside] = state.set_aside
+    assert (aside.deliveries, aside.failures, aside.error) == (25, 25, "out of memory")
+
+
+def test_what_ends_its_workers_is_not_said_to_do_so_where_it_was_rejected() -> None:
+    log = log_of(1)
+    state, _ = take(sharing.made(Settings(mode="all", max_attempts=25), log), log, 99)
+    state = given_up_on(settled(sharing.rejected(state, f"{99:032x}", "bad", 0.0, 0.0)), log)
+    [aside] = state.set_aside
+    assert (aside.deliveries, aside.failures) == (21, 1)
+    assert "delivered 21 times, and 20 times neither acknowledged nor rejected" in aside.error
+
+
+def test_a_release_is_never_counted_against_a_checkpoint() -> None:
+    log = log_of(1)
     state = sharing.made(ALL, log)
-    for token in range(sharing.MAX_DELIVERIES):
-        state, _ = take(state, log, token, dead=(token - 1,) if token else ())
-    dead = {f"{token:032x}"}
-    offered = sharing.offer(state, log, dead, ())
-    assert offered is not None
-    assert offered.is_over
-    state = settled(sharing.ended(state, log, offered, dead, 1.0))
-    assert (sharing.is_done(state, log), len(state.set_aside)) == (True, 1)
+    for token in range(3 * sharing.MAX_DELIVERIES):
+        state, offered = take(state, log, token)
+        assert not offered.is_over
+        assert offered.delivery <= 2
+        state = settled(sharing.released(state, f"{token:032x}", 0.0))
+    assert state.set_aside == ()
 
 
 def test_what_is_newer_takes_the_place_of_what_was_given_back_where_only_the_newest_counts() -> None:

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -150,11 +151,11 @@ def test_leaving_the_block_says_what_became_of_it(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt), next(watch(tmp_path)) as checkpoint:
         raise KeyboardInterrupt
     [back] = state_of(tmp_path).returned
-    assert (checkpoint.delivery, back.deliveries, back.failures, back.error) == (2, 2, 1, "")
+    assert (checkpoint.delivery, back.deliveries, back.failures, back.error) == (2, 1, 1, "")
     with pytest.raises(DamagedError), next(watch(tmp_path)) as checkpoint:
         checkpoint.load()
     [aside] = state_of(tmp_path).set_aside
-    assert (aside.deliveries, aside.failures, aside.error[:12]) == (3, 2, "DamagedError")
+    assert (aside.deliveries, aside.failures, aside.error[:12]) == (2, 2, "DamagedError")
     assert (list(watch(tmp_path)), leases(tmp_path)) == ([], [])
     commit_bare(tmp_path, 2)
     with next(watch(tmp_path)):
@@ -191,6 +192,28 @@ def test_what_was_given_back_comes_after_its_backoff(tmp_path: Path) -> None:
         assert other.number == 2
     with next(checkpoints) as again:
         assert (again.number, again.delivery) == (1, 2)
+
+
+def test_what_is_released_again_and_again_rests_each_time(tmp_path: Path) -> None:
+    commit_bare(tmp_path, 1)
+    checkpoints = watch(tmp_path, backoff=0.3, timeout=20)
+    began = time.monotonic()
+    for _ in range(4):
+        next(checkpoints).release()
+    with next(checkpoints):
+        assert time.monotonic() - began >= 0.3 + 3 * 0.6
+    assert state_of(tmp_path).acknowledged == 1
+
+
+@pytest.mark.parametrize("group", ["eval", None])
+def test_a_reader_that_is_used_after_its_block_says_so_at_once(tmp_path: Path, group: str | None) -> None:
+    write_checkpoint(tmp_path, 1, {"step": 1})
+    with next(distckpt.watch(tmp_path, group=group, timeout=0)) as checkpoint:
+        reader = checkpoint.open()
+        assert reader.load() == {"step": 1}
+    for use in (reader.load, lambda: reader.value("step"), reader.verify, checkpoint.load, checkpoint.check):
+        with pytest.raises(ValueError, match="ckpt-1 was acknowledged, so nothing keeps it from being deleted"):
+            use()
 
 
 def test_it_is_settled_once(tmp_path: Path) -> None:
@@ -344,7 +367,7 @@ def test_workers_share_the_work_and_each_checkpoint_is_acknowledged_once(
         def work(name: str, place: object) -> None:
             for checkpoint in distckpt.watch(place, group="eval", mode="all", worker=name, timeout=60, backoff=0):  # type: ignore[arg-type]
                 with checkpoint:
-                    if (checkpoint.number + checkpoint.delivery) % 5 == 1:
+                    if checkpoint.number % 5 == 0 and checkpoint.delivery == 1:
                         checkpoint.release()
                     else:
                         done.append((name, checkpoint.number))
@@ -467,8 +490,11 @@ def test_what_ends_its_workers_is_set_aside_also_while_another_one_rests(
     commit_bare(tmp_path, 1)
     commit_bare(tmp_path, 2)
     next(watch(tmp_path, backoff=1000)).release()
-    for _ in range(2):
-        next(watch(tmp_path)).release()
+    dying = [watch(tmp_path, worker=worker) for worker in ("bob", "carol")]
+    for worker in dying:
+        next(worker)
+        for lease in leases(tmp_path):
+            (tmp_path / lease).unlink()
     assert list(watch(tmp_path)) == []
     state = state_of(tmp_path)
     assert [(item.number, item.deliveries) for item in state.set_aside] == [(2, 2)]
