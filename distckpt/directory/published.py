@@ -76,7 +76,7 @@ class PublishedState:
         with contextlib.suppress(AlreadyExistsError):  # the very same, found here before
             self._store.put_if_absent(name, found)
         logger.warning(
-            "%s says what no entry of the log here says: it is TensorFlow's, a person's, or of a log that is gone. It is kept "
+            "%s says what no entry of the log here says: it is TensorFlow's, a person's, or of a log that is gone; it is kept "
             "as %s, where TensorFlow finds it with latest_filename=%r, and makes room for the state of this directory's "
             "checkpoints",
             join(self._store.url, names.STATE_FILE),
