@@ -138,10 +138,14 @@ def many_saves(directory: str, kind: str, count: int, **options: Any) -> dict[st
 
 
 def save_different_numbers(directory: str) -> dict[str, Any]:
-    """Every rank saves a number of its own; then all save the same."""
+    """Every rank saves a number of its own; then all save the same.
+
+    Who is told while another rank has yet to come, and goes on at once, is a rank that saves another number than that one.
+    """
     checkpoint = distckpt.Checkpoint(state={"a": torch.ones(3)})
-    with distckpt.CheckpointManager(checkpoint, directory, save_timeout=10) as manager:
+    with distckpt.CheckpointManager(checkpoint, directory, save_timeout=5) as manager:
         error = manager.save(10 + dist.get_rank()).exception(30)
+        dist.barrier()
         path = manager.save(20).result(30)
     return {"error": f"{type(error).__name__}: {error}", "path": path}
 
