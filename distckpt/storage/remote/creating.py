@@ -18,9 +18,11 @@ def create(endpoint: Endpoint, request: Request, look: Callable[[], bool | None]
     own, created by a request whose answer nobody heard. If there is nothing, the same goes again, as long as patience
     lasts: a request that got no answer may still be on its way, and must not be followed by another one.
 
-    AlreadyExistsError if another's is there, StorageError if the server refuses, StoreOutcomeUnknownError in the end.
+    AlreadyExistsError if another's is there, StorageError if the server refuses, which is an AccessDeniedError if nothing
+    sent before can have created it; StoreOutcomeUnknownError in the end.
     """
     pauses = Pauses(endpoint.patience)
+    is_first = True
     while True:
         asked_for = 0.0
         try:
@@ -33,9 +35,10 @@ def create(endpoint: Endpoint, request: Request, look: Callable[[], bool | None]
             if answer.outcome is Outcome.DONE:
                 return answer
             if answer.outcome is Outcome.REFUSED and answer.status != _TAKEN:
-                kind = AccessDeniedError if answer.status in DENIED else StorageError
+                kind = AccessDeniedError if answer.status in DENIED and is_first else StorageError
                 raise kind(where, f"the store refuses to create it: {answer.said}")
             reason, asked_for = answer.said, retry_after(answer)
+        is_first = False
         try:
             ours = look()
         except (NoAnswer, StorageError) as error:

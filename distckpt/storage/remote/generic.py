@@ -239,7 +239,7 @@ class FsspecStore:
     def _create(self, path: str, data: bytes) -> None:
         fs, key = self._find(path)
         create = _way(fs)[1] or self._create_by_opening
-        deadline, pause, is_told = time.monotonic() + self._patience, 0.1, False
+        deadline, pause, is_first = time.monotonic() + self._patience, 0.1, True
         while True:
             try:
                 _in_folder(fs, key, lambda: create(fs, key, data))
@@ -260,13 +260,14 @@ class FsspecStore:
                     raise AlreadyExistsError(self._full(path)) from refusal
                 if _is_final(refusal):
                     message = f"could not be created: {self._said(refusal)}"
-                    raise _kind(refusal)(self._full(path), message) from self._cause(refusal)
+                    kind = _kind(refusal) if is_first else StorageError  # what was sent before may yet create it
+                    raise kind(self._full(path), message) from self._cause(refusal)
             if time.monotonic() + pause > deadline:
                 message = f"no answer in {self._patience:g} s says whether it was created: {self._said(refusal)}"
                 raise StoreOutcomeUnknownError(self._full(path), message) from self._cause(refusal)
-            level = logging.INFO if is_told else logging.WARNING
+            level = logging.WARNING if is_first else logging.INFO
             logger.log(level, "%s is created once more: %s", self._full(path), self._said(refusal))
-            is_told = True
+            is_first = False
             time.sleep(random.uniform(pause / 2, pause))
             pause = min(2 * pause, _LONGEST_PAUSE)
 

@@ -9,7 +9,14 @@ from typing import Any
 import crc32c
 import pytest
 
-from distckpt.errors import AlreadyExistsError, DamagedError, StorageError, StoreOutcomeUnknownError
+from distckpt.errors import (
+    AccessDeniedError,
+    AlreadyExistsError,
+    BlockedError,
+    DamagedError,
+    StorageError,
+    StoreOutcomeUnknownError,
+)
 from distckpt.storage import ObjectInfo
 from distckpt.storage.remote.s3 import S3Store, open_s3
 from distckpt.testing.observing import MIB, MOST, pattern, sections_of
@@ -93,6 +100,20 @@ def test_what_cannot_be_read_back_is_neither_won_nor_lost(proxy: Proxy, outside:
     proxy.fail(Answer(503), times=10_000)
     with pytest.raises(StoreOutcomeUnknownError, match="503"):
         store_at(proxy, outside, patience=1.0).put_if_absent("log/1", b"ours")
+
+
+def test_a_refusal_after_an_answer_that_got_lost_says_nothing_of_what_was_sent_before(
+    store: S3Store, proxy: Proxy
+) -> None:
+    """Nobody has created it as far as can be seen, and the first request may yet do so."""
+    proxy.fail(Reset(), when=like("PUT"))
+    proxy.fail(Answer(403, error("AccessDenied")), when=like("PUT"))
+    with pytest.raises(StorageError, match="403 AccessDenied") as caught:
+        store.put_if_absent("log/1", b"ours")
+    assert not isinstance(caught.value, BlockedError)
+    proxy.fail(Answer(403, error("AccessDenied")), when=like("PUT"))
+    with pytest.raises(AccessDeniedError):
+        store.put_if_absent("log/1", b"ours")
 
 
 def test_a_refusal_for_good_is_told_at_once_with_the_servers_words(store: S3Store, proxy: Proxy) -> None:
