@@ -238,6 +238,12 @@ def test_a_restore_in_a_directory_that_has_vanished_says_so_soon_and_goes_on_onc
         manager.save(2).result(30)
 
 
+def test_ranks_in_a_directory_that_has_vanished_are_told_so_and_do_not_begin_anew(gang2: Gang, tmp_path: Path) -> None:
+    for told in gang2.run("ranks.directories:restore_in_what_has_vanished", directory=str(tmp_path)):
+        assert told["raised"].startswith(f"DirectoryLostError: {tmp_path}/run: "), told
+        assert told["restored"] == f"{tmp_path}/run/ckpt-1"
+
+
 def test_a_directory_that_vanishes_is_not_made_again(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     with Trainer(folder, save_timeout=10) as trainer:

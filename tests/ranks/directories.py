@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 import torch.distributed as dist
 
@@ -27,3 +29,26 @@ def refused(directory: str) -> tuple[str, str]:
     except DistckptError as error:
         return type(error).__name__, str(error)
     return "", ""
+
+
+def restore_in_what_has_vanished(directory: str) -> dict[str, str]:
+    """What a restore raises while the directory is away, and what it returns once it is back."""
+    run, away, rank = Path(directory, "run"), Path(directory, "away"), dist.get_rank()
+    with distckpt.CheckpointManager(distckpt.Checkpoint(step=1), run, save_timeout=60) as manager:
+        pending = manager.save(1)
+        assert pending is not None
+        pending.result(60)
+        dist.barrier()
+        if rank == 0:
+            run.rename(away)
+        dist.barrier()
+        try:
+            manager.restore_or_initialize()
+            raised = ""
+        except DistckptError as error:
+            raised = f"{type(error).__name__}: {error}"
+        dist.barrier()
+        if rank == 0:
+            away.rename(run)
+        dist.barrier()
+        return {"raised": raised, "restored": manager.restore()}

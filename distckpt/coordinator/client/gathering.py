@@ -32,6 +32,7 @@ from distckpt.directory.pages import read_page, readable
 from distckpt.errors import (
     AbsentRanksError,
     CheckpointNotFoundError,
+    DirectoryLostError,
     DistckptError,
     MissingRanksError,
     RestoreError,
@@ -207,11 +208,16 @@ class _Host:
         return round
 
     def _first_state(self) -> State:
+        """What the log says. DirectoryLostError if it is not there any more, or is not that of the run, which is open."""
+        run = self._opening.opened  # before the log is read, in which opening it is an entry
         tail = read_log_tail(self._store)
+        state = tail.entry.state if tail.entry is not None else State()
+        if run is not None and (tail.entry is None or run.origin not in ("", state.origin)):
+            raise DirectoryLostError(self._store.url, run.run, state.run)
         if tail.complete:
             self._opening.open()
             return read_tail(self._store).head
-        return tail.entry.state if tail.entry is not None else State()
+        return state
 
 
 class _Answer(msgspec.Struct, frozen=True):
