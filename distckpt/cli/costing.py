@@ -43,7 +43,7 @@ def show_stats(directory: str, as_json: bool, storage_options: Mapping[str, Any]
     store = open_store(directory, storage_options)
     told = read_stats(store)
     if not told.history.runs:
-        read_run(store)
+        read_run(store)  # which says so if the log is gone
         raise CheckpointNotFoundError(store.url, _nothing(told))
     if as_json:
         text.print_json({"directory": store.url, **_as_json(told)})

@@ -71,7 +71,7 @@ def console() -> Console:
 
 
 def print_bases(bases: Iterable[str], what: str) -> None:
-    """Say of each base once that frozen parameters come from there, and ``what`` of it is not done here."""
+    """Say of each base, but for '', once that frozen parameters come from there, and ``what`` the command does with it."""
     for base in sorted({*bases} - {""}):
         console().print(f"Frozen parameters come from {base}, which {what}", soft_wrap=True)
 

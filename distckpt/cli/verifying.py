@@ -40,10 +40,10 @@ def verify_checkpoints(ctx: click.Context, path: str, as_json: bool, storage_opt
         reports.append(report)
         if not as_json:
             _print(report)
-    if not as_json:
-        text.print_bases((report.base for report in reports), "is not looked at here")
     if as_json:
         text.print_json([{"good": report.good, **asdict(report)} for report in reports])
+    else:
+        text.print_bases((report.base for report in reports), "is not looked at here")
     if not all(report.good for report in reports):
         ctx.exit(1)
 

@@ -70,9 +70,9 @@ def watch_directory(
         distckpt watch /shared/run-7 --group eval --mode all -- python evaluate.py {path}
 
     It is kept from retention while the command runs. Exit status 0 acknowledges it. Any other status gives it back, with
-    the last lines of the error output, to be tried again. SIGINT, SIGTERM, SIGQUIT and SIGHUP (unless
-    it is ignored, as under nohup) go on to the command and give its checkpoint back; a worker that is killed is replaced by
-    another one of the group. Ends when the run has said that it is over and everything is done.
+    the last lines of the error output, to be tried again. SIGINT, SIGTERM, SIGQUIT, and SIGHUP unless it is ignored, as
+    under nohup, go on to the command and give its checkpoint back; a worker that is killed is replaced by another one of
+    the group. Ends when the run has said that it is over and everything is done.
     """
     if safetensors is not None and export is not None:
         raise click.UsageError("{path} is one thing: give --safetensors or --export")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 import itertools
 import logging
-import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -18,6 +17,7 @@ from distckpt.directory.tags import tagged, tags
 from distckpt.errors import CheckpointNotFoundError, DamagedError, StorageError
 from distckpt.format import names
 from distckpt.format.json.log import CheckpointRecord
+from distckpt.format.others import FSDP, TORCH_WEIGHTS, WEIGHTS
 from distckpt.storage import PathLike, Store, join, open_store, split_path
 
 logger = logging.getLogger(__name__)
@@ -120,8 +120,10 @@ def _has(*wanted: str) -> Callable[[Sequence[str]], bool]:
     return lambda files: set(wanted) <= set(files)
 
 
+_DCP = ".distcp"
+
 _FOLDERS: tuple[tuple[Callable[[Sequence[str]], bool], str], ...] = (
-    (_ends(".distcp"), "a checkpoint of torch.distributed.checkpoint"),
+    (_ends(_DCP), "a checkpoint of torch.distributed.checkpoint"),
     (_has("_CHECKPOINT_METADATA"), "a checkpoint of Orbax"),
     (_has("trainer_state.json"), "a checkpoint of the Transformers Trainer"),
     (_has("random_states_0.pkl"), "a state that Accelerate saved"),
@@ -143,11 +145,8 @@ _IMPORTS = {
     "a file that torch.save wrote, in its old format",
     "a Lightning checkpoint",
 }
-_WEIGHTS = re.compile(
-    r"((diffusion_pytorch_|adapter_)?model\.safetensors|(pytorch_model|diffusion_pytorch_model|adapter_model)\.bin)(\.index\.json)?"
-    r"|pytorch_model_fsdp\.bin(\.index\.json)?|pytorch_model_fsdp_0|.+\.distcp"
-)
-"""What a folder has one of that an import takes."""
+_WEIGHTS = {f"{name}{index}" for name in (*WEIGHTS, *TORCH_WEIGHTS) for index in ("", ".index.json")} | {f"{FSDP}_0"}
+"""What a folder has one of that an import takes, unless DCP has written it."""
 
 _IMPORTED = ", which `distckpt import` makes one of"
 
@@ -164,7 +163,7 @@ def _folder(store: Store) -> str:
         return f"no run has saved here, but below it: {shown}{', ...' if len(runs) > 3 else ''}"
     for is_it, what in _FOLDERS:
         if is_it(files):
-            is_read = what in _IMPORTS and any(map(_WEIGHTS.fullmatch, (*files, *folders)))
+            is_read = what in _IMPORTS and any(name in _WEIGHTS or name.endswith(_DCP) for name in (*files, *folders))
             return f"it is {what}, and none of distckpt{_IMPORTED if is_read else ''}"
     return "no run has saved in this folder" if files or folders else ""
 

@@ -116,7 +116,7 @@ class Worker:
             return None
         self._state = state
         self._own.add(claims[-1].token)
-        self._onlooker.resting(state)  # its last back-off is forgotten: a release may bring the same delivery back
+        self._onlooker.follow(state)
         return claims[-1]
 
     def _end(self, log: State, offered: Offer, dead: frozenset[str], resting: dict[str, float]) -> None:

@@ -47,9 +47,13 @@ class Onlooker:
                     self._dead.add(token)
         return frozenset(self._dead)
 
+    def follow(self, state: GroupState) -> None:
+        """Forget the back-offs of what is returned no more: a release may bring the same delivery back, to rest anew."""
+        self._backoffs.forget_all_but({_delivery(item) for item in state.returned})
+
     def resting(self, state: GroupState) -> dict[str, float]:
         """The attempts whose back-off is not over, and for how many seconds more."""
-        self._backoffs.forget_all_but({_delivery(item) for item in state.returned})
+        self.follow(state)
         now = self._clock()
         left = {
             item.attempt: item.backoff - self._backoffs.still_for(_delivery(item), "", asked=now, answered=now)

@@ -15,8 +15,8 @@ from distckpt.foreign.folders import check_weight_map, names_only, read_weight_m
 from distckpt.foreign.lightning import is_lightning, lightning_tree
 from distckpt.foreign.safetensors_file import Header, is_safetensors, read_header
 from distckpt.foreign.torch_file import is_torch_file, read_torch_file
-from distckpt.foreign.training_folders import FSDP, read_parts, read_sharded
-from distckpt.format import names
+from distckpt.foreign.training_folders import read_parts, read_sharded
+from distckpt.format.others import FSDP, TORCH_WEIGHTS, WEIGHTS
 from distckpt.storage import PathLike
 from distckpt.terminal.sizes import counted
 
@@ -24,11 +24,6 @@ logger = logging.getLogger(__name__)
 
 Read = Callable[[Found], Contents | None]
 """Reads what is at a place; None if that is of another format. Nothing of a tensor's bytes is read."""
-
-WEIGHTS = (names.WEIGHTS, "diffusion_pytorch_model.safetensors", "adapter_model.safetensors")
-TORCH_WEIGHTS = ("pytorch_model.bin", "diffusion_pytorch_model.bin", "adapter_model.bin", f"{FSDP}.bin")
-"""Those of Transformers, Diffusers and PEFT, and of Accelerate with FSDP. The index of several files has the same name and
-``.index.json``."""
 
 _INDEX_FIRST = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
 """Where one file and the index of several are there, Diffusers loads by the index, the others the one file."""

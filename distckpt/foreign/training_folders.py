@@ -14,6 +14,7 @@ from distckpt.foreign.contents import Contents, below
 from distckpt.foreign.dcp_folder import METADATA, read_dcp
 from distckpt.foreign.files import File, Folder, Found
 from distckpt.foreign.torch_file import is_torch_file, read_torch_file
+from distckpt.format.others import FSDP
 
 MAX_STATE_BYTES = 64 << 20
 
@@ -38,8 +39,6 @@ RANKS: Mapping[str, str] = {
 
 UNREAD = "training_args.bin"
 STATE = "trainer_state.json"
-FSDP = "pytorch_model_fsdp"
-"""What Accelerate calls a model that FSDP has sharded: a file, or a folder of that name and a number that DCP has written."""
 
 _MODELS = ("model_{}.safetensors", "pytorch_model_{}.bin", f"{FSDP}_{{}}.bin")
 """The second model, which has the number 1, and those after it."""

@@ -19,7 +19,6 @@ logger = logging.getLogger(__name__)
 
 _MOST_OF_NAME = 40
 
-
 _SELDOM = 15
 """Saves, at the most, for which it is not tried again to tag a base that could not be tagged."""
 
@@ -61,7 +60,7 @@ class Reference:
                 return True
             tag(where.store, name, attempt, self._directory, "frozen parameters of its checkpoints", time.time())
         except StorageError as error:
-            with contextlib.suppress(StorageError):
+            with contextlib.suppress(StorageError):  # of what cannot be asked nobody knows that it is gone
                 self._check_there(where)
             logger.warning(
                 "%s has the frozen parameters of the checkpoints in %s, and could not be tagged so that no retention takes "

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import distckpt
 from distckpt.errors import ForeignError
-from distckpt.foreign.formats import TORCH_WEIGHTS, WEIGHTS
+from distckpt.format.others import TORCH_WEIGHTS, WEIGHTS
 from tests.support.comparing import same
 from tests.support.foreign import refusal, run
 

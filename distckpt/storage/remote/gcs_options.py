@@ -10,7 +10,7 @@ from distckpt.storage.remote.budget import CONNECTIONS, budget_of
 from distckpt.storage.remote.gcs import PART_BYTES, GcsStore
 from distckpt.storage.remote.gcs_credentials import authority
 from distckpt.storage.remote.http import PATIENCE, TIMEOUT, Endpoint
-from distckpt.storage.remote.options import endpoint_url, positive, whole
+from distckpt.storage.remote.options import positive, whole
 
 OPTIONS = {
     *("project", "access", "token", "endpoint_url", "requester_pays", "requests_timeout"),
@@ -30,7 +30,7 @@ def open_gcs(location: str, options: Mapping[str, Any]) -> GcsStore:
     if unknown:
         known = ", ".join(sorted(OPTIONS))
         raise ValueError(f"gs:// has no storage option {', '.join(unknown)}; it has {known}")
-    url = endpoint_url(options.get("endpoint_url")) or _endpoint_of_environment()
+    url = options.get("endpoint_url") or _endpoint_of_environment()
     project = options.get("project") or os.environ.get("GCSFS_DEFAULT_PROJECT") or None
     who = authority(url, project, _access(options), options.get("token"))
     endpoint = Endpoint(

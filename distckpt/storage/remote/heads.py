@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 
-_NEVER = "\r\n\0"
+_NEVER = re.compile(r"[\r\n\0]|[^\x00-\xff]")
 _SECRETS = {"authorization", "x-amz-security-token"}
 
 
@@ -13,10 +14,10 @@ def head_of(method: str, target: str, base: str, fields: Mapping[str, str]) -> b
 
     ValueError for what would be another request than it seems, which names the header: its value may be a secret.
     """
-    if not _can_stand(f"{method}{base}{target}") or " " in target:
+    if _NEVER.search(f"{method}{base}{target}") or " " in target:
         raise ValueError(f"not a request that can be sent: {method} {target!r}")
     for name, value in fields.items():
-        if not _can_stand(f"{name}{value}"):
+        if _NEVER.search(f"{name}{value}"):
             advice = ": look at the key or token, of which a file's last line end may be a part"
             raise ValueError(
                 f"{method} {target!r} is not a request that can be sent: its header {name!r} has a line break or a "
@@ -24,7 +25,3 @@ def head_of(method: str, target: str, base: str, fields: Mapping[str, str]) -> b
             )
     lines = (f"{method} {base}{target} HTTP/1.1", *(f"{name}: {value}" for name, value in fields.items()))
     return "\r\n".join((*lines, "", "")).encode("latin-1")
-
-
-def _can_stand(text: str) -> bool:
-    return all(character not in _NEVER and ord(character) < 0x100 for character in text)
